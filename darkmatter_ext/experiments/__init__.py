@@ -1,0 +1,17 @@
+"""The experiments by name. Each module has a config dataclass, `plan(config)` and `run(config, stages) -> Result`."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+EXPERIMENTS = {
+    "decomposition": "how much of an SAE's error is linear in the activation (vector and norm tests, FVU)",
+}
+
+
+def experiment(name: str) -> ModuleType:
+    """The module of an experiment. Raises ValueError naming the known ones."""
+    if name not in EXPERIMENTS:
+        raise ValueError(f"EXPERIMENT: must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    return importlib.import_module(f"darkmatter_ext.experiments.{name.replace('-', '_')}")

@@ -1,0 +1,102 @@
+"""The result of an experiment: one JSON file with config, numbers by name, series for figures, and provenance."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from darkmatter_ext.storage import atomic_file
+
+FORMAT = 1  # of the file; raised when a reader of the old one would misread the new one
+_RECORDED_PACKAGES = ("darkmatter_ext", "torch", "numpy", "transformers", "sae_lens")
+
+
+def source_commit() -> str:
+    """The git commit of the source this package runs from, with `+changes`; empty for an installed copy."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*"]
+    try:
+        tracked = ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name]
+        if subprocess.run(tracked, capture_output=True, check=False).returncode != 0:
+            return ""  # site-packages inside somebody's repository is not that repository's commit
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Where and with what a result was made."""
+    import torch
+
+    from darkmatter_ext.build_info import build_info
+
+    versions = {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
+    on_gpu = device.startswith("cuda")
+    return {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": build_info().get("commit") or source_commit(),
+        "versions": versions | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device) if on_gpu else device,
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an experiment returns and a figure reads."""
+
+    experiment: str
+    config: dict[str, Any]
+    numbers: dict[str, float]
+    series: dict[str, Any] = field(default_factory=dict)  # JSON lists and dicts, for figures
+    notes: list[str] = field(default_factory=list)  # what a reader must know to trust the numbers
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    def save(self, path: Path) -> Path:
+        """Write as JSON in one rename. NaN becomes null: a number that could not be computed is not a number."""
+        with atomic_file(path) as part:
+            part.write_text(json.dumps(_without_nan({"format": FORMAT, **asdict(self)}), indent=1, allow_nan=False))
+        return path
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return value
+
+
+def load_result(path: Path) -> Result:
+    """Read a result file. Raises ValueError when it is missing, not a result, or of another format."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"RESULT: must be a result file, got {path} ({error.strerror})") from None
+    except ValueError:
+        raise ValueError(f"RESULT: must be a JSON result file, got {path} (not JSON)") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise ValueError(f"RESULT: must be a result of format {FORMAT}, got {path}")
+    try:
+        result = Result(**content)
+    except TypeError as error:
+        raise ValueError(f"RESULT: must be a result file, got {path} ({error})") from None
+    numbers = {name: math.nan if number is None else number for name, number in result.numbers.items()}
+    return Result(**(vars(result) | {"numbers": numbers}))

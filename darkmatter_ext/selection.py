@@ -1,0 +1,130 @@
+"""Which tokens are measured, which train the SAE, and which are left out and why: by stated rules, always counted.
+
+Language models give a few tokens (the first position above all, an attention sink) activations tens to hundreds of times
+the usual norm. One of them outweighs thousands of others in every squared sum, so they are set aside by two rules, and
+the result says how many each rule took and what it would have meant to keep them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.activations import ActivationCache
+from darkmatter_ext.decomposition import TokenBatch
+from darkmatter_ext.regression import train_mask
+
+UNUSED, SAE_TRAINING, FIT, HELD_OUT = range(4)  # roles of a token
+
+
+@dataclass(frozen=True)
+class TokenSelection:
+    """The role of each token of a cache, with the counts a result reports."""
+
+    roles: Tensor  # [C, L] uint8
+    dropped_positions: int  # tokens at positions below drop_positions
+    high_norm_tokens: int  # tokens left out by the norm rule
+    high_norm_share: float  # their share of the sum of squared norms, of the tokens that passed the position rule
+    median_norm: float  # of the tokens that passed the position rule
+    largest_norm: float  # before any rule
+
+    def count(self, role: int) -> int:
+        return int((self.roles == role).sum())
+
+    def numbers(self) -> dict[str, float]:
+        """What a result reports, by name."""
+        return {
+            "tokens/sae_training": self.count(SAE_TRAINING),
+            "tokens/fit": self.count(FIT),
+            "tokens/held_out": self.count(HELD_OUT),
+            "tokens/dropped_first_positions": self.dropped_positions,
+            "tokens/left_out_high_norm": self.high_norm_tokens,
+            "tokens/high_norm_share_of_energy": self.high_norm_share,
+            "tokens/median_norm": self.median_norm,
+            "tokens/largest_norm": self.largest_norm,
+        }
+
+
+def select_tokens(
+    cache: ActivationCache,
+    *,
+    drop_positions: int,
+    max_norm_ratio: float,
+    sae_fraction: float,
+    fit_fraction: float,
+    split: str,
+    seed: int,
+) -> TokenSelection:
+    """Assign every token a role.
+
+    Args:
+        drop_positions: leave out positions below this one (the paper: 200 of 1024).
+        max_norm_ratio: leave out tokens whose norm is above this many medians; 0 switches the rule off.
+        sae_fraction: share of the contexts whose tokens train the SAEs; the rest is measured. 0: all are measured.
+        fit_fraction: share of the measured tokens (or contexts, documents) that b* is fitted on.
+        split: what is never divided between fit and held-out: "documents", "contexts" or "tokens" (the paper).
+        seed: of both random splits.
+
+    The SAE's training text is kept apart from the measured text by document for split="documents", else by context.
+
+    Raises ValueError when a rule leaves nothing on a side.
+    """
+    if split not in ("documents", "contexts", "tokens"):
+        raise ValueError(f"--split: must be documents, contexts or tokens, got {split!r}")
+    norms, documents = cache.column("norms"), cache.column("documents")
+    n_contexts, length = norms.shape
+    if not 0 <= drop_positions < length:
+        raise ValueError(f"--drop-positions: must be from 0 to {length - 1} (context length {length}), got {drop_positions}")
+    usable = torch.arange(length).expand(n_contexts, length) >= drop_positions
+    median = norms[usable].median().item()
+    high = usable & (norms > max_norm_ratio * median) if max_norm_ratio > 0 else torch.zeros_like(usable)
+    energy = norms.double().square()
+    roles = torch.full((n_contexts, length), UNUSED, dtype=torch.uint8)
+    whole = documents if split == "documents" else torch.arange(n_contexts)
+    measured = ~train_mask(whole, fraction=sae_fraction, seed=seed) if sae_fraction > 0 else torch.ones(n_contexts).bool()
+    roles[~measured] = SAE_TRAINING
+    if split == "tokens":
+        groups = torch.arange(int(measured.sum()) * length)
+    else:
+        groups = whole[measured].repeat_interleave(length)
+    fit = train_mask(groups, fraction=fit_fraction, seed=seed + 1).view(-1, length)
+    roles[measured] = torch.where(fit, FIT, HELD_OUT).to(torch.uint8)
+    roles[~usable | high] = UNUSED
+    return TokenSelection(
+        roles=roles,
+        dropped_positions=int((~usable).sum()),
+        high_norm_tokens=int(high.sum()),
+        high_norm_share=(energy[high].sum() / energy[usable].sum()).item(),
+        median_norm=median,
+        largest_norm=norms.max().item(),
+    )
+
+
+@dataclass(frozen=True)
+class MeasuredBatches:
+    """The measured tokens of a cache as TokenBatches, readable any number of times; memory: one shard."""
+
+    cache: ActivationCache
+    roles: Tensor  # [C, L] uint8
+    device: str = "cpu"
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        start = 0
+        for shard in self.cache.shards():
+            roles = self.roles[shard.first_context : shard.first_context + len(shard.tokens)]
+            measured = (roles == FIT) | (roles == HELD_OUT)
+            x = shard.activations[measured].to(self.device)
+            yield TokenBatch(x, (roles[measured] == FIT).to(self.device), start)
+            start += len(x)
+
+
+def tokens_with_role(cache: ActivationCache, roles: Tensor, role: int) -> Tensor:
+    """All activations with one role, [n, d], in memory: the training set of an SAE."""
+    parts = []
+    for shard in cache.shards():
+        own = roles[shard.first_context : shard.first_context + len(shard.tokens)]
+        parts.append(shard.activations[own == role])
+    return torch.cat(parts)

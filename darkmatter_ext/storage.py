@@ -1,0 +1,90 @@
+"""Where files go: the cache folder, and writing that never leaves half a file behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CACHE_ENVIRONMENT_VARIABLE = "DARKMATTER_CACHE"
+
+
+def cache_dir(*parts: str) -> Path:
+    """The folder for everything that can be made again: `$DARKMATTER_CACHE`, else `~/.cache/darkmatter_ext`.
+
+    Honours `$XDG_CACHE_HOME`. The folder (with `parts` below it) is created.
+    """
+    configured = os.environ.get(CACHE_ENVIRONMENT_VARIABLE)
+    if configured:
+        root = Path(configured)
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darkmatter_ext"
+    folder = root.joinpath(*parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def fingerprint(**fields: Any) -> str:
+    """Sixteen hex digits that name a set of JSON-serialisable fields: the key of a cache entry."""
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sha256_of_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _temporary_sibling(target: Path) -> str:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a path to write to; it becomes `target` in one rename, or disappears if the block fails."""
+    folder = Path(_temporary_sibling(target))
+    try:
+        part = folder / target.name
+        yield part
+        part.replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """As `atomic_file` for a folder; a `target` that another process made meanwhile is left as it is."""
+    folder = Path(_temporary_sibling(target))
+    try:
+        part = folder / target.name
+        part.mkdir()
+        yield part
+        if not target.exists():
+            part.replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_writable_folder(argument: str, folder: Path) -> Path:
+    """Create `folder` and prove that a file can be written in it, before any long work starts.
+
+    Raises ValueError naming `argument` when it is a file, or cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"{argument}: must be a folder that can be written, got {folder} ({reason})") from None
+    return folder

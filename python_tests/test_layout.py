@@ -1,0 +1,82 @@
+"""The rules of the house, read from the source: who may import whom, file sizes, nothing heavy at import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "darkmatter_ext"
+# Downward only: a module may import modules of lower levels, or of its own level when listed together in ALLOWED.
+LEVELS = {
+    "storage": 0, "build_info": 0, "_library": 0, "progress": 0, "sparse": 0,
+    "_registrations": 1, "reference": 1, "ops": 2,
+    "embedded": 3, "text": 3, "error": 3, "regression": 3,
+    "activations": 4, "decomposition": 4,
+    "selection": 5, "sae": 5, "training": 5, "results": 5,
+    "experiments": 6,
+    "figures": 7, "report": 8, "cli": 9, "__main__": 10, "__init__": 10,
+}  # fmt: skip
+ALLOWED = {("_registrations", "_library"), ("experiments", "experiments"), ("decomposition", "error")}
+
+
+def _module(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("darkmatter_ext"):
+            parts = node.module.split(".")[1:]
+            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("darkmatter_ext."))
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downward(path):
+    own = _module(path)
+    for other in _imports(path):
+        if other not in LEVELS:
+            continue  # a name exported by the package itself
+        assert LEVELS[other] < LEVELS[own] or (own, other) in ALLOWED, f"{path.name} imports {other}"
+
+
+def test_every_module_has_a_level():
+    assert {_module(path) for path in SOURCES} == set(LEVELS)
+
+
+def test_experiments_import_neither_each_other_nor_figures():
+    for path in (PACKAGE / "experiments").glob("*.py"):
+        if path.name == "__init__.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert "experiments" not in node.module, path
+                assert "figures" not in node.module, path
+
+
+def test_torch_ops_are_called_in_ops_and_registrations_only():
+    for path in SOURCES:
+        if path.name not in ("ops.py", "_registrations.py", "_library.py"):
+            assert "torch.ops" not in path.read_text(), path
+
+
+def test_files_stay_under_600_lines():
+    sources = [*SOURCES, *(ROOT / "csrc").rglob("*.*"), *(ROOT / "python_tests").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    long = [str(path) for path in sources if len(path.read_text().splitlines()) > 600]
+    assert long == []
+
+
+def test_importing_the_package_starts_no_heavy_library():
+    code = (
+        "import sys, darkmatter_ext; "
+        "heavy = {'sae_lens', 'transformers', 'transformer_lens', 'matplotlib', 'datasets'} & set(sys.modules); "
+        "import torch; assert not heavy, heavy; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

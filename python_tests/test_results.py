@@ -1,0 +1,76 @@
+"""Results and files: round trip, nothing half-written, errors in one line."""
+
+import json
+import math
+
+import pytest
+
+from darkmatter_ext import storage
+from darkmatter_ext.results import Result, load_result
+
+
+def _result(**changes):
+    fields = {"experiment": "decomposition", "config": {"seed": 3}, "numbers": {"a": 0.5, "b": math.nan}}
+    return Result(**(fields | changes))
+
+
+def test_a_result_round_trips_and_nan_becomes_null(tmp_path):
+    path = _result().save(tmp_path / "r.json")
+    assert json.loads(path.read_text())["numbers"] == {"a": 0.5, "b": None}
+    loaded = load_result(path)
+    assert loaded.numbers["a"] == 0.5
+    assert math.isnan(loaded.numbers["b"])
+    assert loaded.seed == 3
+
+
+def test_a_failed_write_leaves_the_old_result_and_no_parts(tmp_path):
+    path = _result().save(tmp_path / "r.json")
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        _result(numbers={"a": object()}).save(path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_an_atomic_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"), storage.atomic_folder(tmp_path / "f") as part:
+        (part / "one").write_text("1")
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+    with storage.atomic_folder(tmp_path / "f") as part:
+        (part / "one").write_text("1")
+        assert not (tmp_path / "f").exists()
+    assert (tmp_path / "f" / "one").read_text() == "1"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "must be a result file"),
+        ("{", "must be a JSON result file"),
+        ("[]", "must be a result of format 1"),
+        ('{"format": 99}', "must be a result of format 1"),
+        ('{"format": 1, "surprise": 2}', "must be a result file"),
+    ],
+)
+def test_what_is_not_a_result_is_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "r.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_result(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_output_folder_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--out: must be a folder that can be written"):
+        storage.require_writable_folder("--out", tmp_path / "file" / "below")
+
+
+def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("DARKMATTER_CACHE", str(tmp_path / "own"))
+    assert storage.cache_dir("saes") == tmp_path / "own" / "saes"
+    monkeypatch.delenv("DARKMATTER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert storage.cache_dir() == tmp_path / "darkmatter_ext"
