@@ -1,0 +1,94 @@
+"""How far the demo's numbers depend on its settings: one factor at a time, three seeds, a table.
+
+    python benchmarks/demo_setting.py --out docs/demo_setting.md
+
+About half an hour on two cores. Every run is `darkmatter run decomposition` with one setting changed; nothing is kept
+but the table (and the caches of activations and SAEs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from darkmatter_ext.cli import _quiet_libraries
+from darkmatter_ext.experiments import decomposition
+from darkmatter_ext.progress import Stages
+from darkmatter_ext.results import Result, provenance
+
+BASE = dataclasses.replace(decomposition.PRESETS["demo"], widths=(2048,))
+FACTORS: dict[str, dict[str, object]] = {  # factor -> values other than the demo's
+    "tokens": {"tokens": (100_000, 400_000)},
+    "width": {"widths": ((1024,), (4096,))},
+    "split": {"split": ("contexts", "tokens")},
+    "dropped positions": {"drop_positions": (1, 64)},
+    "training steps": {"steps": (300, 1200)},
+    "layer": {"hook": tuple(f"blocks.{layer}.hook_resid_post" for layer in (5, 15, 20))},
+}
+COLUMNS = (
+    ("fvu", "FVU"),
+    ("fvu_nonlinear", "FVU nonlinear"),
+    ("linear_share", "linear share"),
+    ("r2_vec", "R² error vector"),
+    ("r2_norm/error", "R² error norm"),
+    ("r2_norm/nonlinear", "R² nonlinear norm"),
+    ("r2_norm/x", "R² norm of x"),
+)
+
+
+def _spread(values: list[float]) -> str:
+    """Mean and, in brackets, the range over the seeds."""
+    return f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+
+
+def _row(label: str, results: list[Result]) -> str:
+    name = results[0].series["saes"][0]["name"]
+    cells = [_spread([result.numbers[f"{name}/{key}"] for result in results]) for key, _ in COLUMNS]
+    return f"| {label} | " + " | ".join(cells) + " |"
+
+
+def _measure(label: str, seeds: range, **changes: object) -> str:
+    start = time.perf_counter()
+    configs = [dataclasses.replace(BASE, seed=seed, **changes) for seed in seeds]  # type: ignore[arg-type]
+    row = _row(label, [decomposition.run(config, Stages(show=False)) for config in configs])
+    print(f"{row}  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="markdown file to write")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    _quiet_libraries()
+    seeds = range(arguments.seeds)
+    rows = [_measure(f"demo, {BASE.widths[0]} latents", seeds)]
+    for factor, settings in FACTORS.items():
+        ((field, values),) = settings.items()
+        for value in values:  # type: ignore[attr-defined]
+            shown = value[0] if isinstance(value, tuple) else value
+            rows.append(_measure(f"{factor}: {shown}", seeds, **{field: value}))
+    made = provenance(BASE.device)
+    heading = "| setting | " + " | ".join(name for _, name in COLUMNS) + " |"
+    lines = [
+        "# How far the demo's numbers depend on its settings",
+        "",
+        f"`python benchmarks/demo_setting.py`: one factor changed at a time from the demo ({BASE.model}, {BASE.hook},",
+        f"{BASE.tokens} tokens, k {BASE.k}, {BASE.steps} steps, split by {BASE.split}, positions below {BASE.drop_positions}",
+        f"dropped). Mean over {arguments.seeds} seeds (of the splits and of SAE training), range in brackets; held-out tokens.",
+        f"Made {made['created'][:10]} with torch {made['versions']['torch']} on {made['device']}.",
+        "",
+        heading,
+        "|" + "---|" * (len(COLUMNS) + 1),
+        *rows,
+        "",
+    ]
+    arguments.out.write_text("\n".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+// The inner loops of the CPU ops, behind raw pointers, one table an instruction set.
+//
+// All sums are in float64. A dot product adds into 16 lanes (element e into lane e mod 16) and reduces them by one
+// fixed tree. Products of two numbers of at most 24 bits are exact in float64, so for float32, bfloat16 and float16
+// input the result is the same to the bit with or without fused multiply-add, on any instruction set, in any blocking.
+// (For float64 input the last bit may depend on whether the machine fuses.)
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+
+namespace darkmatter {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// Kernels on elements of one type.
+template <typename T>
+struct TypedKernels {
+  void (*widen)(const T* from, double* to, int64_t n);                      // to[e] = from[e]
+  double (*dot)(const double* x, const T* w, int64_t d);                    // one dot product
+  void (*add_scaled)(double* sum, double factor, const T* row, int64_t n);  // sum[e] += factor * row[e]
+};
+
+struct Kernels {
+  // out[t * ld_out + l] = <x_t, w_l> for rows x [tokens, d], w [latents, d].
+  void (*dots)(
+      const double* x, int64_t tokens, const double* w, int64_t latents, int64_t d, double* out, int64_t ld_out);
+  TypedKernels<float> f32;
+  TypedKernels<double> f64;
+  TypedKernels<Half> f16;
+  TypedKernels<BFloat16> bf16;
+
+  template <typename T>
+  const TypedKernels<T>& of() const;
+};
+
+template <>
+inline const TypedKernels<float>& Kernels::of<float>() const {
+  return f32;
+}
+template <>
+inline const TypedKernels<double>& Kernels::of<double>() const {
+  return f64;
+}
+template <>
+inline const TypedKernels<Half>& Kernels::of<Half>() const {
+  return f16;
+}
+template <>
+inline const TypedKernels<BFloat16>& Kernels::of<BFloat16>() const {
+  return bf16;
+}
+
+const Kernels& kernels();  // of active_isa()
+
+}  // namespace darkmatter

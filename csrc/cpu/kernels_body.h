@@ -1,0 +1,158 @@
+// The kernels themselves, in compiler vector extensions. kernels.cpp includes this file once an instruction set, in a
+// namespace and under a target pragma of its own; hence no include guard, and no call of a function from outside it
+// (a shared inline function would be compiled for whichever set comes first).
+
+typedef double Vec8 __attribute__((vector_size(64)));
+typedef float Float8 __attribute__((vector_size(32)));
+typedef uint32_t Word8 __attribute__((vector_size(32)));
+typedef uint16_t Short8 __attribute__((vector_size(16)));
+
+#define DM_INLINE static inline __attribute__((always_inline))
+
+template <typename V, typename T>
+DM_INLINE V load_as(const T* from) {
+  V value;
+  __builtin_memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+DM_INLINE void store(double* to, Vec8 value) { __builtin_memcpy(to, &value, sizeof(value)); }
+
+// Eight elements of any type as float64; the conversions are exact.
+DM_INLINE Vec8 load8(const double* from) { return load_as<Vec8>(from); }
+DM_INLINE Vec8 load8(const float* from) { return __builtin_convertvector(load_as<Float8>(from), Vec8); }
+DM_INLINE Vec8 load8(const BFloat16* from) {
+  const Word8 words = __builtin_convertvector(load_as<Short8>(from), Word8) << 16;
+  return __builtin_convertvector(load_as<Float8>(&words), Vec8);
+}
+DM_INLINE Vec8 load8(const Half* from) {
+#if DM_HAS_F16C
+  return __builtin_convertvector((Float8)_mm256_cvtph_ps(load_as<__m128i>(from)), Vec8);
+#else
+  Vec8 value;
+  for (int e = 0; e < 8; ++e) {
+    value[e] = widen_half(from[e]);
+  }
+  return value;
+#endif
+}
+
+// Fewer than eight elements, the rest zero.
+template <typename T>
+DM_INLINE Vec8 load_tail(const T* from, int64_t n) {
+  T padded[8] = {};
+  __builtin_memcpy(padded, from, n * sizeof(T));
+  return load8(padded);
+}
+
+DM_INLINE double reduce(Vec8 low, Vec8 high) {
+  const Vec8 sum = low + high;
+  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+template <typename T>
+static void widen(const T* from, double* to, int64_t n) {
+  int64_t e = 0;
+  for (; e + 8 <= n; e += 8) {
+    store(to + e, load8(from + e));
+  }
+  if (e < n) {
+    const Vec8 tail = load_tail(from + e, n - e);
+    __builtin_memcpy(to + e, &tail, (n - e) * sizeof(double));
+  }
+}
+
+// A block of A tokens times B latents: A B pairs of 8-lane sums in registers. 4 x 2 fills 16 of 32 zmm registers and
+// needs 6 loads for 16 multiply-adds.
+template <int A, int B>
+DM_INLINE void dot_block(const double* x, const double* w, int64_t d, double* out, int64_t ld_out) {
+  Vec8 low[A][B] = {}, high[A][B] = {};
+  int64_t e = 0;
+  for (; e + 16 <= d; e += 16) {
+    for (int b = 0; b < B; ++b) {
+      const Vec8 w_low = load8(w + b * d + e), w_high = load8(w + b * d + e + 8);
+      for (int a = 0; a < A; ++a) {
+        low[a][b] += load8(x + a * d + e) * w_low;
+        high[a][b] += load8(x + a * d + e + 8) * w_high;
+      }
+    }
+  }
+  if (e < d) {  // the tail goes to the lanes its elements have in the fixed order
+    const int64_t left = d - e, n_low = left < 8 ? left : 8;
+    for (int b = 0; b < B; ++b) {
+      for (int a = 0; a < A; ++a) {
+        const double *x_tail = x + a * d + e, *w_tail = w + b * d + e;
+        low[a][b] += load_tail(x_tail, n_low) * load_tail(w_tail, n_low);
+        if (left > 8) {
+          high[a][b] += load_tail(x_tail + 8, left - 8) * load_tail(w_tail + 8, left - 8);
+        }
+      }
+    }
+  }
+  for (int a = 0; a < A; ++a) {
+    for (int b = 0; b < B; ++b) {
+      out[a * ld_out + b] = reduce(low[a][b], high[a][b]);
+    }
+  }
+}
+
+template <int A>
+DM_INLINE void dot_rows(const double* x, const double* w, int64_t latents, int64_t d, double* out, int64_t ld_out) {
+  int64_t l = 0;
+  for (; l + 2 <= latents; l += 2) {
+    dot_block<A, 2>(x, w + l * d, d, out + l, ld_out);
+  }
+  if (l < latents) {
+    dot_block<A, 1>(x, w + l * d, d, out + l, ld_out);
+  }
+}
+
+static void dots(
+    const double* x, int64_t tokens, const double* w, int64_t latents, int64_t d, double* out, int64_t ld_out) {
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4) {
+    dot_rows<4>(x + t * d, w, latents, d, out + t * ld_out, ld_out);
+  }
+  for (; t < tokens; ++t) {
+    dot_rows<1>(x + t * d, w, latents, d, out + t * ld_out, ld_out);
+  }
+}
+
+template <typename T>
+static double dot(const double* x, const T* w, int64_t d) {
+  Vec8 low = {}, high = {};
+  int64_t e = 0;
+  for (; e + 16 <= d; e += 16) {
+    low += load8(x + e) * load8(w + e);
+    high += load8(x + e + 8) * load8(w + e + 8);
+  }
+  if (e < d) {
+    const int64_t left = d - e, n_low = left < 8 ? left : 8;
+    low += load_tail(x + e, n_low) * load_tail(w + e, n_low);
+    if (left > 8) {
+      high += load_tail(x + e + 8, left - 8) * load_tail(w + e + 8, left - 8);
+    }
+  }
+  return reduce(low, high);
+}
+
+template <typename T>
+static void add_scaled(double* sum, double factor, const T* row, int64_t n) {
+  int64_t e = 0;
+  for (; e + 8 <= n; e += 8) {
+    store(sum + e, load8(sum + e) + factor * load8(row + e));
+  }
+  if (e < n) {
+    const Vec8 total = load_tail(sum + e, n - e) + factor * load_tail(row + e, n - e);
+    __builtin_memcpy(sum + e, &total, (n - e) * sizeof(double));
+  }
+}
+
+template <typename T>
+static constexpr TypedKernels<T> typed() {
+  return {widen<T>, dot<T>, add_scaled<T>};
+}
+
+static const Kernels table = {dots, typed<float>(), typed<double>(), typed<Half>(), typed<BFloat16>()};
+
+#undef DM_INLINE

@@ -1,0 +1,197 @@
+// sparse_decode and its two gradients: gathers and sums over the active latents only, float64 sums in a fixed order.
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace darkmatter {
+
+// The active latents of N tokens, [N, k] or ragged, seen the same way.
+struct Active {
+  Tensor indices;  // int64, contiguous
+  OptionalTensor crow;
+  int64_t n_tokens, n_active, n_latents;
+
+  Active(const Tensor& given, const OptionalTensor& rows, int64_t tokens_if_ragged_unknown, int64_t latents)
+      : indices(torch::stable::contiguous(given)), n_active(given.numel()), n_latents(latents) {
+    check_type("indices", given, ScalarType::Long);
+    if (rows) {
+      check_dim("indices", given, 1);
+      check_dim("crow", *rows, 1);
+      check_type("crow", *rows, ScalarType::Long);
+      STD_TORCH_CHECK(rows->size(0) >= 1, "crow: must have N + 1 entries, got shape ", shape_of(*rows));
+      crow = torch::stable::contiguous(*rows);
+      n_tokens = rows->size(0) - 1;
+    } else {
+      check_dim("indices", given, 2);
+      n_tokens = given.size(0);
+    }
+    STD_TORCH_CHECK(
+        tokens_if_ragged_unknown < 0 || tokens_if_ragged_unknown == n_tokens, "rows: must have ", n_tokens,
+        " rows, one a token, got ", tokens_if_ragged_unknown);
+    check_contents();
+  }
+
+  int64_t begin(int64_t token) const {
+    return crow ? data<int64_t>(*crow)[token] : n_tokens ? token * (n_active / n_tokens) : 0;
+  }
+  const int64_t* index() const { return data<int64_t>(indices); }
+
+ private:
+  // An index out of range would read foreign memory: always checked, it costs nothing beside the gather.
+  void check_contents() const {
+    for (int64_t a = 0; a < n_active; ++a) {
+      const int64_t j = index()[a];
+      STD_TORCH_CHECK(j >= 0 && j < n_latents, "indices: must be from 0 to ", n_latents - 1, ", got ", j);
+    }
+    if (!crow) {
+      return;
+    }
+    STD_TORCH_CHECK(
+        begin(0) == 0 && begin(n_tokens) == n_active, "crow: must go from 0 to the number of indices (", n_active,
+        "), got ", begin(0), " to ", begin(n_tokens));
+    for (int64_t token = 0; token < n_tokens; ++token) {
+      STD_TORCH_CHECK(begin(token) <= begin(token + 1), "crow: must not decrease, got a fall at token ", token);
+    }
+  }
+};
+
+static void check_values(const Tensor& values, const Tensor& indices) {
+  STD_TORCH_CHECK(
+      shape_of(values) == shape_of(indices), "values: must have the shape of indices ", shape_of(indices), ", got ",
+      shape_of(values));
+}
+
+constexpr int64_t kTokenGrain = 8;    // tokens a parallel part at least
+constexpr int64_t kLatentGrain = 32;  // latents a parallel part at least
+
+static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, Tensor W_dec, OptionalTensor b_dec) {
+  check_dim("W_dec", W_dec, 2);
+  check_values(values, indices);
+  check_type("values", values, W_dec.scalar_type());
+  const int64_t d = W_dec.size(1);
+  if (b_dec) {
+    check_vector("b_dec", *b_dec, d);
+    check_type("b_dec", *b_dec, W_dec.scalar_type());
+  }
+  const Active active(indices, crow, -1, W_dec.size(0));
+  const Tensor weights = torch::stable::contiguous(W_dec), factors = torch::stable::contiguous(values);
+  Tensor out = torch::stable::new_empty(W_dec, {active.n_tokens, d});
+  dispatch_floating("W_dec", W_dec.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const TypedKernels<T>& kernel = kernels().of<T>();
+    std::vector<double> bias(d, 0.0);
+    if (b_dec) {
+      kernel.widen(data<T>(torch::stable::contiguous(*b_dec)), bias.data(), d);
+    }
+    parallel_ranges(active.n_tokens, kTokenGrain, [&](int64_t begin, int64_t end) {
+      std::vector<double> sum(d);
+      for (int64_t token = begin; token < end; ++token) {
+        std::copy(bias.begin(), bias.end(), sum.begin());
+        for (int64_t a = active.begin(token); a < active.begin(token + 1); ++a) {
+          const double factor = static_cast<double>(data<T>(factors)[a]);
+          if (factor != 0.0) {  // relu leaves zeros in fixed-k acts: no gather for them
+            kernel.add_scaled(sum.data(), factor, data<T>(weights) + active.index()[a] * d, d);
+          }
+        }
+        T* row = mutable_data<T>(out) + token * d;
+        for (int64_t e = 0; e < d; ++e) {
+          row[e] = rounded<T>(sum[e]);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tensor W_dec) {
+  check_dim("rows", rows, 2);
+  check_dim("W_dec", W_dec, 2);
+  check_size("rows", rows, 1, W_dec.size(1));
+  check_type("rows", rows, W_dec.scalar_type());
+  const int64_t d = W_dec.size(1);
+  const Active active(indices, crow, rows.size(0), W_dec.size(0));
+  const Tensor weights = torch::stable::contiguous(W_dec), left = torch::stable::contiguous(rows);
+  std::vector<int64_t> shape(indices.sizes().begin(), indices.sizes().end());
+  Tensor out = torch::stable::new_empty(W_dec, shape);
+  dispatch_floating("W_dec", W_dec.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const TypedKernels<T>& kernel = kernels().of<T>();
+    parallel_ranges(active.n_tokens, kTokenGrain, [&](int64_t begin, int64_t end) {
+      std::vector<double> wide(d);
+      for (int64_t token = begin; token < end; ++token) {
+        kernel.widen(data<T>(left) + token * d, wide.data(), d);
+        for (int64_t a = active.begin(token); a < active.begin(token + 1); ++a) {
+          const T* w = data<T>(weights) + active.index()[a] * d;
+          mutable_data<T>(out)[a] = rounded<T>(kernel.dot(wide.data(), w, d));
+        }
+      }
+    });
+  });
+  return out;
+}
+
+// The active latents sorted by latent, tokens ascending within one (a counting sort): the segments of sparse_outer.
+struct Segments {
+  std::vector<int64_t> start;  // [F + 1]
+  std::vector<int64_t> place;  // [z] position in the flat acts
+  std::vector<int64_t> token;  // [z]
+
+  explicit Segments(const Active& active)
+      : start(active.n_latents + 1, 0), place(active.n_active), token(active.n_active) {
+    for (int64_t a = 0; a < active.n_active; ++a) {
+      ++start[active.index()[a] + 1];
+    }
+    for (int64_t j = 0; j < active.n_latents; ++j) {
+      start[j + 1] += start[j];
+    }
+    std::vector<int64_t> next(start.begin(), start.end() - 1);
+    for (int64_t i = 0; i < active.n_tokens; ++i) {
+      for (int64_t a = active.begin(i); a < active.begin(i + 1); ++a) {
+        const int64_t at = next[active.index()[a]]++;
+        place[at] = a;
+        token[at] = i;
+      }
+    }
+  }
+};
+
+static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, Tensor rows, int64_t n_latents) {
+  check_dim("rows", rows, 2);
+  check_values(values, indices);
+  check_type("values", values, rows.scalar_type());
+  STD_TORCH_CHECK(n_latents >= 0, "n_latents: must be at least 0, got ", n_latents);
+  const int64_t d = rows.size(1);
+  const Active active(indices, crow, rows.size(0), n_latents);
+  const Segments segments(active);
+  const Tensor right = torch::stable::contiguous(rows), factors = torch::stable::contiguous(values);
+  Tensor out = torch::stable::new_empty(rows, {n_latents, d});
+  dispatch_floating("rows", rows.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const TypedKernels<T>& kernel = kernels().of<T>();
+    parallel_ranges(n_latents, kLatentGrain, [&](int64_t begin, int64_t end) {
+      std::vector<double> sum(d);
+      for (int64_t j = begin; j < end; ++j) {
+        std::fill(sum.begin(), sum.end(), 0.0);
+        for (int64_t s = segments.start[j]; s < segments.start[j + 1]; ++s) {
+          const double factor = static_cast<double>(data<T>(factors)[segments.place[s]]);
+          kernel.add_scaled(sum.data(), factor, data<T>(right) + segments.token[s] * d, d);
+        }
+        T* row = mutable_data<T>(out) + j * d;
+        for (int64_t e = 0; e < d; ++e) {
+          row[e] = rounded<T>(sum[e]);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace darkmatter
+
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
+  m.impl("sparse_decode", TORCH_BOX(&darkmatter::sparse_decode));
+  m.impl("sparse_dot", TORCH_BOX(&darkmatter::sparse_dot));
+  m.impl("sparse_outer", TORCH_BOX(&darkmatter::sparse_outer));
+}

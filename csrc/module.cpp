@@ -1,0 +1,26 @@
+// darkmatter_ext._C: host-side facts for build_info(). The ops do not depend on it.
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+static py::dict build() {
+  py::dict facts;
+  facts["compiler"] = "g++ or clang " __VERSION__;
+  facts["cuda_archs"] = DARKMATTER_CUDA_ARCHS;
+  facts["nvcc"] = DARKMATTER_NVCC;
+  facts["commit"] = DARKMATTER_COMMIT;
+  return facts;
+}
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "How darkmatter_ext was built, and what this CPU can do.";
+  module.def("build", &build, "Facts fixed at build time.");
+  module.def(
+      "cpu_isa_best", [] { return darkmatter::isa_name(darkmatter::best_isa()); },
+      "The best instruction set this machine supports: scalar, avx2 or avx512.");
+  module.def(
+      "cpu_isa", [] { return darkmatter::isa_name(darkmatter::active_isa()); },
+      "The instruction set in use. Raises RuntimeError when DARKMATTER_CPU_ISA is not one this machine supports.");
+}

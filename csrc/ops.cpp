@@ -1,0 +1,25 @@
+// The op table: every schema once, nothing else. Implementations register themselves in csrc/cpu and csrc/cuda.
+//
+// One alphabet for shapes: N tokens, d model dimension, F latents, k active latents a token, z active latents in all.
+// Where `crow` is absent the active latents are [N, k]; where it is given they are flat [z], token i holding
+// crow[i]..crow[i+1] (torch's CSR terms). Indices are int64, W_enc is [d, F], W_dec is [F, d].
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(darkmatter, m) {
+  // W_enc^T as contiguous rows [F, d], and the bias with b_dec folded in, float64 [F].
+  m.def("pack_encoder(Tensor W_enc, Tensor b_enc, Tensor? b_dec) -> (Tensor, Tensor)");
+  // values [N, k], indices [N, k]; weight and bias as pack_encoder gives them, or absent (then packed in the call).
+  m.def(
+      "topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, int k, Tensor? weight, Tensor? bias)"
+      " -> (Tensor, Tensor)");
+  // crow [N + 1], col [z], values [z]; threshold is a scalar tensor or [F].
+  m.def(
+      "threshold_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor threshold, Tensor? weight,"
+      " Tensor? bias) -> (Tensor, Tensor, Tensor)");
+  // x_hat [N, d] = sum over the active latents of value * W_dec[index], + b_dec.
+  m.def("sparse_decode(Tensor values, Tensor indices, Tensor? crow, Tensor W_dec, Tensor? b_dec) -> Tensor");
+  // The two gradients of sparse_decode: <rows_i, W_dec[index]> for each active latent, in the shape of indices, and
+  // sum over the tokens of value * rows_i for each latent, [F, d]. rows is [N, d].
+  m.def("sparse_dot(Tensor rows, Tensor indices, Tensor? crow, Tensor W_dec) -> Tensor");
+  m.def("sparse_outer(Tensor values, Tensor indices, Tensor? crow, Tensor rows, int n_latents) -> Tensor");
+}

@@ -1,0 +1,57 @@
+"""darkmatter_ext: exact sparse-autoencoder kernels for PyTorch, and the dark matter of SAEs measured with them.
+
+Ops: topk_encode, threshold_encode, prepare_encoder, sparse_decode, SparseActs. Measurements: fit_linear, decompose.
+Names are loaded when first used, so importing the package is cheap and starts no other library than torch's own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from darkmatter_ext.build_info import build_info
+    from darkmatter_ext.decomposition import Decomposition, decompose
+    from darkmatter_ext.ops import PreparedEncoder, prepare_encoder, sparse_decode, threshold_encode, topk_encode
+    from darkmatter_ext.regression import LinearFit, fit_linear
+    from darkmatter_ext.sparse import SparseActs
+
+__all__ = [
+    "Decomposition",
+    "LinearFit",
+    "PreparedEncoder",
+    "SparseActs",
+    "build_info",
+    "decompose",
+    "fit_linear",
+    "prepare_encoder",
+    "sparse_decode",
+    "threshold_encode",
+    "topk_encode",
+]
+
+_HOME = {
+    "Decomposition": "decomposition",
+    "LinearFit": "regression",
+    "PreparedEncoder": "ops",
+    "SparseActs": "sparse",
+    "build_info": "build_info",
+    "decompose": "decomposition",
+    "fit_linear": "regression",
+    "prepare_encoder": "ops",
+    "sparse_decode": "ops",
+    "threshold_encode": "ops",
+    "topk_encode": "ops",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'darkmatter_ext' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"darkmatter_ext.{_HOME[name]}"), name)
+    globals()[name] = value  # also when the name is that of its module (build_info)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,265 @@
+"""The public ops: top-k and threshold encode, sparse decode. The only caller of torch.ops.darkmatter.
+
+The defined answer: pre-activations are h = (x - b_dec) W_enc + b_enc accumulated in float64 from the given numbers and
+rounded once to their dtype; then the top k (ties to the lower index, NaN largest) or those above the threshold; then relu.
+`reference.py` says the same in plain torch. The result does not depend on batching, threads or instruction set (float64
+input: up to the last bit).
+
+Shapes: x [..., d], W_enc [d, F], b_enc [F], b_dec [d], W_dec [F, d]; N tokens in all leading dimensions together.
+dtypes: float16, bfloat16, float32, float64, one for all floating-point arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext import _registrations  # noqa: F401  (defines the ops, their gradients and fakes)
+from darkmatter_ext.sparse import SparseActs
+
+_ops = torch.ops.darkmatter
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CUDA_OPS = frozenset({"sparse_decode"})  # ops with a CUDA kernel in this version
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedEncoder:
+    """Encoder weights packed once, for many calls: see `prepare_encoder`."""
+
+    weight: Tensor  # [F, d] contiguous rows of W_enc^T
+    bias: Tensor  # [F] float64, b_enc - <b_dec, w_j>
+    has_b_dec: bool
+
+    @property
+    def d_in(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.weight.shape[0]
+
+    def __repr__(self) -> str:
+        return f"PreparedEncoder(d_in={self.d_in}, d_sae={self.d_sae}, dtype={self.weight.dtype}, device={self.weight.device})"
+
+
+def _check_tensor(name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor | None) -> None:
+    """One line for a wrong type, shape, dtype or device; None in `shape` stands for any size."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: must be a dense tensor, got layout {tensor.layout}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name}: must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    fits = tensor.ndim == len(shape) and all(
+        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: must have shape [{wanted}], got {list(tensor.shape)}")
+    if like is not None and tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: must have dtype {like.dtype} as the other arguments, got {tensor.dtype}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: must be on {like.device} as the other arguments, got {tensor.device}")
+
+
+def _check_device(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.device.type in ("cpu", "meta") or (tensor.is_cuda and op in CUDA_OPS and _registrations._library.CUDA_LOADED):
+        return
+    raise RuntimeError(
+        f"{name}: {op} has no kernel for {tensor.device} in this build; move the tensors to the CPU, "
+        f"or use darkmatter_ext.reference.{op}"
+    )
+
+
+def _check_weights(op: str, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:
+    _check_tensor("W_enc", W_enc, (None, None), None)
+    _check_device(op, "W_enc", W_enc)
+    d, n_latents = W_enc.shape
+    _check_tensor("b_enc", b_enc, (n_latents,), W_enc)
+    if b_dec is not None:
+        _check_tensor("b_dec", b_dec, (d,), W_enc)
+
+
+def _reraise_nan(error: RuntimeError) -> ValueError | None:
+    """The kernels find NaN weights in the pass that packs them; as a value error that is what the user sees."""
+    lines = str(error).splitlines()
+    return ValueError(lines[0]) if lines and "must not contain NaN" in lines[0] else None
+
+
+def _check_encode(
+    op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, prepared: PreparedEncoder | None
+) -> None:
+    _check_weights(op, W_enc, b_enc, b_dec)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: must be a torch.Tensor, got {type(x).__name__}")
+    if x.ndim < 1:
+        raise ValueError("x: must have shape [..., d], got a scalar")
+    _check_tensor("x", x, (*x.shape[:-1], W_enc.shape[0]), W_enc)
+    if prepared is None:
+        return
+    if not isinstance(prepared, PreparedEncoder):
+        raise TypeError(f"prepared: must come from prepare_encoder, got {type(prepared).__name__}")
+    if (prepared.d_in, prepared.d_sae) != tuple(W_enc.shape):
+        raise ValueError(f"prepared: must be of W_enc {list(W_enc.shape)}, got {[prepared.d_in, prepared.d_sae]}")
+    if prepared.weight.dtype != W_enc.dtype or prepared.weight.device != W_enc.device:
+        raise ValueError(
+            f"prepared: must be {W_enc.dtype} on {W_enc.device} as W_enc, "
+            f"got {prepared.weight.dtype} on {prepared.weight.device}"
+        )
+    if prepared.has_b_dec != (b_dec is not None):
+        with_or_without = "with" if prepared.has_b_dec else "without"
+        raise ValueError(f"prepared: must be prepared with the b_dec of the call, got one {with_or_without} b_dec")
+
+
+@torch.no_grad()
+def prepare_encoder(W_enc: Tensor, b_enc: Tensor, *, b_dec: Tensor | None = None) -> PreparedEncoder:
+    """Pack encoder weights once for many calls of topk_encode / threshold_encode.
+
+    Args:
+        W_enc: [d, F], any strides.
+        b_enc: [F].
+        b_dec: [d], subtracted from x before encoding (SAELens' apply_b_dec_to_input), or None.
+
+    Returns:
+        PreparedEncoder. It is a copy: after an edit of the weights prepare again, calls with the old one give the old
+        answer. Gradients still go to the W_enc, b_enc and b_dec of the call.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes, dtypes, devices; NaN in a weight.
+
+    Cost: one pass over W_enc; memory F d elements and 8 F bytes.
+    """
+    _check_weights("prepare_encoder", W_enc, b_enc, b_dec)
+    try:
+        weight, bias = _ops.pack_encoder(W_enc, b_enc, b_dec)
+    except RuntimeError as error:
+        raise _reraise_nan(error) or error from None
+    return PreparedEncoder(weight, bias, b_dec is not None)
+
+
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    b_dec: Tensor | None = None,
+    prepared: PreparedEncoder | None = None,
+) -> SparseActs:
+    """The k largest pre-activations of each token, exactly, then relu: a TopK SAE's encoder.
+
+    Equivalent to `((x - b_dec) @ W_enc + b_enc).topk(k)` and relu in exact arithmetic, without the [N, F] array.
+
+    Args:
+        x: activations [..., d], any leading shape, may be empty.
+        W_enc, b_enc, b_dec: encoder weights [d, F], [F], [d].
+        k: 0 to F.
+        prepared: of the same weights, saves packing them in this call.
+
+    Returns:
+        SparseActs with values and indices [..., k], sorted by value descending (before relu), ties by lower index.
+        Differentiable in x, W_enc, b_enc, b_dec through the values that relu lets pass.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
+
+    Cost: N F d multiply-adds in float64. Memory beyond inputs and outputs: the packed weights unless prepared,
+    about 2 MB a thread, and candidates of 2048 tokens at a time.
+    """
+    _check_encode("topk_encode", x, W_enc, b_enc, b_dec, prepared)
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k: must be an int, got {type(k).__name__}")
+    if not 0 <= k <= W_enc.shape[1]:
+        raise ValueError(f"k: must be from 0 to {W_enc.shape[1]} (latents), got {k}")
+    weight, bias = (None, None) if prepared is None else (prepared.weight, prepared.bias)
+    try:
+        values, indices = _ops.topk_encode(_rows(x), W_enc, b_enc, b_dec, k, weight, bias)
+    except RuntimeError as error:
+        raise _reraise_nan(error) or error from None
+    shape = (*x.shape[:-1], k)
+    return SparseActs.fixed(values.reshape(shape), indices.reshape(shape), W_enc.shape[1])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., d] -> [N, d], also when N or d is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def threshold_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor | float,
+    *,
+    b_dec: Tensor | None = None,
+    prepared: PreparedEncoder | None = None,
+) -> SparseActs:
+    """The pre-activations strictly above a threshold, exactly, then relu: JumpReLU, BatchTopK at inference, ReLU (0).
+
+    Args:
+        x: activations [..., d], any leading shape, may be empty.
+        W_enc, b_enc, b_dec: encoder weights [d, F], [F], [d].
+        threshold: a number, or a tensor [] or [F] of the dtype of x; compared with the rounded pre-activation.
+        prepared: of the same weights, saves packing them in this call.
+
+    Returns:
+        ragged SparseActs, latents ascending. A pre-activation that is NaN is kept: a dense JumpReLU would make the token
+        NaN, and dropping it would hide that. With a negative threshold relu leaves stored zeros.
+        Differentiable in x, W_enc, b_enc, b_dec, not in the threshold (a step function; training needs an estimator).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
+
+    Cost: N F d multiply-adds in float64. Memory beyond inputs and outputs: the packed weights unless prepared, about 2 MB
+    a thread, and the kept entries once more.
+    """
+    _check_encode("threshold_encode", x, W_enc, b_enc, b_dec, prepared)
+    if isinstance(threshold, int | float) and not isinstance(threshold, bool):
+        threshold = torch.tensor(threshold, dtype=x.dtype, device=x.device)
+    if isinstance(threshold, Tensor) and threshold.ndim == 0:
+        _check_tensor("threshold", threshold, (), W_enc)
+    else:
+        _check_tensor("threshold", threshold, (W_enc.shape[1],), W_enc)
+    if isinstance(threshold, Tensor) and threshold.requires_grad and torch.is_grad_enabled():
+        threshold = threshold.detach()
+    weight, bias = (None, None) if prepared is None else (prepared.weight, prepared.bias)
+    try:
+        crow, col, values = _ops.threshold_encode(_rows(x), W_enc, b_enc, b_dec, threshold, weight, bias)
+    except RuntimeError as error:
+        raise _reraise_nan(error) or error from None
+    return SparseActs.ragged(crow, col, values, W_enc.shape[1], tuple(x.shape[:-1]))
+
+
+def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """Reconstruct from active latents: equivalent to `acts.to_dense() @ W_dec + b_dec`, reading only the active rows.
+
+    Args:
+        acts: SparseActs of F latents, fixed or ragged.
+        W_dec: [F, d]. Rows are gathered: a W_dec that is not contiguous is copied in every call, so store it contiguous.
+        b_dec: [d] or None.
+
+    Returns:
+        x_hat [..., d], summed in float64 in stored order and rounded once. Differentiable in acts.values, W_dec, b_dec;
+        the gradients are deterministic.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
+
+    Cost: z d multiply-adds for z active latents, and as many elements of W_dec read; no [N, F] array.
+    """
+    if not isinstance(acts, SparseActs):
+        raise TypeError(f"acts: must be SparseActs (SparseActs.from_dense converts), got {type(acts).__name__}")
+    _check_tensor("W_dec", W_dec, (acts.d_sae, None), acts.values)
+    _check_device("sparse_decode", "W_dec", W_dec)
+    if b_dec is not None:
+        _check_tensor("b_dec", b_dec, (W_dec.shape[1],), W_dec)
+    if acts.is_ragged:
+        x_hat = _ops.sparse_decode(acts.values, acts.col_indices, acts.crow_indices, W_dec, b_dec)
+    else:
+        k = acts.values.shape[-1]
+        shape = (acts.n_tokens, k)
+        x_hat = _ops.sparse_decode(acts.values.reshape(shape), acts.indices.reshape(shape), None, W_dec, b_dec)
+    return x_hat.reshape(*acts.batch_shape, W_dec.shape[1])

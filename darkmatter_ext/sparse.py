@@ -1,0 +1,148 @@
+"""SparseActs: the one container of active latents.
+
+Two forms. *Fixed*: every token has k entries, `values` and `indices` are [..., k]. *Ragged*: torch's CSR terms,
+`crow_indices` [N + 1], `col_indices` [z], `values` [z] with N the number of tokens in `batch_shape`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SparseActs:
+    """Latent activations [..., F] of which only the active entries are stored."""
+
+    values: Tensor  # [..., k] or [z], floating point
+    stored_indices: Tensor  # int64, same shape as values
+    d_sae: int  # F
+    crow: Tensor | None = None  # int64 [N + 1], ragged form only
+    ragged_batch_shape: tuple[int, ...] | None = None
+
+    @classmethod
+    def fixed(cls, values: Tensor, indices: Tensor, d_sae: int) -> SparseActs:
+        """From values and indices [..., k].
+
+        Raises TypeError / ValueError when their shapes or dtypes do not fit.
+        """
+        if values.shape != indices.shape or values.ndim < 1:
+            raise ValueError(f"indices: must have the shape of values {list(values.shape)}, got {list(indices.shape)}")
+        _check_indices("indices", indices)
+        return cls(values, indices, d_sae)
+
+    @classmethod
+    def ragged(
+        cls, crow_indices: Tensor, col_indices: Tensor, values: Tensor, d_sae: int, batch_shape: tuple[int, ...]
+    ) -> SparseActs:
+        """From CSR parts: crow_indices [N + 1], col_indices [z], values [z]; N the product of `batch_shape`.
+
+        Raises TypeError / ValueError when their shapes or dtypes do not fit.
+        """
+        if values.shape != col_indices.shape or values.ndim != 1:
+            raise ValueError(f"col_indices: must have the shape of values {list(values.shape)}, got {list(col_indices.shape)}")
+        _check_indices("col_indices", col_indices)
+        _check_indices("crow_indices", crow_indices)
+        if crow_indices.shape != (math.prod(batch_shape) + 1,):
+            raise ValueError(
+                f"crow_indices: must have shape [{math.prod(batch_shape) + 1}] for batch {list(batch_shape)}, "
+                f"got {list(crow_indices.shape)}"
+            )
+        return cls(values, col_indices, d_sae, crow_indices, tuple(batch_shape))
+
+    @classmethod
+    def from_dense(cls, acts: Tensor) -> SparseActs:
+        """The nonzero entries of dense acts [..., F], ragged, latents ascending; differentiable in the values.
+
+        Raises TypeError / ValueError for acts that are not a floating-point tensor with at least one dimension.
+        """
+        if not isinstance(acts, Tensor) or not acts.is_floating_point():
+            given = acts.dtype if isinstance(acts, Tensor) else type(acts).__name__
+            raise TypeError(f"acts: must be a floating-point tensor, got {given}")
+        if acts.ndim < 1:
+            raise ValueError("acts: must have shape [..., F], got a scalar")
+        flat = acts.reshape(math.prod(acts.shape[:-1]), acts.shape[-1])
+        token, latent = flat.detach().nonzero(as_tuple=True)
+        crow = torch.zeros(len(flat) + 1, dtype=torch.int64, device=acts.device)
+        crow[1:] = torch.bincount(token, minlength=len(flat)).cumsum(0)
+        return cls.ragged(crow, latent, flat[token, latent], acts.shape[-1], tuple(acts.shape[:-1]))
+
+    @property
+    def is_ragged(self) -> bool:
+        return self.crow is not None
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading dimensions: the shape of the tokens."""
+        return tuple(self.values.shape[:-1]) if self.ragged_batch_shape is None else self.ragged_batch_shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense acts: [..., F]."""
+        return (*self.batch_shape, self.d_sae)
+
+    @property
+    def n_tokens(self) -> int:
+        return math.prod(self.batch_shape)
+
+    @property
+    def indices(self) -> Tensor:
+        """[..., k] int64. Raises ValueError for the ragged form, whose tokens have no common k."""
+        if self.is_ragged:
+            raise ValueError("indices: ragged acts have col_indices and crow_indices, got a ragged SparseActs")
+        return self.stored_indices
+
+    @property
+    def col_indices(self) -> Tensor:
+        """[z] int64, latent of every stored entry, token by token."""
+        return self.stored_indices.reshape(-1)
+
+    @property
+    def crow_indices(self) -> Tensor:
+        """[N + 1] int64: the entries of token i are crow_indices[i] to crow_indices[i + 1]."""
+        if self.crow is not None:
+            return self.crow
+        k = self.values.shape[-1]
+        return torch.arange(self.n_tokens + 1, device=self.values.device) * k
+
+    def token_numbers(self) -> Tensor:
+        """[z] int64, token of every stored entry."""
+        lengths = self.crow_indices.diff()
+        return torch.repeat_interleave(lengths, output_size=self.values.numel())
+
+    def to_dense(self) -> Tensor:
+        """Dense acts [..., F]; differentiable in the values. Memory: N F elements."""
+        dense = self.values.new_zeros(self.n_tokens, self.d_sae)
+        place = (self.token_numbers(), self.col_indices)
+        return dense.index_put(place, self.values.reshape(-1)).reshape(self.shape)
+
+    def l0(self) -> Tensor:
+        """[...] int64, latents with a nonzero value of each token (NaN counts; a stored zero does not)."""
+        nonzero = self.values.detach() != 0
+        if self.crow is None:
+            return nonzero.sum(-1)
+        counts = torch.zeros(self.n_tokens, dtype=torch.int64, device=self.values.device)
+        return counts.index_add_(0, self.token_numbers(), nonzero.long()).reshape(self.batch_shape)
+
+    def detach(self) -> SparseActs:
+        return dataclasses.replace(self, values=self.values.detach())
+
+    def to(self, device: torch.device | str) -> SparseActs:
+        """The same acts on another device."""
+        crow = None if self.crow is None else self.crow.to(device)
+        return dataclasses.replace(
+            self, values=self.values.to(device), stored_indices=self.stored_indices.to(device), crow=crow
+        )
+
+    def __repr__(self) -> str:
+        form = f"nnz={self.values.numel()}" if self.is_ragged else f"k={self.values.shape[-1]}"
+        return f"SparseActs(shape={list(self.shape)}, {form}, dtype={self.values.dtype}, device={self.values.device})"
+
+
+def _check_indices(name: str, indices: Tensor) -> None:
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{name}: must be int64, got {indices.dtype}")

@@ -1,0 +1,242 @@
+"""Build of the compiled parts; project metadata is in pyproject.toml.
+
+Three libraries, placed inside the package:
+  _C                     a small pybind11 module: how it was built, what the CPU can do
+  libdarkmatter_cpu.so   the ops on the CPU, on libtorch's stable ABI: one build serves torch 2.11 and later
+  libdarkmatter_cuda.so  the ops on CUDA, when nvcc is found; built without a CUDA torch, loaded only by one
+
+Environment:
+  DARKMATTER_CUDA        auto (default): build CUDA kernels when nvcc is found; 1: fail without it; 0: leave them out
+  DARKMATTER_CUDA_ARCHS  architectures, default "80;90a"; PTX of the first is added for GPUs not listed
+  CUDA_HOME              where the CUDA toolkit is; default: nvcc on PATH, then /usr/local/cuda
+  MAX_JOBS               compilers at a time
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Command, Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+TARGET_TORCH = "0x020B000000000000"  # stable ABI of torch 2.11
+DEFAULT_CUDA_ARCHS = "80;90a"
+CHECKED_CUDA_ARCHS = ("80", "86", "89", "90a", "100")  # of `make cuda-check`
+MAX_SPILL_BYTES = 0
+
+
+def fail(message: str) -> None:
+    """Stop the build with one line instead of a traceback."""
+    sys.exit(f"darkmatter_ext: {message}")
+
+
+def torch_folder() -> Path:
+    """Where torch is installed. An isolated build does not see it: then look where this interpreter keeps packages."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        sys.path.append(sysconfig.get_path("purelib"))
+        try:
+            import torch
+        except ModuleNotFoundError:
+            fail("torch must be installed first: pip install torch, then pip install --no-build-isolation .")
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 11):
+        fail(f"torch must be 2.11 or later, got {torch.__version__}")
+    return Path(torch.__file__).parent
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    candidates = [Path(home) / "bin/nvcc"] if home else []
+    candidates += [Path(path) for path in [shutil.which("nvcc")] if path]
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    return next((str(path) for path in candidates if path.is_file()), None)
+
+
+def cuda_choice() -> str | None:
+    """nvcc when CUDA kernels are to be built, else None."""
+    wanted = os.environ.get("DARKMATTER_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        fail(f"DARKMATTER_CUDA: must be auto, 1 or 0, got {wanted!r}")
+    nvcc = None if wanted == "0" else find_nvcc()
+    if wanted == "1" and nvcc is None:
+        fail("DARKMATTER_CUDA=1 needs nvcc, and none was found: set CUDA_HOME, or DARKMATTER_CUDA=0")
+    return nvcc
+
+
+def cuda_archs() -> list[str]:
+    archs = [arch for arch in os.environ.get("DARKMATTER_CUDA_ARCHS", DEFAULT_CUDA_ARCHS).split(";") if arch]
+    for arch in archs:
+        if not arch.rstrip("af").isdigit():
+            fail(f"DARKMATTER_CUDA_ARCHS: must be like 80;90a, got {arch!r}")
+    return archs
+
+
+def first_line(command: list[str], last: bool = False) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines() or [""]
+    return lines[-1 if last else 0]
+
+
+class Build:
+    """The commands of the build, written as a ninja file: parallel, and only what changed."""
+
+    def __init__(self, work: Path, out: Path, nvcc: str | None, archs: list[str]) -> None:
+        self.work, self.out, self.nvcc, self.archs = work, out, nvcc, archs
+        torch = torch_folder()
+        self.include = [ROOT / "csrc", torch / "include", torch / "include/torch/csrc/api/include"]
+        self.torch_lib = torch / "lib"
+        self.cxx = os.environ.get("CXX", "c++")
+        self.lines: list[str] = []
+
+    def rule(self, name: str, command: str) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}", "  depfile = $out.d", "  deps = gcc"]
+
+    def objects(self, rule: str, sources: list[Path], suffix: str = "") -> str:
+        names = []
+        for source in sources:
+            name = f"{source.relative_to(ROOT / 'csrc')}{suffix}.o".replace("/", "_")
+            self.lines.append(f"build {name}: {rule} {source}")
+            names.append(name)
+        return " ".join(names)
+
+    def flags(self) -> tuple[str, str]:
+        includes = " ".join(f"-isystem {path}" if "torch" in str(path) else f"-I{path}" for path in self.include)
+        common = f"{includes} -DTORCH_TARGET_VERSION={TARGET_TORCH} -DNDEBUG"
+        return common, f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi {common}"
+
+    def nvcc_command(self, archs: list[str], extra: str = "") -> str:
+        targets = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
+        return (
+            f"{self.nvcc} -O3 -std=c++20 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden {self.flags()[0]} "
+            f"{targets} {extra} -MD -MF $out.d -c $in -o $out"
+        )
+
+    def write(self) -> None:
+        """The whole build file."""
+        csrc = ROOT / "csrc"
+        _, cxx_flags = self.flags()
+        self.rule("cxx", f"{self.cxx} {cxx_flags} -MMD -MF $out.d -c $in -o $out")
+        self.lines += ["rule link", f"  command = {self.cxx} -shared $in -o $out $libs"]
+        torch_libs = f"-L{self.torch_lib} -ltorch -ltorch_cpu -lc10"
+        if platform.system() == "Linux":
+            torch_libs = "-Wl,--no-as-needed " + torch_libs
+        cpu = self.objects("cxx", [csrc / "ops.cpp", *sorted((csrc / "cpu").glob("*.cpp"))])
+        self.lines += [f"build {self.out}/libdarkmatter_cpu.so: link {cpu}", f"  libs = {torch_libs}"]
+        self._python_module(csrc, cxx_flags)
+        if self.nvcc:
+            self._cuda_library(csrc)
+        self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / "build.ninja").write_text("\n".join(self.lines) + "\n")
+
+    def _python_module(self, csrc: Path, cxx_flags: str) -> None:
+        import pybind11
+
+        includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+        nvcc_version = first_line([self.nvcc, "--version"], last=True) if self.nvcc else ""
+        commit = first_line(["git", "-C", str(ROOT), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*"])
+        facts = {
+            "CUDA_ARCHS": ";".join(self.archs) if self.nvcc else "",
+            "NVCC": nvcc_version,
+            "COMMIT": commit,
+        }
+        defines = " ".join(f"-DDARKMATTER_{name}='\"{value}\"'" for name, value in facts.items())
+        self.rule("pycxx", f"{self.cxx} {cxx_flags} {includes} {defines} -MMD -MF $out.d -c $in -o $out")
+        module = self.objects("pycxx", [csrc / "module.cpp"]) + " " + self.objects("cxx", [csrc / "cpu/isa.cpp"], ".module")
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        self.lines += [f"build {self.out}/_C{suffix}: link {module}", "  libs ="]
+
+    def _cuda_library(self, csrc: Path) -> None:
+        # A CPU torch has no libtorch_cuda.so to link; an empty library of that name records the dependency, so that
+        # the loader resolves torch's CUDA symbols when a CUDA torch loads this one.
+        self.lines += [
+            "rule stub",
+            f"  command = {self.cxx} -shared -Wl,-soname,libtorch_cuda.so -x c++ /dev/null -o $out",
+            "build libtorch_cuda.so: stub",
+        ]
+        ptx = f"-gencode arch=compute_{self.archs[0].rstrip('af')},code=compute_{self.archs[0].rstrip('af')}"
+        self.rule("nvcc", self.nvcc_command(self.archs, ptx))
+        objects = self.objects("nvcc", sorted((csrc / "cuda").glob("*.cu")))
+        # nvcc links, because only it knows where its static runtime library is.
+        libs = f"-L{self.torch_lib} -ltorch -ltorch_cpu -lc10 -L. -ltorch_cuda"
+        self.lines += [
+            f"rule nvlink\n  command = {self.nvcc} -shared -cudart static -Xlinker --no-as-needed $in -o $out {libs}",
+            f"build {self.out}/libdarkmatter_cuda.so: nvlink {objects} | libtorch_cuda.so",
+        ]
+
+    def run(self) -> None:
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+        command = ["ninja", "-C", str(self.work), "-j", jobs]
+        if subprocess.run(command, check=False).returncode != 0:
+            fail("the build failed; the compiler's message is above")
+
+
+class BuildLibraries(build_ext):
+    """`build_ext` that makes the three libraries with ninja."""
+
+    def run(self) -> None:
+        nvcc = cuda_choice()
+        archs = cuda_archs() if nvcc else []
+        out = ROOT / "darkmatter_ext" if self.inplace else Path(self.build_lib).resolve() / "darkmatter_ext"
+        out.mkdir(parents=True, exist_ok=True)
+        build = Build(Path(self.build_temp).resolve(), out, nvcc, archs)
+        build.write()
+        build.run()
+        made = f"CPU and CUDA kernels ({', '.join(archs)})" if nvcc else "CPU kernels; no CUDA kernels"
+        reason = "" if nvcc else " (DARKMATTER_CUDA=0)" if os.environ.get("DARKMATTER_CUDA") == "0" else " (no nvcc found)"
+        print(f"darkmatter_ext: built {made}{reason}", file=sys.stderr)
+
+
+class CudaCheck(Command):
+    """Compile every CUDA kernel for every supported architecture; fail on register spills. Needs nvcc, no GPU."""
+
+    description = "compile all CUDA kernels for all supported architectures"
+    user_options: list[tuple[str, str, str]] = []
+
+    def initialize_options(self) -> None:
+        """No options."""
+
+    def finalize_options(self) -> None:
+        """No options."""
+
+    def run(self) -> None:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            fail("cuda_check needs nvcc, and none was found: set CUDA_HOME")
+        work = ROOT / "build/cuda_check"
+        work.mkdir(parents=True, exist_ok=True)
+        build = Build(work, work, nvcc, list(CHECKED_CUDA_ARCHS))
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            target = work / f"{source.stem}.o"
+            command = build.nvcc_command(list(CHECKED_CUDA_ARCHS), "-Xptxas -v")
+            command = command.replace("$in", str(source)).replace("$out", str(target))
+            done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                print(done.stderr)
+                fail(f"{source.name} does not compile")
+            self._check_resources(source, done.stderr)
+
+    def _check_resources(self, source: Path, report: str) -> None:
+        spills = [line for line in report.splitlines() if "bytes spill stores" in line]
+        worst = max((int(line.split("bytes spill stores")[0].split(",")[-1]) for line in spills), default=0)
+        print(f"{source.name}: {len(spills)} kernels for sm_{', sm_'.join(CHECKED_CUDA_ARCHS)}, spills at most {worst} bytes")
+        if not spills:
+            fail(f"{source.name} compiled to no kernel")
+        if worst > MAX_SPILL_BYTES:
+            fail(f"{source.name} spills {worst} bytes of registers, allowed are {MAX_SPILL_BYTES}")
+        if "wgmma" in report and "serialized" in report:
+            fail(f"{source.name}: the compiler serialises wgmma (C7510)")
+
+
+setup(
+    ext_modules=[Extension("darkmatter_ext._C", ["csrc/module.cpp"])],
+    cmdclass={"build_ext": BuildLibraries, "cuda_check": CudaCheck},
+)
