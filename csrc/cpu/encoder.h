@@ -14,7 +14,7 @@
 namespace darkmatter {
 
 constexpr int64_t kTokens = 64;           // tokens a block: amortises the widening of the weights to float64
-constexpr int64_t kLatents = 32;          // latents a block: their float64 rows stay in L2 (192 KB at d 768)
+constexpr int64_t kLatents = 24;          // latents a block: their float64 rows stay in L2 (147 KB at d 768)
 constexpr int64_t kTokenBytes = 1 << 20;  // of float64 tokens a block, so that they stay in L2 for large d
 
 struct Packed {
@@ -34,14 +34,36 @@ struct Tiling {
 
   Tiling(int64_t n_tokens, int64_t n_latents, int64_t d) : n_tokens(n_tokens), n_latents(n_latents) {
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t fits = std::max<int64_t>(4, kTokenBytes / (8 * std::max<int64_t>(d, 1)) / 4 * 4);
-    const int64_t share = ceil_div(ceil_div(n_tokens, threads), 4) * 4;  // the kernel takes four tokens at a time
-    chunk = std::max<int64_t>(4, std::min({kTokens, fits, share}));
+    const int64_t fits = std::max<int64_t>(8, kTokenBytes / (8 * std::max<int64_t>(d, 1)) / 8 * 8);
+    const int64_t share = ceil_div(ceil_div(n_tokens, threads), 8) * 8;  // the kernel takes eight tokens at a time
+    chunk = std::max<int64_t>(8, std::min({kTokens, fits, share}));
     chunks = ceil_div(n_tokens, chunk);
     range = ceil_div(n_latents, std::max<int64_t>(1, chunks ? ceil_div(threads, chunks) : 1));
     range = std::max<int64_t>(1, range);
     ranges = ceil_div(n_latents, range);
   }
+};
+
+// Rows of float64, 64-byte aligned and zero-padded to whole lanes, as the dots kernel wants them.
+class WideRows {
+ public:
+  WideRows(int64_t rows, int64_t d) : d_(d), d_padded_(ceil_div(d, kLanes) * kLanes), storage_(rows * d_padded_ + 8) {}
+
+  template <typename T>
+  void fill(const TypedKernels<T>& kernel, const T* from, int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row) {
+      kernel.widen(from + row * d_, data() + row * d_padded_, d_);
+    }
+  }
+  double* data() {
+    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
+    return storage_.data() + (64 - address % 64) % 64 / sizeof(double);
+  }
+  int64_t d_padded() const { return d_padded_; }
+
+ private:
+  int64_t d_, d_padded_;
+  std::vector<double> storage_;  // zero beyond d in every row
 };
 
 // Visits the rounded pre-activations of every token, latents ascending within a range:
@@ -57,13 +79,14 @@ void visit_pre_activations(const T* x, const Packed& packed, const Tiling& tilin
     const int64_t token = task / tiling.ranges * tiling.chunk, number = task % tiling.ranges;
     const int64_t tokens = std::min(tiling.chunk, tiling.n_tokens - token);
     const int64_t end = std::min((number + 1) * tiling.range, tiling.n_latents);
-    std::vector<double> x_wide(tokens * d), w_wide(kLatents * d), scores(tokens * kLatents);
+    WideRows x_wide(tokens, d), w_wide(kLatents, d);
+    std::vector<double> scores(tokens * kLatents);
     T h[kLatents];
-    kernel.of<T>().widen(x + token * d, x_wide.data(), tokens * d);
+    x_wide.fill(kernel.of<T>(), x + token * d, tokens);
     for (int64_t first = number * tiling.range; first < end; first += kLatents) {
       const int64_t latents = std::min(kLatents, end - first);
-      kernel.of<T>().widen(w + first * d, w_wide.data(), latents * d);
-      kernel.dots(x_wide.data(), tokens, w_wide.data(), latents, d, scores.data(), kLatents);
+      w_wide.fill(kernel.of<T>(), w + first * d, latents);
+      kernel.dots(x_wide.data(), tokens, w_wide.data(), latents, x_wide.d_padded(), scores.data(), kLatents);
       for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t l = 0; l < latents; ++l) {
           h[l] = rounded<T>(scores[t * kLatents + l] + bias[first + l]);

@@ -45,8 +45,7 @@ DM_INLINE Vec8 load_tail(const T* from, int64_t n) {
   return load8(padded);
 }
 
-DM_INLINE double reduce(Vec8 low, Vec8 high) {
-  const Vec8 sum = low + high;
+DM_INLINE double reduce(Vec8 sum) {
   return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
@@ -62,78 +61,77 @@ static void widen(const T* from, double* to, int64_t n) {
   }
 }
 
-// A block of A tokens times B latents: A B pairs of 8-lane sums in registers. 4 x 2 fills 16 of 32 zmm registers and
-// needs 6 loads for 16 multiply-adds.
+// A block of A tokens times B latents, A B sums of eight lanes. 8 x 3 keeps 24 sums in the 32 zmm registers and needs
+// 11 loads for 24 multiply-adds, so the two multiply-add ports are the limit; eight tokens read each weight row once
+// from L2.
 template <int A, int B>
-DM_INLINE void dot_block(const double* x, const double* w, int64_t d, double* out, int64_t ld_out) {
-  Vec8 low[A][B] = {}, high[A][B] = {};
-  int64_t e = 0;
-  for (; e + 16 <= d; e += 16) {
-    for (int b = 0; b < B; ++b) {
-      const Vec8 w_low = load8(w + b * d + e), w_high = load8(w + b * d + e + 8);
-      for (int a = 0; a < A; ++a) {
-        low[a][b] += load8(x + a * d + e) * w_low;
-        high[a][b] += load8(x + a * d + e + 8) * w_high;
-      }
-    }
-  }
-  if (e < d) {  // the tail goes to the lanes its elements have in the fixed order
-    const int64_t left = d - e, n_low = left < 8 ? left : 8;
-    for (int b = 0; b < B; ++b) {
-      for (int a = 0; a < A; ++a) {
-        const double *x_tail = x + a * d + e, *w_tail = w + b * d + e;
-        low[a][b] += load_tail(x_tail, n_low) * load_tail(w_tail, n_low);
-        if (left > 8) {
-          high[a][b] += load_tail(x_tail + 8, left - 8) * load_tail(w_tail + 8, left - 8);
-        }
-      }
-    }
-  }
+DM_INLINE void dot_block(const double* x, const double* w, int64_t d_padded, double* out, int64_t ld_out) {
+  Vec8 sums[A][B];
+#pragma GCC unroll 8
   for (int a = 0; a < A; ++a) {
+#pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
-      out[a * ld_out + b] = reduce(low[a][b], high[a][b]);
+      sums[a][b] = Vec8{};
+    }
+  }
+  for (int64_t e = 0; e < d_padded; e += kLanes) {
+    Vec8 columns[B];
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+      columns[b] = load8(w + b * d_padded + e);
+    }
+#pragma GCC unroll 8
+    for (int a = 0; a < A; ++a) {
+      const Vec8 row = load8(x + a * d_padded + e);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) {
+        sums[a][b] += row * columns[b];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int a = 0; a < A; ++a) {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+      out[a * ld_out + b] = reduce(sums[a][b]);
     }
   }
 }
 
 template <int A>
-DM_INLINE void dot_rows(const double* x, const double* w, int64_t latents, int64_t d, double* out, int64_t ld_out) {
+DM_INLINE void dot_rows(
+    const double* x, const double* w, int64_t latents, int64_t d_padded, double* out, int64_t ld_out) {
   int64_t l = 0;
   for (; l + 2 <= latents; l += 2) {
-    dot_block<A, 2>(x, w + l * d, d, out + l, ld_out);
+    dot_block<A, 2>(x, w + l * d_padded, d_padded, out + l, ld_out);
   }
-  if (l < latents) {
-    dot_block<A, 1>(x, w + l * d, d, out + l, ld_out);
+  for (; l < latents; ++l) {
+    dot_block<A, 1>(x, w + l * d_padded, d_padded, out + l, ld_out);
   }
 }
 
 static void dots(
-    const double* x, int64_t tokens, const double* w, int64_t latents, int64_t d, double* out, int64_t ld_out) {
+    const double* x, int64_t tokens, const double* w, int64_t latents, int64_t d_padded, double* out, int64_t ld_out) {
   int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4) {
-    dot_rows<4>(x + t * d, w, latents, d, out + t * ld_out, ld_out);
+  for (; t + 8 <= tokens; t += 8) {
+    dot_rows<8>(x + t * d_padded, w, latents, d_padded, out + t * ld_out, ld_out);
   }
   for (; t < tokens; ++t) {
-    dot_rows<1>(x + t * d, w, latents, d, out + t * ld_out, ld_out);
+    dot_rows<1>(x + t * d_padded, w, latents, d_padded, out + t * ld_out, ld_out);
   }
 }
 
 template <typename T>
 static double dot(const double* x, const T* w, int64_t d) {
-  Vec8 low = {}, high = {};
+  Vec8 sum = {};
   int64_t e = 0;
-  for (; e + 16 <= d; e += 16) {
-    low += load8(x + e) * load8(w + e);
-    high += load8(x + e + 8) * load8(w + e + 8);
+  for (; e + kLanes <= d; e += kLanes) {
+    sum += load8(x + e) * load8(w + e);
   }
   if (e < d) {
-    const int64_t left = d - e, n_low = left < 8 ? left : 8;
-    low += load_tail(x + e, n_low) * load_tail(w + e, n_low);
-    if (left > 8) {
-      high += load_tail(x + e + 8, left - 8) * load_tail(w + e + 8, left - 8);
-    }
+    sum += load_tail(x + e, d - e) * load_tail(w + e, d - e);
   }
-  return reduce(low, high);
+  return reduce(sum);
 }
 
 template <typename T>
