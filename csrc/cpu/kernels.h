@@ -21,9 +21,13 @@ constexpr int64_t kLanes = 8;
 // Kernels on elements of one type.
 template <typename T>
 struct TypedKernels {
-  void (*widen)(const T* from, double* to, int64_t n);                      // to[e] = from[e]
-  double (*dot)(const double* x, const T* w, int64_t d);                    // one dot product
-  void (*add_scaled)(double* sum, double factor, const T* row, int64_t n);  // sum[e] += factor * row[e]
+  // to[e] = from[e]
+  void (*widen)(const T* from, double* to, int64_t n);
+  // one dot product
+  double (*dot)(const double* x, const T* w, int64_t d);
+  // sum[e] += factors[a] * rows[index[a], e] for a = 0 .. count - 1 in this order; rows [.., d], sum [d]
+  void (*weighted_sum)(
+      const T* rows, int64_t d, const int64_t* index, const double* factors, int64_t count, double* sum);
 };
 
 struct Kernels {

@@ -134,21 +134,50 @@ static double dot(const double* x, const T* w, int64_t d) {
   return reduce(sum);
 }
 
-template <typename T>
-static void add_scaled(double* sum, double factor, const T* row, int64_t n) {
-  int64_t e = 0;
-  for (; e + 8 <= n; e += 8) {
-    store(sum + e, load8(sum + e) + factor * load8(row + e));
+// One column block of weighted_sum, WIDTH vectors of sums in registers over all the rows.
+template <int WIDTH, typename T>
+DM_INLINE void weighted_columns(
+    const T* rows, int64_t ld_rows, const int64_t* index, const double* factors, int64_t count, double* sum) {
+  Vec8 sums[WIDTH];
+#pragma GCC unroll 8
+  for (int v = 0; v < WIDTH; ++v) {
+    sums[v] = load8(sum + 8 * v);
   }
-  if (e < n) {
-    const Vec8 total = load_tail(sum + e, n - e) + factor * load_tail(row + e, n - e);
-    __builtin_memcpy(sum + e, &total, (n - e) * sizeof(double));
+  for (int64_t a = 0; a < count; ++a) {
+    const T* row = rows + index[a] * ld_rows;
+#pragma GCC unroll 8
+    for (int v = 0; v < WIDTH; ++v) {
+      sums[v] += factors[a] * load8(row + 8 * v);
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < WIDTH; ++v) {
+    store(sum + 8 * v, sums[v]);
+  }
+}
+
+template <typename T>
+static void weighted_sum(
+    const T* rows, int64_t d, const int64_t* index, const double* factors, int64_t count, double* sum) {
+  int64_t e = 0;
+  for (; e + 64 <= d; e += 64) {
+    weighted_columns<8>(rows + e, d, index, factors, count, sum + e);
+  }
+  for (; e + 8 <= d; e += 8) {
+    weighted_columns<1>(rows + e, d, index, factors, count, sum + e);
+  }
+  if (e < d) {
+    Vec8 tail = load_tail(sum + e, d - e);
+    for (int64_t a = 0; a < count; ++a) {
+      tail += factors[a] * load_tail(rows + index[a] * d + e, d - e);
+    }
+    __builtin_memcpy(sum + e, &tail, (d - e) * sizeof(double));
   }
 }
 
 template <typename T>
 static constexpr TypedKernels<T> typed() {
-  return {widen<T>, dot<T>, add_scaled<T>};
+  return {widen<T>, dot<T>, weighted_sum<T>};
 }
 
 static const Kernels table = {dots, typed<float>(), typed<double>(), typed<Half>(), typed<BFloat16>()};

@@ -86,19 +86,21 @@ static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, 
       kernel.widen(data<T>(torch::stable::contiguous(*b_dec)), bias.data(), d);
     }
     parallel_ranges(active.n_tokens, kTokenGrain, [&](int64_t begin, int64_t end) {
-      std::vector<double> sum(d);
+      std::vector<double> sum(d), used_factors;
+      std::vector<int64_t> used;
       for (int64_t token = begin; token < end; ++token) {
-        std::copy(bias.begin(), bias.end(), sum.begin());
+        used.clear();
+        used_factors.clear();
         for (int64_t a = active.begin(token); a < active.begin(token + 1); ++a) {
           const double factor = static_cast<double>(data<T>(factors)[a]);
           if (factor != 0.0) {  // relu leaves zeros in fixed-k acts: no gather for them
-            kernel.add_scaled(sum.data(), factor, data<T>(weights) + active.index()[a] * d, d);
+            used.push_back(active.index()[a]);
+            used_factors.push_back(factor);
           }
         }
-        T* row = mutable_data<T>(out) + token * d;
-        for (int64_t e = 0; e < d; ++e) {
-          row[e] = rounded<T>(sum[e]);
-        }
+        std::copy(bias.begin(), bias.end(), sum.begin());
+        kernel.weighted_sum(data<T>(weights), d, used.data(), used_factors.data(), used.size(), sum.data());
+        round_row(sum.data(), mutable_data<T>(out) + token * d, d);
       }
     });
   });
@@ -135,11 +137,12 @@ static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tenso
 // The active latents sorted by latent, tokens ascending within one (a counting sort): the segments of sparse_outer.
 struct Segments {
   std::vector<int64_t> start;  // [F + 1]
-  std::vector<int64_t> place;  // [z] position in the flat acts
   std::vector<int64_t> token;  // [z]
+  std::vector<double> factor;  // [z]
 
-  explicit Segments(const Active& active)
-      : start(active.n_latents + 1, 0), place(active.n_active), token(active.n_active) {
+  template <typename T>
+  Segments(const Active& active, const T* values)
+      : start(active.n_latents + 1, 0), token(active.n_active), factor(active.n_active) {
     for (int64_t a = 0; a < active.n_active; ++a) {
       ++start[active.index()[a] + 1];
     }
@@ -150,8 +153,8 @@ struct Segments {
     for (int64_t i = 0; i < active.n_tokens; ++i) {
       for (int64_t a = active.begin(i); a < active.begin(i + 1); ++a) {
         const int64_t at = next[active.index()[a]]++;
-        place[at] = a;
         token[at] = i;
+        factor[at] = static_cast<double>(values[a]);
       }
     }
   }
@@ -164,24 +167,20 @@ static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, T
   STD_TORCH_CHECK(n_latents >= 0, "n_latents: must be at least 0, got ", n_latents);
   const int64_t d = rows.size(1);
   const Active active(indices, crow, rows.size(0), n_latents);
-  const Segments segments(active);
   const Tensor right = torch::stable::contiguous(rows), factors = torch::stable::contiguous(values);
   Tensor out = torch::stable::new_empty(rows, {n_latents, d});
   dispatch_floating("rows", rows.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const TypedKernels<T>& kernel = kernels().of<T>();
+    const Segments segments(active, data<T>(factors));
     parallel_ranges(n_latents, kLatentGrain, [&](int64_t begin, int64_t end) {
       std::vector<double> sum(d);
       for (int64_t j = begin; j < end; ++j) {
+        const int64_t first = segments.start[j], count = segments.start[j + 1] - first;
         std::fill(sum.begin(), sum.end(), 0.0);
-        for (int64_t s = segments.start[j]; s < segments.start[j + 1]; ++s) {
-          const double factor = static_cast<double>(data<T>(factors)[segments.place[s]]);
-          kernel.add_scaled(sum.data(), factor, data<T>(right) + segments.token[s] * d, d);
-        }
-        T* row = mutable_data<T>(out) + j * d;
-        for (int64_t e = 0; e < d; ++e) {
-          row[e] = rounded<T>(sum[e]);
-        }
+        kernel.weighted_sum(
+            data<T>(right), d, segments.token.data() + first, segments.factor.data() + first, count, sum.data());
+        round_row(sum.data(), mutable_data<T>(out) + j * d, d);
       }
     });
   });
