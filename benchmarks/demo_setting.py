@@ -26,7 +26,7 @@ FACTORS: dict[str, dict[str, object]] = {  # factor -> values other than the dem
     "width": {"widths": ((1024,), (4096,))},
     "split": {"split": ("contexts", "tokens")},
     "dropped positions": {"drop_positions": (1, 64)},
-    "training steps": {"steps": (300, 1200)},
+    "training steps": {"steps": (200, 1600)},
     "layer": {"hook": tuple(f"blocks.{layer}.hook_resid_post" for layer in (5, 15, 20))},
 }
 COLUMNS = (

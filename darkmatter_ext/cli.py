@@ -58,9 +58,9 @@ def _table(result: Result) -> Table:
 
     from darkmatter_ext.report import COLUMNS, cell, sae_rows
 
-    table = Table(title=f"{result.experiment}: {result.config['model']}, {result.config['hook']}, held-out tokens")
+    table = Table(title=f"{result.experiment}: {result.config['model']}, {result.config['hook']}, held-out tokens", pad_edge=False)
     for key, heading, _ in COLUMNS:
-        table.add_column(heading, justify="left" if key == "name" else "right")
+        table.add_column(heading, justify="left" if key == "name" else "right", no_wrap=key == "name")
     for row in sae_rows(result):
         table.add_row(*(cell(row, key, form) for key, _, form in COLUMNS))
     return table

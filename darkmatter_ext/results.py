@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,6 @@ from darkmatter_ext.storage import atomic_file
 
 FORMAT = 1  # of the file; raised when a reader of the old one would misread the new one
 _RECORDED_PACKAGES = ("darkmatter_ext", "torch", "numpy", "transformers", "sae_lens")
-
-
-def source_commit() -> str:
-    """The git commit of the source this package runs from, with `+changes`; empty for an installed copy."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*"]
-    try:
-        tracked = ["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name]
-        if subprocess.run(tracked, capture_output=True, check=False).returncode != 0:
-            return ""  # site-packages inside somebody's repository is not that repository's commit
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -42,7 +27,7 @@ def provenance(device: str) -> dict[str, Any]:
     on_gpu = device.startswith("cuda")
     return {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": build_info().get("commit") or source_commit(),
+        "commit": build_info()["commit"],
         "versions": versions | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name(device) if on_gpu else device,
         "machine": platform.machine(),

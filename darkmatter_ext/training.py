@@ -33,7 +33,7 @@ class TrainingConfig:
 
     d_sae: int
     k: int = 32
-    steps: int = 600
+    steps: int = 400
     batch_size: int = 2048
     learning_rate: float = 1e-3
     decay_share: float = 0.3  # the last part of training, over which the learning rate goes to 0 linearly

@@ -34,9 +34,9 @@ struct Tiling {
 
   Tiling(int64_t n_tokens, int64_t n_latents, int64_t d) : n_tokens(n_tokens), n_latents(n_latents) {
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t fits = std::max<int64_t>(8, kTokenBytes / (8 * std::max<int64_t>(d, 1)) / 8 * 8);
-    const int64_t share = ceil_div(ceil_div(n_tokens, threads), 8) * 8;  // the kernel takes eight tokens at a time
-    chunk = std::max<int64_t>(8, std::min({kTokens, fits, share}));
+    const int64_t fits = std::max<int64_t>(2, kTokenBytes / (8 * std::max<int64_t>(d, 1)) / 2 * 2);
+    const int64_t share = ceil_div(ceil_div(n_tokens, threads), 2) * 2;  // the kernel takes two tokens at a time
+    chunk = std::max<int64_t>(2, std::min({kTokens, fits, share}));
     chunks = ceil_div(n_tokens, chunk);
     range = ceil_div(n_latents, std::max<int64_t>(1, chunks ? ceil_div(threads, chunks) : 1));
     range = std::max<int64_t>(1, range);
@@ -86,7 +86,7 @@ void visit_pre_activations(const T* x, const Packed& packed, const Tiling& tilin
     for (int64_t first = number * tiling.range; first < end; first += kLatents) {
       const int64_t latents = std::min(kLatents, end - first);
       w_wide.fill(kernel.of<T>(), w + first * d, latents);
-      kernel.dots(x_wide.data(), tokens, w_wide.data(), latents, x_wide.d_padded(), scores.data(), kLatents);
+      kernel.dots(x_wide.data(), tokens, w_wide.data(), kLatents, x_wide.d_padded(), scores.data(), kLatents);
       for (int64_t t = 0; t < tokens; ++t) {
         for (int64_t l = 0; l < latents; ++l) {
           h[l] = rounded<T>(scores[t * kLatents + l] + bias[first + l]);

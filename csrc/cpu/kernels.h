@@ -31,8 +31,8 @@ struct TypedKernels {
 };
 
 struct Kernels {
-  // out[t * ld_out + l] = <x_t, w_l> for rows x [tokens, d_padded], w [latents, d_padded], zero beyond d, d_padded a
-  // multiple of kLanes; 64-byte aligned rows are twice as fast.
+  // out[t * ld_out + l] = <x_t, w_l> for rows x [tokens, d_padded], w [latents, d_padded], zero beyond d; d_padded
+  // and latents are multiples of kLanes. 64-byte aligned rows are twice as fast.
   void (*dots)(
       const double* x, int64_t tokens, const double* w, int64_t latents, int64_t d_padded, double* out, int64_t ld_out);
   TypedKernels<float> f32;

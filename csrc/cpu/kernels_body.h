@@ -3,11 +3,17 @@
 // (a shared inline function would be compiled for whichever set comes first).
 
 typedef double Vec8 __attribute__((vector_size(64)));
+typedef int64_t Long8 __attribute__((vector_size(64)));
 typedef float Float8 __attribute__((vector_size(32)));
 typedef uint32_t Word8 __attribute__((vector_size(32)));
 typedef uint16_t Short8 __attribute__((vector_size(16)));
 
 #define DM_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define DM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Long8{__VA_ARGS__})
+#endif
 
 template <typename V, typename T>
 DM_INLINE V load_as(const T* from) {
@@ -49,6 +55,23 @@ DM_INLINE double reduce(Vec8 sum) {
   return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
+// The same tree for eight sums at once: each step adds the halves of two vectors into one.
+DM_INLINE Vec8 reduce_eight(const Vec8 (&sums)[8]) {
+  Vec8 fours[4], twos[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Vec8 a = sums[2 * i], b = sums[2 * i + 1];
+    fours[i] = DM_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + DM_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const Vec8 a = fours[2 * i], b = fours[2 * i + 1];
+    twos[i] = DM_SHUFFLE(a, b, 0, 1, 4, 5, 8, 9, 12, 13) + DM_SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
+  }
+  return DM_SHUFFLE(twos[0], twos[1], 0, 2, 4, 6, 8, 10, 12, 14) +
+         DM_SHUFFLE(twos[0], twos[1], 1, 3, 5, 7, 9, 11, 13, 15);
+}
+
 template <typename T>
 static void widen(const T* from, double* to, int64_t n) {
   int64_t e = 0;
@@ -61,63 +84,50 @@ static void widen(const T* from, double* to, int64_t n) {
   }
 }
 
-// A block of A tokens times B latents, A B sums of eight lanes. 8 x 3 keeps 24 sums in the 32 zmm registers and needs
-// 11 loads for 24 multiply-adds, so the two multiply-add ports are the limit; eight tokens read each weight row once
-// from L2.
-template <int A, int B>
+// A block of A tokens times eight latents, 8 A sums of eight lanes. 2 x 8 keeps 16 sums in registers and needs 10 loads
+// for 16 multiply-adds, so the two multiply-add ports are the limit; the eight weight rows stay in L1 while tokens
+// stream.
+template <int A>
 DM_INLINE void dot_block(const double* x, const double* w, int64_t d_padded, double* out, int64_t ld_out) {
-  Vec8 sums[A][B];
-#pragma GCC unroll 8
+  Vec8 sums[A][8];
+#pragma GCC unroll 2
   for (int a = 0; a < A; ++a) {
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) {
+#pragma GCC unroll 8
+    for (int b = 0; b < 8; ++b) {
       sums[a][b] = Vec8{};
     }
   }
   for (int64_t e = 0; e < d_padded; e += kLanes) {
-    Vec8 columns[B];
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) {
-      columns[b] = load8(w + b * d_padded + e);
+    Vec8 rows[A];
+#pragma GCC unroll 2
+    for (int a = 0; a < A; ++a) {
+      rows[a] = load8(x + a * d_padded + e);
     }
 #pragma GCC unroll 8
-    for (int a = 0; a < A; ++a) {
-      const Vec8 row = load8(x + a * d_padded + e);
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) {
-        sums[a][b] += row * columns[b];
+    for (int b = 0; b < 8; ++b) {
+      const Vec8 column = load8(w + b * d_padded + e);
+#pragma GCC unroll 2
+      for (int a = 0; a < A; ++a) {
+        sums[a][b] += rows[a] * column;
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 2
   for (int a = 0; a < A; ++a) {
-#pragma GCC unroll 4
-    for (int b = 0; b < B; ++b) {
-      out[a * ld_out + b] = reduce(sums[a][b]);
-    }
-  }
-}
-
-template <int A>
-DM_INLINE void dot_rows(
-    const double* x, const double* w, int64_t latents, int64_t d_padded, double* out, int64_t ld_out) {
-  int64_t l = 0;
-  for (; l + 2 <= latents; l += 2) {
-    dot_block<A, 2>(x, w + l * d_padded, d_padded, out + l, ld_out);
-  }
-  for (; l < latents; ++l) {
-    dot_block<A, 1>(x, w + l * d_padded, d_padded, out + l, ld_out);
+    store(out + a * ld_out, reduce_eight(sums[a]));
   }
 }
 
 static void dots(
     const double* x, int64_t tokens, const double* w, int64_t latents, int64_t d_padded, double* out, int64_t ld_out) {
-  int64_t t = 0;
-  for (; t + 8 <= tokens; t += 8) {
-    dot_rows<8>(x + t * d_padded, w, latents, d_padded, out + t * ld_out, ld_out);
-  }
-  for (; t < tokens; ++t) {
-    dot_rows<1>(x + t * d_padded, w, latents, d_padded, out + t * ld_out, ld_out);
+  for (int64_t l = 0; l < latents; l += 8) {
+    int64_t t = 0;
+    for (; t + 2 <= tokens; t += 2) {
+      dot_block<2>(x + t * d_padded, w + l * d_padded, d_padded, out + t * ld_out + l, ld_out);
+    }
+    if (t < tokens) {
+      dot_block<1>(x + t * d_padded, w + l * d_padded, d_padded, out + t * ld_out + l, ld_out);
+    }
   }
 }
 
@@ -183,3 +193,4 @@ static constexpr TypedKernels<T> typed() {
 static const Kernels table = {dots, typed<float>(), typed<double>(), typed<Half>(), typed<BFloat16>()};
 
 #undef DM_INLINE
+#undef DM_SHUFFLE

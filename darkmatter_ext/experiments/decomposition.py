@@ -16,7 +16,7 @@ from darkmatter_ext.embedded import EMBEDDED_MODEL
 from darkmatter_ext.error import sae_error
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result, provenance
-from darkmatter_ext.selection import HELD_OUT, SAE_TRAINING, UNUSED, MeasuredBatches, TokenSelection, select_tokens, tokens_with_role
+from darkmatter_ext.selection import FIT, HELD_OUT, SAE_TRAINING, UNUSED, MeasuredBatches, TokenSelection, select_tokens, tokens_with_role
 from darkmatter_ext.storage import cache_dir, fingerprint
 from darkmatter_ext.text import documents
 from darkmatter_ext.training import TrainingConfig, save_sae, train_topk_sae
@@ -60,7 +60,7 @@ class DecompositionConfig:
     """latents of the SAEs to train"""
     k: int = 32
     """active latents a token of the SAEs to train"""
-    steps: int = 600
+    steps: int = 400
     """training steps of 2048 tokens"""
     seed: int = 0
     """of the splits and of SAE training"""
@@ -255,7 +255,7 @@ def _notes(config: DecompositionConfig, cache: ActivationCache, selection: Token
         f"{selection.high_norm_share:.2%} of the squared norm of the others and theirs).",
         f"Split by {config.split}: {selection.count(SAE_TRAINING)} tokens train the SAEs and are not measured.",
     ]
-    d_in, fit = cache.d_in, sum(selection.count(role) for role in (2,))
+    d_in, fit = cache.d_in, selection.count(FIT)
     if fit < 20 * d_in:
         notes.append(f"b* has {d_in} inputs and {fit} tokens to fit them: expect overfitting (see r2_vec_train).")
     return notes

@@ -34,11 +34,11 @@ COLUMNS = (  # (key, heading, format)
     ("name", "SAE", "{}"),
     ("l0", "L0", "{:.1f}"),
     ("fvu", "FVU", "{:.3f}"),
-    ("fvu_nonlinear", "FVU nonlinear", "{:.3f}"),
+    ("fvu_nonlinear", "FVU nonlin.", "{:.3f}"),
     ("linear_share", "linear share", "{:.0%}"),
-    ("r2_vec", "R² error vector", "{:.3f}"),
+    ("r2_vec", "R² error", "{:.3f}"),
     ("r2_norm/error", "R² error norm", "{:.3f}"),
-    ("r2_norm/nonlinear", "R² nonlinear norm", "{:.3f}"),
+    ("r2_norm/nonlinear", "R² nonlin. norm", "{:.3f}"),
     ("r2_norm/x", "R² norm of x", "{:.3f}"),
 )
 
