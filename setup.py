@@ -21,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -142,7 +143,9 @@ class Build:
 
         includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
         nvcc_version = first_line([self.nvcc, "--version"], last=True) if self.nvcc else ""
-        commit = first_line(["git", "-C", str(ROOT), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*"])
+        commit = first_line(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*"]
+        )
         facts = {
             "CUDA_ARCHS": ";".join(self.archs) if self.nvcc else "",
             "NVCC": nvcc_version,
@@ -150,7 +153,9 @@ class Build:
         }
         defines = " ".join(f"-DDARKMATTER_{name}='\"{value}\"'" for name, value in facts.items())
         self.rule("pycxx", f"{self.cxx} {cxx_flags} {includes} {defines} -MMD -MF $out.d -c $in -o $out")
-        module = self.objects("pycxx", [csrc / "module.cpp"]) + " " + self.objects("cxx", [csrc / "cpu/isa.cpp"], ".module")
+        module = (
+            self.objects("pycxx", [csrc / "module.cpp"]) + " " + self.objects("cxx", [csrc / "cpu/isa.cpp"], ".module")
+        )
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         self.lines += [f"build {self.out}/_C{suffix}: link {module}", "  libs ="]
 
@@ -191,7 +196,9 @@ class BuildLibraries(build_ext):
         build.write()
         build.run()
         made = f"CPU and CUDA kernels ({', '.join(archs)})" if nvcc else "CPU kernels; no CUDA kernels"
-        reason = "" if nvcc else " (DARKMATTER_CUDA=0)" if os.environ.get("DARKMATTER_CUDA") == "0" else " (no nvcc found)"
+        reason = (
+            "" if nvcc else " (DARKMATTER_CUDA=0)" if os.environ.get("DARKMATTER_CUDA") == "0" else " (no nvcc found)"
+        )
         print(f"darkmatter_ext: built {made}{reason}", file=sys.stderr)
 
 
@@ -199,7 +206,7 @@ class CudaCheck(Command):
     """Compile every CUDA kernel for every supported architecture; fail on register spills. Needs nvcc, no GPU."""
 
     description = "compile all CUDA kernels for all supported architectures"
-    user_options: list[tuple[str, str, str]] = []
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
 
     def initialize_options(self) -> None:
         """No options."""
@@ -227,7 +234,9 @@ class CudaCheck(Command):
     def _check_resources(self, source: Path, report: str) -> None:
         spills = [line for line in report.splitlines() if "bytes spill stores" in line]
         worst = max((int(line.split("bytes spill stores")[0].split(",")[-1]) for line in spills), default=0)
-        print(f"{source.name}: {len(spills)} kernels for sm_{', sm_'.join(CHECKED_CUDA_ARCHS)}, spills at most {worst} bytes")
+        print(
+            f"{source.name}: {len(spills)} kernels for sm_{', sm_'.join(CHECKED_CUDA_ARCHS)}, spills at most {worst} bytes"
+        )
         if not spills:
             fail(f"{source.name} compiled to no kernel")
         if worst > MAX_SPILL_BYTES:

@@ -74,7 +74,13 @@ register_autograd("darkmatter::sparse_decode", _decode_backward, setup_context=_
 
 
 def _encoder_gradients(
-    needs: Sequence[bool], grad: Tensor, indices: Tensor, crow: Tensor | None, x: Tensor, W_enc: Tensor, b_dec: Tensor | None
+    needs: Sequence[bool],
+    grad: Tensor,
+    indices: Tensor,
+    crow: Tensor | None,
+    x: Tensor,
+    W_enc: Tensor,
+    b_dec: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, W_enc, b_enc, b_dec, given the gradient of the selected pre-activations.
 
@@ -137,8 +143,7 @@ def _only_batched(in_dims: tuple, allowed: Sequence[int], names: str, op: str) -
         raise RuntimeError(f"{op}: vmap may batch {names} only, got a batched weight")
 
 
-@register_vmap("darkmatter::topk_encode")
-def _(info: Any, in_dims: tuple, x, W_enc, b_enc, b_dec, k, weight, bias) -> tuple:
+def _topk_vmap(info: Any, in_dims: tuple, x, W_enc, b_enc, b_dec, k, weight, bias) -> tuple:
     """A batch of x [B, N, d] is more tokens: one call over [B N, d]."""
     _only_batched(in_dims, (0,), "x", "topk_encode")
     x = x.movedim(in_dims[0], 0)  # [B, N, d]
@@ -146,8 +151,10 @@ def _(info: Any, in_dims: tuple, x, W_enc, b_enc, b_dec, k, weight, bias) -> tup
     return (values.unflatten(0, x.shape[:2]), indices.unflatten(0, x.shape[:2])), (0, 0)
 
 
-@register_vmap("darkmatter::sparse_decode")
-def _(info: Any, in_dims: tuple, values, indices, crow, W_dec, b_dec) -> tuple:
+register_vmap("darkmatter::topk_encode", _topk_vmap)
+
+
+def _decode_vmap(info: Any, in_dims: tuple, values, indices, crow, W_dec, b_dec) -> tuple:
     """A batch of fixed-k acts [B, N, k] is more tokens; ragged acts have no common shape to batch."""
     _only_batched(in_dims, (0, 1), "values and indices", "sparse_decode")
     batch = info.batch_size
@@ -159,3 +166,6 @@ def _(info: Any, in_dims: tuple, values, indices, crow, W_dec, b_dec) -> tuple:
         raise RuntimeError("sparse_decode: vmap needs acts with a fixed k, got ragged acts")
     x_hat = _ops.sparse_decode(values.flatten(0, 1), indices.flatten(0, 1), None, W_dec, b_dec)
     return x_hat.unflatten(0, (batch, -1)), 0
+
+
+register_vmap("darkmatter::sparse_decode", _decode_vmap)

@@ -90,7 +90,8 @@ def load_model(model: str, *, device: str, dtype: torch.dtype, n_layers: int | N
             raise ValueError(f"--hook: {model} has blocks 0 to {len(blocks) - 1}, got block {n_layers - 1}")
         del blocks[n_layers:]
         network.config.num_hidden_layers = n_layers
-    return network.to(device).eval()
+    network.to(torch.device(device))  # type: ignore[arg-type]  (transformers wraps nn.Module.to)
+    return network.eval()
 
 
 def transformer_blocks(network: nn.Module) -> nn.ModuleList:
@@ -286,7 +287,9 @@ def _fill_cache(
         for batch in tokens.split(CONTEXTS_PER_FORWARD):
             activations = _site_activations(network, layer, batch.to(device))
             if not bool(activations.isfinite().all()):
-                raise RuntimeError(f"activations: must be finite, got NaN or infinity from block {layer} in {network.dtype}")
+                raise RuntimeError(
+                    f"activations: must be finite, got NaN or infinity from block {layer} in {network.dtype}"
+                )
             parts.append(activations.cpu())
             if progress is not None:
                 progress(batch.numel())

@@ -58,7 +58,9 @@ def _table(result: Result) -> Table:
 
     from darkmatter_ext.report import COLUMNS, cell, sae_rows
 
-    table = Table(title=f"{result.experiment}: {result.config['model']}, {result.config['hook']}, held-out tokens", pad_edge=False)
+    table = Table(
+        title=f"{result.experiment}: {result.config['model']}, {result.config['hook']}, held-out tokens", pad_edge=False
+    )
     for key, heading, _ in COLUMNS:
         table.add_column(heading, justify="left" if key == "name" else "right", no_wrap=key == "name")
     for row in sae_rows(result):
@@ -118,7 +120,9 @@ def _command_run(arguments: Sequence[str]) -> None:
     defaults = module.PRESETS[preset.preset]
     parser = _parser(f"run {name}", type(defaults).__doc__ or "")
     parser.add_argument("--preset", default="demo", help=f"settings to start from: {', '.join(module.PRESETS)}")
-    parser.add_argument("--out", type=Path, default=Path("results") / name, help="folder for result, figures and report")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results") / name, help="folder for result, figures and report"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     parser.add_arguments(type(defaults), dest="config", default=defaults)
     parsed = parser.parse_args(list(flags))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,9 +124,7 @@ def _second_pass(
 
 
 @torch.no_grad()
-def decompose_stream(
-    batches: Iterable[TokenBatch], saes: Mapping[str, Reconstruct]
-) -> dict[str, Decomposition]:
+def decompose_stream(batches: Iterable[TokenBatch], saes: Mapping[str, Reconstruct]) -> dict[str, Decomposition]:
     """Decompose the error of every SAE of a site in two passes over the activations.
 
     Args:
@@ -148,7 +146,9 @@ def decompose_stream(
     first = _first_pass(batches, functions)
     test = first.regression.test
     all_errors = first.regression.fit()
-    fits = [all_errors.targets(slice(i * test.n_predictors, (i + 1) * test.n_predictors)) for i in range(len(functions))]
+    fits = [
+        all_errors.targets(slice(i * test.n_predictors, (i + 1) * test.n_predictors)) for i in range(len(functions))
+    ]
     second = _second_pass(batches, functions, [fit.map for fit in fits])
     all_norms, width = second.fit(), len(NORM_TARGETS)
     total_variance = test.moment_xx.diagonal().sum().item()
@@ -184,15 +184,16 @@ def _from_stored(x: Tensor, x_hat: Tensor) -> Reconstruct:
     return reconstruct
 
 
-def _from_sae(sae: object) -> Reconstruct:
+def _from_sae(sae: Any) -> Reconstruct:
     """A Reconstruct from a SAELens SAE (or anything with `encode` and `decode`)."""
     encode, decode = getattr(sae, "encode", None), getattr(sae, "decode", None)
     if not (callable(encode) and callable(decode)):
         raise TypeError(f"sae: must be a tensor Sae(x) or an SAE with encode and decode, got {type(sae).__name__}")
 
     def reconstruct(batch: TokenBatch) -> Reconstruction:
-        acts = encode(batch.x)
-        return Reconstruction(decode(acts), (acts != 0).sum(-1))
+        acts: Any = encode(batch.x)
+        x_hat: Any = decode(acts)
+        return Reconstruction(x_hat, (acts != 0).sum(-1))
 
     return reconstruct
 

@@ -27,7 +27,7 @@ NORM_TARGET_LABELS = {
     "nonlinear": "nonlinear\nerror",
     "sae_plus_nonlinear": "Sae(x) +\nnonlinear",
 }
-_STYLE = {
+_STYLE: Any = {  # matplotlib types its keys as literals
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -53,7 +53,9 @@ def fvu_by_width(result: Result) -> Figure:
     for place, sae in enumerate(saes):
         fvu, nonlinear = (result.numbers[f"{sae['name']}/{key}"] for key in ("fvu", "fvu_nonlinear"))
         axes.bar(place, nonlinear, width=0.6, color=BLUE, label="nonlinear error" if place == 0 else None)
-        axes.bar(place, fvu - nonlinear, width=0.6, bottom=nonlinear, color=SKY, label="linear error" if place == 0 else None)
+        axes.bar(
+            place, fvu - nonlinear, width=0.6, bottom=nonlinear, color=SKY, label="linear error" if place == 0 else None
+        )
         axes.annotate(f"{fvu:.3f}", (place, fvu), ha="center", va="bottom", xytext=(0, 1), textcoords="offset points")
         share = result.numbers[f"{sae['name']}/linear_share"]
         axes.annotate(f"{share:.0%} linear", (place, (fvu + nonlinear) / 2), ha="center", va="center", fontsize=8)
@@ -105,7 +107,9 @@ def per_token_error(result: Result) -> Figure:
         axes.plot(places, share, color=colour, linewidth=1.2, label=f"error, {widths[name]} latents")
     last = names[-1]
     nonlinear = [part / norm for part, norm in zip(excerpt["squared_norms"][last]["nonlinear"], norms, strict=True)]
-    axes.plot(places, nonlinear, color=GREY, linewidth=1, linestyle="--", label=f"nonlinear error,\n{widths[last]} latents")
+    axes.plot(
+        places, nonlinear, color=GREY, linewidth=1, linestyle="--", label=f"nonlinear error,\n{widths[last]} latents"
+    )
     axes.set_xticks(places, [_escape(_visible(token)) for token in tokens], rotation=90, fontsize=6)
     axes.set_xlim(0, len(tokens) - 1)
     axes.set_ylim(bottom=0)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from darkmatter_ext import _registrations  # noqa: F401  (defines the ops, their gradients and fakes)
+from darkmatter_ext import _registrations
 from darkmatter_ext.sparse import SparseActs
 
 _ops = torch.ops.darkmatter
@@ -66,7 +66,9 @@ def _check_tensor(name: str, tensor: object, shape: tuple[int | None, ...], like
 
 
 def _check_device(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.device.type in ("cpu", "meta") or (tensor.is_cuda and op in CUDA_OPS and _registrations._library.CUDA_LOADED):
+    if tensor.device.type in ("cpu", "meta") or (
+        tensor.is_cuda and op in CUDA_OPS and _registrations._library.CUDA_LOADED
+    ):
         return
     raise RuntimeError(
         f"{name}: {op} has no kernel for {tensor.device} in this build; move the tensors to the CPU, "

@@ -153,7 +153,9 @@ class LinearStatistics:
             raise ValueError(f"x: a linear fit needs at least 2 tokens, got {self.count}")
         scale = self.moment_xx.diagonal().sqrt()
         scale = torch.where(scale > 0, scale, 1.0)
-        correlation = self.moment_xx / torch.outer(scale, scale)  # unit diagonal: best conditioned of the diagonal scalings
+        correlation = self.moment_xx / torch.outer(
+            scale, scale
+        )  # unit diagonal: best conditioned of the diagonal scalings
         target = self.moment_xy / scale[:, None]
         weight, rank = _solve_symmetric(correlation, target)
         weight = weight / scale[:, None]

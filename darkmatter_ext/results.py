@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -84,4 +85,4 @@ def load_result(path: Path) -> Result:
     except TypeError as error:
         raise ValueError(f"RESULT: must be a result file, got {path} ({error})") from None
     numbers = {name: math.nan if number is None else number for name, number in result.numbers.items()}
-    return Result(**(vars(result) | {"numbers": numbers}))
+    return dataclasses.replace(result, numbers=numbers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,10 +36,14 @@ def load_sae(folder: str | Path, *, device: str = "cpu") -> SAE:
 
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"--sae: must be a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got {folder} (no such folder)")
+        raise ValueError(
+            f"--sae: must be a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got {folder} (no such folder)"
+        )
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"--sae: must be a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got {folder} without {missing[0]}")
+        raise ValueError(
+            f"--sae: must be a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, got {folder} without {missing[0]}"
+        )
     try:
         sae = SAE.load_from_disk(folder, device=device)
     except Exception as error:  # json, safetensors, torch and sae_lens each raise their own kinds
@@ -81,7 +85,7 @@ def _runs_on_ops(sae: SAE) -> bool:
     )
 
 
-def sparse_coder(sae: SAE) -> SparseCoder:
+def sparse_coder(sae: Any) -> SparseCoder:
     """Encode and decode functions for an SAE whose weights will not change any more (they are packed once here)."""
     if not _runs_on_ops(sae):
         return SparseCoder(
@@ -100,7 +104,7 @@ def sparse_coder(sae: SAE) -> SparseCoder:
     )
 
 
-def _encoder(sae: SAE, prepared: PreparedEncoder, b_dec: Tensor | None) -> Callable[[Tensor], SparseActs]:
+def _encoder(sae: Any, prepared: PreparedEncoder, b_dec: Tensor | None) -> Callable[[Tensor], SparseActs]:
     W_enc, b_enc = sae.W_enc, sae.b_enc
     if sae.cfg.architecture() == "topk":
         k = sae.activation_fn.k  # what counts after construction, not cfg.k

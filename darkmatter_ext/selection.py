@@ -77,14 +77,18 @@ def select_tokens(
     norms, documents = cache.column("norms"), cache.column("documents")
     n_contexts, length = norms.shape
     if not 0 <= drop_positions < length:
-        raise ValueError(f"--drop-positions: must be from 0 to {length - 1} (context length {length}), got {drop_positions}")
+        raise ValueError(
+            f"--drop-positions: must be from 0 to {length - 1} (context length {length}), got {drop_positions}"
+        )
     usable = torch.arange(length).expand(n_contexts, length) >= drop_positions
     median = norms[usable].median().item()
     high = usable & (norms > max_norm_ratio * median) if max_norm_ratio > 0 else torch.zeros_like(usable)
     energy = norms.double().square()
     roles = torch.full((n_contexts, length), UNUSED, dtype=torch.uint8)
     whole = documents if split == "documents" else torch.arange(n_contexts)
-    measured = ~train_mask(whole, fraction=sae_fraction, seed=seed) if sae_fraction > 0 else torch.ones(n_contexts).bool()
+    measured = (
+        ~train_mask(whole, fraction=sae_fraction, seed=seed) if sae_fraction > 0 else torch.ones(n_contexts).bool()
+    )
     roles[~measured] = SAE_TRAINING
     if split == "tokens":
         groups = torch.arange(int(measured.sum()) * length)

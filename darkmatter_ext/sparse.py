@@ -44,7 +44,9 @@ class SparseActs:
         Raises TypeError / ValueError when their shapes or dtypes do not fit.
         """
         if values.shape != col_indices.shape or values.ndim != 1:
-            raise ValueError(f"col_indices: must have the shape of values {list(values.shape)}, got {list(col_indices.shape)}")
+            raise ValueError(
+                f"col_indices: must have the shape of values {list(values.shape)}, got {list(col_indices.shape)}"
+            )
         _check_indices("col_indices", col_indices)
         _check_indices("crow_indices", crow_indices)
         if crow_indices.shape != (math.prod(batch_shape) + 1,):

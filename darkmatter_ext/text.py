@@ -14,7 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Packages whose docstrings serve as text: the dependencies of this package that bring much English prose.
-DOCUMENTED_PACKAGES = ("numpy", "torch", "matplotlib", "pandas", "datasets", "transformers", "networkx", "sympy", "scipy")
+DOCUMENTED_PACKAGES = (
+    "numpy",
+    "torch",
+    "matplotlib",
+    "pandas",
+    "datasets",
+    "transformers",
+    "networkx",
+    "sympy",
+    "scipy",
+)
 # A document needs some length to hold whole contexts: about 256 tokens of 4.5 characters.
 MINIMUM_DOCUMENT_CHARACTERS = 1200
 _DOCUMENT_MARK = re.compile(r"^=== .*$", re.MULTILINE)

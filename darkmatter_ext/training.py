@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +69,14 @@ class _TopKTrainer:
         generator = torch.Generator().manual_seed(config.seed)
         W_dec = torch.randn(config.d_sae, len(mean), generator=generator)
         W_dec = (W_dec / W_dec.norm(dim=1, keepdim=True)).to(mean.device)
-        weights = [W_dec.mT.contiguous(), torch.zeros(config.d_sae, device=mean.device), W_dec, mean.clone()]
-        parameters = [weight.requires_grad_() for weight in weights]
+        W_enc, b_enc, b_dec = W_dec.mT.contiguous(), torch.zeros(config.d_sae, device=mean.device), mean.clone()
+        parameters = [weight.requires_grad_() for weight in (W_enc, b_enc, W_dec, b_dec)]
         # foreach=True: one fused pass over the parameters; eps as in 2406.04093.
-        optimiser = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=6.25e-10, foreach=True)
+        optimiser = torch.optim.Adam(
+            parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=6.25e-10, foreach=True
+        )
         silent = torch.zeros(config.d_sae, dtype=torch.int64, device=mean.device)
-        return cls(config, *parameters, optimiser, silent)
+        return cls(config, W_enc, b_enc, W_dec, b_dec, optimiser, silent)
 
     def step(self, x: Tensor) -> float:
         """One optimiser step on x [n, d]; returns the mean squared error of the batch."""
@@ -163,7 +166,7 @@ def train_topk_sae(
         trainer.optimiser.param_groups[0]["lr"] = rate
         mse = trainer.step(x[order[at : at + config.batch_size]] / scale)
         at += config.batch_size
-        if mse != mse:
+        if math.isnan(mse):
             raise ValueError(f"learning_rate: training diverged at step {step}, got {config.learning_rate}")
         if progress is not None:
             progress(1)
@@ -201,4 +204,6 @@ def save_sae(sae: SAE, folder: Path, report: dict[str, Any], config: TrainingCon
     """Save in SAELens' format with the training report beside it; the folder appears only when complete."""
     with atomic_folder(folder) as part:
         sae.save_model(part)
-        (part / "training.json").write_text(json.dumps({"config": dataclasses.asdict(config), "report": report}, indent=2))
+        (part / "training.json").write_text(
+            json.dumps({"config": dataclasses.asdict(config), "report": report}, indent=2)
+        )

@@ -6,7 +6,25 @@ import torch
 from darkmatter_ext import activations, selection
 from darkmatter_ext.text import Document
 
-WORDS = "the sparse code of a model explains most of what it represents but never all of it".split()
+WORDS = [
+    "the",
+    "sparse",
+    "code",
+    "of",
+    "a",
+    "model",
+    "explains",
+    "most",
+    "of",
+    "what",
+    "it",
+    "represents",
+    "but",
+    "never",
+    "all",
+    "of",
+    "it",
+]
 
 
 def _word_tokenizer():

@@ -68,7 +68,12 @@ def test_torch_ops_are_called_in_ops_and_registrations_only():
 
 
 def test_files_stay_under_600_lines():
-    sources = [*SOURCES, *(ROOT / "csrc").rglob("*.*"), *(ROOT / "python_tests").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    sources = [
+        *SOURCES,
+        *(ROOT / "csrc").rglob("*.*"),
+        *(ROOT / "python_tests").glob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+    ]
     long = [str(path) for path in sources if len(path.read_text().splitlines()) > 600]
     assert long == []
 

@@ -1,5 +1,7 @@
 """Streaming least squares against torch.linalg.lstsq on the stored matrix, merging, splits, bad input."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,7 +31,7 @@ def _relative(a, b):
 def test_equals_lstsq_on_the_stored_matrix():
     x, y = _data(4000, 60, 20)
     train = torch.arange(4000) < 2500
-    fit = fit_linear(((x[i : i + 333], y[i : i + 333], train[i : i + 333]) for i in range(0, 4000, 333)))
+    fit = fit_linear((x[i : i + 333], y[i : i + 333], train[i : i + 333]) for i in range(0, 4000, 333))
     solution = _lstsq(x[train], y[train])
     assert _relative(fit.map.weight, solution[:-1]) < 1e-8
     assert _relative(fit.map.bias, solution[-1]) < 1e-8
@@ -54,7 +56,7 @@ def test_merging_parts_equals_one_pass(cuts, seed):
     whole.update(x, y)
     merged = LinearStatistics(7, 3)
     edges = [0, *sorted(cuts), 300]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         part = LinearStatistics(7, 3)
         part.update(x[start:end], y[start:end])
         merged.merge(part)
@@ -115,7 +117,11 @@ def test_split_keeps_groups_whole_and_is_seeded(groups, seed):
         (lambda x, y: fit_linear(x.long(), y), TypeError, "x: must be a floating-point tensor, got torch.int64"),
         (lambda x, y: fit_linear(x.log(), y), ValueError, "x: must be finite, got NaN or infinity"),
         (lambda x, y: fit_linear(x, y, train_fraction=1.0), ValueError, "fraction: must be between 0 and 1, got 1.0"),
-        (lambda x, y: fit_linear(x, y, train=torch.ones(100).bool()), ValueError, "train: must leave at least 2 tokens"),
+        (
+            lambda x, y: fit_linear(x, y, train=torch.ones(100).bool()),
+            ValueError,
+            "train: must leave at least 2 tokens",
+        ),
         (lambda x, y: fit_linear(x, y, train=torch.ones(100)), ValueError, "train: must be bool"),
         (lambda x, y: fit_linear(iter([])), ValueError, "x: must yield at least one batch"),
         (lambda x, y: LinearStatistics(4, 2).merge(LinearStatistics(3, 2)), ValueError, "other: must have"),

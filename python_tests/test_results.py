@@ -33,9 +33,14 @@ def test_a_failed_write_leaves_the_old_result_and_no_parts(tmp_path):
 
 
 def test_an_atomic_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError, match="stop"), storage.atomic_folder(tmp_path / "f") as part:
-        (part / "one").write_text("1")
-        raise RuntimeError("stop")
+
+    def stopped_half_way():
+        with storage.atomic_folder(tmp_path / "f") as part:
+            (part / "one").write_text("1")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped_half_way()
     assert list(tmp_path.iterdir()) == []
     with storage.atomic_folder(tmp_path / "f") as part:
         (part / "one").write_text("1")

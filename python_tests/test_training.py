@@ -123,7 +123,7 @@ def test_bad_sae_folders_are_named_in_one_line(trained, tmp_path):
         (broken("no_config", lambda f: (f / "cfg.json").unlink()), "without cfg.json"),
         (broken("truncated", lambda f: (f / weights).write_bytes((good / weights).read_bytes()[:500])), "complete SAE"),
         (broken("not_json", lambda f: (f / "cfg.json").write_text("{")), "complete SAE"),
-        (broken("nan", lambda f: nan.save_model(f)), "NaN in W_enc"),
+        (broken("nan", nan.save_model), "NaN in W_enc"),
     ]
     for folder, message in cases:
         with pytest.raises(ValueError, match="--sae") as caught:

@@ -16,7 +16,16 @@ from darkmatter_ext.embedded import EMBEDDED_MODEL
 from darkmatter_ext.error import sae_error
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result, provenance
-from darkmatter_ext.selection import FIT, HELD_OUT, SAE_TRAINING, UNUSED, MeasuredBatches, TokenSelection, select_tokens, tokens_with_role
+from darkmatter_ext.selection import (
+    FIT,
+    HELD_OUT,
+    SAE_TRAINING,
+    UNUSED,
+    MeasuredBatches,
+    TokenSelection,
+    select_tokens,
+    tokens_with_role,
+)
 from darkmatter_ext.storage import cache_dir, fingerprint
 from darkmatter_ext.text import documents
 from darkmatter_ext.training import TrainingConfig, save_sae, train_topk_sae
@@ -97,7 +106,9 @@ def _flag(name: str) -> str:
 def plan(config: DecompositionConfig) -> list[str]:
     """What a run would do, in lines, without doing it."""
     source = config.text or config.dataset or "documentation installed on this machine"
-    saes = list(config.sae) or [f"train TopK, {width} latents, k {config.k}, {config.steps} steps" for width in config.widths]
+    saes = list(config.sae) or [
+        f"train TopK, {width} latents, k {config.k}, {config.steps} steps" for width in config.widths
+    ]
     return [
         f"model     {config.model}, {config.hook}, on {config.device}",
         f"text      {source}: {config.tokens} tokens in contexts of {config.context_length}",
@@ -186,7 +197,9 @@ def _excerpt(
     }
 
 
-def _high_norm_tokens(config: DecompositionConfig, cache: ActivationCache, selection: TokenSelection) -> list[dict[str, Any]]:
+def _high_norm_tokens(
+    config: DecompositionConfig, cache: ActivationCache, selection: TokenSelection
+) -> list[dict[str, Any]]:
     """The tokens of largest norm, whatever rule they fell under: nothing is left out unseen."""
     norms, tokens = cache.column("norms"), cache.column("tokens")
     tokenizer = load_tokenizer(config.model)

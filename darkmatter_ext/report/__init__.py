@@ -89,7 +89,9 @@ def write_report(results: Sequence[tuple[Result, Sequence[Path]]], path: Path) -
         }
         for result, figures in results
     ]
-    page = environment.get_template("report.html").render(sections=sections, headings=[heading for _, heading, _ in COLUMNS])
+    page = environment.get_template("report.html").render(
+        sections=sections, headings=[heading for _, heading, _ in COLUMNS]
+    )
     with atomic_file(path) as part:
         part.write_text(page, encoding="utf-8")
     return path
