@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(darkmatter, m) {
   m.def(
       "topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, int k, Tensor? weight, Tensor? bias)"
       " -> (Tensor, Tensor)");
-  // crow [N + 1], col [z], values [z]; threshold is a scalar tensor or [F].
+  // values [z], crow [N + 1], col [z]; threshold is a scalar tensor or [F]. (The floating-point output comes first
+  // because opcheck adds up all outputs in place.)
   m.def(
       "threshold_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor threshold, Tensor? weight,"
       " Tensor? bias) -> (Tensor, Tensor, Tensor)");

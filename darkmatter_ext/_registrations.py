@@ -1,6 +1,10 @@
 """What torch needs to know about the compiled ops besides their kernels: shapes (fakes), gradients, vmap.
 
-Shapes: N tokens, d model dimension, F latents, k active latents, z active latents in all.
+sparse_decode, sparse_dot and sparse_outer are the three partial derivatives of one trilinear form,
+sum over the active (i, j) of v_ij <r_i, w_j>, so each one's gradients are the other two and gradients of any order exist.
+(torch.func.grad and jacrev are not supported: torch.library's gradients do not run inside functorch's.)
+
+Shapes: N tokens, d model dimension, F latents, k active latents a token, z active latents in all.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ from torch.library import register_autograd, register_fake, register_vmap
 from darkmatter_ext import _library  # noqa: F401  (defines torch.ops.darkmatter)
 
 _ops = torch.ops.darkmatter
+
+
+# Fakes
 
 
 @register_fake("darkmatter::pack_encoder")
@@ -32,7 +39,7 @@ def _(x, W_enc, b_enc, b_dec, k, weight, bias) -> tuple[Tensor, Tensor]:
 def _(x, W_enc, b_enc, b_dec, threshold, weight, bias) -> tuple[Tensor, Tensor, Tensor]:
     n_active = torch.library.get_ctx().new_dynamic_size()
     crow = x.new_empty(x.shape[0] + 1, dtype=torch.int64)
-    return crow, x.new_empty(n_active, dtype=torch.int64), x.new_empty(n_active)
+    return x.new_empty(n_active), crow, x.new_empty(n_active, dtype=torch.int64)
 
 
 @register_fake("darkmatter::sparse_decode")
@@ -51,6 +58,17 @@ def _(values, indices, crow, rows, n_latents) -> Tensor:
     return rows.new_empty(n_latents, rows.shape[1])
 
 
+# Gradients of the sparse ops
+
+
+def _needs_cpu(op: str, tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        raise RuntimeError(
+            f"{op}: its gradient has no kernel for {tensor.device} in this build; run it on the CPU, "
+            f"or use darkmatter_ext.reference.{op}"
+        )
+
+
 def _save_decode(ctx: Any, inputs: tuple, output: Tensor) -> None:
     values, indices, crow, W_dec, b_dec = inputs
     ctx.save_for_backward(values, indices, crow, W_dec)
@@ -58,7 +76,8 @@ def _save_decode(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _decode_backward(ctx: Any, grad: Tensor) -> tuple:
-    """x_hat = sum_a value_a W_dec[index_a] + b_dec: gradients of values [.., k] or [z], W_dec [F, d], b_dec [d]."""
+    """x_hat = sum_a value_a W_dec[index_a] + b_dec: gradients of values [N, k] or [z], W_dec [F, d], b_dec [d]."""
+    _needs_cpu("sparse_decode", grad)
     values, indices, crow, W_dec = ctx.saved_tensors
     wants_values, _, _, wants_weights, wants_bias = ctx.needs_input_grad
     return (
@@ -70,7 +89,45 @@ def _decode_backward(ctx: Any, grad: Tensor) -> tuple:
     )
 
 
+def _save_dot(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _dot_backward(ctx: Any, grad: Tensor) -> tuple:
+    """products_a = <rows_token(a), W_dec[index_a]>: gradients of rows [N, d] and W_dec [F, d]."""
+    rows, indices, crow, W_dec = ctx.saved_tensors
+    wants_rows, _, _, wants_weights = ctx.needs_input_grad
+    return (
+        _ops.sparse_decode(grad, indices, crow, W_dec, None) if wants_rows else None,
+        None,
+        None,
+        _ops.sparse_outer(grad, indices, crow, rows, W_dec.shape[0]) if wants_weights else None,
+    )
+
+
+def _save_outer(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _outer_backward(ctx: Any, grad: Tensor) -> tuple:
+    """sums_j = sum_a value_a rows_token(a) over the a of latent j: gradients of values and rows [N, d]; grad [F, d]."""
+    values, indices, crow, rows = ctx.saved_tensors
+    wants_values, _, _, wants_rows, _ = ctx.needs_input_grad
+    return (
+        _ops.sparse_dot(rows, indices, crow, grad) if wants_values else None,
+        None,
+        None,
+        _ops.sparse_decode(values, indices, crow, grad, None) if wants_rows else None,
+        None,
+    )
+
+
 register_autograd("darkmatter::sparse_decode", _decode_backward, setup_context=_save_decode)
+register_autograd("darkmatter::sparse_dot", _dot_backward, setup_context=_save_dot)
+register_autograd("darkmatter::sparse_outer", _outer_backward, setup_context=_save_outer)
+
+
+# Gradients of the encoders
 
 
 def _encoder_gradients(
@@ -82,28 +139,28 @@ def _encoder_gradients(
     W_enc: Tensor,
     b_dec: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, W_enc, b_enc, b_dec, given the gradient of the selected pre-activations.
+    """Gradients of x, W_enc, b_enc, b_dec, given the gradient g of the selected pre-activations.
 
     h_ij = sum_d (x_id - b_dec_d) W_dj + b_enc_j for the selected (i, j) only, so everything is sparse:
-    dx_i = sum_j g_ij w_j, dW_j = sum_i g_ij (x_i - b_dec), db_j = sum_i g_ij, db_dec = -sum_i dx_i.
+    dx_i = sum_j g_ij w_j, db_j = sum_i g_ij, dW_j = sum_i g_ij x_i - db_j b_dec, db_dec = -sum_j db_j w_j.
     """
     wants_x, wants_weights, wants_b_enc, wants_b_dec = needs[:4]
-    wants_b_dec = wants_b_dec and b_dec is not None
     n_latents = W_enc.shape[1]
-    grad_x = grad_weights = grad_b_enc = grad_b_dec = None
-    if wants_x or wants_b_dec:
+    grad_x = grad_weights = grad_b_dec = None
+    if wants_x:
         grad_x = _ops.sparse_decode(grad, indices, crow, W_enc.mT, None)  # [N, d]
-        grad_b_dec = -grad_x.sum(0) if wants_b_dec else None
-    if wants_weights or wants_b_enc:
-        sums = torch.zeros(n_latents, dtype=torch.float64, device=grad.device)
-        sums.index_add_(0, indices.reshape(-1), grad.reshape(-1).double())  # [F]
-        grad_b_enc = sums.to(W_enc.dtype) if wants_b_enc else None
-        if wants_weights:
-            grad_weights = _ops.sparse_outer(grad, indices, crow, x, n_latents)  # [F, d]
-            if b_dec is not None:
-                grad_weights = grad_weights - torch.outer(sums.to(W_enc.dtype), b_dec)
-            grad_weights = grad_weights.mT
-    return grad_x if wants_x else None, grad_weights, grad_b_enc, grad_b_dec
+    sums = torch.zeros(n_latents, dtype=torch.float64, device=grad.device)
+    sums = sums.index_add(0, indices.reshape(-1), grad.reshape(-1).double())  # [F]
+    if wants_b_dec and b_dec is not None:
+        wide = torch.promote_types(W_enc.dtype, torch.float32)  # a 16-bit product would be slow and coarse
+        grad_b_dec = -(W_enc.to(wide) @ sums.to(wide)).to(W_enc.dtype)
+    sums = sums.to(W_enc.dtype)
+    if wants_weights:
+        grad_weights = _ops.sparse_outer(grad, indices, crow, x, n_latents)  # [F, d]
+        if b_dec is not None:
+            grad_weights = grad_weights - torch.outer(sums, b_dec)
+        grad_weights = grad_weights.mT
+    return grad_x, grad_weights, sums if wants_b_enc else None, grad_b_dec
 
 
 def _save_topk(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -119,53 +176,55 @@ def _topk_backward(ctx: Any, grad_values: Tensor, _grad_indices: Any) -> tuple:
     return (*_encoder_gradients(ctx.needs_input_grad, grad, indices, None, x, W_enc, b_dec), None, None, None)
 
 
-register_autograd("darkmatter::topk_encode", _topk_backward, setup_context=_save_topk)
-
-
 def _save_threshold(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, W_enc, _, b_dec, _, _, _ = inputs
-    crow, col, values = output
+    values, crow, col = output
     ctx.mark_non_differentiable(crow, col)
-    ctx.save_for_backward(crow, col, values, x, W_enc, b_dec)
+    ctx.save_for_backward(values, crow, col, x, W_enc, b_dec)
 
 
-def _threshold_backward(ctx: Any, _grad_crow: Any, _grad_col: Any, grad_values: Tensor) -> tuple:
-    crow, col, values, x, W_enc, b_dec = ctx.saved_tensors
+def _threshold_backward(ctx: Any, grad_values: Tensor, _grad_crow: Any, _grad_col: Any) -> tuple:
+    values, crow, col, x, W_enc, b_dec = ctx.saved_tensors
     grad = grad_values * (values > 0)  # relu; the threshold itself has no gradient (a step)
     return (*_encoder_gradients(ctx.needs_input_grad, grad, col, crow, x, W_enc, b_dec), None, None, None)
 
 
+register_autograd("darkmatter::topk_encode", _topk_backward, setup_context=_save_topk)
 register_autograd("darkmatter::threshold_encode", _threshold_backward, setup_context=_save_threshold)
+
+
+# vmap: a batch of tokens is more tokens. A batch of weights is not offered, and ragged results have no common shape.
 
 
 def _only_batched(in_dims: tuple, allowed: Sequence[int], names: str, op: str) -> None:
     if any(dim is not None for place, dim in enumerate(in_dims) if place not in allowed):
-        raise RuntimeError(f"{op}: vmap may batch {names} only, got a batched weight")
+        raise RuntimeError(f"{op}: vmap may batch {names} only, got another batched argument")
 
 
-def _topk_vmap(info: Any, in_dims: tuple, x, W_enc, b_enc, b_dec, k, weight, bias) -> tuple:
-    """A batch of x [B, N, d] is more tokens: one call over [B N, d]."""
+def _batch_first(batch: int, dim: int | None, tensor: Tensor) -> Tensor:
+    return tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+@register_vmap("darkmatter::topk_encode")
+def _(info: Any, in_dims: tuple, x, W_enc, b_enc, b_dec, k, weight, bias) -> tuple:
     _only_batched(in_dims, (0,), "x", "topk_encode")
     x = x.movedim(in_dims[0], 0)  # [B, N, d]
     values, indices = _ops.topk_encode(x.flatten(0, 1), W_enc, b_enc, b_dec, k, weight, bias)
     return (values.unflatten(0, x.shape[:2]), indices.unflatten(0, x.shape[:2])), (0, 0)
 
 
-register_vmap("darkmatter::topk_encode", _topk_vmap)
-
-
-def _decode_vmap(info: Any, in_dims: tuple, values, indices, crow, W_dec, b_dec) -> tuple:
-    """A batch of fixed-k acts [B, N, k] is more tokens; ragged acts have no common shape to batch."""
+@register_vmap("darkmatter::sparse_decode")
+def _(info: Any, in_dims: tuple, values, indices, crow, W_dec, b_dec) -> tuple:
     _only_batched(in_dims, (0, 1), "values and indices", "sparse_decode")
-    batch = info.batch_size
-    values, indices = (
-        tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip((values, indices), in_dims[:2], strict=True)
-    )
     if crow is not None:
         raise RuntimeError("sparse_decode: vmap needs acts with a fixed k, got ragged acts")
+    values = _batch_first(info.batch_size, in_dims[0], values)  # [B, N, k]
+    indices = _batch_first(info.batch_size, in_dims[1], indices)
     x_hat = _ops.sparse_decode(values.flatten(0, 1), indices.flatten(0, 1), None, W_dec, b_dec)
-    return x_hat.unflatten(0, (batch, -1)), 0
+    return x_hat.unflatten(0, (info.batch_size, -1)), 0
 
 
-register_vmap("darkmatter::sparse_decode", _decode_vmap)
+@register_vmap("darkmatter::threshold_encode")
+def _(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+    # Without a rule torch would loop over the batch, then fail to stack tensors of different lengths.
+    raise RuntimeError("threshold_encode: vmap needs results of one length, got ragged ones; call it on the whole batch")

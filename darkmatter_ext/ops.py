@@ -229,7 +229,7 @@ def threshold_encode(
         threshold = threshold.detach()
     weight, bias = (None, None) if prepared is None else (prepared.weight, prepared.bias)
     try:
-        crow, col, values = _ops.threshold_encode(_rows(x), W_enc, b_enc, b_dec, threshold, weight, bias)
+        values, crow, col = _ops.threshold_encode(_rows(x), W_enc, b_enc, b_dec, threshold, weight, bias)
     except RuntimeError as error:
         raise _reraise_nan(error) or error from None
     return SparseActs.ragged(crow, col, values, W_enc.shape[1], tuple(x.shape[:-1]))

@@ -59,7 +59,7 @@ static std::tuple<Tensor, Tensor, Tensor> select_above(const Tensor& x, const Pa
       }
     }
   });
-  return {crow, col, values};
+  return {values, crow, col};
 }
 
 static std::tuple<Tensor, Tensor, Tensor> threshold_encode(

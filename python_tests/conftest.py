@@ -1,0 +1,37 @@
+"""Shared by all tests: the helper modules beside them, a quiet deterministic hypothesis, and which package is tested."""
+
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER))  # op_cases.py; --import-mode=importlib leaves the folder out
+
+# Derandomized: the same examples in every run, so a red test is red for everyone. Shared machines make deadlines noise.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
+hypothesis.settings.load_profile("fixed")
+
+
+def pytest_configure() -> None:
+    """`python -m pytest` at the root imports the source folder; without compiled ops in it, say so instead of 500 errors."""
+    import darkmatter_ext
+
+    package = Path(darkmatter_ext.__file__).parent
+    if not (package / "libdarkmatter_cpu.so").exists():
+        pytest.exit(
+            f"darkmatter_ext: the tests need the installed package, got {package} without compiled ops; "
+            "run `pytest`, not `python -m pytest`, after `make install`",
+            returncode=2,
+        )
+
+
+@pytest.fixture
+def two_threads():
+    """Two torch threads, whatever the machine has; put back afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
