@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ CHECKED_CUDA_ARCHS = ("80", "86", "89", "90a", "100")  # of `make cuda-check`
 MAX_SPILL_BYTES = 0
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Stop the build with one line instead of a traceback."""
     sys.exit(f"darkmatter_ext: {message}")
 
@@ -81,10 +82,33 @@ def cuda_archs() -> list[str]:
     return archs
 
 
-def first_line(command: list[str], last: bool = False) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines() or [""]
-    return lines[-1 if last else 0]
+def find_ninja() -> str:
+    """ninja from pip is in this environment's scripts folder, which is on PATH only when the environment is active."""
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ModuleNotFoundError:
+        return shutil.which("ninja") or fail("ninja must be installed first: pip install ninja")
+
+
+def last_line(command: list[str]) -> str:
+    """Of what a command prints; empty when it fails or does not exist."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return (done.stdout.strip().splitlines() or [""])[-1] if done.returncode == 0 else ""
+
+
+def ninja_path(path: Path | str) -> str:
+    """A path in a build line of a ninja file."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def shell(path: Path | str) -> str:
+    """A path in a command of a ninja file."""
+    return shlex.quote(str(path)).replace("$", "$$")
 
 
 class Build:
@@ -93,8 +117,9 @@ class Build:
     def __init__(self, work: Path, out: Path, nvcc: str | None, archs: list[str]) -> None:
         self.work, self.out, self.nvcc, self.archs = work, out, nvcc, archs
         torch = torch_folder()
-        self.include = [ROOT / "csrc", torch / "include", torch / "include/torch/csrc/api/include"]
-        self.torch_lib = torch / "lib"
+        self.own_include = ROOT / "csrc"
+        self.torch_include = [torch / "include", torch / "include/torch/csrc/api/include"]
+        self.torch_libs = f"-L{shell(torch / 'lib')} -ltorch -ltorch_cpu -lc10"
         self.cxx = os.environ.get("CXX", "c++")
         self.lines: list[str] = []
 
@@ -105,20 +130,20 @@ class Build:
         names = []
         for source in sources:
             name = f"{source.relative_to(ROOT / 'csrc')}{suffix}.o".replace("/", "_")
-            self.lines.append(f"build {name}: {rule} {source}")
+            self.lines.append(f"build {name}: {rule} {ninja_path(source)}")
             names.append(name)
         return " ".join(names)
 
     def flags(self) -> tuple[str, str]:
-        includes = " ".join(f"-isystem {path}" if "torch" in str(path) else f"-I{path}" for path in self.include)
-        common = f"{includes} -DTORCH_TARGET_VERSION={TARGET_TORCH} -DNDEBUG"
+        system = " ".join(f"-isystem {shell(path)}" for path in self.torch_include)
+        common = f"-I{shell(self.own_include)} {system} -DTORCH_TARGET_VERSION={TARGET_TORCH} -DNDEBUG"
         return common, f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi {common}"
 
     def nvcc_command(self, archs: list[str], extra: str = "") -> str:
         targets = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
         return (
-            f"{self.nvcc} -O3 -std=c++20 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden {self.flags()[0]} "
-            f"{targets} {extra} -MD -MF $out.d -c $in -o $out"
+            f"{shell(self.nvcc or 'nvcc')} -O3 -std=c++20 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden "
+            f"{self.flags()[0]} {targets} {extra} -MD -MF $out.d -c $in -o $out"
         )
 
     def write(self) -> None:
@@ -127,11 +152,12 @@ class Build:
         _, cxx_flags = self.flags()
         self.rule("cxx", f"{self.cxx} {cxx_flags} -MMD -MF $out.d -c $in -o $out")
         self.lines += ["rule link", f"  command = {self.cxx} -shared $in -o $out $libs"]
-        torch_libs = f"-L{self.torch_lib} -ltorch -ltorch_cpu -lc10"
-        if platform.system() == "Linux":
-            torch_libs = "-Wl,--no-as-needed " + torch_libs
+        keep = "-Wl,--no-as-needed " if platform.system() == "Linux" else ""
         cpu = self.objects("cxx", [csrc / "ops.cpp", *sorted((csrc / "cpu").glob("*.cpp"))])
-        self.lines += [f"build {self.out}/libdarkmatter_cpu.so: link {cpu}", f"  libs = {torch_libs}"]
+        self.lines += [
+            f"build {ninja_path(self.out)}/libdarkmatter_cpu.so: link {cpu}",
+            f"  libs = {keep}{self.torch_libs}",
+        ]
         self._python_module(csrc, cxx_flags)
         if self.nvcc:
             self._cuda_library(csrc)
@@ -141,23 +167,19 @@ class Build:
     def _python_module(self, csrc: Path, cxx_flags: str) -> None:
         import pybind11
 
-        includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
-        nvcc_version = first_line([self.nvcc, "--version"], last=True) if self.nvcc else ""
-        commit = first_line(
-            ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*"]
-        )
+        includes = f"-I{shell(pybind11.get_include())} -I{shell(sysconfig.get_path('include'))}"
+        describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*"]
         facts = {
             "CUDA_ARCHS": ";".join(self.archs) if self.nvcc else "",
-            "NVCC": nvcc_version,
-            "COMMIT": commit,
+            "NVCC": last_line([self.nvcc, "--version"]) if self.nvcc else "",
+            "COMMIT": last_line(describe),
         }
         defines = " ".join(f"-DDARKMATTER_{name}='\"{value}\"'" for name, value in facts.items())
         self.rule("pycxx", f"{self.cxx} {cxx_flags} {includes} {defines} -MMD -MF $out.d -c $in -o $out")
-        module = (
-            self.objects("pycxx", [csrc / "module.cpp"]) + " " + self.objects("cxx", [csrc / "cpu/isa.cpp"], ".module")
-        )
+        module = self.objects("pycxx", [csrc / "module.cpp"])
+        isa = self.objects("cxx", [csrc / "cpu/isa.cpp"], ".module")
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        self.lines += [f"build {self.out}/_C{suffix}: link {module}", "  libs ="]
+        self.lines += [f"build {ninja_path(self.out)}/_C{suffix}: link {module} {isa}", "  libs ="]
 
     def _cuda_library(self, csrc: Path) -> None:
         # A CPU torch has no libtorch_cuda.so to link; an empty library of that name records the dependency, so that
@@ -171,15 +193,16 @@ class Build:
         self.rule("nvcc", self.nvcc_command(self.archs, ptx))
         objects = self.objects("nvcc", sorted((csrc / "cuda").glob("*.cu")))
         # nvcc links, because only it knows where its static runtime library is.
-        libs = f"-L{self.torch_lib} -ltorch -ltorch_cpu -lc10 -L. -ltorch_cuda"
+        libs = f"{self.torch_libs} -L. -ltorch_cuda"
         self.lines += [
-            f"rule nvlink\n  command = {self.nvcc} -shared -cudart static -Xlinker --no-as-needed $in -o $out {libs}",
-            f"build {self.out}/libdarkmatter_cuda.so: nvlink {objects} | libtorch_cuda.so",
+            "rule nvlink",
+            f"  command = {shell(self.nvcc or 'nvcc')} -shared -cudart static -Xlinker --no-as-needed $in -o $out {libs}",
+            f"build {ninja_path(self.out)}/libdarkmatter_cuda.so: nvlink {objects} | libtorch_cuda.so",
         ]
 
     def run(self) -> None:
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-        command = ["ninja", "-C", str(self.work), "-j", jobs]
+        command = [find_ninja(), "-C", str(self.work), "-j", jobs]
         if subprocess.run(command, check=False).returncode != 0:
             fail("the build failed; the compiler's message is above")
 
@@ -192,6 +215,8 @@ class BuildLibraries(build_ext):
         archs = cuda_archs() if nvcc else []
         out = ROOT / "darkmatter_ext" if self.inplace else Path(self.build_lib).resolve() / "darkmatter_ext"
         out.mkdir(parents=True, exist_ok=True)
+        if nvcc is None:  # of an earlier build in the same folder
+            (out / "libdarkmatter_cuda.so").unlink(missing_ok=True)
         build = Build(Path(self.build_temp).resolve(), out, nvcc, archs)
         build.write()
         build.run()
@@ -224,8 +249,8 @@ class CudaCheck(Command):
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             target = work / f"{source.stem}.o"
             command = build.nvcc_command(list(CHECKED_CUDA_ARCHS), "-Xptxas -v")
-            command = command.replace("$in", str(source)).replace("$out", str(target))
-            done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+            command = command.replace("$in", shell(source)).replace("$out", shell(target)).replace("$$", "$")
+            done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 print(done.stderr)
                 fail(f"{source.name} does not compile")

@@ -7,7 +7,11 @@ namespace py = pybind11;
 
 static py::dict build() {
   py::dict facts;
-  facts["compiler"] = "g++ or clang " __VERSION__;
+#if defined(__clang__)
+  facts["compiler"] = "clang " __clang_version__;
+#else
+  facts["compiler"] = "g++ " __VERSION__;
+#endif
   facts["cuda_archs"] = DARKMATTER_CUDA_ARCHS;
   facts["nvcc"] = DARKMATTER_NVCC;
   facts["commit"] = DARKMATTER_COMMIT;

@@ -1,14 +1,10 @@
-"""Shared by all tests: the helper modules beside them, a quiet deterministic hypothesis, and which package is tested."""
+"""Shared by all tests: a quiet deterministic hypothesis, and which package is tested."""
 
-import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
-
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))  # op_cases.py; --import-mode=importlib leaves the folder out
 
 # Derandomized: the same examples in every run, so a red test is red for everyone. Shared machines make deadlines noise.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)

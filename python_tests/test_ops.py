@@ -137,7 +137,10 @@ def test_vmap_of_ragged_acts_says_why_not():
 
 def test_gradients_through_vmap():
     plain, mapped = public_arguments(), public_arguments()
-    for (x, W_enc, b_enc, b_dec, W_dec), through in ((plain, lambda f, x: f(x)), (mapped, lambda f, x: torch.vmap(f)(x))):
+    for (x, W_enc, b_enc, b_dec, W_dec), through in (
+        (plain, lambda f, x: f(x)),
+        (mapped, lambda f, x: torch.vmap(f)(x)),
+    ):
 
         def reconstruct(rows, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec, W_dec=W_dec):
             return dm.sparse_decode(dm.topk_encode(rows, W_enc, b_enc, 5, b_dec=b_dec), W_dec, b_dec)
