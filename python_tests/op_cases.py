@@ -62,8 +62,9 @@ def _encode(*extra: Any, centred: bool = False, packed: bool = False, n: int = N
         b = b_dec if centred else None
         middle = [torch.tensor(value, dtype=dtype) if isinstance(value, float) else value for value in extra]
         middle = [value.to(dtype) if isinstance(value, Tensor) else value for value in middle]
-        both = torch.ops.darkmatter.pack_encoder(W_enc, b_enc, b) if packed else (None, None)
-        return (x, W_enc, b_enc, b, *middle, *both)
+        pack = torch.ops.darkmatter.pack_encoder
+        parts = pack(W_enc, b_enc, b) if packed else (None,) * len(pack.default._schema.returns)
+        return (x, W_enc, b_enc, b, *middle, *parts)
 
     return make
 

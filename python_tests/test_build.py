@@ -1,0 +1,113 @@
+"""The build: what is in it, what it says about itself, and how it fails."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import darkmatter_ext as dm
+
+PACKAGE = Path(dm.__file__).parent
+TESTS = Path(__file__).resolve().parent  # `python -c` imports from its folder first: not the root, the source is there
+SETUP = TESTS.parent / "setup.py"
+
+
+@pytest.fixture
+def setup_module(monkeypatch):
+    """setup.py as a module, its call of setup() left out."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("darkmatter_setup", SETUP)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_build_info():
+    info = dm.build_info()
+    assert set(info) == {
+        "version", "commit", "torch", "python", "compiler", "cuda_built", "cuda_archs", "nvcc", "cuda_loaded",
+        "cuda_ops", "cpu_isa", "cpu_isa_best", "threads",
+    }  # fmt: skip
+    assert info["torch"] == torch.__version__
+    assert info["cpu_isa"].startswith(("scalar", "avx2", "avx512"))
+    assert info["cuda_built"] == (PACKAGE / "libdarkmatter_cuda.so").exists() == bool(info["cuda_archs"])
+    assert info["cuda_loaded"] == (info["cuda_built"] and torch.version.cuda is not None)
+    assert info["compiler"].split()[0] in ("g++", "clang")
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_instruction_set_override(isa):
+    program = "import darkmatter_ext as dm\ntry: print(dm.build_info()['cpu_isa'])\nexcept RuntimeError as e: print(e)"
+    environment = {**os.environ, "DARKMATTER_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=TESTS, capture_output=True, text=True, check=True
+    )
+    best = dm.build_info()["cpu_isa_best"]
+    missing = f"DARKMATTER_CPU_ISA: must be supported by this machine ({best}), got {isa}"
+    assert run.stdout.strip() in ((isa,) if isa in ("scalar", best) else (isa, missing))
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf (binutils)")
+def test_each_library_needs_only_what_its_torch_has():
+    """A CPU torch has no libtorch_cuda.so; the CUDA library must name it, or its symbols are not found at load."""
+
+    def needed(name):
+        return subprocess.run(["readelf", "-d", PACKAGE / name], capture_output=True, text=True, check=True).stdout
+
+    assert "libtorch_cpu.so" in needed("libdarkmatter_cpu.so")
+    assert "libtorch_cuda" not in needed("libdarkmatter_cpu.so")
+    assert "libpython" not in needed("libdarkmatter_cpu.so")
+    if (PACKAGE / "libdarkmatter_cuda.so").exists():
+        assert "libtorch_cuda.so" in needed("libdarkmatter_cuda.so")
+        assert "libcudart" not in needed("libdarkmatter_cuda.so"), "the CUDA runtime is linked statically"
+
+
+def test_cuda_switch(setup_module, monkeypatch):
+    monkeypatch.setattr(setup_module, "find_nvcc", lambda: None)
+    for value in ("auto", "0"):
+        monkeypatch.setenv("DARKMATTER_CUDA", value)
+        assert setup_module.cuda_choice() is None
+    monkeypatch.setenv("DARKMATTER_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"^darkmatter_ext: DARKMATTER_CUDA=1 needs nvcc, and none was found"):
+        setup_module.cuda_choice()
+    monkeypatch.setenv("DARKMATTER_CUDA", "yes")
+    with pytest.raises(SystemExit, match=r"^darkmatter_ext: DARKMATTER_CUDA: must be auto, 1 or 0, got 'yes'$"):
+        setup_module.cuda_choice()
+    monkeypatch.setattr(setup_module, "find_nvcc", lambda: "/opt/cuda/bin/nvcc")
+    monkeypatch.setenv("DARKMATTER_CUDA", "0")
+    assert setup_module.cuda_choice() is None
+    monkeypatch.setenv("DARKMATTER_CUDA", "auto")
+    assert setup_module.cuda_choice() == "/opt/cuda/bin/nvcc"
+
+
+def test_cuda_architectures(setup_module, monkeypatch):
+    monkeypatch.delenv("DARKMATTER_CUDA_ARCHS", raising=False)
+    assert setup_module.cuda_archs() == ["80", "90a"]
+    monkeypatch.setenv("DARKMATTER_CUDA_ARCHS", "86;100")
+    assert setup_module.cuda_archs() == ["86", "100"]
+    monkeypatch.setenv("DARKMATTER_CUDA_ARCHS", "sm_80")
+    with pytest.raises(SystemExit, match=r"^darkmatter_ext: DARKMATTER_CUDA_ARCHS: must be like 80;90a, got 'sm_80'$"):
+        setup_module.cuda_archs()
+
+
+def test_old_torch_is_refused(setup_module, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
+    with pytest.raises(SystemExit, match=r"^darkmatter_ext: torch must be 2.11 or later, got 2.10.1\+cpu$"):
+        setup_module.torch_folder()
+
+
+def test_missing_ops_are_one_line(tmp_path):
+    """A source folder without compiled ops in front of the installed package."""
+    shutil.copytree(PACKAGE, tmp_path / "darkmatter_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    program = "import darkmatter_ext as dm\ntry: dm.topk_encode\nexcept RuntimeError as e: print(e)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("darkmatter_ext: the compiled ops are missing")
+    assert run.stdout.count("\n") == 1
