@@ -22,7 +22,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext

@@ -4,10 +4,11 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 namespace darkmatter {
@@ -15,6 +16,21 @@ namespace darkmatter {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// A RuntimeError in Python. STD_TORCH_CHECK would put function, source path and line before the message.
+template <typename... Parts>
+[[noreturn]] inline void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+template <typename... Parts>
+inline void require(bool holds, const Parts&... parts) {
+  if (!holds) {
+    refuse(parts...);
+  }
+}
 
 inline std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
@@ -25,11 +41,11 @@ inline std::string shape_of(const Tensor& tensor) {
 }
 
 inline void check_dim(const char* name, const Tensor& tensor, int64_t dim) {
-  STD_TORCH_CHECK(tensor.dim() == dim, name, ": must have ", dim, " dimensions, got shape ", shape_of(tensor));
+  require(tensor.dim() == dim, name, ": must have ", dim, " dimensions, got shape ", shape_of(tensor));
 }
 
 inline void check_size(const char* name, const Tensor& tensor, int64_t axis, int64_t size) {
-  STD_TORCH_CHECK(
+  require(
       tensor.size(axis) == size, name, ": must have size ", size, " in dimension ", axis, ", got shape ",
       shape_of(tensor));
 }
@@ -40,14 +56,14 @@ inline void check_vector(const char* name, const Tensor& tensor, int64_t size) {
 }
 
 inline void check_type(const char* name, const Tensor& tensor, ScalarType type) {
-  STD_TORCH_CHECK(
+  require(
       tensor.scalar_type() == type, name, ": must have dtype ", torch::headeronly::toString(type), ", got ",
       torch::headeronly::toString(tensor.scalar_type()));
 }
 
 inline void check_floating(const char* name, const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(
+  require(
       type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
           type == ScalarType::BFloat16,
       name, ": must be float16, bfloat16, float32 or float64, got ", torch::headeronly::toString(type));

@@ -6,17 +6,18 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(darkmatter, m) {
-  // W_enc^T as contiguous rows [F, d], and the bias with b_dec folded in, float64 [F].
-  m.def("pack_encoder(Tensor W_enc, Tensor b_enc, Tensor? b_dec) -> (Tensor, Tensor)");
-  // values [N, k], indices [N, k]; weight and bias as pack_encoder gives them, or absent (then packed in the call).
+  // weight: W_enc^T as contiguous rows [F, d]; bias: b_enc with b_dec folded in, float64 [F]; codes, sums, bounds: what
+  // screening needs (csrc/cpu/screen.h), empty where the machine cannot screen.
+  m.def("pack_encoder(Tensor W_enc, Tensor b_enc, Tensor? b_dec) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // values [N, k], indices [N, k]; weight ... bounds as pack_encoder gives them, or absent (then packed in the call).
   m.def(
-      "topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, int k, Tensor? weight, Tensor? bias)"
-      " -> (Tensor, Tensor)");
+      "topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, int k, Tensor? weight, Tensor? bias,"
+      " Tensor? codes, Tensor? sums, Tensor? bounds) -> (Tensor, Tensor)");
   // values [z], crow [N + 1], col [z]; threshold is a scalar tensor or [F]. (The floating-point output comes first
   // because opcheck adds up all outputs in place.)
   m.def(
       "threshold_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor threshold, Tensor? weight,"
-      " Tensor? bias) -> (Tensor, Tensor, Tensor)");
+      " Tensor? bias, Tensor? codes, Tensor? sums, Tensor? bounds) -> (Tensor, Tensor, Tensor)");
   // x_hat [N, d] = sum over the active latents of value * W_dec[index], + b_dec.
   m.def("sparse_decode(Tensor values, Tensor indices, Tensor? crow, Tensor W_dec, Tensor? b_dec) -> Tensor");
   // The two gradients of sparse_decode: <rows_i, W_dec[index]> for each active latent, in the shape of indices, and

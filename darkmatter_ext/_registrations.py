@@ -19,24 +19,34 @@ from torch.library import register_autograd, register_fake, register_vmap
 from darkmatter_ext import _library  # noqa: F401  (defines torch.ops.darkmatter)
 
 _ops = torch.ops.darkmatter
+_BOUND_ROWS = 5  # kBoundRows of csrc/cpu/screen.h
+_NO_PACKED_GRADIENTS = (None,) * 5  # weight, bias, codes, sums, bounds: derived from W_enc, b_enc, b_dec
 
 
 # Fakes
 
 
 @register_fake("darkmatter::pack_encoder")
-def _(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> tuple[Tensor, ...]:
     d, n_latents = W_enc.shape
-    return W_enc.new_empty(n_latents, d), W_enc.new_empty(n_latents, dtype=torch.float64)
+    # What is stored for screening depends on the machine that runs, so its sizes are unknown here.
+    n_codes, padded = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
+    return (
+        W_enc.new_empty(n_latents, d),
+        W_enc.new_empty(n_latents, dtype=torch.float64),
+        W_enc.new_empty(n_codes, dtype=torch.int8),
+        W_enc.new_empty(padded, dtype=torch.int32),
+        W_enc.new_empty(_BOUND_ROWS, padded, dtype=torch.float32),
+    )
 
 
 @register_fake("darkmatter::topk_encode")
-def _(x, W_enc, b_enc, b_dec, k, weight, bias) -> tuple[Tensor, Tensor]:
+def _(x, W_enc, b_enc, b_dec, k, *packed) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
 
 
 @register_fake("darkmatter::threshold_encode")
-def _(x, W_enc, b_enc, b_dec, threshold, weight, bias) -> tuple[Tensor, Tensor, Tensor]:
+def _(x, W_enc, b_enc, b_dec, threshold, *packed) -> tuple[Tensor, Tensor, Tensor]:
     n_active = torch.library.get_ctx().new_dynamic_size()
     crow = x.new_empty(x.shape[0] + 1, dtype=torch.int64)
     return x.new_empty(n_active), crow, x.new_empty(n_active, dtype=torch.int64)
@@ -164,7 +174,7 @@ def _encoder_gradients(
 
 
 def _save_topk(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, W_enc, _, b_dec, _, _, _ = inputs
+    x, W_enc, _, b_dec = inputs[:4]
     values, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(values, indices, x, W_enc, b_dec)
@@ -173,11 +183,11 @@ def _save_topk(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _topk_backward(ctx: Any, grad_values: Tensor, _grad_indices: Any) -> tuple:
     values, indices, x, W_enc, b_dec = ctx.saved_tensors
     grad = grad_values * (values > 0)  # relu
-    return (*_encoder_gradients(ctx.needs_input_grad, grad, indices, None, x, W_enc, b_dec), None, None, None)
+    return (*_encoder_gradients(ctx.needs_input_grad, grad, indices, None, x, W_enc, b_dec), None, *_NO_PACKED_GRADIENTS)
 
 
 def _save_threshold(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, W_enc, _, b_dec, _, _, _ = inputs
+    x, W_enc, _, b_dec = inputs[:4]
     values, crow, col = output
     ctx.mark_non_differentiable(crow, col)
     ctx.save_for_backward(values, crow, col, x, W_enc, b_dec)
@@ -186,7 +196,7 @@ def _save_threshold(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tenso
 def _threshold_backward(ctx: Any, grad_values: Tensor, _grad_crow: Any, _grad_col: Any) -> tuple:
     values, crow, col, x, W_enc, b_dec = ctx.saved_tensors
     grad = grad_values * (values > 0)  # relu; the threshold itself has no gradient (a step)
-    return (*_encoder_gradients(ctx.needs_input_grad, grad, col, crow, x, W_enc, b_dec), None, None, None)
+    return (*_encoder_gradients(ctx.needs_input_grad, grad, col, crow, x, W_enc, b_dec), None, *_NO_PACKED_GRADIENTS)
 
 
 register_autograd("darkmatter::topk_encode", _topk_backward, setup_context=_save_topk)
@@ -206,10 +216,10 @@ def _batch_first(batch: int, dim: int | None, tensor: Tensor) -> Tensor:
 
 
 @register_vmap("darkmatter::topk_encode")
-def _(info: Any, in_dims: tuple, x, W_enc, b_enc, b_dec, k, weight, bias) -> tuple:
+def _(info: Any, in_dims: tuple, x, W_enc, b_enc, b_dec, k, *packed) -> tuple:
     _only_batched(in_dims, (0,), "x", "topk_encode")
     x = x.movedim(in_dims[0], 0)  # [B, N, d]
-    values, indices = _ops.topk_encode(x.flatten(0, 1), W_enc, b_enc, b_dec, k, weight, bias)
+    values, indices = _ops.topk_encode(x.flatten(0, 1), W_enc, b_enc, b_dec, k, *packed)
     return (values.unflatten(0, x.shape[:2]), indices.unflatten(0, x.shape[:2])), (0, 0)
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from darkmatter_ext.sparse import SparseActs
 
 _ops = torch.ops.darkmatter
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NOT_PACKED = (None,) * 5
 CUDA_OPS = frozenset({"sparse_decode"})  # ops with a CUDA kernel in this version
 
 
@@ -31,7 +34,20 @@ class PreparedEncoder:
 
     weight: Tensor  # [F, d] contiguous rows of W_enc^T
     bias: Tensor  # [F] float64, b_enc - <b_dec, w_j>
+    codes: Tensor  # int8, the weights rounded for screening; empty where the machine cannot screen
+    sums: Tensor  # [F padded] int32
+    bounds: Tensor  # [5, F padded] float32
     has_b_dec: bool
+
+    @property
+    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The tensors in the order the ops take them."""
+        return self.weight, self.bias, self.codes, self.sums, self.bounds
+
+    @property
+    def screens(self) -> bool:
+        """Whether calls go through 8-bit screening (same answer, several times faster) or the exact path alone."""
+        return self.codes.numel() > 0
 
     @property
     def d_in(self) -> int:
@@ -85,10 +101,19 @@ def _check_weights(op: str, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) 
         _check_tensor("b_dec", b_dec, (d,), W_enc)
 
 
-def _reraise_nan(error: RuntimeError) -> ValueError | None:
-    """The kernels find NaN weights in the pass that packs them; as a value error that is what the user sees."""
-    lines = str(error).splitlines()
-    return ValueError(lines[0]) if lines and "must not contain NaN" in lines[0] else None
+# What the kernels find in the contents of tensors while they read them, and what is to the user an error of value.
+_CONTENT_RULES = ("must not contain NaN", "indices: must be from", "crow: must")
+
+
+def _call(op: Any, *arguments: Any) -> Any:
+    """Call an op; errors about the contents of an argument become ValueError, of one line as all others."""
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        line = str(error).split("\n", maxsplit=1)[0]
+        if any(rule in line for rule in _CONTENT_RULES):
+            raise ValueError(line) from None
+        raise
 
 
 def _check_encode(
@@ -135,11 +160,8 @@ def prepare_encoder(W_enc: Tensor, b_enc: Tensor, *, b_dec: Tensor | None = None
     Cost: one pass over W_enc; memory F d elements and 8 F bytes.
     """
     _check_weights("prepare_encoder", W_enc, b_enc, b_dec)
-    try:
-        weight, bias = _ops.pack_encoder(W_enc, b_enc, b_dec)
-    except RuntimeError as error:
-        raise _reraise_nan(error) or error from None
-    return PreparedEncoder(weight, bias, b_dec is not None)
+    packed = _call(_ops.pack_encoder, W_enc, b_enc, b_dec)
+    return PreparedEncoder(*packed, b_dec is not None)
 
 
 def topk_encode(
@@ -172,15 +194,12 @@ def topk_encode(
     about 2 MB a thread, and candidates of 2048 tokens at a time.
     """
     _check_encode("topk_encode", x, W_enc, b_enc, b_dec, prepared)
-    if isinstance(k, bool) or not isinstance(k, int):
+    if isinstance(k, bool) or not isinstance(k, Integral | torch.SymInt):
         raise TypeError(f"k: must be an int, got {type(k).__name__}")
     if not 0 <= k <= W_enc.shape[1]:
         raise ValueError(f"k: must be from 0 to {W_enc.shape[1]} (latents), got {k}")
-    weight, bias = (None, None) if prepared is None else (prepared.weight, prepared.bias)
-    try:
-        values, indices = _ops.topk_encode(_rows(x), W_enc, b_enc, b_dec, k, weight, bias)
-    except RuntimeError as error:
-        raise _reraise_nan(error) or error from None
+    packed = _NOT_PACKED if prepared is None else prepared.packed
+    values, indices = _call(_ops.topk_encode, _rows(x), W_enc, b_enc, b_dec, k, *packed)
     shape = (*x.shape[:-1], k)
     return SparseActs.fixed(values.reshape(shape), indices.reshape(shape), W_enc.shape[1])
 
@@ -227,11 +246,8 @@ def threshold_encode(
         _check_tensor("threshold", threshold, (W_enc.shape[1],), W_enc)
     if isinstance(threshold, Tensor) and threshold.requires_grad and torch.is_grad_enabled():
         threshold = threshold.detach()
-    weight, bias = (None, None) if prepared is None else (prepared.weight, prepared.bias)
-    try:
-        values, crow, col = _ops.threshold_encode(_rows(x), W_enc, b_enc, b_dec, threshold, weight, bias)
-    except RuntimeError as error:
-        raise _reraise_nan(error) or error from None
+    packed = _NOT_PACKED if prepared is None else prepared.packed
+    values, crow, col = _call(_ops.threshold_encode, _rows(x), W_enc, b_enc, b_dec, threshold, *packed)
     return SparseActs.ragged(crow, col, values, W_enc.shape[1], tuple(x.shape[:-1]))
 
 
@@ -259,9 +275,10 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
     if b_dec is not None:
         _check_tensor("b_dec", b_dec, (W_dec.shape[1],), W_dec)
     if acts.is_ragged:
-        x_hat = _ops.sparse_decode(acts.values, acts.col_indices, acts.crow_indices, W_dec, b_dec)
+        x_hat = _call(_ops.sparse_decode, acts.values, acts.col_indices, acts.crow_indices, W_dec, b_dec)
     else:
         k = acts.values.shape[-1]
         shape = (acts.n_tokens, k)
-        x_hat = _ops.sparse_decode(acts.values.reshape(shape), acts.indices.reshape(shape), None, W_dec, b_dec)
+        values, indices = acts.values.reshape(shape), acts.indices.reshape(shape)
+        x_hat = _call(_ops.sparse_decode, values, indices, None, W_dec, b_dec)
     return x_hat.reshape(*acts.batch_shape, W_dec.shape[1])

@@ -6,6 +6,8 @@ dense [N, F] pre-activations, so they are for checking, not for use at size. All
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def threshold_encode(
     """The pre-activations strictly above the threshold (scalar or [F]), and those that are NaN; then relu."""
     h = pre_activations(x, W_enc, b_enc, b_dec=b_dec)
     threshold = torch.as_tensor(threshold, dtype=x.dtype, device=x.device)
-    flat = h.reshape(x[..., 0].numel(), W_enc.shape[1])
+    flat = h.reshape(math.prod(x.shape[:-1]), W_enc.shape[1])
     token, latent = (~(flat.detach() <= threshold)).nonzero(as_tuple=True)
     crow = torch.searchsorted(token, torch.arange(len(flat) + 1, device=x.device))
     return SparseActs.ragged(crow, latent, flat[token, latent].relu(), W_enc.shape[1], tuple(x.shape[:-1]))

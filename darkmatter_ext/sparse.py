@@ -117,10 +117,13 @@ class SparseActs:
         return torch.repeat_interleave(lengths, output_size=self.values.numel())
 
     def to_dense(self) -> Tensor:
-        """Dense acts [..., F]; differentiable in the values. Memory: N F elements."""
+        """Dense acts [..., F]; differentiable in the values. Memory: N F elements.
+
+        A latent stored twice for a token adds up, as in sparse_decode (encoders store none twice).
+        """
         dense = self.values.new_zeros(self.n_tokens, self.d_sae)
         place = (self.token_numbers(), self.col_indices)
-        return dense.index_put(place, self.values.reshape(-1)).reshape(self.shape)
+        return dense.index_put(place, self.values.reshape(-1), accumulate=True).reshape(self.shape)
 
     def l0(self) -> Tensor:
         """[...] int64, latents with a nonzero value of each token (NaN counts; a stored zero does not)."""

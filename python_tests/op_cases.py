@@ -38,6 +38,10 @@ class Case:
         return getattr(torch.ops.darkmatter, self.op)
 
 
+# What pack_encoder returns is what the encoders take as their last arguments, however many tensors that is.
+N_PACKED = len(torch.ops.darkmatter.pack_encoder.default._schema.returns)
+
+
 def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -53,7 +57,7 @@ def _x(dtype: torch.dtype, n: int = N) -> Tensor:
 
 
 def _encode(*extra: Any, centred: bool = False, packed: bool = False, n: int = N, strided: bool = False) -> Callable:
-    """x, W_enc, b_enc, b_dec, *extra, weight, bias of the two encoders; a float in `extra` becomes a tensor."""
+    """x, W_enc, b_enc, b_dec, *extra, *packed of the two encoders; a float in `extra` becomes a tensor."""
 
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         W_enc, b_enc, b_dec = encoder(dtype)

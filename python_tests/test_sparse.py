@@ -73,7 +73,6 @@ def test_gradients_pass_through_dense_forms():
     assert torch.autograd.gradcheck(lambda v: SparseActs.fixed(v, indices, 3).to_dense(), values)
 
 
-@pytest.mark.xfail(strict=True, reason="to_dense keeps one of the two, sparse_decode adds them")
 def test_a_latent_stored_twice_adds_up_as_in_decode():
     acts = SparseActs.fixed(torch.tensor([[1.0, 2.0]]), torch.tensor([[1, 1]]), 3)
     assert acts.to_dense().tolist() == [[0.0, 3.0, 0.0]]

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 
@@ -24,7 +23,7 @@ auto dispatch_floating(const char* name, ScalarType type, const Body& body) {
     case ScalarType::BFloat16:
       return body(BFloat16{});
     default:
-      STD_TORCH_CHECK(false, name, ": must be a floating-point tensor, got ", torch::headeronly::toString(type));
+      refuse(name, ": must be a floating-point tensor, got ", torch::headeronly::toString(type));
   }
 }
 

@@ -8,6 +8,8 @@ namespace darkmatter {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::vnni:
+      return "avx512_vnni";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -23,7 +25,7 @@ Isa best_isa() {
   const bool fma = __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return Isa::avx512;
+    return __builtin_cpu_supports("avx512vnni") ? Isa::vnni : Isa::avx512;
   }
   if (fma && __builtin_cpu_supports("avx2")) {
     return Isa::avx2;
@@ -37,7 +39,7 @@ static Isa requested_isa() {
   if (wanted == nullptr || *wanted == '\0') {
     return best_isa();
   }
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::vnni}) {
     if (std::string(wanted) == isa_name(isa)) {
       if (isa > best_isa()) {
         throw std::runtime_error(
@@ -47,7 +49,8 @@ static Isa requested_isa() {
       return isa;
     }
   }
-  throw std::runtime_error(std::string("DARKMATTER_CPU_ISA: must be scalar, avx2 or avx512, got ") + wanted);
+  throw std::runtime_error(
+      std::string("DARKMATTER_CPU_ISA: must be scalar, avx2, avx512 or avx512_vnni, got ") + wanted);
 }
 
 Isa active_isa() {

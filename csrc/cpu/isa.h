@@ -3,7 +3,7 @@
 
 namespace darkmatter {
 
-enum class Isa { scalar, avx2, avx512 };
+enum class Isa { scalar, avx2, avx512, vnni };  // vnni: AVX-512 with 8-bit dot products
 
 const char* isa_name(Isa isa);
 Isa best_isa();    // of this machine

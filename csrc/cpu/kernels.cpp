@@ -53,6 +53,7 @@ namespace avx512 {
 const Kernels& kernels() {
 #if defined(__x86_64__)
   switch (active_isa()) {
+    case Isa::vnni:
     case Isa::avx512:
       return avx512::table;
     case Isa::avx2:

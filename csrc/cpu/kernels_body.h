@@ -144,6 +144,36 @@ static double dot(const double* x, const T* w, int64_t d) {
   return reduce(sum);
 }
 
+// Four rows at a time: four independent chains of additions hide their latency.
+template <typename T>
+static void gathered_dots(const double* x, const T* w, int64_t d, const int32_t* index, int64_t n, double* out) {
+  int64_t r = 0;
+  for (; r + 4 <= n; r += 4) {
+    const T* rows[4];
+    Vec8 sums[4] = {};
+    for (int i = 0; i < 4; ++i) {
+      rows[i] = w + index[r + i] * d;
+    }
+    int64_t e = 0;
+    for (; e + kLanes <= d; e += kLanes) {
+      const Vec8 left = load8(x + e);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        sums[i] += left * load8(rows[i] + e);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      if (e < d) {
+        sums[i] += load_tail(x + e, d - e) * load_tail(rows[i] + e, d - e);
+      }
+      out[r + i] = reduce(sums[i]);
+    }
+  }
+  for (; r < n; ++r) {
+    out[r] = dot(x, w + index[r] * d, d);
+  }
+}
+
 // One column block of weighted_sum, WIDTH vectors of sums in registers over all the rows.
 template <int WIDTH, typename T>
 DM_INLINE void weighted_columns(
@@ -187,7 +217,7 @@ static void weighted_sum(
 
 template <typename T>
 static constexpr TypedKernels<T> typed() {
-  return {widen<T>, dot<T>, weighted_sum<T>};
+  return {widen<T>, dot<T>, gathered_dots<T>, weighted_sum<T>};
 }
 
 static const Kernels table = {dots, typed<float>(), typed<double>(), typed<Half>(), typed<BFloat16>()};

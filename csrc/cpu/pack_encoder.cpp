@@ -5,11 +5,17 @@
 #include <tuple>
 
 #include "cpu/encoder.h"
+#include "cpu/screen.h"
 
 namespace darkmatter {
 
+// Below these sizes screening costs more than it saves.
+constexpr int64_t kMinScreenD = 32;
+constexpr int64_t kMinScreenLatents = 256;
+constexpr int64_t kMinTokensToPack = 64;  // in a call with unpacked weights: rounding W_enc costs about 20 tokens' work
+
 // NaN weights would turn into NaN latents that win every top-k: refused here, once, in the pass that packs.
-static void check_no_nan(const char* name, const Tensor& tensor) {
+static void check_no_nan(const char* name, const Tensor& tensor, const Tensor& given) {
   dispatch_floating(name, tensor.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const T* values = data<T>(tensor);
@@ -23,7 +29,7 @@ static void check_no_nan(const char* name, const Tensor& tensor) {
         found = true;
       }
     });
-    STD_TORCH_CHECK(!found, name, ": must not contain NaN, got shape ", shape_of(tensor), " with NaN");
+    require(!found, name, ": must not contain NaN, got shape ", shape_of(given), " with NaN");
   });
 }
 
@@ -35,7 +41,45 @@ void check_encoder_input(const Tensor& x, const Tensor& W_enc) {
   check_type("W_enc", W_enc, x.scalar_type());
 }
 
-static Packed pack(const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec) {
+// b_enc - <b_dec, w_j> in float64.
+template <typename T>
+static void fold_bias(const Tensor& weight, const Tensor& b_enc, const std::vector<double>& centre, double* folded) {
+  const int64_t n_latents = weight.size(0), d = weight.size(1);
+  const TypedKernels<T>& kernel = kernels().of<T>();
+  kernel.widen(data<T>(b_enc), folded, n_latents);
+  if (!centre.empty()) {
+    parallel_ranges(n_latents, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        folded[j] -= kernel.dot(centre.data(), data<T>(weight) + j * d, d);
+      }
+    });
+  }
+}
+
+// Codes and bounds of every latent. The screen scores (x - b_dec) against w, so its bias is b_enc itself.
+template <typename T>
+static void encode_latents(Packed& packed, const Tensor& b_enc) {
+  const int64_t n_latents = packed.weight.size(0), d = packed.weight.size(1);
+  const int64_t d_padded = screen_padded(d), panels = screen_panels(n_latents), padded = panels * kPanel;
+  packed.codes = torch::stable::new_zeros(packed.weight, {panels * d_padded * kPanel}, ScalarType::Char);
+  packed.sums = torch::stable::new_zeros(packed.weight, {padded}, ScalarType::Int);
+  packed.bounds = torch::stable::new_zeros(packed.weight, {kBoundRows, padded}, ScalarType::Float);
+  parallel_ranges(panels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> row(d);
+    std::vector<float> scratch(d_padded);
+    for (int64_t j = begin * kPanel; j < std::min(end * kPanel, n_latents); ++j) {
+      kernels().of<T>().widen(data<T>(packed.weight) + j * d, row.data(), d);
+      int8_t* codes = mutable_data<int8_t>(*packed.codes) + j / kPanel * d_padded * kPanel + j % kPanel * 4;
+      double bias;
+      kernels().of<T>().widen(data<T>(b_enc) + j, &bias, 1);
+      screen_kernels()->encode_latent(
+          row.data(), bias, d, d_padded, scratch.data(), codes, 4 * kPanel, mutable_data<int32_t>(*packed.sums) + j,
+          mutable_data<float>(*packed.bounds) + j, padded);
+    }
+  });
+}
+
+static Packed pack(const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec, bool screen) {
   check_dim("W_enc", W_enc, 2);
   check_floating("W_enc", W_enc);
   const int64_t d = W_enc.size(0), n_latents = W_enc.size(1);
@@ -44,56 +88,89 @@ static Packed pack(const Tensor& W_enc, const Tensor& b_enc, const OptionalTenso
   if (b_dec) {
     check_vector("b_dec", *b_dec, d);
     check_type("b_dec", *b_dec, W_enc.scalar_type());
+    check_no_nan("b_dec", torch::stable::contiguous(*b_dec), *b_dec);
   }
-  const Tensor weight = torch::stable::contiguous(torch::stable::transpose(W_enc, 0, 1));
+  Packed packed{torch::stable::contiguous(torch::stable::transpose(W_enc, 0, 1)), {}, {}, {}, {}};
+  packed.bias = torch::stable::new_empty(packed.weight, {n_latents}, ScalarType::Double);
   const Tensor b_in = torch::stable::contiguous(b_enc);
-  Tensor bias = torch::stable::new_empty(weight, {n_latents}, ScalarType::Double);
-  check_no_nan("W_enc", weight);
-  check_no_nan("b_enc", b_in);
-  dispatch_floating("W_enc", weight.scalar_type(), [&](auto type) {
+  check_no_nan("W_enc", packed.weight, W_enc);
+  check_no_nan("b_enc", b_in, b_in);
+  const std::vector<double> centre = wide_vector(b_dec);
+  dispatch_floating("W_enc", W_enc.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const TypedKernels<T>& kernel = kernels().of<T>();
-    double* folded = mutable_data<double>(bias);
-    kernel.widen(data<T>(b_in), folded, n_latents);
-    if (!b_dec) {
-      return;
+    fold_bias<T>(packed.weight, b_in, centre, mutable_data<double>(packed.bias));
+    if (screen) {
+      encode_latents<T>(packed, b_in);
     }
-    const Tensor subtracted = torch::stable::contiguous(*b_dec);
-    check_no_nan("b_dec", subtracted);
-    std::vector<double> b_wide(d);
-    kernel.widen(data<T>(subtracted), b_wide.data(), d);
-    parallel_ranges(n_latents, 256, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        folded[j] -= kernel.dot(b_wide.data(), data<T>(weight) + j * d, d);
-      }
-    });
   });
-  return {weight, bias};
+  return packed;
+}
+
+std::vector<double> wide_vector(const OptionalTensor& tensor) {
+  std::vector<double> wide;
+  if (tensor) {
+    const Tensor own = torch::stable::contiguous(*tensor);
+    wide.resize(own.numel());
+    dispatch_floating("b_dec", own.scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      kernels().of<T>().widen(data<T>(own), wide.data(), own.numel());
+    });
+  }
+  return wide;
+}
+
+static bool can_screen(int64_t d, int64_t n_latents) {
+  return screen_kernels() != nullptr && d >= kMinScreenD && d <= kMaxScreenD && n_latents >= kMinScreenLatents;
 }
 
 Packed packed_encoder(
-    const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec, const OptionalTensor& weight,
-    const OptionalTensor& bias) {
-  STD_TORCH_CHECK(
-      weight.has_value() == bias.has_value(), "weight, bias: must be given together, got ",
-      weight.has_value() ? "weight" : "bias", " alone");
-  if (!weight) {
-    return pack(W_enc, b_enc, b_dec);
+    const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec, const PackedArguments& given,
+    int64_t n_tokens) {
+  const int64_t d = W_enc.size(0), n_latents = W_enc.size(1);
+  if (!given.weight) {
+    require(!given.bias && !given.codes, "weight: must be given with bias and codes, got them alone");
+    return pack(W_enc, b_enc, b_dec, can_screen(d, n_latents) && n_tokens >= kMinTokensToPack);
   }
-  check_dim("weight", *weight, 2);
-  check_size("weight", *weight, 0, W_enc.size(1));
-  check_size("weight", *weight, 1, W_enc.size(0));
-  check_type("weight", *weight, W_enc.scalar_type());
-  check_vector("bias", *bias, W_enc.size(1));
-  check_type("bias", *bias, ScalarType::Double);
-  return {torch::stable::contiguous(*weight), torch::stable::contiguous(*bias)};
+  require(given.bias.has_value(), "bias: must be given with weight, got weight alone");
+  check_dim("weight", *given.weight, 2);
+  check_size("weight", *given.weight, 0, n_latents);
+  check_size("weight", *given.weight, 1, d);
+  check_type("weight", *given.weight, W_enc.scalar_type());
+  check_vector("bias", *given.bias, n_latents);
+  check_type("bias", *given.bias, ScalarType::Double);
+  Packed packed{torch::stable::contiguous(*given.weight), torch::stable::contiguous(*given.bias), {}, {}, {}};
+  if (given.codes && given.codes->numel() > 0 && can_screen(d, n_latents)) {
+    require(given.sums && given.bounds, "sums, bounds: must be given with codes, got codes alone");
+    const int64_t padded = screen_panels(n_latents) * kPanel;
+    check_vector("codes", *given.codes, padded * screen_padded(d));
+    check_type("codes", *given.codes, ScalarType::Char);
+    check_vector("sums", *given.sums, padded);
+    check_type("sums", *given.sums, ScalarType::Int);
+    check_dim("bounds", *given.bounds, 2);
+    check_size("bounds", *given.bounds, 0, kBoundRows);
+    check_size("bounds", *given.bounds, 1, padded);
+    check_type("bounds", *given.bounds, ScalarType::Float);
+    packed.codes = torch::stable::contiguous(*given.codes);
+    packed.sums = torch::stable::contiguous(*given.sums);
+    packed.bounds = torch::stable::contiguous(*given.bounds);
+  }
+  return packed;
 }
 
 // An op may not return a view of its input: a W_enc stored as [F, d] rows is copied for the caller who keeps it.
-static std::tuple<Tensor, Tensor> pack_encoder(Tensor W_enc, Tensor b_enc, OptionalTensor b_dec) {
-  Packed packed = pack(W_enc, b_enc, b_dec);
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_encoder(
+    Tensor W_enc, Tensor b_enc, OptionalTensor b_dec) {
+  check_dim("W_enc", W_enc, 2);
+  Packed packed = pack(W_enc, b_enc, b_dec, can_screen(W_enc.size(0), W_enc.size(1)));
   const bool aliases = packed.weight.const_data_ptr() == W_enc.const_data_ptr();
-  return {aliases ? torch::stable::clone(packed.weight) : packed.weight, packed.bias};
+  if (!packed.codes) {
+    packed.codes = torch::stable::new_empty(packed.weight, {0}, ScalarType::Char);
+    packed.sums = torch::stable::new_empty(packed.weight, {0}, ScalarType::Int);
+    packed.bounds = torch::stable::new_empty(packed.weight, {kBoundRows, 0}, ScalarType::Float);
+  }
+  return {
+      aliases ? torch::stable::clone(packed.weight) : packed.weight, packed.bias, *packed.codes, *packed.sums,
+      *packed.bounds};
 }
 
 }  // namespace darkmatter

@@ -20,14 +20,14 @@ struct Active {
       check_dim("indices", given, 1);
       check_dim("crow", *rows, 1);
       check_type("crow", *rows, ScalarType::Long);
-      STD_TORCH_CHECK(rows->size(0) >= 1, "crow: must have N + 1 entries, got shape ", shape_of(*rows));
+      require(rows->size(0) >= 1, "crow: must have N + 1 entries, got shape ", shape_of(*rows));
       crow = torch::stable::contiguous(*rows);
       n_tokens = rows->size(0) - 1;
     } else {
       check_dim("indices", given, 2);
       n_tokens = given.size(0);
     }
-    STD_TORCH_CHECK(
+    require(
         tokens_if_ragged_unknown < 0 || tokens_if_ragged_unknown == n_tokens, "rows: must have ", n_tokens,
         " rows, one a token, got ", tokens_if_ragged_unknown);
     check_contents();
@@ -43,22 +43,22 @@ struct Active {
   void check_contents() const {
     for (int64_t a = 0; a < n_active; ++a) {
       const int64_t j = index()[a];
-      STD_TORCH_CHECK(j >= 0 && j < n_latents, "indices: must be from 0 to ", n_latents - 1, ", got ", j);
+      require(j >= 0 && j < n_latents, "indices: must be from 0 to ", n_latents - 1, ", got ", j);
     }
     if (!crow) {
       return;
     }
-    STD_TORCH_CHECK(
+    require(
         begin(0) == 0 && begin(n_tokens) == n_active, "crow: must go from 0 to the number of indices (", n_active,
         "), got ", begin(0), " to ", begin(n_tokens));
     for (int64_t token = 0; token < n_tokens; ++token) {
-      STD_TORCH_CHECK(begin(token) <= begin(token + 1), "crow: must not decrease, got a fall at token ", token);
+      require(begin(token) <= begin(token + 1), "crow: must not decrease, got a fall at token ", token);
     }
   }
 };
 
 static void check_values(const Tensor& values, const Tensor& indices) {
-  STD_TORCH_CHECK(
+  require(
       shape_of(values) == shape_of(indices), "values: must have the shape of indices ", shape_of(indices), ", got ",
       shape_of(values));
 }
@@ -164,7 +164,7 @@ static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, T
   check_dim("rows", rows, 2);
   check_values(values, indices);
   check_type("values", values, rows.scalar_type());
-  STD_TORCH_CHECK(n_latents >= 0, "n_latents: must be at least 0, got ", n_latents);
+  require(n_latents >= 0, "n_latents: must be at least 0, got ", n_latents);
   const int64_t d = rows.size(1);
   const Active active(indices, crow, rows.size(0), n_latents);
   const Tensor right = torch::stable::contiguous(rows), factors = torch::stable::contiguous(values);

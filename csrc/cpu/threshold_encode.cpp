@@ -6,7 +6,7 @@
 
 #include <tuple>
 
-#include "cpu/encoder.h"
+#include "cpu/screened.h"
 
 namespace darkmatter {
 
@@ -17,25 +17,96 @@ struct Kept {
   std::vector<T> values;
 };
 
+// The thresholds in the dtype of x, and as limits of the screen's upper bounds.
 template <typename T>
-static std::tuple<Tensor, Tensor, Tensor> select_above(const Tensor& x, const Packed& packed, const Tensor& threshold) {
-  const Tiling tiling(x.size(0), packed.weight.size(0), x.size(1));
-  const T* limits = data<T>(threshold);
-  const int64_t step = threshold.numel() == 1 && threshold.dim() == 0 ? 0 : 1;
-  for (int64_t j = 0; j < threshold.numel(); ++j) {
-    STD_TORCH_CHECK(limits[j] == limits[j], "threshold: must not contain NaN, got NaN at latent ", j);
+struct Thresholds {
+  const T* values;
+  int64_t step;  // 0: one for all latents
+  std::vector<float> limits;
+
+  Thresholds(const Tensor& threshold, int64_t padded) : values(data<T>(threshold)), step(threshold.dim() == 0 ? 0 : 1) {
+    limits.assign(step ? padded : 1, std::numeric_limits<float>::infinity());
+    for (int64_t j = 0; j < threshold.numel(); ++j) {
+      require(values[j] == values[j], "threshold: must not contain NaN, got NaN at latent ", j);
+      limits[j] = margin_below<T>(static_cast<float>(values[j]));
+    }
   }
-  std::vector<Kept<T>> kept(tiling.n_tokens * tiling.ranges);
-  visit_pre_activations<T>(
-      data<T>(x), packed, tiling, [&](int64_t range, int64_t token, int64_t first, int64_t latents, const T* h) {
-        Kept<T>& own = kept[token * tiling.ranges + range];
+
+  void keep(Kept<T>& own, int64_t latent, T h) const {
+    if (!(h <= values[latent * step])) {
+      own.indices.push_back(latent);
+      own.values.push_back(relu(h));
+    }
+  }
+};
+
+template <typename T>
+static void exact_rows(
+    WideRows& wide, int64_t tokens, const Packed& packed, const Thresholds<T>& thresholds, const Tiling::Task& task,
+    Kept<T>* first_kept, int64_t ld_kept) {
+  visit_range<T>(
+      wide, tokens, packed, task.begin, task.end, [&](int64_t row, int64_t first, int64_t latents, const T* h) {
         for (int64_t l = 0; l < latents; ++l) {
-          if (!(h[l] <= limits[(first + l) * step])) {
-            own.indices.push_back(first + l);
-            own.values.push_back(relu(h[l]));
-          }
+          thresholds.keep(first_kept[row * ld_kept], first + l, h[l]);
         }
       });
+}
+
+template <typename T>
+static void screen_rows(
+    TaskTokens<T>& tokens, const Packed& packed, const Thresholds<T>& thresholds, const Tiling::Task& task,
+    Kept<T>* first_kept, int64_t ld_kept) {
+  std::vector<Chosen<T>> candidates(task.tokens);
+  std::vector<char> screened(task.tokens);
+  for (int64_t row = 0; row < task.tokens; ++row) {
+    screened[row] = tokens.screened[row].screened;
+  }
+  scan_panels(
+      tokens, screened_weights(packed), task.begin / kPanel, ceil_div(task.end, kPanel), thresholds.step,
+      [&](int64_t) { return thresholds.limits.data(); }, [&](int64_t row) { return screened[row] != 0; },
+      [&](int64_t row, const Hits& hits) {
+        std::vector<int32_t>& own = candidates[row].latents;
+        own.insert(own.end(), hits.latent, hits.latent + hits.count);
+        screened[row] = own.size() <= static_cast<size_t>(kScreenCandidates);
+      });
+  for (int64_t row = 0; row < task.tokens; ++row) {
+    if (!screened[row]) {
+      candidates[row].latents.clear();
+    }
+  }
+  rescore(tokens, packed, task.begin, task.end, candidates);
+  for (int64_t row = 0; row < task.tokens; ++row) {
+    Kept<T>& own = first_kept[row * ld_kept];
+    if (!screened[row]) {
+      tokens.with_row(row, [&](WideRows& alone) { exact_rows<T>(alone, 1, packed, thresholds, task, &own, ld_kept); });
+      continue;
+    }
+    for (size_t c = 0; c < candidates[row].h.size(); ++c) {
+      thresholds.keep(own, candidates[row].latents[c], candidates[row].h[c]);
+    }
+  }
+}
+
+template <typename T>
+static std::tuple<Tensor, Tensor, Tensor> select_above(
+    const Tensor& x, const Packed& packed, const std::vector<double>& centre, const Tensor& threshold) {
+  const int64_t n_latents = packed.weight.size(0), d = packed.weight.size(1);
+  const bool screen = packed.codes.has_value();
+  const Tiling tiling = screen ? Tiling(x.size(0), n_latents, kScreenChunk, kScreenTokens, kPanel)
+                               : Tiling::exact(x.size(0), n_latents, d);
+  const Thresholds<T> thresholds(threshold, screen_panels(n_latents) * kPanel);
+  std::vector<Kept<T>> kept(tiling.n_tokens * tiling.ranges);
+  parallel_tasks(tiling.tasks(), [&](int64_t i) {
+    const Tiling::Task task = tiling.task(i);
+    TaskTokens<T> tokens(data<T>(x) + task.token * d, task.tokens, d);
+    Kept<T>* first_kept = &kept[task.token * tiling.ranges + task.number];
+    if (screen) {
+      tokens.encode(screened_weights(packed), centre);
+      screen_rows(tokens, packed, thresholds, task, first_kept, tiling.ranges);
+    } else {
+      exact_rows(tokens.wide, task.tokens, packed, thresholds, task, first_kept, tiling.ranges);
+    }
+  });
 
   Tensor crow = torch::stable::new_empty(x, {tiling.n_tokens + 1}, ScalarType::Long);
   int64_t* starts = mutable_data<int64_t>(crow);
@@ -64,16 +135,17 @@ static std::tuple<Tensor, Tensor, Tensor> select_above(const Tensor& x, const Pa
 
 static std::tuple<Tensor, Tensor, Tensor> threshold_encode(
     Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, Tensor threshold, OptionalTensor weight,
-    OptionalTensor bias) {
+    OptionalTensor bias, OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds) {
   check_encoder_input(x, W_enc);
   check_type("threshold", threshold, x.scalar_type());
   if (threshold.dim() != 0) {
     check_vector("threshold", threshold, W_enc.size(1));
   }
-  const Packed packed = packed_encoder(W_enc, b_enc, b_dec, weight, bias);
+  const Packed packed = packed_encoder(W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds}, x.size(0));
   const Tensor rows = torch::stable::contiguous(x), limits = torch::stable::contiguous(threshold);
-  return dispatch_floating(
-      "x", x.scalar_type(), [&](auto type) { return select_above<decltype(type)>(rows, packed, limits); });
+  return dispatch_floating("x", x.scalar_type(), [&](auto type) {
+    return select_above<decltype(type)>(rows, packed, wide_vector(b_dec), limits);
+  });
 }
 
 }  // namespace darkmatter

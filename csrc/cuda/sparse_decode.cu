@@ -41,7 +41,7 @@ static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, 
   check_type("values", values, W_dec.scalar_type());
   check_type("indices", indices, ScalarType::Long);
   check_dim("indices", indices, crow ? 1 : 2);
-  STD_TORCH_CHECK(
+  require(
       shape_of(values) == shape_of(indices), "values: must have the shape of indices ", shape_of(indices), ", got ",
       shape_of(values));
   if (b_dec) {

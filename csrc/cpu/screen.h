@@ -1,0 +1,74 @@
+// Certified screening: which latents can be in the answer, decided in 8-bit integers with a rigorous bound.
+//
+// x_i and w_j are rotated by one orthogonal map R (so that no single dimension is an outlier that ruins the 8-bit
+// scale) and rounded to x~ = s_x q_x, w~ = s_w q_w with integer q in [-127, 127]. Their integer dot product is exact,
+// and
+//   |<x, w> - <x~, w~>| <= ||x - x~|| ||w|| + ||x~|| ||w - w~||                                       (Cauchy-Schwarz)
+// with all four norms *measured* in float64 and rounded outward, plus what floating-point rounding adds anywhere (of
+// the rotation, of the scores, of the exact sums). Latent j can be left out when its score plus its bound is below a
+// value that is certainly reached by the answer; everything else is rescored exactly, so the answer is that of the
+// exact path to the bit.
+//
+// Rate: vpdpbusd does 64 multiply-adds an instruction, four times what float32 does; the weights are read at one byte
+// each.
+#pragma once
+
+#include <cstdint>
+
+namespace darkmatter {
+
+constexpr int64_t kPanel = 48;          // latents a panel: three vectors of int32 sums
+constexpr int64_t kScreenTokens = 8;    // tokens a tile: 8 x 3 sums in registers
+constexpr int64_t kScreenAlign = 64;    // d is padded to whole cache lines of 8-bit codes
+constexpr int64_t kMaxScreenD = 32768;  // 255 * 127 * d must stay below 2^31
+
+// What is stored of each latent besides its codes, as rows of a float32 array [kBoundRows, F_padded].
+enum BoundRow : int { kScale, kBias, kNorm, kRounding, kSlack, kBoundRows };
+
+struct ScreenedWeights {
+  int64_t n_latents, d, d_padded, panels;
+  const int8_t* codes;  // [panels, d_padded / 4, kPanel, 4]
+  const int32_t* sums;  // [F_padded] 128 * sum of the codes: what the unsigned coding of x adds to each score
+  const float* bounds;  // [kBoundRows, F_padded]
+
+  int64_t padded() const { return panels * kPanel; }
+};
+
+// One token ready to be screened.
+struct ScreenedToken {
+  float scale;    // s_x; 0 for padding
+  float alpha;    // bound of ||x - x~||, rounding included
+  float beta;     // bound of ||x~||
+  bool screened;  // false: not finite, or too small or large for the bound; the exact path decides
+};
+
+// A score interval of one latent: exact value in [lower, upper].
+struct Hits {
+  int32_t count;
+  int32_t latent[kPanel];
+  float lower[kPanel], upper[kPanel];
+};
+
+struct ScreenKernels {
+  // codes[d_padded] = unsigned 8-bit codes (code + 128) of the rotated row, and its norms. row is float64 [d]; scratch
+  // float32 [d_padded]. `error` is the absolute rounding error of exact sums with this row, per unit of ||w||.
+  ScreenedToken (*encode_token)(
+      const double* row, int64_t d, int64_t d_padded, double error, float* scratch, uint8_t* codes);
+  // Codes of one latent into its place in the panel layout, and its column of sums and bounds.
+  void (*encode_latent)(
+      const double* row, double bias, int64_t d, int64_t d_padded, float* scratch, int8_t* codes, int64_t stride_groups,
+      int32_t* sum, float* bounds, int64_t ld_bounds);
+  // Scores of `tokens` <= kScreenTokens tokens (code rows d_padded apart) against one panel: int32 [tokens, kPanel].
+  void (*scores)(const uint8_t* x, int64_t tokens, const int8_t* panel, int64_t d_padded, int32_t* out);
+  // The latents of the panel whose upper bound is not below limit[l * step] (step 0: one limit for all), as intervals.
+  void (*hits)(
+      const int32_t* scores, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel,
+      const float* limits, int64_t step, Hits* out);
+};
+
+const ScreenKernels* screen_kernels();  // null where the instruction set has no 8-bit dot products
+
+inline int64_t screen_padded(int64_t d) { return (d + kScreenAlign - 1) / kScreenAlign * kScreenAlign; }
+inline int64_t screen_panels(int64_t n_latents) { return (n_latents + kPanel - 1) / kPanel; }
+
+}  // namespace darkmatter

@@ -1,0 +1,271 @@
+// The screening kernels on AVX-512 VNNI.
+#include "cpu/isa.h"
+#include "cpu/screen.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+// gcc 12 warns about its own intrinsics, whose undefined vectors are meant (gcc bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+
+namespace darkmatter {
+namespace {
+
+// Unit roundoff of float32 with room for products of (1 + u): every bound below is inflated by whole multiples of it.
+constexpr double kUnit = 0x1p-24;
+constexpr double kOutward = 1 + 0x1p-20;  // float64 norms -> float32 bounds, and the float32 arithmetic on the bounds
+constexpr float kTiny = 1e-35f;           // absolute errors of denormal scores
+constexpr double kTinyNorm = 1e-40;       // absolute errors of denormal weights, before they meet ||x|| up to 1e30
+
+// Signs of the dimensions before the rotation (period 64, arbitrary): without them a constant vector would be an
+// outlier of the rotated one.
+constexpr uint64_t kSigns = 0x9E3779B97F4A7C15ull;
+
+// Largest power of two that divides d_padded, at most 256: the size of a rotated block.
+inline int64_t block_of(int64_t d_padded) {
+  int64_t block = 64;
+  while (block < 256 && d_padded % (2 * block) == 0) {
+    block *= 2;
+  }
+  return block;
+}
+
+// In-place orthonormal Walsh-Hadamard transform of each block: log2(block) stages, each adds at most one unit roundoff
+// to the relative error of the norm.
+void rotate(float* v, int64_t d_padded) {
+  const int64_t block = block_of(d_padded);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(block));
+  for (int64_t start = 0; start < d_padded; start += block) {
+    float* b = v + start;
+    for (int64_t half = 1; half < 16; half *= 2) {  // within one vector: partner by shuffle
+      const auto partner = [half](__m512 a) {
+        switch (half) {
+          case 1:
+            return _mm512_permute_ps(a, 0xB1);
+          case 2:
+            return _mm512_permute_ps(a, 0x4E);
+          case 4:
+            return _mm512_shuffle_f32x4(a, a, 0xB1);
+          default:
+            return _mm512_shuffle_f32x4(a, a, 0x4E);
+        }
+      };
+      const __mmask16 second = half == 1 ? 0xAAAA : half == 2 ? 0xCCCC : half == 4 ? 0xF0F0 : 0xFF00;
+      for (int64_t e = 0; e < block; e += 16) {
+        const __m512 a = _mm512_loadu_ps(b + e), p = partner(a);
+        _mm512_storeu_ps(b + e, _mm512_mask_sub_ps(_mm512_add_ps(a, p), second, p, a));
+      }
+    }
+    for (int64_t half = 16; half < block; half *= 2) {
+      for (int64_t first = 0; first < block; first += 2 * half) {
+        for (int64_t e = first; e < first + half; e += 16) {
+          const __m512 a = _mm512_loadu_ps(b + e), p = _mm512_loadu_ps(b + e + half);
+          _mm512_storeu_ps(b + e, _mm512_add_ps(a, p));
+          _mm512_storeu_ps(b + e + half, _mm512_sub_ps(a, p));
+        }
+      }
+    }
+    for (int64_t e = 0; e < block; ++e) {
+      b[e] *= scale;
+    }
+  }
+}
+
+// Relative error of the rotated vector: conversion to float32, at most 8 stages, scaling; doubled for second order.
+constexpr double kRotationError = 2 * 11 * kUnit;
+
+struct Rounded {
+  float scale;
+  double norm, code_norm, rounding;  // ||v||, ||v~||, ||v - v~|| of the rotated float32 vector v
+};
+
+// Rotates row into scratch, and rounds it to codes in [-127, 127].
+Rounded round_row(const double* row, int64_t d, int64_t d_padded, float* scratch, int8_t* codes) {
+  for (int64_t e = 0; e < d_padded; e += 8) {
+    const __mmask8 valid = d - e >= 8 ? 0xFF : d <= e ? 0 : (1 << (d - e)) - 1;
+    const __m256 v = _mm512_cvtpd_ps(_mm512_maskz_loadu_pd(valid, row + e));
+    const __mmask8 minus = static_cast<__mmask8>(kSigns >> (e % 64));
+    _mm256_storeu_ps(scratch + e, _mm256_mask_sub_ps(v, minus, _mm256_setzero_ps(), v));
+  }
+  rotate(scratch, d_padded);
+  __m512 sizes = _mm512_setzero_ps();
+  __mmask16 not_finite = 0;
+  for (int64_t e = 0; e < d_padded; e += 16) {
+    const __m512 size = _mm512_abs_ps(_mm512_loadu_ps(scratch + e));
+    not_finite |= _mm512_cmp_ps_mask(size, _mm512_set1_ps(3e38f), _CMP_NLE_UQ);
+    sizes = _mm512_max_ps(sizes, size);
+  }
+  const float largest = _mm512_reduce_max_ps(sizes);
+  const bool finite = not_finite == 0;
+  Rounded result{};
+  if (!finite || !(largest > 1e-30f)) {  // no usable scale: codes of zero, all of the row is rounding
+    std::memset(codes, 0, d_padded);
+    result.norm = result.rounding = finite ? 1e-30 * std::sqrt(static_cast<double>(d_padded)) : HUGE_VAL;
+    return result;
+  }
+  result.scale = largest / 127.0f;
+  const float inverse = 127.0f / largest;
+  __m512d norm = _mm512_setzero_pd(), code_norm = norm, rounding = norm;
+  const __m512d wide_scale = _mm512_set1_pd(result.scale);
+  for (int64_t e = 0; e < d_padded; e += 8) {
+    const __m256 v = _mm256_loadu_ps(scratch + e);
+    // min and max: largest * inverse may round to a hair above 127
+    __m256i code = _mm256_cvtps_epi32(_mm256_mul_ps(v, _mm256_set1_ps(inverse)));
+    code = _mm256_max_epi32(_mm256_min_epi32(code, _mm256_set1_epi32(127)), _mm256_set1_epi32(-127));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + e), _mm256_cvtepi32_epi8(code));
+    const __m512d wide = _mm512_cvtps_pd(v), back = _mm512_mul_pd(_mm512_cvtepi32_pd(code), wide_scale);
+    const __m512d lost = _mm512_sub_pd(wide, back);
+    norm = _mm512_fmadd_pd(wide, wide, norm);
+    code_norm = _mm512_fmadd_pd(back, back, code_norm);
+    rounding = _mm512_fmadd_pd(lost, lost, rounding);
+  }
+  result.norm = std::sqrt(_mm512_reduce_add_pd(norm));
+  result.code_norm = std::sqrt(_mm512_reduce_add_pd(code_norm));
+  result.rounding = std::sqrt(_mm512_reduce_add_pd(rounding));
+  return result;
+}
+
+ScreenedToken encode_token(
+    const double* row, int64_t d, int64_t d_padded, double error, float* scratch, uint8_t* codes) {
+  const Rounded rounded = round_row(row, d, d_padded, scratch, reinterpret_cast<int8_t*>(codes));
+  for (int64_t e = 0; e < d_padded; ++e) {
+    codes[e] ^= 0x80;  // code + 128
+  }
+  ScreenedToken token{};
+  token.scale = rounded.scale;
+  token.alpha = static_cast<float>((rounded.rounding + kRotationError * rounded.norm + error) * kOutward);
+  token.beta = static_cast<float>(rounded.code_norm * kOutward);
+  token.screened = rounded.scale > 0 && rounded.norm > 1e-25 && rounded.norm < 1e30;
+  return token;
+}
+
+void encode_latent(
+    const double* row, double bias, int64_t d, int64_t d_padded, float* scratch, int8_t* codes, int64_t stride_groups,
+    int32_t* sum, float* bounds, int64_t ld_bounds) {
+  alignas(64) int8_t own[kMaxScreenD];
+  const Rounded rounded = round_row(row, d, d_padded, scratch, own);
+  int32_t total = 0;
+  for (int64_t group = 0; group < d_padded / 4; ++group) {
+    std::memcpy(codes + group * stride_groups, own + group * 4, 4);
+    total += own[4 * group] + own[4 * group + 1] + own[4 * group + 2] + own[4 * group + 3];
+  }
+  *sum = 128 * total;
+  const double own_rounding = rounded.rounding + kRotationError * rounded.norm + kTinyNorm;
+  bounds[kScale * ld_bounds] = rounded.scale;
+  bounds[kBias * ld_bounds] = static_cast<float>(bias);
+  bounds[kNorm * ld_bounds] = static_cast<float>((rounded.norm * (1 + kRotationError) + kTinyNorm) * kOutward);
+  // The float32 score s_x s_w acc + bias is off by at most 6 units of its terms: into the two slopes and the constant.
+  bounds[kRounding * ld_bounds] = static_cast<float>((own_rounding + 6 * kUnit * rounded.code_norm) * kOutward);
+  bounds[kSlack * ld_bounds] = static_cast<float>(8 * kUnit * std::fabs(bias) * kOutward) + kTiny;
+}
+
+template <int A>
+inline __attribute__((always_inline)) void tile(const uint8_t* x, const int8_t* panel, int64_t d_padded, int32_t* out) {
+  __m512i sums[A][3];
+#pragma GCC unroll 8
+  for (int a = 0; a < A; ++a) {
+#pragma GCC unroll 3
+    for (int b = 0; b < 3; ++b) {
+      sums[a][b] = _mm512_setzero_si512();
+    }
+  }
+  for (int64_t e = 0; e < d_padded; e += 4) {
+    __m512i w[3];
+#pragma GCC unroll 3
+    for (int b = 0; b < 3; ++b) {
+      w[b] = _mm512_loadu_si512(panel + e * kPanel + 64 * b);
+    }
+#pragma GCC unroll 8
+    for (int a = 0; a < A; ++a) {
+      int32_t four;
+      std::memcpy(&four, x + a * d_padded + e, 4);
+      const __m512i codes = _mm512_set1_epi32(four);
+#pragma GCC unroll 3
+      for (int b = 0; b < 3; ++b) {
+        sums[a][b] = _mm512_dpbusd_epi32(sums[a][b], codes, w[b]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int a = 0; a < A; ++a) {
+#pragma GCC unroll 3
+    for (int b = 0; b < 3; ++b) {
+      _mm512_storeu_si512(out + a * kPanel + 16 * b, sums[a][b]);
+    }
+  }
+}
+
+void scores(const uint8_t* x, int64_t tokens, const int8_t* panel, int64_t d_padded, int32_t* out) {
+  if (tokens == kScreenTokens) {
+    return tile<8>(x, panel, d_padded, out);
+  }
+  int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4) {
+    tile<4>(x + t * d_padded, panel, d_padded, out + t * kPanel);
+  }
+  for (; t < tokens; ++t) {
+    tile<1>(x + t * d_padded, panel, d_padded, out + t * kPanel);
+  }
+}
+
+void hits(
+    const int32_t* scores, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel,
+    const float* limits, int64_t step, Hits* out) {
+  const __m512 scale = _mm512_set1_ps(token.scale), alpha = _mm512_set1_ps(token.alpha),
+               beta = _mm512_set1_ps(token.beta);
+  const int64_t padded = weights.padded();
+  int32_t count = 0;
+#pragma GCC unroll 3
+  for (int b = 0; b < 3; ++b) {
+    const int64_t first = panel * kPanel + 16 * b;
+    const float* bounds = weights.bounds + first;
+    const auto row = [&](int which) { return _mm512_loadu_ps(bounds + which * padded); };
+    const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(scores + 16 * b), _mm512_loadu_si512(weights.sums + first));
+    const __m512 score = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), row(kScale), row(kBias));
+    const __m512 bound = _mm512_fmadd_ps(alpha, row(kNorm), _mm512_fmadd_ps(beta, row(kRounding), row(kSlack)));
+    const __m512 sum_up = _mm512_add_ps(score, bound);
+    // NaN (of infinite weights): unknown, so it stays in and the exact path decides about it
+    const __m512 upper =
+        _mm512_mask_mov_ps(sum_up, _mm512_cmp_ps_mask(sum_up, sum_up, _CMP_UNORD_Q), _mm512_set1_ps(__builtin_inff()));
+    const __m512 limit = step ? _mm512_loadu_ps(limits + first) : _mm512_set1_ps(*limits);
+    const int64_t beyond = weights.n_latents - first;  // the last panel is padded
+    const __mmask16 valid = beyond >= 16 ? 0xFFFF : beyond <= 0 ? 0 : (1 << beyond) - 1;
+    const __mmask16 in = _mm512_mask_cmp_ps_mask(valid, upper, limit, _CMP_NLT_UQ);
+    if (in) {
+      const __m512i latent = _mm512_add_epi32(
+          _mm512_set1_epi32(static_cast<int32_t>(first)),
+          _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+      _mm512_mask_compressstoreu_epi32(out->latent + count, in, latent);
+      _mm512_mask_compressstoreu_ps(out->upper + count, in, upper);
+      _mm512_mask_compressstoreu_ps(out->lower + count, in, _mm512_sub_ps(score, bound));
+      count += __builtin_popcount(in);
+    }
+  }
+  out->count = count;
+}
+
+const ScreenKernels table = {encode_token, encode_latent, scores, hits};
+
+}  // namespace
+
+const ScreenKernels* screen_kernels() { return active_isa() >= Isa::vnni ? &table : nullptr; }
+
+}  // namespace darkmatter
+
+#pragma GCC pop_options
+
+#else
+
+namespace darkmatter {
+
+const ScreenKernels* screen_kernels() { return nullptr; }
+
+}  // namespace darkmatter
+
+#endif
