@@ -2,26 +2,29 @@
 
     python benchmarks/demo_setting.py --out docs/demo_setting.md
 
-About half an hour on two cores. Every run is `darkmatter run decomposition` with one setting changed; nothing is kept
-but the table (and the caches of activations and SAEs).
+About half an hour on two cores. Every run is `darkmatter run decomposition` with one setting changed. Finished rows are
+kept in the cache folder, so the command can be stopped and started again; what is left is the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from darkmatter_ext.cli import _quiet_libraries
 from darkmatter_ext.experiments import decomposition
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result, provenance
+from darkmatter_ext.storage import atomic_file, cache_dir, fingerprint
 
 BASE = dataclasses.replace(decomposition.PRESETS["demo"], widths=(2048,))
-FACTORS: dict[str, dict[str, object]] = {  # factor -> values other than the demo's
+FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {  # factor -> values other than the demo's
     "tokens": {"tokens": (100_000, 400_000)},
     "width": {"widths": ((1024,), (4096,))},
     "split": {"split": ("contexts", "tokens")},
@@ -51,12 +54,24 @@ def _row(label: str, results: list[Result]) -> str:
     return f"| {label} | " + " | ".join(cells) + " |"
 
 
-def _measure(label: str, seeds: range, **changes: object) -> str:
-    start = time.perf_counter()
-    configs = [dataclasses.replace(BASE, seed=seed, **changes) for seed in seeds]  # type: ignore[arg-type]
-    row = _row(label, [decomposition.run(config, Stages(show=False)) for config in configs])
-    print(f"{row}  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    return row
+class Rows:
+    """Table rows by setting, each kept on disk as soon as it is measured."""
+
+    def __init__(self, seeds: int) -> None:
+        self.seeds = range(seeds)
+        key = fingerprint(base=dataclasses.asdict(BASE), seeds=seeds, columns=COLUMNS)
+        self.path = cache_dir("benchmarks") / f"demo_setting_{key}.json"
+        self.rows: dict[str, str] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def measure(self, label: str, **changes: Any) -> str:
+        if label not in self.rows:
+            start = time.perf_counter()
+            configs = [dataclasses.replace(BASE, seed=seed, **changes) for seed in self.seeds]
+            self.rows[label] = _row(label, [decomposition.run(config, Stages(show=False)) for config in configs])
+            with atomic_file(self.path) as part:
+                part.write_text(json.dumps(self.rows))
+            print(f"{self.rows[label]}  {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        return self.rows[label]
 
 
 def main() -> None:
@@ -65,13 +80,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     _quiet_libraries()
-    seeds = range(arguments.seeds)
-    rows = [_measure(f"demo, {BASE.widths[0]} latents", seeds)]
+    kept = Rows(arguments.seeds)
+    rows = [kept.measure(f"demo, {BASE.widths[0]} latents")]
     for factor, settings in FACTORS.items():
         ((field, values),) = settings.items()
-        for value in values:  # type: ignore[attr-defined]
+        for value in values:
             shown = value[0] if isinstance(value, tuple) else value
-            rows.append(_measure(f"{factor}: {shown}", seeds, **{field: value}))
+            rows.append(kept.measure(f"{factor}: {shown}", **{field: value}))
     made = provenance(BASE.device)
     heading = "| setting | " + " | ".join(name for _, name in COLUMNS) + " |"
     lines = [

@@ -24,4 +24,10 @@ STABLE_TORCH_LIBRARY(darkmatter, m) {
   // sum over the tokens of value * rows_i for each latent, [F, d]. rows is [N, d].
   m.def("sparse_dot(Tensor rows, Tensor indices, Tensor? crow, Tensor W_dec) -> Tensor");
   m.def("sparse_outer(Tensor values, Tensor indices, Tensor? crow, Tensor rows, int n_latents) -> Tensor");
+  // crow [N + 1], col [z] of the nonzero entries (NaN is one, -0 is not) of dense acts [N, F].
+  m.def("find_support(Tensor acts) -> (Tensor, Tensor)");
+  // lower [N, F], upper [N, F], float32: what screening knows of each pre-activation; screened [N]: whether it is used.
+  m.def(
+      "screen_intervals(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor? weight, Tensor? bias,"
+      " Tensor? codes, Tensor? sums, Tensor? bounds) -> (Tensor, Tensor, Tensor)");
 }

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from darkmatter_ext.build_info import build_info
     from darkmatter_ext.decomposition import Decomposition, decompose
-    from darkmatter_ext.ops import PreparedEncoder, prepare_encoder, sparse_decode, threshold_encode, topk_encode
+    from darkmatter_ext.ops import (
+        PreparedEncoder,
+        find_support,
+        prepare_encoder,
+        sparse_decode,
+        threshold_encode,
+        topk_encode,
+    )
     from darkmatter_ext.regression import LinearFit, fit_linear
     from darkmatter_ext.sparse import SparseActs
 
@@ -23,6 +30,7 @@ __all__ = [
     "SparseActs",
     "build_info",
     "decompose",
+    "find_support",
     "fit_linear",
     "prepare_encoder",
     "sparse_decode",
@@ -37,6 +45,7 @@ _HOME = {
     "SparseActs": "sparse",
     "build_info": "build_info",
     "decompose": "decomposition",
+    "find_support": "ops",
     "fit_linear": "regression",
     "prepare_encoder": "ops",
     "sparse_decode": "ops",

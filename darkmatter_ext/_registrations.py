@@ -52,6 +52,19 @@ def _(x, W_enc, b_enc, b_dec, threshold, *packed) -> tuple[Tensor, Tensor, Tenso
     return x.new_empty(n_active), crow, x.new_empty(n_active, dtype=torch.int64)
 
 
+@register_fake("darkmatter::find_support")
+def _(acts: Tensor) -> tuple[Tensor, Tensor]:
+    n_active = torch.library.get_ctx().new_dynamic_size()
+    return acts.new_empty(acts.shape[0] + 1, dtype=torch.int64), acts.new_empty(n_active, dtype=torch.int64)
+
+
+@register_fake("darkmatter::screen_intervals")
+def _(x, W_enc, b_enc, b_dec, *packed) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], W_enc.shape[1])
+    bounds = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return (*bounds, x.new_empty(x.shape[0], dtype=torch.bool))
+
+
 @register_fake("darkmatter::sparse_decode")
 def _(values, indices, crow, W_dec, b_dec) -> Tensor:
     n_tokens = indices.shape[0] if crow is None else crow.shape[0] - 1
@@ -183,7 +196,11 @@ def _save_topk(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _topk_backward(ctx: Any, grad_values: Tensor, _grad_indices: Any) -> tuple:
     values, indices, x, W_enc, b_dec = ctx.saved_tensors
     grad = grad_values * (values > 0)  # relu
-    return (*_encoder_gradients(ctx.needs_input_grad, grad, indices, None, x, W_enc, b_dec), None, *_NO_PACKED_GRADIENTS)
+    return (
+        *_encoder_gradients(ctx.needs_input_grad, grad, indices, None, x, W_enc, b_dec),
+        None,
+        *_NO_PACKED_GRADIENTS,
+    )
 
 
 def _save_threshold(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -237,4 +254,6 @@ def _(info: Any, in_dims: tuple, values, indices, crow, W_dec, b_dec) -> tuple:
 @register_vmap("darkmatter::threshold_encode")
 def _(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
     # Without a rule torch would loop over the batch, then fail to stack tensors of different lengths.
-    raise RuntimeError("threshold_encode: vmap needs results of one length, got ragged ones; call it on the whole batch")
+    raise RuntimeError(
+        "threshold_encode: vmap needs results of one length, got ragged ones; call it on the whole batch"
+    )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -282,3 +282,51 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
         values, indices = acts.values.reshape(shape), acts.indices.reshape(shape)
         x_hat = _call(_ops.sparse_decode, values, indices, None, W_dec, b_dec)
     return x_hat.reshape(*acts.batch_shape, W_dec.shape[1])
+
+
+def find_support(acts: Tensor) -> SparseActs:
+    """The nonzero entries of dense acts as ragged SparseActs: the fast form of `SparseActs.from_dense`.
+
+    Args:
+        acts: dense latent activations [..., F].
+
+    Returns:
+        SparseActs, latents ascending; NaN is an entry, -0 is not. Differentiable in the values.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
+
+    Cost: one read of acts.
+    """
+    if not isinstance(acts, Tensor) or acts.ndim < 1:
+        given = "a scalar" if isinstance(acts, Tensor) else type(acts).__name__
+        raise TypeError(f"acts: must be a tensor of shape [..., F], got {given}")
+    _check_tensor("acts", acts, tuple(acts.shape), None)
+    _check_device("find_support", "acts", acts)
+    flat = _rows(acts)
+    crow, col = _ops.find_support(flat.detach())
+    token = torch.repeat_interleave(crow.diff(), output_size=col.shape[0])
+    return SparseActs.ragged(crow, col, flat[token, col], acts.shape[-1], tuple(acts.shape[:-1]))
+
+
+class ScreenIntervals(NamedTuple):
+    """What screening knows of every pre-activation."""
+
+    lower: Tensor  # [N, F] float32
+    upper: Tensor  # [N, F] float32
+    screened: Tensor  # [N] bool; False: the token takes the exact path and its intervals mean nothing
+
+
+def screen_intervals(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, *, b_dec: Tensor | None = None, prepared: PreparedEncoder | None = None
+) -> ScreenIntervals:
+    """The certified interval of every pre-activation, before rounding to the output dtype.
+
+    For tests, and to see how tight the bound is on some data: upper - lower is twice the bound. Arguments and errors as
+    topk_encode; x has shape [N, d]. Raises RuntimeError on a machine that cannot screen.
+
+    Cost: N F d 8-bit multiply-adds and 8 N F bytes.
+    """
+    _check_encode("screen_intervals", x, W_enc, b_enc, b_dec, prepared)
+    prepared = prepare_encoder(W_enc, b_enc, b_dec=b_dec) if prepared is None else prepared
+    return ScreenIntervals(*_call(_ops.screen_intervals, _rows(x), W_enc, b_enc, b_dec, *prepared.packed))

@@ -90,7 +90,7 @@ def sparse_coder(sae: Any) -> SparseCoder:
     if not _runs_on_ops(sae):
         return SparseCoder(
             sae,
-            encode=lambda x: SparseActs.from_dense(sae.encode(x)),
+            encode=lambda x: ops.find_support(sae.encode(x)),
             decode=lambda acts: sae.decode(acts.to_dense()),
             uses_ops=False,
         )

@@ -28,11 +28,11 @@ class SparseActs:
     def fixed(cls, values: Tensor, indices: Tensor, d_sae: int) -> SparseActs:
         """From values and indices [..., k].
 
-        Raises TypeError / ValueError when their shapes or dtypes do not fit.
+        Raises TypeError / ValueError when their types, shapes, dtypes or devices do not fit.
         """
+        _check_parts(values, indices=indices)
         if values.shape != indices.shape or values.ndim < 1:
             raise ValueError(f"indices: must have the shape of values {list(values.shape)}, got {list(indices.shape)}")
-        _check_indices("indices", indices)
         return cls(values, indices, d_sae)
 
     @classmethod
@@ -41,14 +41,13 @@ class SparseActs:
     ) -> SparseActs:
         """From CSR parts: crow_indices [N + 1], col_indices [z], values [z]; N the product of `batch_shape`.
 
-        Raises TypeError / ValueError when their shapes or dtypes do not fit.
+        Raises TypeError / ValueError when their types, shapes, dtypes or devices do not fit.
         """
+        _check_parts(values, col_indices=col_indices, crow_indices=crow_indices)
         if values.shape != col_indices.shape or values.ndim != 1:
             raise ValueError(
                 f"col_indices: must have the shape of values {list(values.shape)}, got {list(col_indices.shape)}"
             )
-        _check_indices("col_indices", col_indices)
-        _check_indices("crow_indices", crow_indices)
         if crow_indices.shape != (math.prod(batch_shape) + 1,):
             raise ValueError(
                 f"crow_indices: must have shape [{math.prod(batch_shape) + 1}] for batch {list(batch_shape)}, "
@@ -148,6 +147,14 @@ class SparseActs:
         return f"SparseActs(shape={list(self.shape)}, {form}, dtype={self.values.dtype}, device={self.values.device})"
 
 
-def _check_indices(name: str, indices: Tensor) -> None:
-    if indices.dtype != torch.int64:
-        raise TypeError(f"{name}: must be int64, got {indices.dtype}")
+def _check_parts(values: Tensor, **indices: Tensor) -> None:
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        given = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"values: must be a floating-point tensor, got {given}")
+    for name, tensor in indices.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name}: must be int64, got {tensor.dtype}")
+        if tensor.device != values.device:
+            raise ValueError(f"{name}: must be on {values.device} as values, got {tensor.device}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darkmatter_ext import _registrations  # noqa: F401  (defines torch.ops.darkmatter)
+from darkmatter_ext import _C, _registrations  # noqa: F401  (the second defines torch.ops.darkmatter)
 
 N, D, F, K = 5, 7, 11, 3
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -124,6 +124,17 @@ def _pack(centred: bool, transposed: bool) -> Callable:
     return make
 
 
+def _dense_acts(n: int) -> Callable:
+    return lambda dtype: ((_x(dtype, n).relu()),)
+
+
+def _screened(dtype: torch.dtype) -> tuple[Any, ...]:
+    """x, W_enc, b_enc, b_dec and packed weights of a size that is screened."""
+    W_enc, b_enc, b_dec = encoder(dtype, d=40, n_latents=300)
+    packed = torch.ops.darkmatter.pack_encoder(W_enc, b_enc, b_dec)
+    return (gaussian(N, 40, seed=4, dtype=dtype), W_enc, b_enc, b_dec, *packed)
+
+
 _X_W_B = (0, 1, 2)
 CASES = [
     Case("pack_encoder", "plain", _pack(centred=False, transposed=False)),
@@ -148,10 +159,16 @@ CASES = [
     Case("sparse_dot", "ragged", _dot("ragged"), (0, 3)),
     Case("sparse_outer", "fixed", _outer("fixed"), (0, 3)),
     Case("sparse_outer", "ragged", _outer("ragged"), (0, 3)),
+    Case("find_support", "some", _dense_acts(N)),
+    Case("find_support", "no-tokens", _dense_acts(0)),
 ]
+if _C.cpu_isa() == "avx512_vnni":
+    CASES.append(Case("screen_intervals", "centred", _screened))
 
 
 def registered_ops() -> set[str]:
     """Every op in the table of csrc/ops.cpp, as torch knows them."""
     names = torch._C._dispatch_get_all_op_names()
-    return {name.removeprefix("darkmatter::") for name in names if name.startswith("darkmatter::")}
+    found = {name.removeprefix("darkmatter::") for name in names if name.startswith("darkmatter::")}
+    # Without 8-bit dot products there is nothing to screen, and the op can only refuse.
+    return found if _C.cpu_isa() == "avx512_vnni" else found - {"screen_intervals"}

@@ -121,3 +121,29 @@ def test_errors(call, kind, message):
     with pytest.raises(kind) as caught:
         call()
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(5, 700), (3, 2, 129), (1, 0), (0, 40), (64,), (17, 4096)], ids=str)
+def test_find_support_equals_the_plain_scan(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    acts = torch.randn(shape, generator=generator).to(dtype)
+    acts = acts.where(torch.rand(shape, generator=generator) < 0.02, torch.zeros((), dtype=dtype))
+    flat = acts.view(-1)
+    if flat.numel() > 40:
+        flat[3], flat[-1], flat[7], flat[8] = torch.nan, 1.0, -0.0, torch.finfo(dtype).smallest_normal / 4
+    ours, plain = dm.find_support(acts), SparseActs.from_dense(acts)
+    assert torch.equal(ours.crow_indices, plain.crow_indices)
+    assert torch.equal(ours.col_indices, plain.col_indices)
+    assert torch.equal(ours.values.nan_to_num(nan=5.0), plain.values.nan_to_num(nan=5.0))
+    assert ours.shape == tuple(shape)
+
+
+def test_find_support_is_differentiable_and_names_bad_input():
+    acts = torch.tensor([[0.0, 2.0], [3.0, 0.0]], requires_grad=True)
+    (dm.find_support(acts).values * torch.tensor([10.0, 20.0])).sum().backward()
+    assert acts.grad.tolist() == [[0.0, 10.0], [20.0, 0.0]]
+    with pytest.raises(TypeError, match=r"acts: must be float16, bfloat16, float32 or float64, got torch.int64"):
+        dm.find_support(torch.ones(2, 2).long())
+    with pytest.raises(TypeError, match=r"acts: must be a tensor of shape \[..., F\], got list"):
+        dm.find_support([1.0])

@@ -26,6 +26,12 @@ static double widen_half(Half half) {
   return bits >> 15 ? -magnitude : magnitude;
 }
 
+// The bits of an element as an unsigned integer of its size.
+[[maybe_unused]] static inline uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
+[[maybe_unused]] static inline uint64_t bits_of(double value) { return __builtin_bit_cast(uint64_t, value); }
+[[maybe_unused]] static inline uint16_t bits_of(Half value) { return value.x; }
+[[maybe_unused]] static inline uint16_t bits_of(BFloat16 value) { return value.x; }
+
 namespace scalar {
 #define DM_HAS_F16C 0
 #include "cpu/kernels_body.h"

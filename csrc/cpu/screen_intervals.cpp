@@ -1,0 +1,60 @@
+// screen_intervals: the interval that screening gives each pre-activation, all of them, for tests and for looking at
+// how tight the bound is on some data. The encoders themselves never make this [N, F] array.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cpu/screened.h"
+
+namespace darkmatter {
+
+template <typename T>
+static void intervals_of_task(
+    const T* x, const Packed& packed, const std::vector<double>& centre, const Tiling::Task& task, float* lower,
+    float* upper, bool* screened) {
+  const ScreenedWeights weights = screened_weights(packed);
+  TaskTokens<T> tokens(x + task.token * weights.d, task.tokens, weights.d);
+  tokens.encode(weights, centre);
+  const float open = -std::numeric_limits<float>::infinity();
+  scan_panels(
+      tokens, weights, task.begin / kPanel, ceil_div(task.end, kPanel), 0, [&](int64_t) { return &open; },
+      [&](int64_t) { return true; },
+      [&](int64_t row, const Hits& hits) {
+        for (int32_t h = 0; h < hits.count; ++h) {
+          const int64_t at = (task.token + row) * weights.n_latents + hits.latent[h];
+          lower[at] = hits.lower[h];
+          upper[at] = hits.upper[h];
+        }
+      });
+  for (int64_t row = 0; row < task.tokens; ++row) {
+    screened[task.token + row] = tokens.screened[row].screened;
+  }
+}
+
+static std::tuple<Tensor, Tensor, Tensor> screen_intervals(
+    Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds) {
+  check_encoder_input(x, W_enc);
+  const Packed packed = packed_encoder(W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds}, x.size(0));
+  require(packed.codes.has_value(), "codes: must be those of a machine that can screen, got none");
+  const int64_t n_tokens = x.size(0), n_latents = W_enc.size(1);
+  Tensor lower = torch::stable::new_empty(x, {n_tokens, n_latents}, ScalarType::Float);
+  Tensor upper = torch::stable::new_empty(x, {n_tokens, n_latents}, ScalarType::Float);
+  Tensor screened = torch::stable::new_empty(x, {n_tokens}, ScalarType::Bool);
+  const Tensor rows = torch::stable::contiguous(x);
+  const std::vector<double> centre = wide_vector(b_dec);
+  const Tiling tiling(n_tokens, n_latents, kScreenChunk, kScreenTokens, kPanel);
+  dispatch_floating("x", x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    parallel_tasks(tiling.tasks(), [&](int64_t i) {
+      intervals_of_task<T>(
+          data<T>(rows), packed, centre, tiling.task(i), mutable_data<float>(lower), mutable_data<float>(upper),
+          mutable_data<bool>(screened));
+    });
+  });
+  return {lower, upper, screened};
+}
+
+}  // namespace darkmatter
+
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) { m.impl("screen_intervals", TORCH_BOX(&darkmatter::screen_intervals)); }
