@@ -186,6 +186,11 @@ def _encoder_gradients(
     return grad_x, grad_weights, sums if wants_b_enc else None, grad_b_dec
 
 
+def _relu_gradient(grad: Tensor, values: Tensor) -> Tensor:
+    """As torch.relu: nothing passes where relu gave 0, whatever comes in (Inf times 0 is NaN), and NaN hides nothing."""
+    return grad.masked_fill(values <= 0, 0)
+
+
 def _save_topk(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, W_enc, _, b_dec = inputs[:4]
     values, indices = output
@@ -195,7 +200,7 @@ def _save_topk(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _topk_backward(ctx: Any, grad_values: Tensor, _grad_indices: Any) -> tuple:
     values, indices, x, W_enc, b_dec = ctx.saved_tensors
-    grad = grad_values * (values > 0)  # relu
+    grad = _relu_gradient(grad_values, values)
     return (
         *_encoder_gradients(ctx.needs_input_grad, grad, indices, None, x, W_enc, b_dec),
         None,
@@ -212,7 +217,7 @@ def _save_threshold(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tenso
 
 def _threshold_backward(ctx: Any, grad_values: Tensor, _grad_crow: Any, _grad_col: Any) -> tuple:
     values, crow, col, x, W_enc, b_dec = ctx.saved_tensors
-    grad = grad_values * (values > 0)  # relu; the threshold itself has no gradient (a step)
+    grad = _relu_gradient(grad_values, values)  # the threshold itself has no gradient (a step)
     return (*_encoder_gradients(ctx.needs_input_grad, grad, col, crow, x, W_enc, b_dec), None, *_NO_PACKED_GRADIENTS)
 
 
@@ -232,16 +237,17 @@ def _batch_first(batch: int, dim: int | None, tensor: Tensor) -> Tensor:
     return tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-@register_vmap("darkmatter::topk_encode")
-def _(info: Any, in_dims: tuple, x, W_enc, b_enc, b_dec, k, *packed) -> tuple:
+def _topk_vmap(info: Any, in_dims: tuple, x, W_enc, b_enc, b_dec, k, *packed) -> tuple:
     _only_batched(in_dims, (0,), "x", "topk_encode")
     x = x.movedim(in_dims[0], 0)  # [B, N, d]
     values, indices = _ops.topk_encode(x.flatten(0, 1), W_enc, b_enc, b_dec, k, *packed)
     return (values.unflatten(0, x.shape[:2]), indices.unflatten(0, x.shape[:2])), (0, 0)
 
 
-@register_vmap("darkmatter::sparse_decode")
-def _(info: Any, in_dims: tuple, values, indices, crow, W_dec, b_dec) -> tuple:
+register_vmap("darkmatter::topk_encode", _topk_vmap)
+
+
+def _decode_vmap(info: Any, in_dims: tuple, values, indices, crow, W_dec, b_dec) -> tuple:
     _only_batched(in_dims, (0, 1), "values and indices", "sparse_decode")
     if crow is not None:
         raise RuntimeError("sparse_decode: vmap needs acts with a fixed k, got ragged acts")
@@ -251,9 +257,14 @@ def _(info: Any, in_dims: tuple, values, indices, crow, W_dec, b_dec) -> tuple:
     return x_hat.unflatten(0, (info.batch_size, -1)), 0
 
 
-@register_vmap("darkmatter::threshold_encode")
-def _(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+register_vmap("darkmatter::sparse_decode", _decode_vmap)
+
+
+def _threshold_vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
     # Without a rule torch would loop over the batch, then fail to stack tensors of different lengths.
     raise RuntimeError(
         "threshold_encode: vmap needs results of one length, got ragged ones; call it on the whole batch"
     )
+
+
+register_vmap("darkmatter::threshold_encode", _threshold_vmap)

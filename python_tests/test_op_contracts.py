@@ -108,6 +108,27 @@ def test_gradcheck_of_decode(form):
     assert torch.autograd.gradcheck(decode, variables, atol=1e-8, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["topk", "threshold"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_relu_stops_any_gradient_and_nan_latents_pass_it(kind, value):
+    """As torch.relu does: an infinite gradient of a zero is not NaN, and a NaN latent does not look like a dead one."""
+
+    def gradients(module, x, incoming):
+        x = torch.tensor([[x]], requires_grad=True)
+        W_enc, b_enc = torch.tensor([[2.0, -3.0]]), torch.zeros(2, requires_grad=True)
+        if kind == "topk":
+            acts = module.topk_encode(x, W_enc, b_enc, 2)
+        else:
+            acts = module.threshold_encode(x, W_enc, b_enc, -10.0)
+        acts.values.backward(torch.tensor(incoming).reshape(acts.values.shape))
+        return x.grad.tolist(), b_enc.grad.tolist()
+
+    stopped = gradients(dm, 1.0, [1.0, value])  # latent 1 is -3, relu gives 0
+    assert stopped == gradients(reference, 1.0, [1.0, value]) == ([[2.0]], [1.0, 0.0])
+    passed = gradients(dm, math.nan, [1.0, 10.0])
+    assert passed == gradients(reference, math.nan, [1.0, 10.0]) == ([[-28.0]], [1.0, 10.0])
+
+
 # compile and vmap
 
 
