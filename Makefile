@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc darkmatter_ext -type f -not -name '*.so' -not -path '*__pycache__*')
 
-.PHONY: install demo test test-slow cuda-check lint clean
+.PHONY: install demo test test-slow bench cuda-check lint clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m "slow and not gpu"
+
+# Peers side by side on this machine's CPU, about ten minutes; wants a quiet machine.
+bench: install
+	$(BIN)/python -m benchmarks.run --out benchmarks/results/cpu.json
 
 # Compiles every CUDA kernel for every supported architecture; needs nvcc, no GPU.
 cuda-check: $(VENV)/.dependencies

@@ -161,7 +161,7 @@ def prepare_encoder(W_enc: Tensor, b_enc: Tensor, *, b_dec: Tensor | None = None
     """
     _check_weights("prepare_encoder", W_enc, b_enc, b_dec)
     packed = _call(_ops.pack_encoder, W_enc, b_enc, b_dec)
-    return PreparedEncoder(*packed, b_dec is not None)
+    return PreparedEncoder(*packed, has_b_dec=b_dec is not None)
 
 
 def topk_encode(

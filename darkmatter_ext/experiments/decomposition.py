@@ -118,7 +118,8 @@ def plan(config: DecompositionConfig) -> list[str]:
     ]
 
 
-def _activations(config: DecompositionConfig, stages: Stages) -> ActivationCache:
+def site_activations(config: DecompositionConfig, stages: Stages) -> ActivationCache:
+    """The activations of the configured text at the configured site, from the cache where they are."""
     with stages.stage("tokenise text"):
         contexts = tokenize_contexts(
             load_tokenizer(config.model),
@@ -130,7 +131,7 @@ def _activations(config: DecompositionConfig, stages: Stages) -> ActivationCache
         return activation_cache(config.model, config.hook, contexts, device=config.device, progress=advance)
 
 
-def _trained_saes(
+def trained_saes(
     config: DecompositionConfig, cache: ActivationCache, selection: TokenSelection, stages: Stages
 ) -> dict[str, tuple[SAE, Path]]:
     """One TopK SAE a width: trained on this text, or found from an earlier run that is the same in everything."""
@@ -224,7 +225,7 @@ def run(config: DecompositionConfig, stages: Stages) -> Result:
     """
     for folder in config.sae:
         sae_module.load_sae(folder)  # a bad SAE is told before the model runs for minutes
-    cache = _activations(config, stages)
+    cache = site_activations(config, stages)
     selection = select_tokens(
         cache,
         drop_positions=config.drop_positions,
@@ -234,7 +235,7 @@ def run(config: DecompositionConfig, stages: Stages) -> Result:
         split=config.split,
         seed=config.seed,
     )
-    saes = _given_saes(config, cache) if config.sae else _trained_saes(config, cache, selection, stages)
+    saes = _given_saes(config, cache) if config.sae else trained_saes(config, cache, selection, stages)
     reconstruct = {name: sae_module.as_reconstruct(sae) for name, (sae, _) in saes.items()}
     with stages.stage("decompose the error"):
         batches = MeasuredBatches(cache, selection.roles, config.device)

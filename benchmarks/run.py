@@ -1,0 +1,123 @@
+"""The CPU benchmark: peers side by side in one process, interleaved, medians; a table and a JSON file.
+
+    python -m benchmarks.run [--only encode] [--data gaussian sae_like] [--rounds 9] [--out FILE]
+
+Each row is checked against the float64 oracle before it is timed. In every round ours, the peers and the floors run once
+each, so that a slow moment of a shared machine hits all of them; medians over the rounds, and ratios of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cases import DATA, SHAPES, Problem, Row, demo_problems
+from darkmatter_ext.results import provenance
+from darkmatter_ext.storage import atomic_file
+
+OPERATIONS = ("encode", "forward", "decode", "train", "support")
+
+
+def cpu_name() -> str:
+    """The processor as /proc/cpuinfo names it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def _rows_of(problem: Problem, operations: set[str]) -> Iterator[Callable[[], Row]]:
+    makers = {
+        "encode": problem.encode_row,
+        "forward": problem.forward_row,
+        "decode": problem.decode_row,
+        "train": problem.training_row,
+        "support": problem.support_row,
+    }
+    trainable = problem.architecture == "topk" and problem.x.dtype == torch.float32 and len(problem.x) > 1
+    for name in OPERATIONS:
+        if name in operations and (trainable or name != "train"):
+            yield makers[name]
+
+
+def _problems(data: list[str], *, demo: bool) -> Iterator[Problem]:
+    for kind in data:
+        for shape in SHAPES:
+            for architecture in ("topk", "jumprelu"):
+                for dtype in (torch.float32, torch.bfloat16):
+                    yield Problem.make(kind, shape, architecture, dtype)
+    if demo:
+        yield from demo_problems()
+
+
+def _milliseconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def measure(row: Row, rounds: int) -> dict[str, Any]:
+    """Check, warm up, then time every participant once a round."""
+    participants = {"ours": row.ours, **row.peers, **{f"floor: {name}": run for name, run in row.floors.items()}}
+    with contextlib.nullcontext() if row.name.startswith("train") else torch.no_grad():
+        row.check()
+        slowest = max(_milliseconds(function) for function in participants.values())
+        rounds = max(3, min(rounds, int(4000 / max(slowest, 1e-3))))  # a row of slow peers in seconds, not minutes
+        times: dict[str, list[float]] = {name: [] for name in participants}
+        gc.collect()
+        for _ in range(rounds):
+            for name, function in participants.items():
+                times[name].append(_milliseconds(function))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = {name: median / medians["ours"] for name, median in medians.items() if name != "ours"}
+    return {"row": row.name, "rounds": rounds, "median_ms": medians, "ratio_to_ours": ratios}
+
+
+def _line(found: dict[str, Any]) -> tuple[str, str, str]:
+    parts = [
+        f"{name} {found['median_ms'][name]:.1f} ms = {ratio:.2f}x" for name, ratio in found["ratio_to_ours"].items()
+    ]
+    return found["row"], f"{found['median_ms']['ours']:.2f}", "; ".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=list(OPERATIONS), choices=OPERATIONS, help="operations to run")
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=list(DATA), help="kinds of data")
+    parser.add_argument("--no-demo", action="store_true", help="leave out the demo's own SAEs and activations")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore", DeprecationWarning)
+    found = []
+    for problem in _problems(arguments.data, demo=not arguments.no_demo):
+        for make in _rows_of(problem, set(arguments.only)):
+            found.append(measure(make(), arguments.rounds))
+            print("  ".join(_line(found[-1])), file=sys.stderr, flush=True)
+    table = Table("row", "ours, ms", "others: ms and ratio to ours (above 1: ours is faster)", title=cpu_name())
+    for entry in found:
+        table.add_row(*_line(entry))
+    Console(width=200).print(table)
+    if arguments.out is not None:
+        content = {"cpu": cpu_name(), "provenance": provenance("cpu"), "rows": found}
+        with atomic_file(arguments.out) as part:
+            part.write_text(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()
