@@ -31,7 +31,7 @@ test-slow: install
 
 # Peers side by side on this machine's CPU, about ten minutes; wants a quiet machine.
 bench: install
-	$(BIN)/python -m benchmarks.run --out benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/run.py --out benchmarks/results/cpu.json
 
 # Compiles every CUDA kernel for every supported architecture; needs nvcc, no GPU.
 cuda-check: $(VENV)/.dependencies

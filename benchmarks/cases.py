@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import peers
 import torch
 from torch import Tensor
 
 import darkmatter_ext as dm
-from benchmarks import peers
 from darkmatter_ext import reference
 
 SHAPES = (  # N, d, F, k

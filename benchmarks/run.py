@@ -1,6 +1,6 @@
 """The CPU benchmark: peers side by side in one process, interleaved, medians; a table and a JSON file.
 
-    python -m benchmarks.run [--only encode] [--data gaussian sae_like] [--rounds 9] [--out FILE]
+    python benchmarks/run.py [--only encode] [--data gaussian sae_like] [--rounds 9] [--out FILE]
 
 Each row is checked against the float64 oracle before it is timed. In every round ours, the peers and the floors run once
 each, so that a slow moment of a shared machine hits all of them; medians over the rounds, and ratios of medians.
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import DATA, SHAPES, Problem, Row, demo_problems
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import DATA, SHAPES, Problem, Row, demo_problems
 from darkmatter_ext.results import provenance
 from darkmatter_ext.storage import atomic_file
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from benchmarks.cases import Problem
+from cases import Problem
 
 SHAPE = (256, 768, 8192, 32)
 

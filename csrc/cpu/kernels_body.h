@@ -174,6 +174,8 @@ static void gathered_dots(const double* x, const T* w, int64_t d, const int32_t*
   }
 }
 
+constexpr int64_t kAhead = 8;  // rows prefetched ahead: about the latency of memory over the time of one row's block
+
 // One column block of weighted_sum, WIDTH vectors of sums in registers over all the rows.
 template <int WIDTH, typename T>
 DM_INLINE void weighted_columns(
@@ -185,6 +187,13 @@ DM_INLINE void weighted_columns(
   }
   for (int64_t a = 0; a < count; ++a) {
     const T* row = rows + index[a] * ld_rows;
+    if (a + kAhead < count) {  // rows lie anywhere in memory: no hardware prefetcher follows
+      const char* ahead = reinterpret_cast<const char*>(rows + index[a + kAhead] * ld_rows);
+#pragma GCC unroll 8
+      for (int64_t byte = 0; byte < WIDTH * 8 * static_cast<int64_t>(sizeof(T)); byte += 64) {
+        __builtin_prefetch(ahead + byte);
+      }
+    }
 #pragma GCC unroll 8
     for (int v = 0; v < WIDTH; ++v) {
       sums[v] += factors[a] * load8(row + 8 * v);
