@@ -1,7 +1,8 @@
 """The public ops: top-k and threshold encode, sparse decode. The only caller of torch.ops.darkmatter.
 
 The defined answer: pre-activations are h = (x - b_dec) W_enc + b_enc accumulated in float64 from the given numbers and
-rounded once to their dtype; then the top k (ties to the lower index, NaN largest) or those above the threshold; then relu.
+rounded to their dtype (16-bit ones through float32, as torch converts); then the top k (ties to the lower index, NaN
+largest) or those above the threshold; then relu.
 `reference.py` says the same in plain torch. The result does not depend on batching, threads or instruction set (float64
 input: up to the last bit).
 
@@ -260,7 +261,7 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
         b_dec: [d] or None.
 
     Returns:
-        x_hat [..., d], summed in float64 in stored order and rounded once. Differentiable in acts.values, W_dec, b_dec;
+        x_hat [..., d], summed in float64 in stored order, then rounded. Differentiable in acts.values, W_dec, b_dec;
         the gradients are deterministic.
 
     Raises:

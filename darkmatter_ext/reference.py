@@ -15,7 +15,7 @@ from darkmatter_ext.sparse import SparseActs
 
 
 def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, b_dec: Tensor | None = None) -> Tensor:
-    """h = (x - b_dec) W_enc + b_enc in float64, rounded once to the dtype of x: [..., F]."""
+    """h = (x - b_dec) W_enc + b_enc in float64, rounded to the dtype of x (as torch converts): [..., F]."""
     centred = x.double() if b_dec is None else x.double() - b_dec.double()
     return (centred @ W_enc.double() + b_enc.double()).to(x.dtype)
 
@@ -41,6 +41,6 @@ def threshold_encode(
 
 
 def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
-    """acts @ W_dec + b_dec with dense acts in float64, rounded once: [..., d]."""
+    """acts @ W_dec + b_dec with dense acts in float64, then rounded: [..., d]."""
     x_hat = acts.to_dense().double() @ W_dec.double()
     return (x_hat if b_dec is None else x_hat + b_dec.double()).to(W_dec.dtype)

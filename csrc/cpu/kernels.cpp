@@ -9,6 +9,9 @@
 
 // 64-byte vectors passed between functions would change the ABI; here they only pass through inlined functions.
 #pragma GCC diagnostic ignored "-Wpsabi"
+// gcc 12 warns about its own intrinsics, whose undefined vectors are meant (gcc bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 namespace darkmatter {
 
@@ -32,28 +35,31 @@ static double widen_half(Half half) {
 [[maybe_unused]] static inline uint16_t bits_of(Half value) { return value.x; }
 [[maybe_unused]] static inline uint16_t bits_of(BFloat16 value) { return value.x; }
 
+// DM_ISA: 0 for plain C++, 1 for AVX2 with FMA and F16C, 2 for AVX-512.
+#define DM_ISA 0
 namespace scalar {
-#define DM_HAS_F16C 0
 #include "cpu/kernels_body.h"
-#undef DM_HAS_F16C
 }  // namespace scalar
+#undef DM_ISA
 
 #if defined(__x86_64__)
-#define DM_HAS_F16C 1
+#define DM_ISA 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace avx2 {
 #include "cpu/kernels_body.h"
 }  // namespace avx2
 #pragma GCC pop_options
+#undef DM_ISA
 
+#define DM_ISA 2
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 namespace avx512 {
 #include "cpu/kernels_body.h"
 }  // namespace avx512
 #pragma GCC pop_options
-#undef DM_HAS_F16C
+#undef DM_ISA
 #endif
 
 const Kernels& kernels() {

@@ -24,15 +24,24 @@ DM_INLINE V load_as(const T* from) {
 
 DM_INLINE void store(double* to, Vec8 value) { __builtin_memcpy(to, &value, sizeof(value)); }
 
-// Eight elements of any type as float64; the conversions are exact.
+// Eight elements of any type as float64; the conversions are exact. By intrinsics where there are any: compilers split
+// the vector conversions into halves and join them again, at three times the instructions.
 DM_INLINE Vec8 load8(const double* from) { return load_as<Vec8>(from); }
+#if DM_ISA >= 2
+DM_INLINE Vec8 load8(const float* from) { return (Vec8)_mm512_cvtps_pd(_mm256_loadu_ps(from)); }
+DM_INLINE Vec8 load8(const BFloat16* from) {
+  const __m256i words = _mm256_cvtepu16_epi32(load_as<__m128i>(from));
+  return (Vec8)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)));
+}
+DM_INLINE Vec8 load8(const Half* from) { return (Vec8)_mm512_cvtps_pd(_mm256_cvtph_ps(load_as<__m128i>(from))); }
+#else
 DM_INLINE Vec8 load8(const float* from) { return __builtin_convertvector(load_as<Float8>(from), Vec8); }
 DM_INLINE Vec8 load8(const BFloat16* from) {
   const Word8 words = __builtin_convertvector(load_as<Short8>(from), Word8) << 16;
   return __builtin_convertvector(load_as<Float8>(&words), Vec8);
 }
 DM_INLINE Vec8 load8(const Half* from) {
-#if DM_HAS_F16C
+#if DM_ISA == 1
   return __builtin_convertvector((Float8)_mm256_cvtph_ps(load_as<__m128i>(from)), Vec8);
 #else
   Vec8 value;
@@ -42,6 +51,7 @@ DM_INLINE Vec8 load8(const Half* from) {
   return value;
 #endif
 }
+#endif
 
 // Fewer than eight elements, the rest zero.
 template <typename T>
@@ -174,53 +184,68 @@ static void gathered_dots(const double* x, const T* w, int64_t d, const int32_t*
   }
 }
 
-constexpr int64_t kAhead = 8;  // rows prefetched ahead: about the latency of memory over the time of one row's block
-
-// One column block of weighted_sum, WIDTH vectors of sums in registers over all the rows.
-template <int WIDTH, typename T>
-DM_INLINE void weighted_columns(
-    const T* rows, int64_t ld_rows, const int64_t* index, const double* factors, int64_t count, double* sum) {
-  Vec8 sums[WIDTH];
-#pragma GCC unroll 8
-  for (int v = 0; v < WIDTH; ++v) {
-    sums[v] = load8(sum + 8 * v);
-  }
-  for (int64_t a = 0; a < count; ++a) {
-    const T* row = rows + index[a] * ld_rows;
-    if (a + kAhead < count) {  // rows lie anywhere in memory: no hardware prefetcher follows
-      const char* ahead = reinterpret_cast<const char*>(rows + index[a + kAhead] * ld_rows);
-#pragma GCC unroll 8
-      for (int64_t byte = 0; byte < WIDTH * 8 * static_cast<int64_t>(sizeof(T)); byte += 64) {
-        __builtin_prefetch(ahead + byte);
-      }
+// sum[e] += factors[r] * rows[r][e] for ROWS rows, in this order for each e, while the same columns of the next rows
+// are fetched: rows lie anywhere in memory and no hardware prefetcher knows where the next one starts.
+template <int ROWS, typename T>
+DM_INLINE void add_rows(const T* const* rows, const double* factors, const T* const* next, int64_t d, double* sum) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const auto add = [&](int64_t e) {
+    Vec8 total = load8(sum + e);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      total += factors[r] * load8(rows[r] + e);
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < WIDTH; ++v) {
-      sums[v] += factors[a] * load8(row + 8 * v);
+    store(sum + e, total);
+  };
+  int64_t e = 0;
+  for (; e + line <= d; e += line) {
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      __builtin_prefetch(next[r] + e);
+    }
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < line; v += kLanes) {
+      add(e + v);
     }
   }
-#pragma GCC unroll 8
-  for (int v = 0; v < WIDTH; ++v) {
-    store(sum + 8 * v, sums[v]);
+  for (; e + kLanes <= d; e += kLanes) {
+    add(e);
+  }
+  if (e < d) {
+    Vec8 total = load_tail(sum + e, d - e);
+    for (int r = 0; r < ROWS; ++r) {
+      total += factors[r] * load_tail(rows[r] + e, d - e);
+    }
+    __builtin_memcpy(sum + e, &total, (d - e) * sizeof(double));
   }
 }
 
+constexpr int kRows = 4;  // rows added in one pass over the sums: a quarter of their loads and stores
+
 template <typename T>
 static void weighted_sum(
-    const T* rows, int64_t d, const int64_t* index, const double* factors, int64_t count, double* sum) {
-  int64_t e = 0;
-  for (; e + 64 <= d; e += 64) {
-    weighted_columns<8>(rows + e, d, index, factors, count, sum + e);
-  }
-  for (; e + 8 <= d; e += 8) {
-    weighted_columns<1>(rows + e, d, index, factors, count, sum + e);
-  }
-  if (e < d) {
-    Vec8 tail = load_tail(sum + e, d - e);
-    for (int64_t a = 0; a < count; ++a) {
-      tail += factors[a] * load_tail(rows + index[a] * d + e, d - e);
+    const T* rows, int64_t ld_rows, int64_t d, const int64_t* index, const double* factors, int64_t count,
+    int64_t known, double* sum) {
+  const T* now[kRows];
+  const T* next[kRows];
+  const auto point = [&](int64_t a, const T** to) {
+    for (int r = 0; r < kRows; ++r) {
+      to[r] = rows + index[a + r < known ? a + r : 0] * ld_rows;  // beyond the end: a row that is in the cache
     }
-    __builtin_memcpy(sum + e, &tail, (d - e) * sizeof(double));
+  };
+  int64_t a = 0;
+  for (; a + kRows <= count; a += kRows) {
+    point(a, now);
+    point(a + kRows, next);
+    add_rows<kRows>(now, factors + a, next, d, sum);
+  }
+  if (a < count) {
+    point(a, now);
+    point(count, next);
+    for (; a < count; ++a) {
+      const int r = static_cast<int>(a % kRows);
+      add_rows<1>(now + r, factors + a, next + r, d, sum);
+    }
   }
 }
 

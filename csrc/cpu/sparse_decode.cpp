@@ -63,8 +63,36 @@ static void check_values(const Tensor& values, const Tensor& indices) {
       shape_of(values));
 }
 
-constexpr int64_t kTokenGrain = 8;    // tokens a parallel part at least
-constexpr int64_t kLatentGrain = 32;  // latents a parallel part at least
+constexpr int64_t kTokenGrain = 8;     // tokens a parallel part at least
+constexpr int64_t kLatentGrain = 32;   // latents a parallel part at least
+constexpr int64_t kColumnGrain = 256;  // columns of W_dec a part at least, when there are fewer tokens than threads
+constexpr int64_t kGathered = 4096;    // active latents listed at a time
+
+// The nonzero active latents of tokens [begin, end) in order: relu leaves zeros in fixed-k acts, no gather for them.
+struct Used {
+  std::vector<int64_t> index;
+  std::vector<double> factor;
+  std::vector<int64_t> start;  // [tokens + 1]
+
+  // Takes tokens from `begin` until kGathered entries or `end`; returns the token after the last taken.
+  template <typename T>
+  int64_t gather(const Active& active, const T* values, int64_t begin, int64_t end) {
+    index.clear();
+    factor.clear();
+    start.assign(1, 0);
+    for (; begin < end && static_cast<int64_t>(index.size()) < kGathered; ++begin) {
+      for (int64_t a = active.begin(begin); a < active.begin(begin + 1); ++a) {
+        const double value = static_cast<double>(values[a]);
+        if (value != 0.0) {
+          index.push_back(active.index()[a]);
+          factor.push_back(value);
+        }
+      }
+      start.push_back(static_cast<int64_t>(index.size()));
+    }
+    return begin;
+  }
+};
 
 static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, Tensor W_dec, OptionalTensor b_dec) {
   check_dim("W_dec", W_dec, 2);
@@ -85,24 +113,31 @@ static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, 
     if (b_dec) {
       kernel.widen(data<T>(torch::stable::contiguous(*b_dec)), bias.data(), d);
     }
-    parallel_ranges(active.n_tokens, kTokenGrain, [&](int64_t begin, int64_t end) {
-      std::vector<double> sum(d), used_factors;
-      std::vector<int64_t> used;
-      for (int64_t token = begin; token < end; ++token) {
-        used.clear();
-        used_factors.clear();
-        for (int64_t a = active.begin(token); a < active.begin(token + 1); ++a) {
-          const double factor = static_cast<double>(data<T>(factors)[a]);
-          if (factor != 0.0) {  // relu leaves zeros in fixed-k acts: no gather for them
-            used.push_back(active.index()[a]);
-            used_factors.push_back(factor);
-          }
+    // Columns [from, from + n) of tokens [begin, end). How the work is cut does not change any sum.
+    const auto decode = [&](int64_t begin, int64_t end, int64_t from, int64_t n) {
+      std::vector<double> sum(n);
+      Used used;
+      for (int64_t token = begin; token < end;) {
+        const int64_t first = token;
+        token = used.gather(active, data<T>(factors), first, end);
+        for (int64_t t = 0; t < token - first; ++t) {
+          const int64_t start = used.start[t];
+          std::copy_n(bias.begin() + from, n, sum.begin());
+          kernel.weighted_sum(
+              data<T>(weights) + from, d, n, used.index.data() + start, used.factor.data() + start,
+              used.start[t + 1] - start, used.start.back() - start, sum.data());
+          round_row(sum.data(), mutable_data<T>(out) + (first + t) * d + from, n);
         }
-        std::copy(bias.begin(), bias.end(), sum.begin());
-        kernel.weighted_sum(data<T>(weights), d, used.data(), used_factors.data(), used.size(), sum.data());
-        round_row(sum.data(), mutable_data<T>(out) + token * d, d);
       }
-    });
+    };
+    if (active.n_tokens >= torch::stable::get_num_threads()) {
+      parallel_ranges(active.n_tokens, kTokenGrain, [&](int64_t begin, int64_t end) { decode(begin, end, 0, d); });
+    } else {
+      parallel_ranges(ceil_div(d, kColumnGrain), 1, [&](int64_t begin, int64_t end) {
+        const int64_t from = begin * kColumnGrain;
+        decode(0, active.n_tokens, from, std::min(end * kColumnGrain, d) - from);
+      });
+    }
   });
   return out;
 }
@@ -179,7 +214,8 @@ static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, T
         const int64_t first = segments.start[j], count = segments.start[j + 1] - first;
         std::fill(sum.begin(), sum.end(), 0.0);
         kernel.weighted_sum(
-            data<T>(right), d, segments.token.data() + first, segments.factor.data() + first, count, sum.data());
+            data<T>(right), d, d, segments.token.data() + first, segments.factor.data() + first, count,
+            active.n_active - first, sum.data());
         round_row(sum.data(), mutable_data<T>(out) + j * d, d);
       }
     });
