@@ -42,13 +42,6 @@ struct ScreenedToken {
   bool screened;  // false: not finite, or too small or large for the bound; the exact path decides
 };
 
-// A score interval of one latent: exact value in [lower, upper].
-struct Hits {
-  int32_t count;
-  int32_t latent[kPanel];
-  float lower[kPanel], upper[kPanel];
-};
-
 struct ScreenKernels {
   // codes[d_padded] = unsigned 8-bit codes (code + 128) of the rotated row, and its norms. row is float64 [d]; scratch
   // float32 [d_padded]. `error` is the absolute rounding error of exact sums with this row, per unit of ||w||.
@@ -58,13 +51,31 @@ struct ScreenKernels {
   void (*encode_latent)(
       const double* row, double bias, int64_t d, int64_t d_padded, float* scratch, int8_t* codes, int64_t stride_groups,
       int32_t* sum, float* bounds, int64_t ld_bounds);
-  // Scores of `tokens` <= kScreenTokens tokens (code rows d_padded apart) against one panel: int32 [tokens, kPanel].
-  void (*scores)(const uint8_t* x, int64_t tokens, const int8_t* panel, int64_t d_padded, int32_t* out);
-  // The latents of the panel whose upper bound is not below limit[l * step] (step 0: one limit for all), as intervals.
-  void (*hits)(
-      const int32_t* scores, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel,
-      const float* limits, int64_t step, Hits* out);
+  // Products of `tokens` <= kScreenTokens tokens (code rows d_padded apart) and one panel: int32 [tokens, kPanel].
+  void (*products)(const uint8_t* x, int64_t tokens, const int8_t* panel, int64_t d_padded, int32_t* out);
+  // The interval [score - bound, score + bound] of each latent of the panel, from one token's products.
+  void (*intervals)(
+      const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel, float* score,
+      float* bound);
+  // The latents of the panel whose upper bound is not below limits[l * step] (step 0: one limit for all), and those
+  // upper bounds; returns how many. Both arrays have room for kPanel. A NaN bound (infinite weights) counts as
+  // infinite.
+  int64_t (*hits)(
+      const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel,
+      const float* limits, int64_t step, float* upper, int32_t* latent);
+  // The nth largest of n values, 1 <= nth <= n, NaN smallest. scratch has room for 2 n + 32.
+  float (*nth_largest)(const float* values, int64_t n, int64_t nth, float* scratch);
+  // out[r] = <w, rows[index[r]]> in float32 for n rows, ld apart.
+  void (*float_dots)(
+      const float* w, const float* rows, int64_t ld, int64_t d, const int32_t* index, int64_t n, float* out);
+  // to[e] = from[e], rounded to nearest
+  void (*narrow)(const double* from, float* to, int64_t n);
 };
+
+// Every partial sum of float_dots has at most this many roundings, so that its error is at most
+// float_error(d) ||w|| ||row|| (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), with room for both
+// operands rounded to float32 before.
+inline double float_error(int64_t d) { return (static_cast<double>(d) / 16 + 16) * 0x1p-24 * 1.01; }
 
 const ScreenKernels* screen_kernels();  // null where the instruction set has no 8-bit dot products
 

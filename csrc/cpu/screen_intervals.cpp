@@ -13,17 +13,17 @@ static void intervals_of_task(
     const T* x, const Packed& packed, const std::vector<double>& centre, const Tiling::Task& task, float* lower,
     float* upper, bool* screened) {
   const ScreenedWeights weights = screened_weights(packed);
-  TaskTokens<T> tokens(x + task.token * weights.d, task.tokens, weights.d);
-  tokens.encode(weights, centre);
-  const float open = -std::numeric_limits<float>::infinity();
+  const TaskTokens<T> tokens(x + task.token * weights.d, task.tokens, weights, centre);
+  float score[kPanel], bound[kPanel];
   scan_panels(
-      tokens, weights, task.begin / kPanel, ceil_div(task.end, kPanel), 0, [&](int64_t) { return &open; },
-      [&](int64_t) { return true; },
-      [&](int64_t row, const Hits& hits) {
-        for (int32_t h = 0; h < hits.count; ++h) {
-          const int64_t at = (task.token + row) * weights.n_latents + hits.latent[h];
-          lower[at] = hits.lower[h];
-          upper[at] = hits.upper[h];
+      tokens, weights, 0, task.tokens, task.begin / kPanel, ceil_div(task.end, kPanel), 1,
+      [&](int64_t row, int64_t panel, const int32_t* products) {
+        screen_kernels()->intervals(products, tokens.screened[row], weights, panel, score, bound);
+        for (int64_t l = 0; l < std::min(kPanel, weights.n_latents - panel * kPanel); ++l) {
+          const int64_t at = (task.token + row) * weights.n_latents + panel * kPanel + l;
+          const bool known = score[l] == score[l] && bound[l] == bound[l];
+          lower[at] = known ? score[l] - bound[l] : -std::numeric_limits<float>::infinity();
+          upper[at] = known ? score[l] + bound[l] : std::numeric_limits<float>::infinity();
         }
       });
   for (int64_t row = 0; row < task.tokens; ++row) {

@@ -5,14 +5,18 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 // gcc 12 warns about its own intrinsics, whose undefined vectors are meant (gcc bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+
+#define DM_INLINE inline __attribute__((always_inline))
 
 namespace darkmatter {
 namespace {
@@ -166,7 +170,7 @@ void encode_latent(
 }
 
 template <int A>
-inline __attribute__((always_inline)) void tile(const uint8_t* x, const int8_t* panel, int64_t d_padded, int32_t* out) {
+DM_INLINE void tile(const uint8_t* x, const int8_t* panel, int64_t d_padded, int32_t* out) {
   __m512i sums[A][3];
 #pragma GCC unroll 8
   for (int a = 0; a < A; ++a) {
@@ -201,7 +205,7 @@ inline __attribute__((always_inline)) void tile(const uint8_t* x, const int8_t* 
   }
 }
 
-void scores(const uint8_t* x, int64_t tokens, const int8_t* panel, int64_t d_padded, int32_t* out) {
+void products(const uint8_t* x, int64_t tokens, const int8_t* panel, int64_t d_padded, int32_t* out) {
   if (tokens == kScreenTokens) {
     return tile<8>(x, panel, d_padded, out);
   }
@@ -214,43 +218,167 @@ void scores(const uint8_t* x, int64_t tokens, const int8_t* panel, int64_t d_pad
   }
 }
 
-void hits(
-    const int32_t* scores, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel,
-    const float* limits, int64_t step, Hits* out) {
-  const __m512 scale = _mm512_set1_ps(token.scale), alpha = _mm512_set1_ps(token.alpha),
-               beta = _mm512_set1_ps(token.beta);
-  const int64_t padded = weights.padded();
-  int32_t count = 0;
-#pragma GCC unroll 3
-  for (int b = 0; b < 3; ++b) {
-    const int64_t first = panel * kPanel + 16 * b;
+// Sixteen latents of one token: their scores and the bounds of the scores' errors.
+struct Sixteen {
+  __m512 score, bound;
+
+  DM_INLINE Sixteen(
+      const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t first) {
     const float* bounds = weights.bounds + first;
+    const int64_t padded = weights.padded();
     const auto row = [&](int which) { return _mm512_loadu_ps(bounds + which * padded); };
-    const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(scores + 16 * b), _mm512_loadu_si512(weights.sums + first));
-    const __m512 score = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale), row(kScale), row(kBias));
-    const __m512 bound = _mm512_fmadd_ps(alpha, row(kNorm), _mm512_fmadd_ps(beta, row(kRounding), row(kSlack)));
-    const __m512 sum_up = _mm512_add_ps(score, bound);
-    // NaN (of infinite weights): unknown, so it stays in and the exact path decides about it
-    const __m512 upper =
-        _mm512_mask_mov_ps(sum_up, _mm512_cmp_ps_mask(sum_up, sum_up, _CMP_UNORD_Q), _mm512_set1_ps(__builtin_inff()));
+    const __m512i sum = _mm512_sub_epi32(_mm512_loadu_si512(products), _mm512_loadu_si512(weights.sums + first));
+    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(token.scale));
+    score = _mm512_fmadd_ps(scaled, row(kScale), row(kBias));
+    bound = _mm512_fmadd_ps(
+        _mm512_set1_ps(token.alpha), row(kNorm),
+        _mm512_fmadd_ps(_mm512_set1_ps(token.beta), row(kRounding), row(kSlack)));
+  }
+};
+
+void intervals(
+    const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel, float* score,
+    float* bound) {
+  for (int64_t l = 0; l < kPanel; l += 16) {
+    const Sixteen found(products + l, token, weights, panel * kPanel + l);
+    _mm512_storeu_ps(score + l, found.score);
+    _mm512_storeu_ps(bound + l, found.bound);
+  }
+}
+
+int64_t hits(
+    const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel,
+    const float* limits, int64_t step, float* upper, int32_t* latent) {
+  int64_t count = 0;
+#pragma GCC unroll 3
+  for (int64_t l = 0; l < kPanel; l += 16) {
+    const int64_t first = panel * kPanel + l, beyond = weights.n_latents - first;  // the last panel is padded
+    const Sixteen found(products + l, token, weights, first);
+    const __m512 sum = _mm512_add_ps(found.score, found.bound);
     const __m512 limit = step ? _mm512_loadu_ps(limits + first) : _mm512_set1_ps(*limits);
-    const int64_t beyond = weights.n_latents - first;  // the last panel is padded
     const __mmask16 valid = beyond >= 16 ? 0xFFFF : beyond <= 0 ? 0 : (1 << beyond) - 1;
-    const __mmask16 in = _mm512_mask_cmp_ps_mask(valid, upper, limit, _CMP_NLT_UQ);
+    const __mmask16 in = _mm512_mask_cmp_ps_mask(valid, sum, limit, _CMP_NLT_UQ);
     if (in) {
-      const __m512i latent = _mm512_add_epi32(
+      const __m512i numbers = _mm512_add_epi32(
           _mm512_set1_epi32(static_cast<int32_t>(first)),
           _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-      _mm512_mask_compressstoreu_epi32(out->latent + count, in, latent);
-      _mm512_mask_compressstoreu_ps(out->upper + count, in, upper);
-      _mm512_mask_compressstoreu_ps(out->lower + count, in, _mm512_sub_ps(score, bound));
+      const __m512 known =
+          _mm512_mask_mov_ps(sum, _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q), _mm512_set1_ps(__builtin_inff()));
+      // whole vectors into the room behind: a masked store of compressed lanes is microcode on some processors
+      _mm512_storeu_si512(latent + count, _mm512_maskz_compress_epi32(in, numbers));
+      _mm512_storeu_ps(upper + count, _mm512_maskz_compress_ps(in, known));
       count += __builtin_popcount(in);
     }
   }
-  out->count = count;
+  return count;
 }
 
-const ScreenKernels table = {encode_token, encode_latent, scores, hits};
+// Quickselect, sixteen values at a time: those above the pivot go to one half of the scratch, those below stay.
+float nth_largest(const float* values, int64_t n, int64_t nth, float* scratch) {
+  float *here = scratch, *above = scratch + n + 16;
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 valid = n - i >= 16 ? 0xFFFF : (1 << (n - i)) - 1;
+    const __m512 smallest = _mm512_set1_ps(-__builtin_inff());
+    // max gives its second operand when the first is NaN
+    _mm512_storeu_ps(here + i, _mm512_max_ps(_mm512_mask_loadu_ps(smallest, valid, values + i), smallest));
+  }
+  while (true) {
+    const float a = here[0], b = here[n / 2], c = here[n - 1];
+    const float pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
+    const __m512 wide_pivot = _mm512_set1_ps(pivot);
+    int64_t n_above = 0, n_below = 0;
+    for (int64_t i = 0; i < n; i += 16) {
+      const __mmask16 valid = n - i >= 16 ? 0xFFFF : (1 << (n - i)) - 1;
+      const __m512 value = _mm512_loadu_ps(here + i);
+      const __mmask16 up = _mm512_mask_cmp_ps_mask(valid, value, wide_pivot, _CMP_GT_OQ);
+      const __mmask16 down = _mm512_mask_cmp_ps_mask(valid, value, wide_pivot, _CMP_LT_OQ);
+      _mm512_storeu_ps(above + n_above, _mm512_maskz_compress_ps(up, value));
+      _mm512_storeu_ps(here + n_below, _mm512_maskz_compress_ps(down, value));
+      n_above += __builtin_popcount(up);
+      n_below += __builtin_popcount(down);
+    }
+    if (nth <= n_above) {
+      std::swap(here, above);
+      n = n_above;
+    } else if (nth <= n - n_below) {
+      return pivot;
+    } else {
+      nth -= n - n_below;
+      n = n_below;
+    }
+  }
+}
+
+// ROWS rows at a time with CHAINS sums each: enough independent sums to hide the latency of the multiply-adds.
+template <int ROWS, int CHAINS>
+DM_INLINE void dots_of_rows(const float* w, const float* const* rows, int64_t d, float* out) {
+  __m512 sums[ROWS][CHAINS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < CHAINS; ++c) {
+      sums[r][c] = _mm512_setzero_ps();
+    }
+  }
+  int64_t e = 0;
+  for (; e + 16 * CHAINS <= d; e += 16 * CHAINS) {
+#pragma GCC unroll 4
+    for (int c = 0; c < CHAINS; ++c) {
+      const __m512 left = _mm512_loadu_ps(w + e + 16 * c);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        sums[r][c] = _mm512_fmadd_ps(left, _mm512_loadu_ps(rows[r] + e + 16 * c), sums[r][c]);
+      }
+    }
+  }
+  for (; e < d; e += 16) {
+    const __mmask16 valid = d - e >= 16 ? 0xFFFF : (1 << (d - e)) - 1;
+    const __m512 left = _mm512_maskz_loadu_ps(valid, w + e);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      sums[r][0] = _mm512_fmadd_ps(left, _mm512_maskz_loadu_ps(valid, rows[r] + e), sums[r][0]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int c = 1; c < CHAINS; ++c) {
+      sums[r][0] = _mm512_add_ps(sums[r][0], sums[r][c]);
+    }
+    out[r] = _mm512_reduce_add_ps(sums[r][0]);
+  }
+}
+
+void float_dots(const float* w, const float* rows, int64_t ld, int64_t d, const int32_t* index, int64_t n, float* out) {
+  int64_t r = 0;
+  const float* some[4];
+  const auto point = [&](int count) {
+    for (int i = 0; i < count; ++i) {
+      some[i] = rows + index[r + i] * ld;
+    }
+  };
+  for (; r + 4 <= n; r += 4) {
+    point(4);
+    dots_of_rows<4, 2>(w, some, d, out + r);
+  }
+  for (; r + 2 <= n; r += 2) {
+    point(2);
+    dots_of_rows<2, 4>(w, some, d, out + r);
+  }
+  if (r < n) {
+    point(1);
+    dots_of_rows<1, 4>(w, some, d, out + r);
+  }
+}
+
+void narrow(const double* from, float* to, int64_t n) {
+  for (int64_t e = 0; e < n; e += 8) {
+    const __mmask8 valid = n - e >= 8 ? 0xFF : (1 << (n - e)) - 1;
+    _mm256_mask_storeu_ps(to + e, valid, _mm512_cvtpd_ps(_mm512_maskz_loadu_pd(valid, from + e)));
+  }
+}
+
+const ScreenKernels table = {encode_token, encode_latent, products, intervals, hits, nth_largest, float_dots, narrow};
 
 }  // namespace
 

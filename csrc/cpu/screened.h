@@ -1,6 +1,11 @@
-// What topk_encode and threshold_encode have in common when they screen: preparing tokens, scanning, rescoring.
+// What topk_encode and threshold_encode have in common when they screen.
 //
-// Memory: kScreenCandidates intervals a token of a task at most, and the codes of its tokens.
+// Three steps, each on what the one before left over: 8-bit scores of all latents (scan_panels), float32 scores with
+// their own bound (refine), float64 sums (rescore). Only the last gives values; the first two only leave out what
+// certainly is not in the answer.
+//
+// Memory: of each token of a task its codes, a float32 row (16-bit and float64 types) and at most kScreenCandidates
+// candidates.
 #pragma once
 
 #include <limits>
@@ -11,22 +16,22 @@
 namespace darkmatter {
 
 constexpr int64_t kScreenCandidates = 4096;  // a token with more is done exactly: the bound does not help it
-constexpr int64_t kScreenChunk = 128;        // tokens a task: each panel of weights is read once for all of them
+constexpr int64_t kScreenChunk = 256;        // tokens a task: each row of weights is read once for all of them
 
-// What is known of the rounding to T: the relative half unit in the last place of T, with room for float16's and
-// bfloat16's rounding through float32, and the absolute one of its subnormal numbers (how far below a value another may
-// lie and still round to the same number), and a value below everything that overflows to infinity.
+// What is known of the rounding to T: the relative half unit in the last place (for float16 and bfloat16 with room for
+// their rounding through float32, for the others as the comparison in float32 needs it), the absolute one of subnormal
+// numbers, and a value below everything that overflows to infinity.
 template <typename T>
 struct RoundingMargin {
   static constexpr float relative = 0x1p-21f, absolute = 1e-37f, largest = 3e38f;
 };
 template <>
 struct RoundingMargin<Half> {
-  static constexpr float relative = 0x1p-9f, absolute = 0x1p-23f, largest = 65000.0f;
+  static constexpr float relative = 0x1.1p-11f, absolute = 0x1p-23f, largest = 65000.0f;
 };
 template <>
 struct RoundingMargin<BFloat16> {
-  static constexpr float relative = 0x1p-6f, absolute = 1e-37f, largest = 3e38f;
+  static constexpr float relative = 0x1.1p-8f, absolute = 1e-37f, largest = 3e38f;
 };
 
 // A number that anything which may round to `value` or more is not below.
@@ -48,128 +53,204 @@ inline ScreenedWeights screened_weights(const Packed& packed) {
       data<float>(*packed.bounds)};
 }
 
-// The tokens of one task: float64 rows for exact work, codes for screening.
+// Rows of T as rows of float32: themselves, or converted.
+template <typename T>
+class FloatRows {
+ public:
+  FloatRows(const T* rows, int64_t n, int64_t d) {
+    if constexpr (std::is_same_v<T, float>) {
+      data_ = rows;
+    } else {
+      storage_.resize(n * d);
+      std::vector<double> wide(d);
+      for (int64_t row = 0; row < n; ++row) {
+        kernels().of<T>().widen(rows + row * d, wide.data(), d);
+        screen_kernels()->narrow(wide.data(), storage_.data() + row * d, d);
+      }
+      data_ = storage_.data();
+    }
+  }
+  const float* data() const { return data_; }
+
+ private:
+  std::vector<float> storage_;
+  const float* data_;
+};
+
+// The tokens of one task, ready to be screened.
 template <typename T>
 struct TaskTokens {
+  const T* x;  // [count, d]
   int64_t count;
-  WideRows wide;
   std::vector<uint8_t> codes;           // [count, d_padded]
   std::vector<ScreenedToken> screened;  // [count]
-
-  TaskTokens(const T* x, int64_t count, int64_t d) : count(count), wide(count, d) {
-    wide.fill(kernels().of<T>(), x, count);
-  }
-
-  // One token's float64 row as rows of its own, for the exact path.
-  template <typename Body>
-  void with_row(int64_t row, const Body& body) {
-    WideRows alone(1, wide.d());
-    std::copy_n(wide.data() + row * wide.d_padded(), wide.d(), alone.data());
-    body(alone);
-  }
+  std::vector<double> norm;             // [count] of x
+  FloatRows<T> narrow;                  // [count, d]
 
   // centre [d] is b_dec, or empty.
-  void encode(const ScreenedWeights& weights, const std::vector<double>& centre) {
+  TaskTokens(const T* x, int64_t count, const ScreenedWeights& weights, const std::vector<double>& centre)
+      : x(x), count(count), codes(count * weights.d_padded), screened(count), norm(count), narrow(x, count, weights.d) {
     const int64_t d = weights.d;
     double centre_squares = 0.0;
     for (double e : centre) {
       centre_squares += e * e;
     }
-    codes.resize(count * weights.d_padded);
-    screened.resize(count);
     std::vector<float> scratch(weights.d_padded);
     std::vector<double> row(d);
     for (int64_t t = 0; t < count; ++t) {
-      const double* x = wide.data() + t * wide.d_padded();
-      double squares = 0.0;
-      for (int64_t e = 0; e < d; ++e) {
-        squares += x[e] * x[e];
-        row[e] = centre.empty() ? x[e] : x[e] - centre[e];
+      kernels().of<T>().widen(x + t * d, row.data(), d);
+      norm[t] = std::sqrt(kernels().f64.dot(row.data(), row.data(), d));
+      for (size_t e = 0; e < centre.size(); ++e) {
+        row[e] -= centre[e];
       }
       // of two float64 sums of d products, and of the centred row: (d + 2) units each
-      const double error =
-          4.0 * static_cast<double>(d + 2) * 0x1p-53 * (std::sqrt(squares) + std::sqrt(centre_squares));
+      const double error = 4.0 * static_cast<double>(d + 2) * 0x1p-53 * (norm[t] + std::sqrt(centre_squares));
       screened[t] = screen_kernels()->encode_token(
           row.data(), d, weights.d_padded, error, scratch.data(), codes.data() + t * weights.d_padded);
     }
   }
+
+  // One token's float64 row as rows of its own, for the exact path.
+  WideRows wide_row(int64_t row, int64_t d) const {
+    WideRows wide(1, d);
+    wide.fill(kernels().of<T>(), x + row * d, 1);
+    return wide;
+  }
 };
 
-// The latents of each token of a task that are to be rescored, and their exact rounded pre-activations in the same
-// order.
-template <typename T>
-struct Chosen {
-  std::vector<int32_t> latents;
-  std::vector<T> h;
+// What the screen let in of one token: latents and the upper bounds of their pre-activations.
+struct Candidates {
+  std::vector<float> upper;
+  std::vector<int32_t> latent;
+  int64_t count = 0;
+
+  // Appends the hits of one panel.
+  void scan(
+      const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel,
+      const float* limits, int64_t step) {
+    if (count + kPanel > static_cast<int64_t>(upper.size())) {
+      upper.resize(2 * upper.size() + 4 * kPanel);
+      latent.resize(upper.size());
+    }
+    count += screen_kernels()->hits(
+        products, token, weights, panel, limits, step, upper.data() + count, latent.data() + count);
+  }
+  bool too_many() const { return count > kScreenCandidates; }
 };
 
-// Rescores the chosen latents of all tokens of a task, latent by latent: a row of weights comes from memory once for
-// all the tokens that want it, while the tokens stay in L2. (Token by token it is bound by L3: four times slower at d
-// 2304.) chosen[row]'s latents lie in [begin, end).
-template <typename T>
-void rescore(TaskTokens<T>& tokens, const Packed& packed, int64_t begin, int64_t end, std::vector<Chosen<T>>& chosen) {
-  std::vector<int32_t> start(end - begin + 1, 0);  // a counting sort by latent
-  for (Chosen<T>& own : chosen) {
-    own.h.resize(own.latents.size());
-    for (const int32_t latent : own.latents) {
-      ++start[latent - begin + 1];
-    }
-  }
-  for (int64_t j = 0; j < end - begin; ++j) {
-    start[j + 1] += start[j];
-  }
-  const int64_t total = start[end - begin];
-  std::vector<int32_t> token(total), next(start.begin(), start.end() - 1);
-  std::vector<T*> target(total);
-  for (size_t row = 0; row < chosen.size(); ++row) {
-    for (size_t c = 0; c < chosen[row].latents.size(); ++c) {
-      const int32_t at = next[chosen[row].latents[c] - begin]++;
-      token[at] = static_cast<int32_t>(row);
-      target[at] = &chosen[row].h[c];
-    }
-  }
-  const int64_t d = packed.weight.size(1), d_padded = tokens.wide.d_padded();
-  const double* bias = data<double>(packed.bias);
-  const Kernels& kernel = kernels();
-  WideRows weight(1, d);
-  std::vector<double> sums(chosen.size());
-  for (int64_t j = begin; j < end; ++j) {
-    const int64_t first = start[j - begin], count = start[j - begin + 1] - first;
-    if (count > 0) {
-      weight.fill(kernel.of<T>(), data<T>(packed.weight) + j * d, 1);
-      kernel.f64.gathered_dots(weight.data(), tokens.wide.data(), d_padded, &token[first], count, sums.data());
-      for (int64_t c = 0; c < count; ++c) {
-        *target[first + c] = rounded<T>(sums[c] + bias[j]);
+// Products of each of the rows [first, first + n) and each of the panels begin, begin + step, .. < end:
+// visit(row, panel, products), where products is int32 [kPanel].
+template <typename T, typename Visit>
+void scan_panels(
+    const TaskTokens<T>& tokens, const ScreenedWeights& weights, int64_t first, int64_t n, int64_t begin, int64_t end,
+    int64_t step, const Visit& visit) {
+  const ScreenKernels& kernel = *screen_kernels();
+  alignas(64) int32_t products[kScreenTokens * kPanel];
+  for (int64_t panel = begin; panel < end; panel += step) {
+    const int8_t* codes = weights.codes + panel * weights.d_padded * kPanel;
+    for (int64_t tile = first; tile < first + n; tile += kScreenTokens) {
+      const int64_t some = std::min(kScreenTokens, first + n - tile);
+      kernel.products(tokens.codes.data() + tile * weights.d_padded, some, codes, weights.d_padded, products);
+      for (int64_t t = 0; t < some; ++t) {
+        visit(tile + t, panel, products + t * kPanel);
       }
     }
   }
 }
 
-// Screens the tokens of a task against panels [begin, end): token by token, hit(row, hits) for what the limits let in.
-// limits(row) -> pointer, step 0 (one limit a token) or 1 (one a latent); a token is skipped while alive(row) is false.
-template <typename T, typename Limits, typename Alive, typename Hit>
-void scan_panels(
-    const TaskTokens<T>& tokens, const ScreenedWeights& weights, int64_t begin, int64_t end, int64_t step,
-    const Limits& limits, const Alive& alive, const Hit& hit) {
-  const ScreenKernels& kernel = *screen_kernels();
-  alignas(64) int32_t scores[kScreenTokens * kPanel];
-  Hits found;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const int8_t* codes = weights.codes + panel * weights.d_padded * kPanel;
-    for (int64_t first = 0; first < tokens.count; first += kScreenTokens) {
-      const int64_t n = std::min(kScreenTokens, tokens.count - first);
-      kernel.scores(tokens.codes.data() + first * weights.d_padded, n, codes, weights.d_padded, scores);
-      for (int64_t t = 0; t < n; ++t) {
-        const int64_t row = first + t;
-        if (alive(row)) {
-          kernel.hits(scores + t * kPanel, tokens.screened[row], weights, panel, limits(row), step, &found);
-          if (found.count > 0) {
-            hit(row, found);
-          }
-        }
+// (token, latent) pairs of a task, listed token by token, visited latent by latent: a row of weights then comes from
+// memory once for all the tokens that want it, while the tokens stay in L2.
+struct Pairs {
+  std::vector<int32_t> latent;
+  std::vector<int64_t> start{0};  // [tokens + 1]
+
+  void end_token() { start.push_back(static_cast<int64_t>(latent.size())); }
+  int64_t size() const { return static_cast<int64_t>(latent.size()); }
+
+  // visit(latent, tokens, pairs, count) for every latent in [begin, end) that has pairs, after fetching the row of
+  // `weights` [.., row_bytes] of the next such latent into the cache.
+  template <typename Visit>
+  void by_latent(int64_t begin, int64_t end, const void* weights, int64_t row_bytes, const Visit& visit) const {
+    std::vector<int32_t> place(end - begin + 1, 0);  // a counting sort
+    for (const int32_t l : latent) {
+      ++place[l - begin + 1];
+    }
+    for (int64_t l = 0; l < end - begin; ++l) {
+      place[l + 1] += place[l];
+    }
+    std::vector<int32_t> token(size()), pair(size()), next(place.begin(), place.end() - 1);
+    for (size_t t = 0; t + 1 < start.size(); ++t) {
+      for (int64_t p = start[t]; p < start[t + 1]; ++p) {
+        const int32_t at = next[latent[p] - begin]++;
+        token[at] = static_cast<int32_t>(t);
+        pair[at] = static_cast<int32_t>(p);
       }
     }
+    for (int64_t at = 0; at < size();) {
+      const int32_t l = latent[pair[at]], after = place[l - begin + 1];
+      if (after < size()) {
+        const char* row = static_cast<const char*>(weights) + latent[pair[after]] * row_bytes;
+        for (int64_t byte = 0; byte < row_bytes; byte += 64) {
+          __builtin_prefetch(row + byte);
+        }
+      }
+      visit(l, &token[at], &pair[at], after - at);
+      at = after;
+    }
   }
+};
+
+// The float32 intervals of pairs: exact pre-activation (before rounding to T) in [lower, upper].
+struct Refined {
+  std::vector<float> lower, upper;
+};
+
+template <typename T>
+Refined refine(
+    const TaskTokens<T>& tokens, const Packed& packed, const ScreenedWeights& weights, int64_t begin, int64_t end,
+    const Pairs& pairs) {
+  const int64_t d = weights.d;
+  const double* bias = data<double>(packed.bias);
+  const float* norms = weights.bounds + kNorm * weights.padded();
+  const double unit = float_error(d);
+  Refined refined{std::vector<float>(pairs.size()), std::vector<float>(pairs.size())};
+  std::vector<float> dots(tokens.count);
+  const T* rows = data<T>(packed.weight);
+  pairs.by_latent(
+      begin, end, rows, d * sizeof(T), [&](int32_t latent, const int32_t* token, const int32_t* pair, int64_t count) {
+        const FloatRows<T> w(rows + latent * d, 1, d);
+        screen_kernels()->float_dots(w.data(), tokens.narrow.data(), d, d, token, count, dots.data());
+        for (int64_t c = 0; c < count; ++c) {
+          const double score = dots[c] + bias[latent];
+          // the last terms: rounding the two ends to float32, products below the smallest normal number
+          const double bound = unit * tokens.norm[token[c]] * norms[latent] + std::fabs(score) * 0x1p-22 + 1e-32;
+          const bool known = score - score == 0 && bound - bound == 0;  // neither NaN nor infinite
+          refined.lower[pair[c]] = known ? static_cast<float>(score - bound) : -std::numeric_limits<float>::infinity();
+          refined.upper[pair[c]] = known ? static_cast<float>(score + bound) : std::numeric_limits<float>::infinity();
+        }
+      });
+  return refined;
+}
+
+// The exact rounded pre-activations of pairs.
+template <typename T>
+std::vector<T> rescore(
+    const TaskTokens<T>& tokens, const Packed& packed, int64_t begin, int64_t end, const Pairs& pairs) {
+  const int64_t d = packed.weight.size(1);
+  const double* bias = data<double>(packed.bias);
+  const TypedKernels<T>& kernel = kernels().of<T>();
+  std::vector<T> h(pairs.size());
+  std::vector<double> weight(d), sums(tokens.count);
+  const T* rows = data<T>(packed.weight);
+  pairs.by_latent(
+      begin, end, rows, d * sizeof(T), [&](int32_t latent, const int32_t* token, const int32_t* pair, int64_t count) {
+        kernel.widen(rows + latent * d, weight.data(), d);
+        kernel.gathered_dots(weight.data(), tokens.x, d, token, count, sums.data());
+        for (int64_t c = 0; c < count; ++c) {
+          h[pair[c]] = rounded<T>(sums[c] + bias[latent]);
+        }
+      });
+  return h;
 }
 
 }  // namespace darkmatter

@@ -54,35 +54,44 @@ static void exact_rows(
 
 template <typename T>
 static void screen_rows(
-    TaskTokens<T>& tokens, const Packed& packed, const Thresholds<T>& thresholds, const Tiling::Task& task,
+    const TaskTokens<T>& tokens, const Packed& packed, const Thresholds<T>& thresholds, const Tiling::Task& task,
     Kept<T>* first_kept, int64_t ld_kept) {
-  std::vector<Chosen<T>> candidates(task.tokens);
-  std::vector<char> screened(task.tokens);
-  for (int64_t row = 0; row < task.tokens; ++row) {
-    screened[row] = tokens.screened[row].screened;
-  }
+  const ScreenedWeights weights = screened_weights(packed);
+  const float* limits = thresholds.limits.data();
+  std::vector<Candidates> found(task.tokens);
+  const auto screened = [&](int64_t row) { return tokens.screened[row].screened && !found[row].too_many(); };
   scan_panels(
-      tokens, screened_weights(packed), task.begin / kPanel, ceil_div(task.end, kPanel), thresholds.step,
-      [&](int64_t) { return thresholds.limits.data(); }, [&](int64_t row) { return screened[row] != 0; },
-      [&](int64_t row, const Hits& hits) {
-        std::vector<int32_t>& own = candidates[row].latents;
-        own.insert(own.end(), hits.latent, hits.latent + hits.count);
-        screened[row] = own.size() <= static_cast<size_t>(kScreenCandidates);
+      tokens, weights, 0, task.tokens, task.begin / kPanel, ceil_div(task.end, kPanel), 1,
+      [&](int64_t row, int64_t panel, const int32_t* products) {
+        if (screened(row)) {
+          found[row].scan(products, tokens.screened[row], weights, panel, limits, thresholds.step);
+        }
       });
+  Pairs pairs, last;
   for (int64_t row = 0; row < task.tokens; ++row) {
-    if (!screened[row]) {
-      candidates[row].latents.clear();
+    if (screened(row)) {
+      pairs.latent.insert(pairs.latent.end(), found[row].latent.begin(), found[row].latent.begin() + found[row].count);
     }
+    pairs.end_token();
   }
-  rescore(tokens, packed, task.begin, task.end, candidates);
+  const Refined refined = refine(tokens, packed, weights, task.begin, task.end, pairs);
+  for (int64_t row = 0; row < task.tokens; ++row) {
+    for (int64_t p = pairs.start[row]; p < pairs.start[row + 1]; ++p) {
+      if (!(refined.upper[p] < limits[pairs.latent[p] * thresholds.step])) {
+        last.latent.push_back(pairs.latent[p]);
+      }
+    }
+    last.end_token();
+  }
+  const std::vector<T> h = rescore(tokens, packed, task.begin, task.end, last);
   for (int64_t row = 0; row < task.tokens; ++row) {
     Kept<T>& own = first_kept[row * ld_kept];
-    if (!screened[row]) {
-      tokens.with_row(row, [&](WideRows& alone) { exact_rows<T>(alone, 1, packed, thresholds, task, &own, ld_kept); });
-      continue;
+    if (!screened(row)) {
+      WideRows wide = tokens.wide_row(row, weights.d);
+      exact_rows<T>(wide, 1, packed, thresholds, task, &own, ld_kept);
     }
-    for (size_t c = 0; c < candidates[row].h.size(); ++c) {
-      thresholds.keep(own, candidates[row].latents[c], candidates[row].h[c]);
+    for (int64_t p = last.start[row]; p < last.start[row + 1]; ++p) {
+      thresholds.keep(own, last.latent[p], h[p]);
     }
   }
 }
@@ -98,13 +107,15 @@ static std::tuple<Tensor, Tensor, Tensor> select_above(
   std::vector<Kept<T>> kept(tiling.n_tokens * tiling.ranges);
   parallel_tasks(tiling.tasks(), [&](int64_t i) {
     const Tiling::Task task = tiling.task(i);
-    TaskTokens<T> tokens(data<T>(x) + task.token * d, task.tokens, d);
+    const T* rows = data<T>(x) + task.token * d;
     Kept<T>* first_kept = &kept[task.token * tiling.ranges + task.number];
     if (screen) {
-      tokens.encode(screened_weights(packed), centre);
+      const TaskTokens<T> tokens(rows, task.tokens, screened_weights(packed), centre);
       screen_rows(tokens, packed, thresholds, task, first_kept, tiling.ranges);
     } else {
-      exact_rows(tokens.wide, task.tokens, packed, thresholds, task, first_kept, tiling.ranges);
+      WideRows wide(task.tokens, d);
+      wide.fill(kernels().of<T>(), rows, task.tokens);
+      exact_rows(wide, task.tokens, packed, thresholds, task, first_kept, tiling.ranges);
     }
   });
 
