@@ -62,7 +62,7 @@ struct ScreenKernels {
   // infinite.
   int64_t (*hits)(
       const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel,
-      const float* limits, int64_t step, float* upper, int32_t* latent);
+      const float* limits, int64_t step, float* score, float* upper, int32_t* latent);
   // The nth largest of n values, 1 <= nth <= n, NaN smallest. scratch has room for 2 n + 32.
   float (*nth_largest)(const float* values, int64_t n, int64_t nth, float* scratch);
   // out[r] = <w, rows[index[r]]> in float32 for n rows, ld apart.

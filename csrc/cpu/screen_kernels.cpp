@@ -248,7 +248,7 @@ void intervals(
 
 int64_t hits(
     const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel,
-    const float* limits, int64_t step, float* upper, int32_t* latent) {
+    const float* limits, int64_t step, float* score, float* upper, int32_t* latent) {
   int64_t count = 0;
 #pragma GCC unroll 3
   for (int64_t l = 0; l < kPanel; l += 16) {
@@ -266,6 +266,7 @@ int64_t hits(
           _mm512_mask_mov_ps(sum, _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q), _mm512_set1_ps(__builtin_inff()));
       // whole vectors into the room behind: a masked store of compressed lanes is microcode on some processors
       _mm512_storeu_si512(latent + count, _mm512_maskz_compress_epi32(in, numbers));
+      _mm512_storeu_ps(score + count, _mm512_maskz_compress_ps(in, found.score));
       _mm512_storeu_ps(upper + count, _mm512_maskz_compress_ps(in, known));
       count += __builtin_popcount(in);
     }

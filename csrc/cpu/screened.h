@@ -1,8 +1,8 @@
 // What topk_encode and threshold_encode have in common when they screen.
 //
 // Three steps, each on what the one before left over: 8-bit scores of all latents (scan_panels), float32 scores with
-// their own bound (refine), float64 sums (rescore). Only the last gives values; the first two only leave out what
-// certainly is not in the answer.
+// their own bound, float64 sums (both in rescore). Only the last gives values; the others only leave out what is
+// certainly below a limit.
 //
 // Memory: of each token of a task its codes, a float32 row (16-bit and float64 types) and at most kScreenCandidates
 // candidates.
@@ -118,9 +118,9 @@ struct TaskTokens {
   }
 };
 
-// What the screen let in of one token: latents and the upper bounds of their pre-activations.
+// What the screen let in of one token: latents, their scores, and the upper bounds of their pre-activations.
 struct Candidates {
-  std::vector<float> upper;
+  std::vector<float> score, upper;
   std::vector<int32_t> latent;
   int64_t count = 0;
 
@@ -130,10 +130,12 @@ struct Candidates {
       const float* limits, int64_t step) {
     if (count + kPanel > static_cast<int64_t>(upper.size())) {
       upper.resize(2 * upper.size() + 4 * kPanel);
+      score.resize(upper.size());
       latent.resize(upper.size());
     }
     count += screen_kernels()->hits(
-        products, token, weights, panel, limits, step, upper.data() + count, latent.data() + count);
+        products, token, weights, panel, limits, step, score.data() + count, upper.data() + count,
+        latent.data() + count);
   }
   bool too_many() const { return count > kScreenCandidates; }
 };
@@ -200,57 +202,55 @@ struct Pairs {
   }
 };
 
-// The float32 intervals of pairs: exact pre-activation (before rounding to T) in [lower, upper].
-struct Refined {
-  std::vector<float> lower, upper;
+// The exact rounded pre-activations of the pairs that may reach their limit.
+template <typename T>
+struct Rescored {
+  std::vector<T> h;
+  std::vector<char> known;  // 0: certainly below the limit, h means nothing
 };
 
-template <typename T>
-Refined refine(
+// limit(token, latent) bounds pre-activations before rounding. A float32 dot product with the bound of its own error
+// decides which pairs get float64 sums: at once, while their rows are in the cache.
+template <typename T, typename Limit>
+Rescored<T> rescore(
     const TaskTokens<T>& tokens, const Packed& packed, const ScreenedWeights& weights, int64_t begin, int64_t end,
-    const Pairs& pairs) {
+    const Pairs& pairs, const Limit& limit) {
   const int64_t d = weights.d;
   const double* bias = data<double>(packed.bias);
   const float* norms = weights.bounds + kNorm * weights.padded();
-  const double unit = float_error(d);
-  Refined refined{std::vector<float>(pairs.size()), std::vector<float>(pairs.size())};
-  std::vector<float> dots(tokens.count);
-  const T* rows = data<T>(packed.weight);
-  pairs.by_latent(
-      begin, end, rows, d * sizeof(T), [&](int32_t latent, const int32_t* token, const int32_t* pair, int64_t count) {
-        const FloatRows<T> w(rows + latent * d, 1, d);
-        screen_kernels()->float_dots(w.data(), tokens.narrow.data(), d, d, token, count, dots.data());
-        for (int64_t c = 0; c < count; ++c) {
-          const double score = dots[c] + bias[latent];
-          // the last terms: rounding the two ends to float32, products below the smallest normal number
-          const double bound = unit * tokens.norm[token[c]] * norms[latent] + std::fabs(score) * 0x1p-22 + 1e-32;
-          const bool known = score - score == 0 && bound - bound == 0;  // neither NaN nor infinite
-          refined.lower[pair[c]] = known ? static_cast<float>(score - bound) : -std::numeric_limits<float>::infinity();
-          refined.upper[pair[c]] = known ? static_cast<float>(score + bound) : std::numeric_limits<float>::infinity();
-        }
-      });
-  return refined;
-}
-
-// The exact rounded pre-activations of pairs.
-template <typename T>
-std::vector<T> rescore(
-    const TaskTokens<T>& tokens, const Packed& packed, int64_t begin, int64_t end, const Pairs& pairs) {
-  const int64_t d = packed.weight.size(1);
-  const double* bias = data<double>(packed.bias);
   const TypedKernels<T>& kernel = kernels().of<T>();
-  std::vector<T> h(pairs.size());
-  std::vector<double> weight(d), sums(tokens.count);
+  const double unit = float_error(d);
+  Rescored<T> result{std::vector<T>(pairs.size()), std::vector<char>(pairs.size(), 0)};
+  std::vector<float> scores(tokens.count);
+  std::vector<double> wide(d), sums(tokens.count);
+  std::vector<int32_t> near_token, near_pair;
   const T* rows = data<T>(packed.weight);
   pairs.by_latent(
       begin, end, rows, d * sizeof(T), [&](int32_t latent, const int32_t* token, const int32_t* pair, int64_t count) {
-        kernel.widen(rows + latent * d, weight.data(), d);
-        kernel.gathered_dots(weight.data(), tokens.x, d, token, count, sums.data());
+        const FloatRows<T> narrow(rows + latent * d, 1, d);
+        screen_kernels()->float_dots(narrow.data(), tokens.narrow.data(), d, d, token, count, scores.data());
+        near_token.clear();
+        near_pair.clear();
         for (int64_t c = 0; c < count; ++c) {
-          h[pair[c]] = rounded<T>(sums[c] + bias[latent]);
+          const double score = scores[c] + bias[latent];
+          // the last terms: the comparison in float64, products below the smallest normal number
+          const double bound = unit * tokens.norm[token[c]] * norms[latent] + std::fabs(score) * 0x1p-40 + 1e-32;
+          if (!(score + bound < limit(token[c], latent))) {  // NaN: unknown, so the exact sum decides
+            near_token.push_back(token[c]);
+            near_pair.push_back(pair[c]);
+          }
+        }
+        if (near_token.empty()) {
+          return;
+        }
+        kernel.widen(rows + latent * d, wide.data(), d);
+        kernel.gathered_dots(wide.data(), tokens.x, d, near_token.data(), near_token.size(), sums.data());
+        for (size_t c = 0; c < near_pair.size(); ++c) {
+          result.h[near_pair[c]] = rounded<T>(sums[c] + bias[latent]);
+          result.known[near_pair[c]] = 1;
         }
       });
-  return h;
+  return result;
 }
 
 }  // namespace darkmatter

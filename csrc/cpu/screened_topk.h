@@ -1,9 +1,9 @@
 // Screening for the best k of each token of a task.
 //
-// The limit below which a latent is left out is first *guessed*, from the scores of a sample of the panels, so that a
-// few times k latents are expected above it. When k exact values turn out to be at least the limit, nothing that was
-// left out can be among the best k, whatever the guess was. Otherwise the token is scanned again with the k-th best
-// exact value found so far as a limit that is certain.
+// The limit below which a latent is left out is *guessed*: for the scan from the scores of a sample of the panels, so
+// that a few times k latents are expected above it, and then from the k-th best score of all. When k exact values turn
+// out to be at least the limits, nothing that was left out can be among the best k, whatever the guesses were.
+// Otherwise the token is done again with the k-th best exact value found so far as a limit that is certain.
 #pragma once
 
 #include "cpu/best_k.h"
@@ -20,8 +20,10 @@ template <typename T>
 struct TopKState {
   Candidates found;
   Best<T> best;
-  float limit = -std::numeric_limits<float>::infinity();
-  bool screened = true;  // false: the exact path decides
+  float certain = -std::numeric_limits<float>::infinity();     // known to leave out none of the best k
+  float limit = -std::numeric_limits<float>::infinity();       // of the next step, guessed or certain
+  float scan_limit = -std::numeric_limits<float>::infinity();  // of the candidates that were found
+  bool screened = true;                                        // false: the exact path decides
 
   void scan(const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel) {
     if (screened) {
@@ -57,9 +59,11 @@ class TopKScreen {
     for (int64_t panel = first_; panel < last_; panel += step_) {  // the panels between those of the sample
       scan(0, tokens_.count, panel + 1, std::min(panel + step_, last_));
     }
-    std::vector<char> chosen(tokens_.count, 1);
-    finish(chosen);
-    scan_again();
+    for (TopKState<T>& state : states_) {
+      state.scan_limit = state.limit;
+    }
+    finish(std::vector<char>(tokens_.count, 1), true);
+    correct();
     return states_;
   }
 
@@ -80,7 +84,7 @@ class TopKScreen {
         tokens_, weights_, first_row, n, first_, last_, step_, [&](int64_t row, int64_t panel, const int32_t* some) {
           std::copy_n(some, kPanel, of(row, (panel - first_) / step_));
         });
-    std::vector<float> scores(panels * kPanel), scratch(2 * panels * kPanel + 32);
+    std::vector<float> scores(panels * kPanel), lower(scores.size()), scratch(2 * scores.size() + 32);
     float bound[kPanel];
     for (int64_t row = first_row; row < first_row + n; ++row) {
       const ScreenedToken& token = tokens_.screened[row];
@@ -88,7 +92,13 @@ class TopKScreen {
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t panel = first_ + p * step_;
         screen_kernels()->intervals(of(row, p), token, weights_, panel, scores.data() + latents, bound);
+        for (int64_t l = 0; l < kPanel; ++l) {
+          lower[latents + l] = scores[latents + l] - bound[l];
+        }
         latents += std::min(kPanel, task_.end - panel * kPanel);
+      }
+      if (latents >= k_) {  // k latents have a value of at least the k-th largest lower bound
+        states_[row].certain = twice_below(screen_kernels()->nth_largest(lower.data(), latents, k_, scratch.data()));
       }
       states_[row].limit = guess(scores.data(), latents, scratch.data());
       for (int64_t p = 0; p < panels; ++p) {
@@ -98,133 +108,100 @@ class TopKScreen {
   }
 
   // Of a sample as large as this, `expected` latents are among the best k on average (a Poisson number when the best
-  // are scattered). Four standard deviations more make a second scan rare.
+  // are scattered). Five standard deviations more make a second scan rare.
   float guess(const float* scores, int64_t latents, float* scratch) const {
     const double expected = static_cast<double>(k_) * latents / (task_.end - task_.begin);
-    const auto nth = static_cast<int64_t>(expected + 4.0 * std::sqrt(expected) + 3.0);
+    const auto nth = static_cast<int64_t>(expected + 5.0 * std::sqrt(expected) + 3.0);
     return nth <= latents ? screen_kernels()->nth_largest(scores, latents, nth, scratch)
                           : -std::numeric_limits<float>::infinity();
   }
 
-  // k values are known to be at least the k-th largest lower bound: the limit that follows for upper bounds. Rounded
-  // itself, then compared with rounded values: twice the margin.
-  float limit_of(const float* lower, int64_t n, std::vector<float>& scratch) const {
-    if (n < k_) {
-      return -std::numeric_limits<float>::infinity();
-    }
-    scratch.resize(2 * n + 32);
-    return margin_below<T>(margin_below<T>(screen_kernels()->nth_largest(lower, n, k_, scratch.data())));
-  }
+  // Rounded itself, then compared with rounded values: twice the margin.
+  static float twice_below(float value) { return margin_below<T>(margin_below<T>(value)); }
 
-  // The best k among the candidates of the chosen tokens. The k most promising candidates first: what they reach keeps
-  // most of the others from being looked at.
-  void finish(const std::vector<char>& chosen) {
-    std::vector<float> scratch, limits(tokens_.count, -std::numeric_limits<float>::infinity());
-    Pairs likely, others, last;
-    const auto wanted = [&](int64_t row) { return chosen[row] && states_[row].screened; };
-    for (int64_t row = 0; row < tokens_.count; ++row) {
-      Candidates& found = states_[row].found;
-      if (wanted(row) && found.count > 0) {
-        scratch.resize(2 * found.count + 32);
-        const float least =
-            screen_kernels()->nth_largest(found.upper.data(), found.count, std::min(k_, found.count), scratch.data());
-        move_above(found, least, likely);
-      }
-      likely.end_token();
-    }
-    const Refined first = refine(tokens_, packed_, weights_, task_.begin, task_.end, likely);
-    for (int64_t row = 0; row < tokens_.count; ++row) {
-      if (wanted(row)) {
-        const int64_t start = likely.start[row];
-        limits[row] = limit_of(first.lower.data() + start, likely.start[row + 1] - start, scratch);
-        move_above(states_[row].found, limits[row], others);
-      }
-      others.end_token();
-    }
-    const Refined second = refine(tokens_, packed_, weights_, task_.begin, task_.end, others);
-    std::vector<float> lower;
-    for (int64_t row = 0; row < tokens_.count; ++row) {
-      lower.clear();
-      each_pair(row, likely, first, others, second, [&](int32_t, float low, float) { lower.push_back(low); });
-      const float limit = limit_of(lower.data(), static_cast<int64_t>(lower.size()), scratch);
-      each_pair(row, likely, first, others, second, [&](int32_t latent, float, float high) {
-        if (!(high < limit)) {
-          last.latent.push_back(latent);
-        }
-      });
-      last.end_token();
-    }
-    const std::vector<T> h = rescore(tokens_, packed_, task_.begin, task_.end, last);
-    for (int64_t row = 0; row < tokens_.count; ++row) {
-      for (int64_t p = last.start[row]; p < last.start[row + 1]; ++p) {
-        states_[row].best.offer_any(k_, {h[p], last.latent[p]});
-      }
+  // Raises the limit of a token to just below the k-th best score: scores are off by far less than their bounds, which
+  // hold for the worst rounding and not for the usual one, about 1 / sqrt(d) of it.
+  void raise_limit(TopKState<T>& state, std::vector<float>& scratch) const {
+    const Candidates& found = state.found;
+    if (found.count >= k_) {
+      scratch.resize(2 * found.count + 32);
+      const float kth = screen_kernels()->nth_largest(found.score.data(), found.count, k_, scratch.data());
+      const float slack = 2.0f * (found.upper[0] - found.score[0]) / std::sqrt(static_cast<float>(weights_.d));
+      state.limit = std::max(state.limit, twice_below(kth - slack));
     }
   }
 
-  // Moves the candidates whose upper bound is not below `least` to the last token of `pairs`.
-  static void move_above(Candidates& found, float least, Pairs& pairs) {
-    int64_t kept = 0;
-    for (int64_t c = 0; c < found.count; ++c) {
-      if (found.upper[c] < least) {
-        found.upper[kept] = found.upper[c];
-        found.latent[kept++] = found.latent[c];
-      } else {
-        pairs.latent.push_back(found.latent[c]);
-      }
-    }
-    found.count = kept;
-  }
-
-  template <typename Visit>
-  static void each_pair(
-      int64_t row, const Pairs& a, const Refined& of_a, const Pairs& b, const Refined& of_b, const Visit& visit) {
-    for (int64_t p = a.start[row]; p < a.start[row + 1]; ++p) {
-      visit(a.latent[p], of_a.lower[p], of_a.upper[p]);
-    }
-    for (int64_t p = b.start[row]; p < b.start[row + 1]; ++p) {
-      visit(b.latent[p], of_b.lower[p], of_b.upper[p]);
-    }
-  }
-
-  // The tokens whose guess was too high, in runs of tiles: the scan works at full speed only on whole tiles.
-  void scan_again() {
-    std::vector<char> again(tokens_.count, 0);
+  // The best k among the candidates of the chosen tokens.
+  void finish(const std::vector<char>& chosen, bool guess) {
+    std::vector<float> scratch;
+    Pairs pairs;
     for (int64_t row = 0; row < tokens_.count; ++row) {
       TopKState<T>& state = states_[row];
-      const float certain = state.screened ? margin_below<T>(state.best.reached(k_)) : 0;
-      if (state.screened && !(certain >= state.limit)) {
-        again[row] = 1;
-        state.limit = certain;
-        state.found.count = 0;
+      if (chosen[row] && state.screened) {
+        if (guess) {
+          raise_limit(state, scratch);
+        }
+        for (int64_t c = 0; c < state.found.count; ++c) {
+          if (!(state.found.upper[c] < state.limit)) {
+            pairs.latent.push_back(state.found.latent[c]);
+          }
+        }
+      }
+      pairs.end_token();
+    }
+    const Rescored<T> exact = rescore(
+        tokens_, packed_, weights_, task_.begin, task_.end, pairs,
+        [&](int32_t row, int32_t) { return states_[row].limit; });
+    for (int64_t row = 0; row < tokens_.count; ++row) {
+      for (int64_t p = pairs.start[row]; p < pairs.start[row + 1]; ++p) {
+        if (exact.known[p]) {
+          states_[row].best.offer_any(k_, {exact.h[p], pairs.latent[p]});
+        }
+      }
+    }
+  }
+
+  // Once more, with limits that are certain, the tokens whose guesses were too high.
+  void correct() {
+    std::vector<char> wrong(tokens_.count, 0), missed(tokens_.count, 0);
+    for (int64_t row = 0; row < tokens_.count; ++row) {
+      TopKState<T>& state = states_[row];
+      state.certain = std::max(state.certain, margin_below<T>(state.best.reached(k_)));
+      if (state.screened && !(state.certain >= state.limit)) {
+        wrong[row] = 1;
+        missed[row] = !(state.certain >= state.scan_limit);
+        state.limit = state.certain;
         state.best = {};
       }
     }
+    scan_again(missed);
+    if (std::find(wrong.begin(), wrong.end(), 1) != wrong.end()) {
+      finish(wrong, false);
+    }
+  }
+
+  // In runs of whole tiles, the only way to scan at full speed.
+  void scan_again(const std::vector<char>& missed) {
     const auto in_tile = [&](int64_t row) {
-      const auto begin = again.begin() + row;
-      return std::find(begin, again.begin() + std::min(row + kScreenTokens, tokens_.count), 1) !=
-             again.begin() + std::min(row + kScreenTokens, tokens_.count);
+      const auto end = missed.begin() + std::min(row + kScreenTokens, tokens_.count);
+      return std::find(missed.begin() + row, end, 1) != end;
     };
-    bool any = false;
-    for (int64_t row = 0; row < tokens_.count;) {
-      int64_t end = row;
-      while (end < tokens_.count && in_tile(end)) {
+    for (int64_t row = 0; row < tokens_.count; ++row) {
+      if (missed[row]) {
+        states_[row].found.count = 0;
+      }
+    }
+    for (int64_t row = 0, end = 0; row < tokens_.count; row = end + kScreenTokens) {
+      for (end = row; end < tokens_.count && in_tile(end);) {
         end += kScreenTokens;
       }
-      if (end > row) {
-        any = true;
-        scan_panels(
-            tokens_, weights_, row, std::min(end, tokens_.count) - row, first_, last_, 1,
-            [&](int64_t one, int64_t panel, const int32_t* products) {
-              if (again[one]) {
-                states_[one].scan(products, tokens_.screened[one], weights_, panel);
-              }
-            });
-      }
-      row = std::max(end, row + kScreenTokens);
-    }
-    if (any) {
-      finish(again);
+      scan_panels(
+          tokens_, weights_, row, std::min(end, tokens_.count) - row, first_, last_, 1,
+          [&](int64_t one, int64_t panel, const int32_t* products) {
+            if (missed[one]) {
+              states_[one].scan(products, tokens_.screened[one], weights_, panel);
+            }
+          });
     }
   }
 

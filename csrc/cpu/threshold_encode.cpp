@@ -67,31 +67,26 @@ static void screen_rows(
           found[row].scan(products, tokens.screened[row], weights, panel, limits, thresholds.step);
         }
       });
-  Pairs pairs, last;
+  Pairs pairs;
   for (int64_t row = 0; row < task.tokens; ++row) {
     if (screened(row)) {
       pairs.latent.insert(pairs.latent.end(), found[row].latent.begin(), found[row].latent.begin() + found[row].count);
     }
     pairs.end_token();
   }
-  const Refined refined = refine(tokens, packed, weights, task.begin, task.end, pairs);
-  for (int64_t row = 0; row < task.tokens; ++row) {
-    for (int64_t p = pairs.start[row]; p < pairs.start[row + 1]; ++p) {
-      if (!(refined.upper[p] < limits[pairs.latent[p] * thresholds.step])) {
-        last.latent.push_back(pairs.latent[p]);
-      }
-    }
-    last.end_token();
-  }
-  const std::vector<T> h = rescore(tokens, packed, task.begin, task.end, last);
+  const Rescored<T> exact = rescore(tokens, packed, weights, task.begin, task.end, pairs, [&](int32_t, int32_t latent) {
+    return limits[latent * thresholds.step];
+  });
   for (int64_t row = 0; row < task.tokens; ++row) {
     Kept<T>& own = first_kept[row * ld_kept];
     if (!screened(row)) {
       WideRows wide = tokens.wide_row(row, weights.d);
       exact_rows<T>(wide, 1, packed, thresholds, task, &own, ld_kept);
     }
-    for (int64_t p = last.start[row]; p < last.start[row + 1]; ++p) {
-      thresholds.keep(own, last.latent[p], h[p]);
+    for (int64_t p = pairs.start[row]; p < pairs.start[row + 1]; ++p) {
+      if (exact.known[p]) {
+        thresholds.keep(own, pairs.latent[p], exact.h[p]);
+      }
     }
   }
 }
