@@ -25,8 +25,8 @@ struct TypedKernels {
   void (*widen)(const T* from, double* to, int64_t n);
   // one dot product
   double (*dot)(const double* x, const T* w, int64_t d);
-  // out[r] = <x, w[index[r]]> for n rows of w [.., d]
-  void (*gathered_dots)(const double* x, const T* w, int64_t d, const int32_t* index, int64_t n, double* out);
+  // out[p] = <left[p], right[p]> for n pairs of rows [d]
+  void (*pair_dots)(const T* const* left, const T* const* right, int64_t d, int64_t n, double* out);
   // index[0 .. count) = the places of the nonzero elements, ascending; returns count
   int64_t (*nonzeros)(const T* row, int64_t n, int32_t* index);
   // sum[e] += factors[a] * rows[index[a], e] for a = 0 .. count - 1 in this order and e < d; rows lie ld_rows apart.

@@ -154,33 +154,32 @@ static double dot(const double* x, const T* w, int64_t d) {
   return reduce(sum);
 }
 
-// Four rows at a time: four independent chains of additions hide their latency.
+// Four pairs at a time: four independent chains of additions hide their latency.
 template <typename T>
-static void gathered_dots(const double* x, const T* w, int64_t d, const int32_t* index, int64_t n, double* out) {
-  int64_t r = 0;
-  for (; r + 4 <= n; r += 4) {
-    const T* rows[4];
+static void pair_dots(const T* const* left, const T* const* right, int64_t d, int64_t n, double* out) {
+  for (int64_t p = 0; p < n; p += 4) {
+    const T *a[4], *b[4];
     Vec8 sums[4] = {};
     for (int i = 0; i < 4; ++i) {
-      rows[i] = w + index[r + i] * d;
+      const int64_t one = p + i < n ? p + i : p;
+      a[i] = left[one];
+      b[i] = right[one];
     }
     int64_t e = 0;
     for (; e + kLanes <= d; e += kLanes) {
-      const Vec8 left = load8(x + e);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        sums[i] += left * load8(rows[i] + e);
+        sums[i] += load8(a[i] + e) * load8(b[i] + e);
       }
     }
     for (int i = 0; i < 4; ++i) {
       if (e < d) {
-        sums[i] += load_tail(x + e, d - e) * load_tail(rows[i] + e, d - e);
+        sums[i] += load_tail(a[i] + e, d - e) * load_tail(b[i] + e, d - e);
       }
-      out[r + i] = reduce(sums[i]);
+      if (p + i < n) {
+        out[p + i] = reduce(sums[i]);
+      }
     }
-  }
-  for (; r < n; ++r) {
-    out[r] = dot(x, w + index[r] * d, d);
   }
 }
 
@@ -279,7 +278,7 @@ static int64_t nonzeros(const T* row, int64_t n, int32_t* index) {
 
 template <typename T>
 static constexpr TypedKernels<T> typed() {
-  return {widen<T>, dot<T>, gathered_dots<T>, nonzeros<T>, weighted_sum<T>};
+  return {widen<T>, dot<T>, pair_dots<T>, nonzeros<T>, weighted_sum<T>};
 }
 
 static const Kernels table = {dots, typed<float>(), typed<double>(), typed<Half>(), typed<BFloat16>()};

@@ -65,16 +65,19 @@ struct ScreenKernels {
       const float* limits, int64_t step, float* score, float* upper, int32_t* latent);
   // The nth largest of n values, 1 <= nth <= n, NaN smallest. scratch has room for 2 n + 32.
   float (*nth_largest)(const float* values, int64_t n, int64_t nth, float* scratch);
-  // out[r] = <w, rows[index[r]]> in float32 for n rows, ld apart.
-  void (*float_dots)(
-      const float* w, const float* rows, int64_t ld, int64_t d, const int32_t* index, int64_t n, float* out);
+  // to[e] = from[e] * scale in float16; returns the norm of what that rounding removed, in units of `from`.
+  double (*to_half)(const double* from, double scale, uint16_t* to, int64_t n);
   // to[e] = from[e], rounded to nearest
-  void (*narrow)(const double* from, float* to, int64_t n);
+  void (*to_float)(const double* from, float* to, int64_t n);
+  // out[r] = <w, rows[index[r]]> summed in float32 for n float16 rows [.., d], while `next` .. `next_end` is fetched.
+  void (*half_dots)(
+      const float* w, const uint16_t* rows, int64_t d, const int32_t* index, int64_t n, float* out, const char* next,
+      const char* next_end);
 };
 
-// Every partial sum of float_dots has at most this many roundings, so that its error is at most
-// float_error(d) ||w|| ||row|| (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), with room for both
-// operands rounded to float32 before.
+// The sums of half_dots have at most this many roundings each, so that they are off by at most
+// float_error(d) ||w|| ||row|| (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), with room for a w that
+// was rounded to float32 before.
 inline double float_error(int64_t d) { return (static_cast<double>(d) / 16 + 16) * 0x1p-24 * 1.01; }
 
 const ScreenKernels* screen_kernels();  // null where the instruction set has no 8-bit dot products

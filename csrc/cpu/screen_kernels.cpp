@@ -312,7 +312,8 @@ float nth_largest(const float* values, int64_t n, int64_t nth, float* scratch) {
 
 // ROWS rows at a time with CHAINS sums each: enough independent sums to hide the latency of the multiply-adds.
 template <int ROWS, int CHAINS>
-DM_INLINE void dots_of_rows(const float* w, const float* const* rows, int64_t d, float* out) {
+DM_INLINE void dots_of_rows(
+    const float* w, const uint16_t* const* rows, int64_t d, float* out, const char* next, const char* next_end) {
   __m512 sums[ROWS][CHAINS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
@@ -325,10 +326,15 @@ DM_INLINE void dots_of_rows(const float* w, const float* const* rows, int64_t d,
   for (; e + 16 * CHAINS <= d; e += 16 * CHAINS) {
 #pragma GCC unroll 4
     for (int c = 0; c < CHAINS; ++c) {
+      if (next < next_end) {
+        _mm_prefetch(next, _MM_HINT_T1);
+        next += 64;
+      }
       const __m512 left = _mm512_loadu_ps(w + e + 16 * c);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
-        sums[r][c] = _mm512_fmadd_ps(left, _mm512_loadu_ps(rows[r] + e + 16 * c), sums[r][c]);
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + e + 16 * c));
+        sums[r][c] = _mm512_fmadd_ps(left, _mm512_cvtph_ps(half), sums[r][c]);
       }
     }
   }
@@ -337,7 +343,7 @@ DM_INLINE void dots_of_rows(const float* w, const float* const* rows, int64_t d,
     const __m512 left = _mm512_maskz_loadu_ps(valid, w + e);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      sums[r][0] = _mm512_fmadd_ps(left, _mm512_maskz_loadu_ps(valid, rows[r] + e), sums[r][0]);
+      sums[r][0] = _mm512_fmadd_ps(left, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(valid, rows[r] + e)), sums[r][0]);
     }
   }
 #pragma GCC unroll 4
@@ -350,36 +356,56 @@ DM_INLINE void dots_of_rows(const float* w, const float* const* rows, int64_t d,
   }
 }
 
-void float_dots(const float* w, const float* rows, int64_t ld, int64_t d, const int32_t* index, int64_t n, float* out) {
+void half_dots(
+    const float* w, const uint16_t* rows, int64_t d, const int32_t* index, int64_t n, float* out, const char* next,
+    const char* next_end) {
   int64_t r = 0;
-  const float* some[4];
+  const uint16_t* some[4];
   const auto point = [&](int count) {
     for (int i = 0; i < count; ++i) {
-      some[i] = rows + index[r + i] * ld;
+      some[i] = rows + index[r + i] * d;
     }
   };
   for (; r + 4 <= n; r += 4) {
     point(4);
-    dots_of_rows<4, 2>(w, some, d, out + r);
+    dots_of_rows<4, 2>(w, some, d, out + r, next, next_end);
+    next = next_end;
   }
   for (; r + 2 <= n; r += 2) {
     point(2);
-    dots_of_rows<2, 4>(w, some, d, out + r);
+    dots_of_rows<2, 4>(w, some, d, out + r, next, next_end);
+    next = next_end;
   }
   if (r < n) {
     point(1);
-    dots_of_rows<1, 4>(w, some, d, out + r);
+    dots_of_rows<1, 4>(w, some, d, out + r, next, next_end);
   }
 }
 
-void narrow(const double* from, float* to, int64_t n) {
+double to_half(const double* from, double scale, uint16_t* to, int64_t n) {
+  const __m512d up = _mm512_set1_pd(scale), down = _mm512_set1_pd(1.0 / scale);
+  __m512d squares = _mm512_setzero_pd();
+  for (int64_t e = 0; e < n; e += 8) {
+    const __mmask8 valid = n - e >= 8 ? 0xFF : (1 << (n - e)) - 1;
+    const __m512d wide = _mm512_maskz_loadu_pd(valid, from + e);
+    const __m128i half = _mm256_cvtps_ph(_mm512_cvtpd_ps(_mm512_mul_pd(wide, up)), _MM_FROUND_TO_NEAREST_INT);
+    _mm_mask_storeu_epi16(to + e, valid, half);
+    const __m512d back = _mm512_mul_pd(_mm512_cvtps_pd(_mm256_cvtph_ps(half)), down);
+    const __m512d lost = _mm512_sub_pd(wide, back);
+    squares = _mm512_fmadd_pd(lost, lost, squares);
+  }
+  return std::sqrt(_mm512_reduce_add_pd(squares)) * kOutward;
+}
+
+void to_float(const double* from, float* to, int64_t n) {
   for (int64_t e = 0; e < n; e += 8) {
     const __mmask8 valid = n - e >= 8 ? 0xFF : (1 << (n - e)) - 1;
     _mm256_mask_storeu_ps(to + e, valid, _mm512_cvtpd_ps(_mm512_maskz_loadu_pd(valid, from + e)));
   }
 }
 
-const ScreenKernels table = {encode_token, encode_latent, products, intervals, hits, nth_largest, float_dots, narrow};
+const ScreenKernels table = {encode_token, encode_latent, products, intervals, hits,
+                             nth_largest,  to_half,       to_float, half_dots};
 
 }  // namespace
 

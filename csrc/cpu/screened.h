@@ -4,8 +4,7 @@
 // their own bound, float64 sums (both in rescore). Only the last gives values; the others only leave out what is
 // certainly below a limit.
 //
-// Memory: of each token of a task its codes, a float32 row (16-bit and float64 types) and at most kScreenCandidates
-// candidates.
+// Memory: of each token of a task its 8-bit codes, a float16 row and at most kScreenCandidates candidates.
 #pragma once
 
 #include <limits>
@@ -17,6 +16,7 @@ namespace darkmatter {
 
 constexpr int64_t kScreenCandidates = 4096;  // a token with more is done exactly: the bound does not help it
 constexpr int64_t kScreenChunk = 256;        // tokens a task: each row of weights is read once for all of them
+constexpr size_t kExactPairs = 32;           // exact sums done together, their rows still in the cache
 
 // What is known of the rounding to T: the relative half unit in the last place (for float16 and bfloat16 with room for
 // their rounding through float32, for the others as the comparison in float32 needs it), the absolute one of subnormal
@@ -53,30 +53,6 @@ inline ScreenedWeights screened_weights(const Packed& packed) {
       data<float>(*packed.bounds)};
 }
 
-// Rows of T as rows of float32: themselves, or converted.
-template <typename T>
-class FloatRows {
- public:
-  FloatRows(const T* rows, int64_t n, int64_t d) {
-    if constexpr (std::is_same_v<T, float>) {
-      data_ = rows;
-    } else {
-      storage_.resize(n * d);
-      std::vector<double> wide(d);
-      for (int64_t row = 0; row < n; ++row) {
-        kernels().of<T>().widen(rows + row * d, wide.data(), d);
-        screen_kernels()->narrow(wide.data(), storage_.data() + row * d, d);
-      }
-      data_ = storage_.data();
-    }
-  }
-  const float* data() const { return data_; }
-
- private:
-  std::vector<float> storage_;
-  const float* data_;
-};
-
 // The tokens of one task, ready to be screened.
 template <typename T>
 struct TaskTokens {
@@ -84,12 +60,21 @@ struct TaskTokens {
   int64_t count;
   std::vector<uint8_t> codes;           // [count, d_padded]
   std::vector<ScreenedToken> screened;  // [count]
-  std::vector<double> norm;             // [count] of x
-  FloatRows<T> narrow;                  // [count, d]
+  // x * scale in float16, half the bytes of float32: what matters when rows are gathered. scale is a power of two that
+  // brings the norm to 1 .. 2; `lost` bounds the norm of what rounding to float16 removed, in units of x.
+  std::vector<uint16_t> half;             // [count, d]
+  std::vector<double> scale, norm, lost;  // [count]
 
   // centre [d] is b_dec, or empty.
   TaskTokens(const T* x, int64_t count, const ScreenedWeights& weights, const std::vector<double>& centre)
-      : x(x), count(count), codes(count * weights.d_padded), screened(count), norm(count), narrow(x, count, weights.d) {
+      : x(x),
+        count(count),
+        codes(count * weights.d_padded),
+        screened(count),
+        half(count * weights.d),
+        scale(count, 1.0),
+        norm(count),
+        lost(count) {
     const int64_t d = weights.d;
     double centre_squares = 0.0;
     for (double e : centre) {
@@ -100,6 +85,12 @@ struct TaskTokens {
     for (int64_t t = 0; t < count; ++t) {
       kernels().of<T>().widen(x + t * d, row.data(), d);
       norm[t] = std::sqrt(kernels().f64.dot(row.data(), row.data(), d));
+      if (norm[t] > 1e-30 && norm[t] < 1e30) {
+        scale[t] = std::ldexp(1.0, -std::ilogb(norm[t]));
+        lost[t] = screen_kernels()->to_half(row.data(), scale[t], half.data() + t * d, d);
+      } else {
+        lost[t] = std::numeric_limits<double>::infinity();
+      }
       for (size_t e = 0; e < centre.size(); ++e) {
         row[e] -= centre[e];
       }
@@ -169,10 +160,10 @@ struct Pairs {
   void end_token() { start.push_back(static_cast<int64_t>(latent.size())); }
   int64_t size() const { return static_cast<int64_t>(latent.size()); }
 
-  // visit(latent, tokens, pairs, count) for every latent in [begin, end) that has pairs, after fetching the row of
-  // `weights` [.., row_bytes] of the next such latent into the cache.
+  // visit(latent, tokens, pairs, count, next) for every latent in [begin, end) that has pairs; next is the following
+  // such latent, or this one at the end.
   template <typename Visit>
-  void by_latent(int64_t begin, int64_t end, const void* weights, int64_t row_bytes, const Visit& visit) const {
+  void by_latent(int64_t begin, int64_t end, const Visit& visit) const {
     std::vector<int32_t> place(end - begin + 1, 0);  // a counting sort
     for (const int32_t l : latent) {
       ++place[l - begin + 1];
@@ -190,13 +181,7 @@ struct Pairs {
     }
     for (int64_t at = 0; at < size();) {
       const int32_t l = latent[pair[at]], after = place[l - begin + 1];
-      if (after < size()) {
-        const char* row = static_cast<const char*>(weights) + latent[pair[after]] * row_bytes;
-        for (int64_t byte = 0; byte < row_bytes; byte += 64) {
-          __builtin_prefetch(row + byte);
-        }
-      }
-      visit(l, &token[at], &pair[at], after - at);
+      visit(l, &token[at], &pair[at], after - at, after < size() ? latent[pair[after]] : l);
       at = after;
     }
   }
@@ -209,8 +194,47 @@ struct Rescored {
   std::vector<char> known;  // 0: certainly below the limit, h means nothing
 };
 
-// limit(token, latent) bounds pre-activations before rounding. A float32 dot product with the bound of its own error
-// decides which pairs get float64 sums: at once, while their rows are in the cache.
+// Pairs waiting for their exact sums.
+template <typename T>
+class ExactPairs {
+ public:
+  ExactPairs(const TaskTokens<T>& tokens, const Packed& packed, Rescored<T>& result)
+      : tokens_(tokens), packed_(packed), result_(result), d_(packed.weight.size(1)) {}
+
+  void add(int32_t latent, int32_t token, int32_t pair) {
+    left_.push_back(data<T>(packed_.weight) + latent * d_);
+    right_.push_back(tokens_.x + token * d_);
+    bias_.push_back(data<double>(packed_.bias)[latent]);
+    pair_.push_back(pair);
+  }
+  void flush_from(size_t least) {
+    if (pair_.empty() || pair_.size() < least) {
+      return;
+    }
+    sums_.resize(pair_.size());
+    kernels().of<T>().pair_dots(left_.data(), right_.data(), d_, pair_.size(), sums_.data());
+    for (size_t p = 0; p < pair_.size(); ++p) {
+      result_.h[pair_[p]] = rounded<T>(sums_[p] + bias_[p]);
+      result_.known[pair_[p]] = 1;
+    }
+    left_.clear();
+    right_.clear();
+    bias_.clear();
+    pair_.clear();
+  }
+
+ private:
+  const TaskTokens<T>& tokens_;
+  const Packed& packed_;
+  Rescored<T>& result_;
+  int64_t d_;
+  std::vector<const T*> left_, right_;
+  std::vector<double> bias_, sums_;
+  std::vector<int32_t> pair_;
+};
+
+// limit(token, latent) bounds pre-activations before rounding. A dot product of the float16 token in float32, with the
+// bound of its own error, decides which pairs get float64 sums.
 template <typename T, typename Limit>
 Rescored<T> rescore(
     const TaskTokens<T>& tokens, const Packed& packed, const ScreenedWeights& weights, int64_t begin, int64_t end,
@@ -218,38 +242,38 @@ Rescored<T> rescore(
   const int64_t d = weights.d;
   const double* bias = data<double>(packed.bias);
   const float* norms = weights.bounds + kNorm * weights.padded();
-  const TypedKernels<T>& kernel = kernels().of<T>();
-  const double unit = float_error(d);
+  const double unit = float_error(d), tiny = static_cast<double>(d) * 4e-38;  // products below the smallest normal
   Rescored<T> result{std::vector<T>(pairs.size()), std::vector<char>(pairs.size(), 0)};
-  std::vector<float> scores(tokens.count);
-  std::vector<double> wide(d), sums(tokens.count);
-  std::vector<int32_t> near_token, near_pair;
+  ExactPairs<T> exact(tokens, packed, result);
+  std::vector<float> scores(tokens.count), storage(d);
+  std::vector<double> wide(d);
   const T* rows = data<T>(packed.weight);
   pairs.by_latent(
-      begin, end, rows, d * sizeof(T), [&](int32_t latent, const int32_t* token, const int32_t* pair, int64_t count) {
-        const FloatRows<T> narrow(rows + latent * d, 1, d);
-        screen_kernels()->float_dots(narrow.data(), tokens.narrow.data(), d, d, token, count, scores.data());
-        near_token.clear();
-        near_pair.clear();
+      begin, end, [&](int32_t latent, const int32_t* token, const int32_t* pair, int64_t count, int32_t next) {
+        const T* row = rows + latent * d;
+        const float* w;
+        if constexpr (std::is_same_v<T, float>) {
+          w = row;
+        } else {
+          kernels().of<T>().widen(row, wide.data(), d);
+          screen_kernels()->to_float(wide.data(), storage.data(), d);
+          w = storage.data();
+        }
+        const auto* next_row = reinterpret_cast<const char*>(rows + next * d);
+        screen_kernels()->half_dots(
+            w, tokens.half.data(), d, token, count, scores.data(), next_row, next_row + d * sizeof(T));
         for (int64_t c = 0; c < count; ++c) {
-          const double score = scores[c] + bias[latent];
-          // the last terms: the comparison in float64, products below the smallest normal number
-          const double bound = unit * tokens.norm[token[c]] * norms[latent] + std::fabs(score) * 0x1p-40 + 1e-32;
-          if (!(score + bound < limit(token[c], latent))) {  // NaN: unknown, so the exact sum decides
-            near_token.push_back(token[c]);
-            near_pair.push_back(pair[c]);
+          const int32_t t = token[c];
+          const double score = scores[c] / tokens.scale[t] + bias[latent];
+          const double bound = (tokens.lost[t] + unit * (tokens.norm[t] + tokens.lost[t])) * norms[latent] +
+                               tiny / tokens.scale[t] + std::fabs(score) * 0x1p-40 + 1e-37;
+          if (!(score + bound < limit(t, latent))) {  // NaN: unknown, so the exact sum decides
+            exact.add(latent, t, pair[c]);
           }
         }
-        if (near_token.empty()) {
-          return;
-        }
-        kernel.widen(rows + latent * d, wide.data(), d);
-        kernel.gathered_dots(wide.data(), tokens.x, d, near_token.data(), near_token.size(), sums.data());
-        for (size_t c = 0; c < near_pair.size(); ++c) {
-          result.h[near_pair[c]] = rounded<T>(sums[c] + bias[latent]);
-          result.known[near_pair[c]] = 1;
-        }
+        exact.flush_from(kExactPairs);
       });
+  exact.flush_from(1);
   return result;
 }
 
