@@ -136,6 +136,26 @@ def test_all_latents_alike_overflow_into_the_exact_path():
     assert torch.equal(acts.indices, torch.arange(8).expand(5, 8))
 
 
+@pytest.mark.parametrize("strong", ["few_all_sampled", "many_none_sampled", "ascending", "descending"])
+def test_a_misleading_sample_costs_time_not_correctness(strong):
+    """The first limit is guessed from every 16th panel of 48 latents: here that sample is as wrong as can be."""
+    n_latents, k = 48 * 22 * 16, 32
+    x, W_enc, b_enc, _ = _data("gaussian", 40, 64, n_latents, torch.float32, 1)
+    panel = torch.arange(n_latents) // 48
+    if strong == "few_all_sampled":  # fewer than k, so that the k-th best lies far below the guess
+        b_enc[torch.arange(20) + 48 * 16] += 100
+    elif strong == "many_none_sampled":
+        b_enc[panel % 16 != 0] += 100
+    else:
+        order = torch.arange(n_latents).float() * 0.01
+        b_enc += order if strong == "ascending" else -order
+    prepared = dm.prepare_encoder(W_enc, b_enc)
+    ours = dm.topk_encode(x, W_enc, b_enc, k, prepared=prepared)
+    theirs = dm.topk_encode(x, W_enc, b_enc, k, prepared=_without_codes(prepared))
+    assert torch.equal(ours.indices, theirs.indices)
+    assert torch.equal(ours.values, theirs.values)
+
+
 def _violations(kind, dtype, n, d, n_latents, seed):
     """Pairs outside their certified interval, and pairs looked at."""
     x, W_enc, b_enc, b_dec = _data(kind, n, d, n_latents, dtype, seed)
