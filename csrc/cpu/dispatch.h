@@ -47,13 +47,6 @@ inline double rounded<double>(double value) {
   return value;
 }
 
-template <typename T>
-inline void round_row(const double* from, T* to, int64_t n) {
-  for (int64_t e = 0; e < n; ++e) {
-    to[e] = rounded<T>(from[e]);
-  }
-}
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Runs body(i) for i in [0, n) on torch's threads.

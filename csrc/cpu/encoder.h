@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/wide_rows.h"
 
 namespace darkmatter {
 
@@ -67,29 +68,6 @@ struct Tiling {
         token, std::min(chunk, n_tokens - token), number, number * range, std::min((number + 1) * range, n_latents)};
   }
   int64_t tasks() const { return chunks * ranges; }
-};
-
-// Rows of float64, 64-byte aligned and zero-padded to whole lanes, as the dots kernel wants them.
-class WideRows {
- public:
-  WideRows(int64_t rows, int64_t d) : d_(d), d_padded_(ceil_div(d, kLanes) * kLanes), storage_(rows * d_padded_ + 8) {}
-
-  template <typename T>
-  void fill(const TypedKernels<T>& kernel, const T* from, int64_t rows) {
-    for (int64_t row = 0; row < rows; ++row) {
-      kernel.widen(from + row * d_, data() + row * d_padded_, d_);
-    }
-  }
-  double* data() {
-    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
-    return storage_.data() + (64 - address % 64) % 64 / sizeof(double);
-  }
-  int64_t d() const { return d_; }
-  int64_t d_padded() const { return d_padded_; }
-
- private:
-  int64_t d_, d_padded_;
-  std::vector<double> storage_;  // zero beyond d in every row
 };
 
 // Visits the rounded pre-activations of some tokens (rows of x_wide) and the latents [begin, end):

@@ -29,6 +29,8 @@ static double widen_half(Half half) {
   return bits >> 15 ? -magnitude : magnitude;
 }
 
+static Half round_half(float value) { return Half(value); }
+
 // The bits of an element as an unsigned integer of its size.
 [[maybe_unused]] static inline uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
 [[maybe_unused]] static inline uint64_t bits_of(double value) { return __builtin_bit_cast(uint64_t, value); }

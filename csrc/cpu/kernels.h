@@ -23,6 +23,8 @@ template <typename T>
 struct TypedKernels {
   // to[e] = from[e]
   void (*widen)(const T* from, double* to, int64_t n);
+  // to[e] = from[e], rounded
+  void (*round_row)(const double* from, T* to, int64_t n);
   // one dot product
   double (*dot)(const double* x, const T* w, int64_t d);
   // out[p] = <left[p], right[p]> for n pairs of rows [d]

@@ -53,6 +53,38 @@ DM_INLINE Vec8 load8(const Half* from) {
 }
 #endif
 
+// Eight float64 rounded to any type: to nearest even, the 16-bit types through float32, as torch converts.
+DM_INLINE void store_rounded(double* to, Vec8 value) { store(to, value); }
+DM_INLINE Float8 to_float(Vec8 value) {
+#if DM_ISA >= 2
+  return (Float8)_mm512_cvtpd_ps((__m512d)value);
+#else
+  return __builtin_convertvector(value, Float8);
+#endif
+}
+DM_INLINE void store_rounded(float* to, Vec8 value) {
+  const Float8 rounded = to_float(value);
+  __builtin_memcpy(to, &rounded, sizeof(rounded));
+}
+DM_INLINE void store_rounded(BFloat16* to, Vec8 value) {
+  const Float8 single = to_float(value);
+  const Word8 bits = (Word8)single, even = bits + 0x7fff + (bits >> 16 & 1);
+  const Word8 not_a_number = (Word8)(single != single);
+  const Short8 rounded = __builtin_convertvector((even >> 16 & ~not_a_number) | (not_a_number & 0x7fc0), Short8);
+  __builtin_memcpy(to, &rounded, sizeof(rounded));
+}
+DM_INLINE void store_rounded(Half* to, Vec8 value) {
+  const Float8 single = to_float(value);
+#if DM_ISA >= 1
+  const __m128i rounded = _mm256_cvtps_ph((__m256)single, _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(to, &rounded, sizeof(rounded));
+#else
+  for (int e = 0; e < 8; ++e) {
+    to[e] = round_half(single[e]);
+  }
+#endif
+}
+
 // Fewer than eight elements, the rest zero.
 template <typename T>
 DM_INLINE Vec8 load_tail(const T* from, int64_t n) {
@@ -91,6 +123,19 @@ static void widen(const T* from, double* to, int64_t n) {
   if (e < n) {
     const Vec8 tail = load_tail(from + e, n - e);
     __builtin_memcpy(to + e, &tail, (n - e) * sizeof(double));
+  }
+}
+
+template <typename T>
+static void round_row(const double* from, T* to, int64_t n) {
+  int64_t e = 0;
+  for (; e + 8 <= n; e += 8) {
+    store_rounded(to + e, load8(from + e));
+  }
+  if (e < n) {
+    T tail[8];
+    store_rounded(tail, load_tail(from + e, n - e));
+    __builtin_memcpy(to + e, tail, (n - e) * sizeof(T));
   }
 }
 
@@ -183,68 +228,58 @@ static void pair_dots(const T* const* left, const T* const* right, int64_t d, in
   }
 }
 
-// sum[e] += factors[r] * rows[r][e] for ROWS rows, in this order for each e, while the same columns of the next rows
-// are fetched: rows lie anywhere in memory and no hardware prefetcher knows where the next one starts.
+// sum[e] += factors[r] * rows[r][e] for ROWS rows, in this order for each e.
 template <int ROWS, typename T>
-DM_INLINE void add_rows(const T* const* rows, const double* factors, const T* const* next, int64_t d, double* sum) {
-  constexpr int64_t line = 64 / sizeof(T);
-  const auto add = [&](int64_t e) {
+DM_INLINE void add_rows(const T* const* rows, const double* factors, int64_t d, double* sum) {
+  const T* row[ROWS];  // in registers: what is stored through `sum` could alias the arguments
+  double factor[ROWS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+    row[r] = rows[r];
+    factor[r] = factors[r];
+  }
+  int64_t e = 0;
+  for (; e + kLanes <= d; e += kLanes) {
     Vec8 total = load8(sum + e);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      total += factors[r] * load8(rows[r] + e);
+      total += factor[r] * load8(row[r] + e);
     }
     store(sum + e, total);
-  };
-  int64_t e = 0;
-  for (; e + line <= d; e += line) {
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      __builtin_prefetch(next[r] + e);
-    }
-#pragma GCC unroll 4
-    for (int64_t v = 0; v < line; v += kLanes) {
-      add(e + v);
-    }
-  }
-  for (; e + kLanes <= d; e += kLanes) {
-    add(e);
   }
   if (e < d) {
     Vec8 total = load_tail(sum + e, d - e);
     for (int r = 0; r < ROWS; ++r) {
-      total += factors[r] * load_tail(rows[r] + e, d - e);
+      total += factor[r] * load_tail(row[r] + e, d - e);
     }
     __builtin_memcpy(sum + e, &total, (d - e) * sizeof(double));
   }
 }
 
-constexpr int kRows = 4;  // rows added in one pass over the sums: a quarter of their loads and stores
+constexpr int kRows = 4;          // rows added in one pass over the sums: a quarter of their loads and stores
+constexpr int64_t kAhead = 1024;  // bytes of a row fetched ahead: the hardware prefetcher follows from there
 
 template <typename T>
 static void weighted_sum(
     const T* rows, int64_t ld_rows, int64_t d, const int64_t* index, const double* factors, int64_t count,
     int64_t known, double* sum) {
   const T* now[kRows];
-  const T* next[kRows];
-  const auto point = [&](int64_t a, const T** to) {
-    for (int r = 0; r < kRows; ++r) {
-      to[r] = rows + index[a + r < known ? a + r : 0] * ld_rows;  // beyond the end: a row that is in the cache
-    }
-  };
   int64_t a = 0;
   for (; a + kRows <= count; a += kRows) {
-    point(a, now);
-    point(a + kRows, next);
-    add_rows<kRows>(now, factors + a, next, d, sum);
-  }
-  if (a < count) {
-    point(a, now);
-    point(count, next);
-    for (; a < count; ++a) {
-      const int r = static_cast<int>(a % kRows);
-      add_rows<1>(now + r, factors + a, next + r, d, sum);
+    for (int r = 0; r < kRows; ++r) {
+      now[r] = rows + index[a + r] * ld_rows;
     }
+    for (int64_t next = a + kRows; next < known && next < a + 2 * kRows; ++next) {
+      const char* start = reinterpret_cast<const char*>(rows + index[next] * ld_rows);
+      for (int64_t byte = 0; byte < kAhead; byte += 64) {
+        __builtin_prefetch(start + byte);
+      }
+    }
+    add_rows<kRows>(now, factors + a, d, sum);
+  }
+  for (; a < count; ++a) {
+    now[0] = rows + index[a] * ld_rows;
+    add_rows<1>(now, factors + a, d, sum);
   }
 }
 
@@ -278,7 +313,7 @@ static int64_t nonzeros(const T* row, int64_t n, int32_t* index) {
 
 template <typename T>
 static constexpr TypedKernels<T> typed() {
-  return {widen<T>, dot<T>, pair_dots<T>, nonzeros<T>, weighted_sum<T>};
+  return {widen<T>, round_row<T>, dot<T>, pair_dots<T>, nonzeros<T>, weighted_sum<T>};
 }
 
 static const Kernels table = {dots, typed<float>(), typed<double>(), typed<Half>(), typed<BFloat16>()};

@@ -1,9 +1,10 @@
 // sparse_decode and its two gradients: gathers and sums over the active latents only, float64 sums in a fixed order.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/wide_rows.h"
 
 namespace darkmatter {
 
@@ -115,18 +116,18 @@ static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, 
     }
     // Columns [from, from + n) of tokens [begin, end). How the work is cut does not change any sum.
     const auto decode = [&](int64_t begin, int64_t end, int64_t from, int64_t n) {
-      std::vector<double> sum(n);
+      WideRows sum(1, n);
       Used used;
       for (int64_t token = begin; token < end;) {
         const int64_t first = token;
         token = used.gather(active, data<T>(factors), first, end);
         for (int64_t t = 0; t < token - first; ++t) {
           const int64_t start = used.start[t];
-          std::copy_n(bias.begin() + from, n, sum.begin());
+          std::copy_n(bias.begin() + from, n, sum.data());
           kernel.weighted_sum(
               data<T>(weights) + from, d, n, used.index.data() + start, used.factor.data() + start,
               used.start[t + 1] - start, used.start.back() - start, sum.data());
-          round_row(sum.data(), mutable_data<T>(out) + (first + t) * d + from, n);
+          kernel.round_row(sum.data(), mutable_data<T>(out) + (first + t) * d + from, n);
         }
       }
     };
@@ -209,14 +210,14 @@ static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, T
     const TypedKernels<T>& kernel = kernels().of<T>();
     const Segments segments(active, data<T>(factors));
     parallel_ranges(n_latents, kLatentGrain, [&](int64_t begin, int64_t end) {
-      std::vector<double> sum(d);
+      WideRows sum(1, d);
       for (int64_t j = begin; j < end; ++j) {
         const int64_t first = segments.start[j], count = segments.start[j + 1] - first;
-        std::fill(sum.begin(), sum.end(), 0.0);
+        std::fill_n(sum.data(), d, 0.0);
         kernel.weighted_sum(
             data<T>(right), d, d, segments.token.data() + first, segments.factor.data() + first, count,
             active.n_active - first, sum.data());
-        round_row(sum.data(), mutable_data<T>(out) + j * d, d);
+        kernel.round_row(sum.data(), mutable_data<T>(out) + j * d, d);
       }
     });
   });
