@@ -77,7 +77,7 @@ def measure(row: Row, rounds: int) -> dict[str, Any]:
     with contextlib.nullcontext() if row.name.startswith("train") else torch.no_grad():
         row.check()
         slowest = max(_milliseconds(function) for function in participants.values())
-        rounds = max(3, min(rounds, int(4000 / max(slowest, 1e-3))))  # a row of slow peers in seconds, not minutes
+        rounds = max(3, min(rounds, int(2000 / max(slowest, 1e-3))))  # a row of slow peers in seconds, not minutes
         times: dict[str, list[float]] = {name: [] for name in participants}
         gc.collect()
         for _ in range(rounds):
@@ -98,7 +98,7 @@ def _line(found: dict[str, Any]) -> tuple[str, str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(OPERATIONS), choices=OPERATIONS, help="operations to run")
-    parser.add_argument("--data", nargs="+", default=list(DATA), choices=list(DATA), help="kinds of data")
+    parser.add_argument("--data", nargs="+", default=["sae_like"], choices=list(DATA), help="kinds of data")
     parser.add_argument("--no-demo", action="store_true", help="leave out the demo's own SAEs and activations")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="JSON file to write")
