@@ -142,7 +142,7 @@ class Problem:
 
     def training_row(self) -> Row:
         """Forward and backward to all weights and x: what a training step does besides the optimiser."""
-        sae = self.sae
+        sae = self.sae.requires_grad_(True)
         x = self.x.clone().requires_grad_()
         leaves = [sae.W_enc, sae.b_enc, sae.W_dec, x]
         weight = sae.W_enc.mT

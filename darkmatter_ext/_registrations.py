@@ -161,17 +161,20 @@ def _encoder_gradients(
     x: Tensor,
     W_enc: Tensor,
     b_dec: Tensor | None,
+    weight: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, W_enc, b_enc, b_dec, given the gradient g of the selected pre-activations.
 
     h_ij = sum_d (x_id - b_dec_d) W_dj + b_enc_j for the selected (i, j) only, so everything is sparse:
     dx_i = sum_j g_ij w_j, db_j = sum_i g_ij, dW_j = sum_i g_ij x_i - db_j b_dec, db_dec = -sum_j db_j w_j.
+    `weight` [F, d] are the rows the forward packed; second derivatives are those of W_enc, which rows cannot pass on.
     """
     wants_x, wants_weights, wants_b_enc, wants_b_dec = needs[:4]
     n_latents = W_enc.shape[1]
     grad_x = grad_weights = grad_b_dec = None
     if wants_x:
-        grad_x = _ops.sparse_decode(grad, indices, crow, W_enc.mT, None)  # [N, d]
+        rows = W_enc.mT if weight is None or torch.is_grad_enabled() else weight
+        grad_x = _ops.sparse_decode(grad, indices, crow, rows, None)  # [N, d]
     sums = torch.zeros(n_latents, dtype=torch.float64, device=grad.device)
     sums = sums.index_add(0, indices.reshape(-1), grad.reshape(-1).double())  # [F]
     if wants_b_dec and b_dec is not None:
@@ -192,33 +195,34 @@ def _relu_gradient(grad: Tensor, values: Tensor) -> Tensor:
 
 
 def _save_topk(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, W_enc, _, b_dec = inputs[:4]
+    x, W_enc, _, b_dec, _, weight = inputs[:6]
     values, indices = output
     ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(values, indices, x, W_enc, b_dec)
+    ctx.save_for_backward(values, indices, x, W_enc, b_dec, weight)
 
 
 def _topk_backward(ctx: Any, grad_values: Tensor, _grad_indices: Any) -> tuple:
-    values, indices, x, W_enc, b_dec = ctx.saved_tensors
+    values, indices, x, W_enc, b_dec, weight = ctx.saved_tensors
     grad = _relu_gradient(grad_values, values)
     return (
-        *_encoder_gradients(ctx.needs_input_grad, grad, indices, None, x, W_enc, b_dec),
+        *_encoder_gradients(ctx.needs_input_grad, grad, indices, None, x, W_enc, b_dec, weight),
         None,
         *_NO_PACKED_GRADIENTS,
     )
 
 
 def _save_threshold(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, W_enc, _, b_dec = inputs[:4]
+    x, W_enc, _, b_dec, _, weight = inputs[:6]
     values, crow, col = output
     ctx.mark_non_differentiable(crow, col)
-    ctx.save_for_backward(values, crow, col, x, W_enc, b_dec)
+    ctx.save_for_backward(values, crow, col, x, W_enc, b_dec, weight)
 
 
 def _threshold_backward(ctx: Any, grad_values: Tensor, _grad_crow: Any, _grad_col: Any) -> tuple:
-    values, crow, col, x, W_enc, b_dec = ctx.saved_tensors
+    values, crow, col, x, W_enc, b_dec, weight = ctx.saved_tensors
     grad = _relu_gradient(grad_values, values)  # the threshold itself has no gradient (a step)
-    return (*_encoder_gradients(ctx.needs_input_grad, grad, col, crow, x, W_enc, b_dec), None, *_NO_PACKED_GRADIENTS)
+    gradients = _encoder_gradients(ctx.needs_input_grad, grad, col, crow, x, W_enc, b_dec, weight)
+    return (*gradients, None, *_NO_PACKED_GRADIENTS)
 
 
 register_autograd("darkmatter::topk_encode", _topk_backward, setup_context=_save_topk)
