@@ -26,6 +26,8 @@ STABLE_TORCH_LIBRARY(darkmatter, m) {
   m.def("sparse_outer(Tensor values, Tensor indices, Tensor? crow, Tensor rows, int n_latents) -> Tensor");
   // crow [N + 1], col [z] of the nonzero entries (NaN is one, -0 is not) of dense acts [N, F].
   m.def("find_support(Tensor acts) -> (Tensor, Tensor)");
+  // The inverse: dense acts [N, F] of the active latents.
+  m.def("to_dense(Tensor values, Tensor indices, Tensor? crow, int n_latents) -> Tensor");
   // lower [N, F], upper [N, F], float32: what screening knows of each pre-activation; screened [N]: whether it is used.
   m.def(
       "screen_intervals(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor? weight, Tensor? bias,"

@@ -1,6 +1,7 @@
 """darkmatter_ext: exact sparse-autoencoder kernels for PyTorch, and the dark matter of SAEs measured with them.
 
-Ops: topk_encode, threshold_encode, prepare_encoder, sparse_decode, SparseActs. Measurements: fit_linear, decompose.
+Ops: topk_encode, threshold_encode, prepare_encoder, sparse_decode, SparseActs. Drop-in for SAELens: accelerate, stats.
+Measurements: fit_linear, decompose.
 Names are loaded when first used, so importing the package is cheap and starts no other library than torch's own.
 """
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from darkmatter_ext.build_info import build_info
     from darkmatter_ext.decomposition import Decomposition, decompose
+    from darkmatter_ext.drop_in import Stats, accelerate, deaccelerate, is_accelerated, refresh, stats
     from darkmatter_ext.ops import (
         PreparedEncoder,
         find_support,
@@ -28,12 +30,18 @@ __all__ = [
     "LinearFit",
     "PreparedEncoder",
     "SparseActs",
+    "Stats",
+    "accelerate",
     "build_info",
+    "deaccelerate",
     "decompose",
     "find_support",
     "fit_linear",
+    "is_accelerated",
     "prepare_encoder",
+    "refresh",
     "sparse_decode",
+    "stats",
     "threshold_encode",
     "topk_encode",
 ]
@@ -43,12 +51,18 @@ _HOME = {
     "LinearFit": "regression",
     "PreparedEncoder": "ops",
     "SparseActs": "sparse",
+    "Stats": "drop_in",
+    "accelerate": "drop_in",
     "build_info": "build_info",
+    "deaccelerate": "drop_in",
     "decompose": "decomposition",
     "find_support": "ops",
     "fit_linear": "regression",
+    "is_accelerated": "drop_in",
     "prepare_encoder": "ops",
+    "refresh": "drop_in",
     "sparse_decode": "ops",
+    "stats": "drop_in",
     "threshold_encode": "ops",
     "topk_encode": "ops",
 }

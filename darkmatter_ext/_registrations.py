@@ -58,6 +58,11 @@ def _(acts: Tensor) -> tuple[Tensor, Tensor]:
     return acts.new_empty(acts.shape[0] + 1, dtype=torch.int64), acts.new_empty(n_active, dtype=torch.int64)
 
 
+@register_fake("darkmatter::to_dense")
+def _(values, indices, crow, n_latents) -> Tensor:
+    return values.new_empty(indices.shape[0] if crow is None else crow.shape[0] - 1, n_latents)
+
+
 @register_fake("darkmatter::screen_intervals")
 def _(x, W_enc, b_enc, b_dec, *packed) -> tuple[Tensor, Tensor, Tensor]:
     shape = (x.shape[0], W_enc.shape[1])
@@ -145,6 +150,20 @@ def _outer_backward(ctx: Any, grad: Tensor) -> tuple:
     )
 
 
+def _save_to_dense(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+
+
+def _to_dense_backward(ctx: Any, grad: Tensor) -> tuple:
+    """The gradient [N, F] at the active latents."""
+    indices, crow = ctx.saved_tensors
+    if crow is None:
+        return grad.gather(1, indices), None, None, None
+    tokens = torch.repeat_interleave(crow.diff(), output_size=indices.shape[0])
+    return grad[tokens, indices], None, None, None
+
+
+register_autograd("darkmatter::to_dense", _to_dense_backward, setup_context=_save_to_dense)
 register_autograd("darkmatter::sparse_decode", _decode_backward, setup_context=_save_decode)
 register_autograd("darkmatter::sparse_dot", _dot_backward, setup_context=_save_dot)
 register_autograd("darkmatter::sparse_outer", _outer_backward, setup_context=_save_outer)

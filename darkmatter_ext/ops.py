@@ -324,6 +324,22 @@ def find_support(acts: Tensor) -> SparseActs:
     return SparseActs.ragged(crow, col, flat[token, col], acts.shape[-1], tuple(acts.shape[:-1]))
 
 
+def to_dense(acts: SparseActs) -> Tensor:
+    """Dense acts [..., F]: `acts.to_dense()` on the CPU without its page faults and in one pass; differentiable in the values.
+
+    Raises TypeError / ValueError: not SparseActs, an index out of range. Cost: one write of N F elements.
+    """
+    if not isinstance(acts, SparseActs):
+        raise TypeError(f"acts: must be SparseActs, got {type(acts).__name__}")
+    _check_device("to_dense", "acts", acts.values)
+    if acts.is_ragged:
+        dense = _call(_ops.to_dense, acts.values, acts.col_indices, acts.crow_indices, acts.d_sae)
+    else:
+        shape = (acts.n_tokens, acts.values.shape[-1])
+        dense = _call(_ops.to_dense, acts.values.reshape(shape), acts.indices.reshape(shape), None, acts.d_sae)
+    return dense.reshape(acts.shape)
+
+
 class ScreenIntervals(NamedTuple):
     """What screening knows of every pre-activation."""
 

@@ -120,9 +120,9 @@ class SparseActs:
 
         A latent stored twice for a token adds up, as in sparse_decode (encoders store none twice).
         """
-        dense = self.values.new_zeros(self.n_tokens, self.d_sae)
-        place = (self.token_numbers(), self.col_indices)
-        return dense.index_put(place, self.values.reshape(-1), accumulate=True).reshape(self.shape)
+        place = self.token_numbers() * self.d_sae + self.col_indices
+        dense = self.values.new_zeros(self.n_tokens * self.d_sae)
+        return dense.scatter_add_(0, place, self.values.reshape(-1)).reshape(self.shape)
 
     def l0(self) -> Tensor:
         """[...] int64, latents with a nonzero value of each token (NaN counts; a stored zero does not)."""

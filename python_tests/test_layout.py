@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "darkmatter_ext"
 # Downward only: a module may import modules of lower levels, or of its own level when listed together in ALLOWED.
 LEVELS = {
-    "storage": 0, "_library": 0, "progress": 0, "sparse": 0,
+    "storage": 0, "_library": 0, "progress": 0, "sparse": 0, "packed_weights": 0, "soundness": 0,
     "_registrations": 1, "reference": 1, "ops": 2, "build_info": 3,
     "embedded": 3, "text": 3, "error": 3, "regression": 3,
-    "activations": 4, "decomposition": 4,
+    "activations": 4, "decomposition": 4, "drop_in": 4,
     "selection": 5, "sae": 5, "training": 5, "results": 5,
     "experiments": 6,
     "figures": 7, "report": 8, "cli": 9, "__main__": 10, "__init__": 10,
