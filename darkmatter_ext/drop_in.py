@@ -104,19 +104,20 @@ class _DenseGradDecode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, acts: Tensor, W_dec: Tensor, b_dec: Tensor, rows: Tensor, support: SparseActs) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(acts, W_dec, support.values, support.stored_indices, support.crow)
+        ctx.save_for_backward(acts, W_dec)
+        ctx.support = support
         return ops.sparse_decode(support, rows, b_dec)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        acts, W_dec, values, indices, crow = ctx.saved_tensors
+        acts, W_dec = ctx.saved_tensors
         wants_acts, wants_weights, wants_bias = ctx.needs_input_grad[:3]
         flat = grad.reshape(-1, grad.shape[-1])
         grad_weights = None
         if wants_weights and (torch.is_grad_enabled() or transforms_active()):
             grad_weights = acts.reshape(-1, acts.shape[-1]).mT @ flat  # differentiable again, and may be batched
         elif wants_weights:
-            grad_weights = torch.ops.darkmatter.sparse_outer(values, indices, crow, flat, len(W_dec))
+            grad_weights = ops.decoder_outer(ctx.support, flat)
         return (
             grad @ W_dec.mT if wants_acts else None,
             grad_weights,
@@ -336,8 +337,7 @@ class AcceleratedSAE:
     def _gated_on_ops(self, sae_in: Tensor, prepared: ops.PreparedEncoder) -> SparseActs:
         """The gate's support, and the magnitudes there: relu(<x, w_j> exp(r_mag_j) + b_mag_j). The gate has no gradient."""
         gate = ops.threshold_encode(sae_in, self.W_enc, self.b_gate.detach(), 0.0, prepared=prepared)
-        rows = sae_in.detach().reshape(-1, sae_in.shape[-1])
-        products = torch.ops.darkmatter.sparse_dot(rows, gate.col_indices, gate.crow_indices, prepared.weight)
+        products = ops.decoder_dot(sae_in.detach(), gate, prepared.weight)
         if gate.values.requires_grad:
             products = _ValueWithGradientOf.apply(products, gate.values)
         magnitudes = (products * self.r_mag.exp()[gate.col_indices] + self.b_mag[gate.col_indices]).relu()

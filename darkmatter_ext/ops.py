@@ -299,6 +299,22 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
     return x_hat.reshape(*acts.batch_shape, W_dec.shape[1])
 
 
+def decoder_dot(x: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:
+    """<x_i, W_dec_j> for every stored (i, j) of ragged acts: the gradient of their values when x is that of x_hat.
+
+    x [..., d], W_dec [F, d]; returns [z]. Differentiable. Cost: z d multiply-adds.
+    """
+    return _call(_ops.sparse_dot, _rows(x), acts.col_indices, acts.crow_indices, W_dec)
+
+
+def decoder_outer(acts: SparseActs, x: Tensor) -> Tensor:
+    """Sum over the tokens of acts_ij x_i, [F, d]: the gradient of W_dec when x [..., d] is that of x_hat.
+
+    Deterministic; differentiable. Cost: z d multiply-adds and one write of F d elements.
+    """
+    return _call(_ops.sparse_outer, acts.values.reshape(-1), acts.col_indices, acts.crow_indices, _rows(x), acts.d_sae)
+
+
 def find_support(acts: Tensor) -> SparseActs:
     """The nonzero entries of dense acts as ragged SparseActs: the fast form of `SparseActs.from_dense`.
 

@@ -124,6 +124,14 @@ def _pack(centred: bool, transposed: bool) -> Callable:
     return make
 
 
+def _sparse_acts(form: str) -> Callable:
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        indices, crow = _active(form)
+        return gaussian(*indices.shape, seed=6, dtype=dtype), indices, crow, F
+
+    return make
+
+
 def _dense_acts(n: int) -> Callable:
     return lambda dtype: ((_x(dtype, n).relu()),)
 
@@ -159,6 +167,9 @@ CASES = [
     Case("sparse_dot", "ragged", _dot("ragged"), (0, 3)),
     Case("sparse_outer", "fixed", _outer("fixed"), (0, 3)),
     Case("sparse_outer", "ragged", _outer("ragged"), (0, 3)),
+    Case("to_dense", "fixed", _sparse_acts("fixed"), (0,)),
+    Case("to_dense", "ragged", _sparse_acts("ragged"), (0,)),
+    Case("to_dense", "nothing-active", _sparse_acts("none"), (0,)),
     Case("find_support", "some", _dense_acts(N)),
     Case("find_support", "no-tokens", _dense_acts(0)),
 ]
