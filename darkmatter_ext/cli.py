@@ -18,6 +18,7 @@ from darkmatter_ext.storage import require_writable_folder
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from darkmatter_ext.check_sae import Verdict
     from darkmatter_ext.results import Result
 
 DEBUG_ENVIRONMENT_VARIABLE = "DARKMATTER_DEBUG"
@@ -186,23 +187,63 @@ def _command_env(arguments: Sequence[str]) -> None:
     print(json.dumps(build_info() | {"cache": str(cache_dir())}, indent=2))
 
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+def _command_check_sae(arguments: Sequence[str]) -> int:
+    from darkmatter_ext.check_sae import check_sae, load_any, read_activations
+
+    parser = _parser("check-sae", "One SAE, plain and accelerated, side by side: same answer? how much faster?")
+    parser.add_argument("sae", metavar="SAE", help="a folder in SAELens' format, or a release of SAELens' list")
+    parser.add_argument("--sae-id", help="the SAE of the release")
+    parser.add_argument("--activations", type=Path, help="a .safetensors, .npy or .pt file of activations [..., d_in]")
+    parser.add_argument("--tokens", type=int, default=1024, help="random activations; at most as many of the given")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), help="convert the SAE first")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--seed", type=int, default=0)
+    parsed = parser.parse_args(list(arguments))
+    _quiet_libraries()
+    sae = load_any(parsed.sae, parsed.sae_id, parsed.dtype)
+    given = None if parsed.activations is None else read_activations(parsed.activations, sae.cfg.d_in)
+    verdict = check_sae(sae, given, n_tokens=parsed.tokens, seed=parsed.seed, rounds=parsed.rounds)
+    _show_verdict(f"{sae.cfg.architecture()} {sae.cfg.d_in} -> {sae.cfg.d_sae}, {sae.cfg.dtype}", verdict)
+    return 0 if verdict.passed else 1
+
+
+def _show_verdict(title: str, verdict: Verdict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    comparisons = Table("activations", "compared with SAELens", "found", "limit", "verdict", title=title)
+    for row in verdict.comparisons:
+        comparisons.add_row(
+            row.data, row.quantity, f"{row.found:.2g}", f"{row.limit:.2g}", "same" if row.passed else "DIFFERENT"
+        )
+    timings = Table("call", "SAELens, ms", "accelerated, ms", "faster by", title="median time")
+    for row in verdict.timings:
+        timings.add_row(row.call, f"{row.plain_ms:.1f}", f"{row.fast_ms:.1f}", f"{row.plain_ms / row.fast_ms:.1f}x")
+    console.print(comparisons)
+    console.print(timings)
+    console.print(str(verdict.stats), highlight=False, markup=False)
+    console.print("same answer" if verdict.passed else "DIFFERENT ANSWER", highlight=False)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
     "demo": (_command_demo, "the dark matter of SAEs on an embedded language model, in minutes"),
     "run": (_command_run, "run an experiment: darkmatter run EXPERIMENT --help"),
     "list": (_command_list, "the experiments"),
     "figure": (_command_figure, "draw the figures of a result again"),
     "report": (_command_report, "one HTML page from results"),
+    "check-sae": (_command_check_sae, "compare an SAE with its accelerated self: answers and times"),
     "env": (_command_env, "what is compiled and in use"),
 }
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:8}{about}" for name, (_, about) in COMMANDS.items())
+    commands = "\n".join(f"  {name:11}{about}" for name, (_, about) in COMMANDS.items())
     return f"usage: darkmatter COMMAND ...\n\n{DESCRIPTION}\n\n{commands}\n\n`darkmatter COMMAND --help` tells more."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, 2 for bad input (one line on standard error), 130 when interrupted."""
+    """Entry point. Returns the exit code: 0, 1 for a failed check, 2 for bad input (one line on stderr), 130 if interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -210,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise ValueError(f"COMMAND: must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}")
-        COMMANDS[arguments[0]][0](arguments[1:])
+        return COMMANDS[arguments[0]][0](arguments[1:]) or 0
     except _EXPECTED_ERRORS as error:
         if os.environ.get(DEBUG_ENVIRONMENT_VARIABLE):
             raise
@@ -220,4 +261,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("darkmatter: interrupted; what was finished is kept, start the same command again", file=sys.stderr)
         return 130
-    return 0

@@ -1,27 +1,16 @@
-"""SAELens objects seen through this package's ops: load from a folder, encode to SparseActs, decode.
-
-topk, jumprelu and standard SAEs with plain inputs run on the ops; any other architecture or option runs SAELens' own
-encode and decode, so every SAE gives its own answer.
-"""
+"""SAELens objects for the experiments: load from a folder with clear errors, reconstruct and count latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor
-
-from darkmatter_ext import ops
 from darkmatter_ext.decomposition import Reconstruct, Reconstruction, TokenBatch
-from darkmatter_ext.sparse import SparseActs
+from darkmatter_ext.drop_in import accelerate, is_accelerated
 
 if TYPE_CHECKING:
     from sae_lens import SAE
-
-    from darkmatter_ext.ops import PreparedEncoder
 
 CONFIG_NAME, WEIGHTS_NAME = "cfg.json", "sae_weights.safetensors"
 
@@ -55,61 +44,20 @@ def load_sae(folder: str | Path, *, device: str = "cpu") -> SAE:
     return sae.eval().requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class SparseCoder:
-    """An SAE as two functions: activations [n, d] -> SparseActs -> reconstruction [n, d]."""
-
-    sae: SAE
-    encode: Callable[[Tensor], SparseActs]
-    decode: Callable[[SparseActs], Tensor]
-    uses_ops: bool  # False: SAELens' own dense encode and decode
-
-    def reconstruct(self, batch: TokenBatch) -> Reconstruction:
-        """Sae(x) and L0 of a batch, in the dtype of the batch; SAELens' own casting rules inside."""
-        acts = self.encode(batch.x.to(self.sae.dtype))
-        return Reconstruction(self.decode(acts).to(batch.x.dtype), acts.l0())
-
-
 def as_reconstruct(sae: SAE) -> Reconstruct:
-    """The function `decompose_stream` wants, for an SAE."""
-    return sparse_coder(sae).reconstruct
+    """The function `decompose_stream` wants, for an SAE: Sae(x) and L0 of a batch, in the dtype of the batch.
 
+    Accelerates `sae`, in place, where it can be; others (temporal, own classes) run SAELens' code.
+    """
+    with contextlib.suppress(ValueError):  # the reason is in accelerate's message; every SAE gives its own answer
+        accelerate(sae)
 
-def _runs_on_ops(sae: SAE) -> bool:
-    cfg = sae.cfg
-    plain = cfg.normalize_activations == "none" and cfg.reshape_activations == "none"
-    return (
-        plain
-        and cfg.architecture() in ("topk", "jumprelu", "standard")
-        and not getattr(cfg, "rescale_acts_by_decoder_norm", False)
-    )
+    def reconstruct(batch: TokenBatch) -> Reconstruction:
+        x, own = batch.x.to(sae.dtype), cast("Any", sae)
+        if is_accelerated(sae):
+            acts = own.encode_sparse(x)
+            return Reconstruction(own.decode_sparse(acts).to(batch.x.dtype), acts.l0())
+        dense = sae.encode(x)
+        return Reconstruction(sae.decode(dense).to(batch.x.dtype), (dense != 0).sum(-1))
 
-
-def sparse_coder(sae: Any) -> SparseCoder:
-    """Encode and decode functions for an SAE whose weights will not change any more (they are packed once here)."""
-    if not _runs_on_ops(sae):
-        return SparseCoder(
-            sae,
-            encode=lambda x: ops.find_support(sae.encode(x)),
-            decode=lambda acts: sae.decode(acts.to_dense()),
-            uses_ops=False,
-        )
-    b_dec = sae.b_dec if sae.cfg.apply_b_dec_to_input else None
-    prepared = ops.prepare_encoder(sae.W_enc, sae.b_enc, b_dec=b_dec)
-    return SparseCoder(
-        sae,
-        encode=_encoder(sae, prepared, b_dec),
-        decode=lambda acts: ops.sparse_decode(acts, sae.W_dec, sae.b_dec),
-        uses_ops=True,
-    )
-
-
-def _encoder(sae: Any, prepared: PreparedEncoder, b_dec: Tensor | None) -> Callable[[Tensor], SparseActs]:
-    W_enc, b_enc = sae.W_enc, sae.b_enc
-    if sae.cfg.architecture() == "topk":
-        k = sae.activation_fn.k  # what counts after construction, not cfg.k
-        return lambda x: ops.topk_encode(x, W_enc, b_enc, k, b_dec=b_dec, prepared=prepared)
-    threshold = sae.threshold if sae.cfg.architecture() == "jumprelu" else torch.zeros((), dtype=W_enc.dtype)
-    # JumpReLU applies relu before its strict threshold, so a negative threshold keeps what relu keeps.
-    threshold = threshold.detach().clamp(min=0)
-    return lambda x: ops.threshold_encode(x, W_enc, b_enc, threshold, b_dec=b_dec, prepared=prepared)
+    return reconstruct
