@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import darkmatter_ext as dm
-from darkmatter_ext import reference
+from darkmatter_ext import ops, reference
 
 SHAPES = (  # N, d, F, k
     (1024, 768, 24576, 32),
@@ -163,6 +164,58 @@ class Problem:
 
         others = {"sae_lens forward + backward": lambda: gradients(sae(x)), "sparsify's way": sparsify}
         return Row(f"train   {self.label}", ours, others, {}, check)
+
+    def drop_in_row(self) -> Row:
+        """The calls existing scripts make, dense latents returned: encode, then decode."""
+        sae, fast, x = self.sae, self.accelerated(), self.x
+        return Row(
+            f"drop-in encode, decode  {self.label}",
+            lambda: fast.decode(fast.encode(x)),
+            {"sae_lens": lambda: sae.decode(sae.encode(x))},
+            {},
+            lambda: self.check_drop_in(fast),
+        )
+
+    def drop_in_forward_row(self) -> Row:
+        """sae(x) itself: no dense latents between."""
+        sae, fast, x = self.sae, self.accelerated(), self.x
+        label = f"drop-in sae(x)  {self.label}"
+        return Row(label, lambda: fast(x), {"sae_lens": lambda: sae(x)}, {}, lambda: self.check_drop_in(fast))
+
+    def error_term_row(self) -> Row:
+        """Encode and decode twice, the second time without hooks, as HookedSAETransformer does with use_error_term."""
+        from sae_lens.saes.sae import _disable_hooks
+
+        def with_error_term(sae: Any) -> Tensor:
+            out = sae.decode(sae.encode(self.x))
+            with torch.no_grad(), _disable_hooks(sae):
+                clean = sae.decode(sae.encode(self.x))
+            return out + (self.x - clean)
+
+        fast = self.accelerated()
+        return Row(
+            f"drop-in error term  {self.label}",
+            lambda: with_error_term(fast),
+            {"sae_lens": lambda: with_error_term(self.sae)},
+            {},
+            lambda: self.check_drop_in(fast),
+        )
+
+    def accelerated(self) -> Any:
+        """A copy of the SAE that shares its weights, accelerated."""
+        fast = copy.deepcopy(self.sae)
+        for name, parameter in self.sae.named_parameters():
+            getattr(fast, name).data = parameter.data
+        return dm.accelerate(fast)
+
+    def check_drop_in(self, fast: Any) -> None:
+        """Every method fast, latents and reconstructions those of the oracle (its rounded acts decoded again)."""
+        self.check(ops.find_support(fast.encode(self.x)))
+        acts = fast.encode_sparse(self.x)
+        oracle = reference.sparse_decode(acts, self.sae.W_dec, self.sae.b_dec)
+        torch.testing.assert_close(fast(self.x), oracle, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fast.decode(acts.to_dense()), oracle, rtol=1e-5, atol=1e-5)
+        assert not dm.stats(fast).fallback, dm.stats(fast)
 
     def support_row(self) -> Row:
         """Finding the support of dense acts."""

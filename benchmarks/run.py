@@ -29,7 +29,7 @@ from rich.table import Table
 from darkmatter_ext.results import provenance
 from darkmatter_ext.storage import atomic_file
 
-OPERATIONS = ("encode", "forward", "decode", "train", "support")
+OPERATIONS = ("encode", "forward", "decode", "train", "support", "drop-in")
 
 
 def cpu_name() -> str:
@@ -43,16 +43,17 @@ def cpu_name() -> str:
 
 def _rows_of(problem: Problem, operations: set[str]) -> Iterator[Callable[[], Row]]:
     makers = {
-        "encode": problem.encode_row,
-        "forward": problem.forward_row,
-        "decode": problem.decode_row,
-        "train": problem.training_row,
-        "support": problem.support_row,
+        "encode": [problem.encode_row],
+        "forward": [problem.forward_row],
+        "decode": [problem.decode_row],
+        "train": [problem.training_row],
+        "support": [problem.support_row],
+        "drop-in": [problem.drop_in_row, problem.drop_in_forward_row, problem.error_term_row],
     }
     trainable = problem.architecture == "topk" and problem.x.dtype == torch.float32 and len(problem.x) > 1
     for name in OPERATIONS:
         if name in operations and (trainable or name != "train"):
-            yield makers[name]
+            yield from makers[name]
 
 
 def _problems(data: list[str], *, demo: bool) -> Iterator[Problem]:
