@@ -180,7 +180,7 @@ def _command_report(arguments: Sequence[str]) -> None:
 
 
 def _command_env(arguments: Sequence[str]) -> None:
-    from darkmatter_ext.build_info import build_info
+    from darkmatter_ext.environment import build_info
     from darkmatter_ext.storage import cache_dir
 
     _parser("env", "What is compiled, what is in use, and where the cache is.").parse_args(list(arguments))

@@ -44,3 +44,75 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
     """acts @ W_dec + b_dec with dense acts in float64, then rounded: [..., d]."""
     x_hat = acts.to_dense().double() @ W_dec.double()
     return (x_hat if b_dec is None else x_hat + b_dec.double()).to(W_dec.dtype)
+
+
+def pursuit(
+    x: Tensor,
+    dictionary: Tensor,
+    l0: int | Tensor,
+    *,
+    method: str = "gradient",
+    bias: Tensor | None = None,
+    keep_chosen: bool = False,
+    nonnegative: bool = False,
+    residual_threshold: float = 0.0,
+    stop_on_duplicate: bool = False,
+) -> Tensor:
+    """Dense weights [..., F] in float64 of `darkmatter_ext.pursuit`, token by token and step by step."""
+    D = dictionary.double()
+    rows = (x.double() if bias is None else x.double() - bias.double()).reshape(-1, D.shape[1])
+    steps = torch.as_tensor(l0).expand(x.shape[:-1]).reshape(-1).tolist()
+    weights = torch.zeros(len(rows), len(D), dtype=torch.float64)
+    for target, w, own in zip(rows, weights, steps, strict=True):
+        chosen: list[int] = []
+        for _ in range(own):
+            residual = target - w @ D
+            products = D @ residual
+            scores = products.abs() if method == "orthogonal" and not nonnegative else products
+            best = int((scores == scores.max()).nonzero()[0])
+            new, before = best not in chosen, w.clone()
+            chosen += [best] * new
+            if method == "matching":
+                w[best] += products[best].clamp(min=0)
+                done = stop_on_duplicate and (not new or bool(products[best] <= 0))
+            elif method == "orthogonal":
+                done = not new or bool(scores[best] <= 0) or not _refit(D, target, w, chosen, nonnegative)
+            else:
+                done = not _gradient_update(D, residual, products, w, chosen if keep_chosen else [best])
+            if done and method == "orthogonal":
+                w.copy_(before)
+            if done or (residual_threshold > 0 and (target - w @ D).norm() < residual_threshold):
+                break
+    return weights.reshape(*x.shape[:-1], len(D))
+
+
+def _gradient_update(D: Tensor, residual: Tensor, products: Tensor, w: Tensor, extra: list[int]) -> bool:
+    """w = max(0, w + step g), g the gradient on the support of w and `extra`; False where the line search is 0 / 0."""
+    support = w != 0
+    support[extra] = True
+    gradient = torch.where(support, products, 0.0)
+    direction = gradient @ D
+    if not direction.any():
+        return False
+    w.copy_((w + (direction @ residual) / (direction @ direction) * gradient).clamp(min=0))
+    return True
+
+
+def _refit(D: Tensor, target: Tensor, w: Tensor, chosen: list[int], nonnegative: bool) -> bool:
+    """Least squares on the chosen atoms, into w; False where the newest is in the span of the others."""
+    atoms = D[chosen]
+    old = atoms[:-1].mT
+    outside = (
+        atoms[-1] - (old @ torch.linalg.lstsq(old, atoms[-1:].mT).solution)[:, 0] if len(chosen) > 1 else atoms[-1]
+    )
+    if outside.square().sum() <= 1e-10 * atoms[-1].square().sum():
+        return False
+    if nonnegative:
+        from scipy.optimize import nnls
+
+        found = torch.from_numpy(nnls(atoms.mT.numpy(), target.numpy())[0])
+    else:
+        found = torch.linalg.lstsq(atoms.mT, target[:, None]).solution[:, 0]
+    w.zero_()
+    w[chosen] = found
+    return True

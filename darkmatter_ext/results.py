@@ -22,7 +22,7 @@ def provenance(device: str) -> dict[str, Any]:
     """Where and with what a result was made."""
     import torch
 
-    from darkmatter_ext.build_info import build_info
+    from darkmatter_ext.environment import build_info
 
     versions = {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
     on_gpu = device.startswith("cuda")

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+import darkmatter_ext as dm
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "darkmatter_ext"
 # Downward only: a module may import modules of lower levels, or of its own level when listed together in ALLOWED.
 LEVELS = {
     "storage": 0, "_library": 0, "progress": 0, "sparse": 0, "packed_weights": 0, "soundness": 0,
-    "_registrations": 1, "reference": 1, "ops": 2, "build_info": 3,
+    "_registrations": 1, "reference": 1, "ops": 2, "environment": 3, "batched_pursuit": 3,
     "embedded": 3, "text": 3, "error": 3, "regression": 3,
     "activations": 4, "decomposition": 4, "drop_in": 4,
     "selection": 5, "sae": 5, "training": 5, "results": 5,
@@ -85,3 +87,9 @@ def test_importing_the_package_starts_no_heavy_library():
         "import torch; assert not heavy, heavy; assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_no_exported_name_is_also_a_module():
+    """Importing a module sets its name on the package: an exported function of that name would be gone."""
+    assert not set(dm.__all__) & {_module(path) for path in SOURCES}
+    assert set(dm.__all__) <= set(dir(dm))

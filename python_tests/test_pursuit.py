@@ -1,0 +1,263 @@
+"""Pursuit against its dense float64 twin on friendly and adversarial dictionaries, hand-computed steps, stops and errors."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import darkmatter_ext as dm
+from darkmatter_ext import batched_pursuit, reference
+
+VARIANTS = {
+    "gradient": {},
+    "gradient-keep": {"method": "gradient", "keep_chosen": True},
+    "matching": {"method": "matching"},
+    "matching-stop": {"method": "matching", "stop_on_duplicate": True},
+    "orthogonal": {"method": "orthogonal"},
+    "orthogonal-nonnegative": {"method": "orthogonal", "nonnegative": True},
+}
+each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+
+
+def unit(n, d, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1)
+
+
+def _duplicates(n, d):
+    return unit(n // 2, d).repeat(2, 1)
+
+
+def _tied(n, d):
+    """Axes and their negatives, each several times: every product has equals."""
+    return torch.cat([torch.eye(d, dtype=torch.float64), -torch.eye(d, dtype=torch.float64)]).repeat(n, 1)[:n]
+
+
+def _zero_atoms(n, d):
+    atoms = unit(n, d)
+    atoms[::3] = 0
+    return atoms
+
+
+def _correlated(n, d):
+    return torch.nn.functional.normalize(unit(n, d) * 0.2 + unit(1, d, seed=1), dim=1)
+
+
+def _any_norm(n, d):
+    return unit(n, d) * torch.logspace(-1, 0.1, n, dtype=torch.float64)[:, None]
+
+
+DICTIONARIES = [unit, _duplicates, _tied, _zero_atoms, _correlated, _any_norm]
+
+
+def targets(n, d, seed=5):
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x[0] = 0  # converged from the start
+    return x
+
+
+@each_variant
+@pytest.mark.parametrize("make", DICTIONARIES, ids=lambda make: make.__name__.strip("_"))
+@pytest.mark.parametrize(("n_atoms", "d"), [(40, 8), (300, 40)])
+def test_every_step_is_that_of_the_twin(options, make, n_atoms, d):
+    D = make(n_atoms, d)
+    x = targets(12, d)
+    if make is _zero_atoms:
+        x[1] = D[1] * 3  # one atom and converged
+    before = x.clone(), D.clone()
+    for l0 in (0, 1, 2, 3, 5, 8):
+        ours = dm.pursuit(x, D, l0, **options)
+        assert torch.equal(x, before[0])
+        assert torch.equal(D, before[1])
+        twin = reference.pursuit(x, D, l0, **options)
+        torch.testing.assert_close(
+            ours.to_dense(), twin, rtol=1e-7, atol=1e-9, msg=lambda m, step=l0: f"step {step}: {m}"
+        )
+        assert bool((ours.l0() <= l0).all())
+
+
+@each_variant
+def test_as_many_steps_as_atoms(options):
+    D, x = unit(12, 6), targets(5, 6)
+    ours = dm.pursuit(x, D, 12, **options)
+    torch.testing.assert_close(ours.to_dense(), reference.pursuit(x, D, 12, **options), rtol=1e-6, atol=1e-7)
+
+
+@each_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lower_precision_up_to_near_ties(options, dtype):
+    D = unit(600, 48).to(dtype)
+    x = targets(50, 48).to(dtype)
+    ours = dm.pursuit(x, D, 6, **options)
+    assert ours.values.dtype == torch.float32
+    twin = reference.pursuit(x, D, 6, **options)
+    error = (ours.to_dense() - twin).abs().amax(1)
+    assert (error < 1e-4).float().mean() >= 0.96  # a near-tie may send a token another way
+    residual = [(x.double() - w.double() @ D.double()).norm(dim=1) for w in (ours.to_dense(), twin)]
+    torch.testing.assert_close(*residual, rtol=0.2, atol=1e-3)
+
+
+@each_variant
+def test_own_l0_shapes_bias_and_chunks(options, monkeypatch):
+    D, bias = unit(300, 40), torch.linspace(-1, 1, 40, dtype=torch.float64)
+    x = targets(30, 40).reshape(2, 15, 40)
+    l0 = torch.arange(30).reshape(2, 15) % 7
+    whole = dm.pursuit(x, D, l0, bias=bias, **options)
+    assert whole.shape == (2, 15, 300)
+    twin = reference.pursuit(x, D, l0, bias=bias, **options)
+    torch.testing.assert_close(whole.to_dense(), twin, rtol=1e-6, atol=1e-8)
+    monkeypatch.setattr(batched_pursuit, "CHUNK_TOKENS", 4)
+    finished = []
+    parts = dm.pursuit(x, dm.prepare_dictionary(D), l0, bias=bias, progress=finished.append, **options)
+    assert finished == [4] * 7 + [2]
+    assert torch.equal(whole.col_indices, parts.col_indices)
+    torch.testing.assert_close(whole.values, parts.values)
+    assert dm.pursuit(x[:0], D, 3, **options).shape == (0, 15, 300)
+    assert dm.pursuit(x[0, 0], D, 3, **options).shape == (300,)
+
+
+@each_variant
+def test_stop_by_residual(options):
+    D, x = unit(300, 40), targets(20, 40)
+    threshold = float(x.norm(dim=1).median()) * 0.8
+    ours = dm.pursuit(x, D, 30, residual_threshold=threshold, **options)
+    twin = reference.pursuit(x, D, 30, residual_threshold=threshold, **options)
+    torch.testing.assert_close(ours.to_dense(), twin, rtol=1e-6, atol=1e-7)
+    free = dm.pursuit(x, D, 30, **options)
+    assert int(ours.l0().sum()) < int(free.l0().sum())
+
+
+# By hand
+
+
+def test_a_clamped_atom_leaves_the_support():
+    # D = e1, e2 and (e1 + e2) slightly longer; x = (1, 0.2). Step 1: products 1, 0.2, 1.2 choose atom 2, the line search
+    # gives 0.6: r = (0.4, -0.4). Step 2: products 0.4, -0.4, 0: atom 0 joins, gradient (0.4 at 0, 0 at 2).
+    D = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    x = torch.tensor([[1.0, 0.2]], dtype=torch.float64)
+    assert torch.allclose(dm.pursuit(x, D, 1).to_dense(), torch.tensor([[0.0, 0.0, 0.6]], dtype=torch.float64))
+    assert torch.allclose(dm.pursuit(x, D, 2).to_dense(), torch.tensor([[0.4, 0.0, 0.6]], dtype=torch.float64))
+    # A negative largest product: D = -e1, x = e1. g = -1, c = e1, step = 1, w = max(0, -1) = 0: clamped at once.
+    negative = torch.tensor([[-1.0, 0.0]], dtype=torch.float64)
+    clamped = dm.pursuit(torch.tensor([[1.0, 0.0]], dtype=torch.float64), negative, 1)
+    assert clamped.values.numel() == 0
+
+
+def test_an_atom_chosen_again_makes_a_pure_gradient_step():
+    # atoms e1 and (e1 + e2)/sqrt(2), x = (1, 1): step 1 takes atom 1 with sqrt(2) and r is 0; a second step is 0 / 0.
+    D = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    D[1] /= math.sqrt(2)
+    x = torch.tensor([[1.0, 1.0]], dtype=torch.float64)
+    once, twice = dm.pursuit(x, D, 1), dm.pursuit(x, D, 2)
+    torch.testing.assert_close(once.to_dense(), torch.tensor([[0.0, math.sqrt(2)]], dtype=torch.float64))
+    torch.testing.assert_close(twice.to_dense(), once.to_dense())
+    # atoms (2, 0) and (1, 1), x = (1, 0.9): products 2, 1.9 choose atom 0: w0 = 0.5, r = (0, 0.9). Products 0, 0.9: atom 1,
+    # gradient (0, 0.9): w1 = 0.45, r = (-0.45, 0.45). Products -0.9, 0: atom 1 again, gradient (-0.9, 0), c = (-1.8, 0),
+    # step = 0.81 / 3.24 = 0.25, w0 = 0.5 - 0.225 = 0.275.
+    D = torch.tensor([[2.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    third = dm.pursuit(torch.tensor([[1.0, 0.9]], dtype=torch.float64), D, torch.tensor([2])).to_dense()
+    torch.testing.assert_close(third, torch.tensor([[0.5, 0.45]], dtype=torch.float64))
+
+
+def test_matching_adds_to_an_atom_chosen_again():
+    # unit atoms e1, (0.8, 0.6); x = (1, 0.6). Products 1, 1.16: w1 = 1.16, r = (0.072, -0.096): products 0.072, 0:
+    # w0 = 0.072, r = (0, -0.096).
+    D = torch.tensor([[1.0, 0.0], [0.8, 0.6]], dtype=torch.float64)
+    x = torch.tensor([[1.0, 0.6]], dtype=torch.float64)
+    found = dm.pursuit(x, D, 2, method="matching").to_dense()
+    torch.testing.assert_close(found, torch.tensor([[0.072, 1.16]], dtype=torch.float64))
+
+
+def test_orthogonal_refits():
+    D = torch.tensor([[1.0, 0.0], [0.8, 0.6]], dtype=torch.float64)
+    x = torch.tensor([[1.0, 0.6]], dtype=torch.float64)
+    found = dm.pursuit(x, D, 2, method="orthogonal").to_dense()
+    torch.testing.assert_close(found, torch.tensor([[0.2, 1.0]], dtype=torch.float64))  # x = 0.2 e1 + 1 (0.8, 0.6)
+    negative = dm.pursuit(-x, D, 2, method="orthogonal").to_dense()
+    torch.testing.assert_close(negative, -found)
+    assert dm.pursuit(-x, D, 2, method="orthogonal", nonnegative=True).values.numel() == 0
+
+
+# Properties
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from(["matching", "orthogonal", "nonnegative"]),
+    st.sampled_from([unit, _duplicates, _tied, _correlated]),
+    st.sampled_from([torch.float64, torch.float32]),
+)
+def test_the_residual_never_grows(seed, method, make, dtype):
+    D = make(48, 10).to(dtype)
+    x = targets(6, 10, seed=seed).to(dtype)
+    options = {"method": "orthogonal", "nonnegative": True} if method == "nonnegative" else {"method": method}
+    last = x.double().norm(dim=1)
+    for l0 in range(1, 14):
+        norm = (x.double() - dm.pursuit(x, D, l0, **options).to_dense().double() @ D.double()).norm(dim=1)
+        assert bool((norm <= last + (1e-6 if dtype == torch.float32 else 1e-12)).all())
+        last = norm
+
+
+def test_orthogonal_agrees_with_sklearn():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    D, x = unit(60, 24), targets(10, 24)[1:]
+    theirs = torch.from_numpy(linear_model.orthogonal_mp(D.mT.numpy(), x.mT.numpy(), n_nonzero_coefs=6)).mT
+    torch.testing.assert_close(dm.pursuit(x, D, 6, method="orthogonal").to_dense(), theirs, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stop_on_duplicate_support": False}, {"max_iterations": 5}, {"residual_threshold": 2.0}]
+)
+def test_matching_agrees_with_saelens(options):
+    from sae_lens.saes.matching_pursuit_sae import _encode_matching_pursuit
+
+    D, x = unit(300, 40), targets(20, 40)
+    full = {"residual_threshold": 1e-2, "max_iterations": 30, "stop_on_duplicate_support": True} | options
+    theirs = _encode_matching_pursuit(x, D, **full)
+    ours = dm.pursuit(
+        x,
+        D,
+        full["max_iterations"],
+        method="matching",
+        residual_threshold=full["residual_threshold"],
+        stop_on_duplicate=full["stop_on_duplicate_support"],
+    )
+    torch.testing.assert_close(ours.to_dense(), theirs, rtol=1e-9, atol=1e-12)
+
+
+# Errors
+
+X, DICTIONARY = torch.ones(3, 4), torch.eye(4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((X, DICTIONARY, 5), {}, ValueError, "l0: must be from 0 to 4"),
+        ((X, DICTIONARY, -1), {}, ValueError, "l0: must be from 0 to 4"),
+        ((X, DICTIONARY, 1.5), {}, TypeError, "l0: must be an int"),
+        ((X, DICTIONARY, True), {}, TypeError, "l0: must be an int"),
+        ((X, DICTIONARY, torch.ones(2, dtype=torch.int64)), {}, ValueError, r"l0: must have the tokens' shape \[3\]"),
+        ((X[:, :3], DICTIONARY, 1), {}, ValueError, r"x: must have shape \[..., 4\]"),
+        ((X.int(), DICTIONARY, 1), {}, TypeError, "x: must be a floating-point tensor"),
+        ((X * math.nan, DICTIONARY, 1), {}, ValueError, "x: must be finite"),
+        ((X, DICTIONARY * math.inf, 1), {}, ValueError, "dictionary: must be finite"),
+        ((X, DICTIONARY[0], 1), {}, ValueError, r"dictionary: must have shape \[F, d\]"),
+        ((X, DICTIONARY[:0], 0), {}, ValueError, r"dictionary: must have shape \[F, d\]"),
+        ((X, [[1.0]], 1), {}, TypeError, "dictionary: must be a dense floating-point tensor"),
+        ((X, DICTIONARY, 1), {"bias": torch.ones(3)}, ValueError, r"bias: must have shape \[4\]"),
+        ((X, DICTIONARY, 1), {"method": "omp"}, ValueError, "method: must be one of gradient, matching, orthogonal"),
+        ((X, DICTIONARY, 1), {"nonnegative": True}, ValueError, "nonnegative: must be False unless"),
+        ((X, DICTIONARY, 1), {"residual_threshold": -1.0}, ValueError, "residual_threshold: must be at least 0"),
+        ((X.clone().requires_grad_(), DICTIONARY, 1), {}, ValueError, "x: must not require a gradient"),
+        ((X, DICTIONARY.clone().requires_grad_(), 1), {}, ValueError, "dictionary: must not require a gradient"),
+        ((X.to("meta"), DICTIONARY, 1), {}, ValueError, "x: must be on the CPU"),
+    ],
+)
+def test_errors_are_one_line(arguments, options, error, message):
+    with pytest.raises(error, match=f"^{message}") as caught:
+        dm.pursuit(*arguments, **options)
+    assert len(str(caught.value).splitlines()) == 1
