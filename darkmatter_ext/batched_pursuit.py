@@ -242,6 +242,7 @@ def _nonnegative(gram: Tensor, right: Tensor, chosen: Tensor, start: Tensor) -> 
 
 def _feasible(gram: Tensor, right: Tensor, active: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
     """From feasible weights towards least squares on the active places, leaving out the first that reaches 0, until none."""
+    weights = current
     for _ in range(active.shape[1] + 1):
         weights, _ = _least_squares(gram, right, active)
         negative = active & (weights <= 0)
@@ -262,9 +263,10 @@ def _run_chunk(target: Tensor, l0: Tensor, dictionary: PreparedDictionary, rules
     for step in range(1, int(l0.max()) + 1):
         if len(alive) == 0:
             break
-        part = chunk.rows(alive)
+        part = chunk if len(alive) == len(l0) else chunk.rows(alive)
         done = _STEPS[rules.method](part, rules)
-        chunk.put(alive, part)
+        if part is not chunk:
+            chunk.put(alive, part)
         if rules.residual_threshold > 0:
             done = done | (part.residual.norm(dim=1) < rules.residual_threshold)
         alive = alive[~done & (l0[alive] > step)]

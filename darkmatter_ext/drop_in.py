@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import types
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from darkmatter_ext import ops
+from darkmatter_ext.batched_pursuit import prepare_dictionary, pursuit
 from darkmatter_ext.packed_weights import Packed
 from darkmatter_ext.soundness import (
     DECODE_DENSITY,
     ENCODE_DENSITY,
     GATED,
     JUMPRELU,
+    PURSUIT,
     TOPK,
     Kind,
     is_hooked,
     known_methods,
     transforms_active,
     why_not_activation,
+    why_not_pursuit,
     why_not_tensors,
 )
 from darkmatter_ext.sparse import SparseActs
@@ -61,7 +64,7 @@ class _State:
     """What an accelerated SAE carries besides its SAELens attributes. Copies and pickles start afresh."""
 
     kind: Kind
-    encoder: Packed[ops.PreparedEncoder | None]
+    encoder: Packed[Any]  # PreparedEncoder or PreparedDictionary; None where the weights cannot be packed
     decoder: Packed[Tensor | None]
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)  # (method, reason or "")
     density: float | None = None  # active share of the latents, last seen
@@ -71,7 +74,8 @@ class _State:
 
     @classmethod
     def fresh(cls, kind: Kind) -> _State:
-        return cls(kind, Packed(_prepared_or_none), Packed(_decoder_rows))
+        prepare = prepare_dictionary if kind is PURSUIT else ops.prepare_encoder
+        return cls(kind, Packed(lambda *weights: _or_none(prepare, *weights)), Packed(_decoder_rows))
 
     def count(self, method: str, reason: str = "") -> None:
         with self.lock:
@@ -86,10 +90,10 @@ class _State:
         return _State.fresh, (self.kind,)
 
 
-def _prepared_or_none(W_enc: Tensor, bias: Tensor) -> ops.PreparedEncoder | None:
-    """Packed encoder weights; None where they hold NaN."""
+def _or_none(prepare: Callable[..., Any], *weights: Tensor) -> Any:
+    """Packed encoder weights; None where they hold NaN, or a dictionary Inf."""
     try:
-        return ops.prepare_encoder(W_enc, bias)
+        return prepare(*weights)
     except ValueError:
         return None
 
@@ -172,7 +176,8 @@ class AcceleratedSAE:
         self._fast.count("encode", reason)
         if reason:
             return self._dense_encode(x)
-        return self.hook_sae_acts_post(ops.to_dense(self._sparse_pass(x)))
+        acts = ops.to_dense(self._sparse_pass(x))
+        return acts if self._fast.kind is PURSUIT else self.hook_sae_acts_post(acts)  # SAELens' pursuit runs no hook
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction of feature_acts [..., d_sae], as SAELens' decode, reading only the rows of active latents."""
@@ -187,12 +192,12 @@ class AcceleratedSAE:
         self._fast.count("decode", reason)
         if reason or support is None:
             return super().decode(feature_acts)  # type: ignore[misc]
-        rows = self._decoder_rows()
+        rows, bias = self._decoder_rows(), self._decoder_bias()
         wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (feature_acts, self.W_dec, self.b_dec))
         if wants_grad:
-            x_hat = _DenseGradDecode.apply(feature_acts, self.W_dec, self.b_dec, rows, support)
+            x_hat = _DenseGradDecode.apply(feature_acts, self.W_dec, bias, rows, support)
         else:
-            x_hat = ops.sparse_decode(support, rows, self.b_dec)
+            x_hat = ops.sparse_decode(support, rows, bias)
         return self._after_decode(x_hat)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -240,7 +245,7 @@ class AcceleratedSAE:
 
     def _why_not_encode(self, x: object, *, any_density: bool = False) -> str:
         kind = self._fast.kind
-        weights = [getattr(self, name, None) for name in ("W_enc", kind.bias, *kind.others)]
+        weights = [getattr(self, name, None) for name in (*kind.packed, *kind.others)]
         reason = why_not_tensors(self, x, weights)
         if reason:
             return reason
@@ -248,14 +253,16 @@ class AcceleratedSAE:
         reason = why_not_activation(self, kind, x)
         if reason:
             return reason
-        if self._fast.encoder.get(self.W_enc, getattr(self, kind.bias)) is None:
-            return "NaN in the encoder's weights"
+        if kind is PURSUIT and (reason := why_not_pursuit(self, x)):
+            return reason
+        if self._prepared() is None:
+            return "the encoder's weights are not finite"
         return "" if any_density else self._why_too_dense(x)
 
     def _why_too_dense(self, x: Tensor) -> str:
         """Where most latents are active, a dense encode is the right one. Known from the last call, else probed."""
         state = self._fast
-        if state.kind is TOPK or x.numel() == 0:
+        if state.kind in (TOPK, PURSUIT) or x.numel() == 0:
             return ""
         if state.density is None:
             state.density = self._probed_density(x)
@@ -269,7 +276,7 @@ class AcceleratedSAE:
         if self.cfg.apply_b_dec_to_input:
             rows = rows - self.b_dec
         threshold = self.threshold.clamp(min=0) if self._fast.kind is JUMPRELU else 0
-        scores = rows @ self.W_enc + getattr(self, self._fast.kind.bias)
+        scores = rows @ self.W_enc + (self.b_gate if self._fast.kind is GATED else self.b_enc)
         return (scores > threshold).float().mean().item()
 
     def _why_not_decode(self, acts: object, *, sparse: bool = False) -> str:
@@ -300,15 +307,14 @@ class AcceleratedSAE:
         """The active latents of x, which `_why_not_encode` let pass; reused where SAELens computes them a second time."""
         state = self._fast
         sae_in = self.process_sae_in(x)
-        prepared = state.encoder.get(self.W_enc, getattr(self, state.kind.bias))
-        assert prepared is not None
+        prepared = self._prepared()
         deciding = (prepared, *self._deciding_values())
         clean = type(self.hook_sae_acts_post) is nn.Identity  # SAELens' second pass for the error term, hooks disabled
         last, state.last_pass = state.last_pass, None
         if clean and last is not None and _same_pass(last, sae_in, deciding):
             return last[2]
         acts = self._encode_on_ops(sae_in, prepared)
-        if state.kind is not TOPK and acts.n_tokens:
+        if state.kind not in (TOPK, PURSUIT) and acts.n_tokens:
             state.density = acts.values.numel() / (acts.n_tokens * acts.d_sae)
         if clean:
             state.has_second_passes = True
@@ -317,22 +323,35 @@ class AcceleratedSAE:
             state.last_pass = sae_in.detach().clone(), copies, acts.detach()
         return acts
 
+    def _prepared(self) -> Any:
+        return self._fast.encoder.get(*(getattr(self, name) for name in self._fast.kind.packed))
+
     def _deciding_values(self) -> tuple[Any, ...]:
         """What besides the packed weights decides the result: k, thresholds, magnitude parameters."""
         if self._fast.kind is TOPK:
             return (self.activation_fn.k,)
+        if self._fast.kind is PURSUIT:
+            return self.cfg.max_iterations, self.cfg.residual_threshold, self.cfg.stop_on_duplicate_support
         return tuple(getattr(self, name).detach() for name in self._fast.kind.others)
 
-    def _encode_on_ops(self, sae_in: Tensor, prepared: ops.PreparedEncoder) -> SparseActs:
+    def _encode_on_ops(self, sae_in: Tensor, prepared: Any) -> SparseActs:
         kind = self._fast.kind
-        bias = getattr(self, kind.bias)
+        if kind is PURSUIT:
+            return pursuit(
+                sae_in,
+                prepared,
+                self.cfg.max_iterations or self.cfg.d_in,
+                method="matching",
+                residual_threshold=max(0.0, self.cfg.residual_threshold),
+                stop_on_duplicate=self.cfg.stop_on_duplicate_support,
+            )
         if kind is TOPK:
-            return ops.topk_encode(sae_in, self.W_enc, bias, self.activation_fn.k, prepared=prepared)
+            return ops.topk_encode(sae_in, self.W_enc, self.b_enc, self.activation_fn.k, prepared=prepared)
         if kind is GATED:
             return self._gated_on_ops(sae_in, prepared)
         # relu comes before the strict threshold, so a negative threshold keeps what relu keeps
         threshold = self.threshold.detach().clamp(min=0) if kind is JUMPRELU else 0.0
-        return ops.threshold_encode(sae_in, self.W_enc, bias, threshold, prepared=prepared)
+        return ops.threshold_encode(sae_in, self.W_enc, self.b_enc, threshold, prepared=prepared)
 
     def _gated_on_ops(self, sae_in: Tensor, prepared: ops.PreparedEncoder) -> SparseActs:
         """The gate's support, and the magnitudes there: relu(<x, w_j> exp(r_mag_j) + b_mag_j). The gate has no gradient."""
@@ -360,8 +379,8 @@ class AcceleratedSAE:
         self._fast.count("encode(latents)", reason)
         if reason:
             return self.encode(x)[..., numbers.to(self.W_enc.device)]
-        if kind in (TOPK, GATED):
-            return _dense_columns(self._sparse_pass(x), numbers)
+        if kind in (TOPK, GATED, PURSUIT):
+            return self._sparse_pass(x).dense_columns(numbers)
         threshold = self.threshold.detach().clamp(min=0)[numbers] if kind is JUMPRELU else 0.0
         some = ops.threshold_encode(self.process_sae_in(x), self.W_enc[:, numbers], self.b_enc[numbers], threshold)
         return ops.to_dense(some)
@@ -369,7 +388,11 @@ class AcceleratedSAE:
     def _sparse_decode(self, acts: SparseActs) -> Tensor:
         """W_dec itself where it wants a gradient, else its contiguous copy."""
         wants_grad = self.W_dec.requires_grad and torch.is_grad_enabled()
-        return ops.sparse_decode(acts, self.W_dec if wants_grad else self._decoder_rows(), self.b_dec)
+        return ops.sparse_decode(acts, self.W_dec if wants_grad else self._decoder_rows(), self._decoder_bias())
+
+    def _decoder_bias(self) -> Tensor | None:
+        """SAELens' matching pursuit adds b_dec only where it subtracted it."""
+        return None if self._fast.kind is PURSUIT and not self.cfg.apply_b_dec_to_input else self.b_dec
 
     def _decoder_rows(self) -> Tensor:
         rows = self._fast.decoder.get(self.W_dec)
@@ -454,16 +477,6 @@ def _latent_numbers(latents: Tensor | Sequence[int], d_sae: int) -> Tensor:
     return numbers.long()
 
 
-def _dense_columns(acts: SparseActs, latents: Tensor) -> Tensor:
-    """acts.to_dense()[..., latents] without the other latents."""
-    wanted, place = latents.unique(return_inverse=True)
-    column = torch.full((acts.d_sae,), -1).index_copy(0, wanted, torch.arange(len(wanted)))[acts.col_indices]
-    kept = column >= 0
-    dense = acts.values.new_zeros(acts.n_tokens, len(wanted))
-    dense = dense.index_put((acts.token_numbers()[kept], column[kept]), acts.values.reshape(-1)[kept])
-    return dense[:, place].reshape(*acts.batch_shape, len(latents))
-
-
 def _is_transcoder(sae: object) -> bool:
     from sae_lens.saes.transcoder import Transcoder
 
@@ -491,7 +504,7 @@ def _kind_of(plain: type) -> Kind:
     elif issubclass(plain, TemporalSAE):
         why = "its codes depend on the tokens before, through attention, not on one token's latents"
     elif plain.encode not in encoders or plain.decode not in decoders:  # type: ignore[attr-defined]
-        why = "its encode or decode is not one of SAELens' topk, jumprelu, standard, gated or transcoder ones"
+        why = "its encode or decode is not one of SAELens' own inference classes that are known here"
     else:
         return encoders[plain.encode]  # type: ignore[attr-defined]
     raise ValueError(f"sae: must be an SAE that can be accelerated, got {plain.__name__} ({why})")
@@ -505,7 +518,8 @@ def accelerate(sae: SAE) -> SAE:
     deepcopy and save_model work as before. Calls the fast path is not sound for are answered by SAELens: see `stats`.
 
     Args:
-        sae: topk, jumprelu, standard, gated, transcoder, skip_transcoder, jumprelu_transcoder or jumprelu_skip_transcoder.
+        sae: topk, jumprelu, standard, gated, matching_pursuit, transcoder, skip_transcoder, jumprelu_transcoder or
+            jumprelu_skip_transcoder.
 
     Returns:
         sae itself, with `encode_sparse`, `decode_sparse`, `forward_fused` and `encode(x, latents=...)` besides.

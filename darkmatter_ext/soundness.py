@@ -18,20 +18,22 @@ DECODE_DENSITY = 0.10
 
 @dataclass(frozen=True)
 class Kind:
-    """What an SAELens encode computes: which activation, and the parameters besides W_enc."""
+    """What an SAELens encode computes: the weights that are packed for it, and the parameters that are read as they are."""
 
     name: str
-    bias: str
+    packed: tuple[str, ...] = ("W_enc", "b_enc")
     others: tuple[str, ...] = ()
 
 
-TOPK, RELU = Kind("topk", "b_enc"), Kind("relu", "b_enc")
-JUMPRELU, GATED = Kind("jumprelu", "b_enc", ("threshold",)), Kind("gated", "b_gate", ("b_mag", "r_mag"))
+TOPK, RELU = Kind("topk"), Kind("relu")
+JUMPRELU = Kind("jumprelu", others=("threshold",))
+GATED = Kind("gated", ("W_enc", "b_gate"), ("b_mag", "r_mag"))
+PURSUIT = Kind("matching_pursuit", ("W_dec",))
 
 
 def known_methods() -> tuple[dict[Any, Kind], set[Any], set[Any]]:
     """The encode, decode and forward functions of SAELens this module knows the meaning of."""
-    from sae_lens.saes import gated_sae, jumprelu_sae, sae, standard_sae, topk_sae, transcoder
+    from sae_lens.saes import gated_sae, jumprelu_sae, matching_pursuit_sae, sae, standard_sae, topk_sae, transcoder
 
     encoders = {
         topk_sae.TopKSAE.encode: TOPK,
@@ -40,6 +42,7 @@ def known_methods() -> tuple[dict[Any, Kind], set[Any], set[Any]]:
         jumprelu_sae.JumpReLUSAE.encode: JUMPRELU,
         transcoder.JumpReLUTranscoder.encode: JUMPRELU,
         gated_sae.GatedSAE.encode: GATED,
+        matching_pursuit_sae.MatchingPursuitSAE.encode: PURSUIT,
     }
     decoders = {
         topk_sae.TopKSAE.decode,
@@ -47,6 +50,7 @@ def known_methods() -> tuple[dict[Any, Kind], set[Any], set[Any]]:
         transcoder.Transcoder.decode,
         jumprelu_sae.JumpReLUSAE.decode,
         gated_sae.GatedSAE.decode,
+        matching_pursuit_sae.MatchingPursuitSAE.decode,
     }
     forwards = {sae.SAE.forward, transcoder.Transcoder.forward, transcoder.SkipTranscoder.forward}
     return encoders, decoders, forwards
@@ -117,4 +121,17 @@ def why_not_activation(sae: Any, kind: Kind, x: Tensor) -> str:
         (not k_fits, f"k is not from 0 to {ENCODE_DENSITY:.0%} of the latents"),
         (not all(bool(getattr(sae, name).isfinite().all()) for name in kind.others), "threshold or gate is not finite"),
         (is_hooked(sae.hook_sae_acts_pre), "dense pre-activations are hooked (hook_sae_acts_pre)"),
+    )
+
+
+def why_not_pursuit(sae: Any, x: Tensor) -> str:
+    """Why a matching pursuit is SAELens' own to run."""
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, sae.W_dec, sae.b_dec))
+    steps = sae.cfg.max_iterations or sae.cfg.d_in
+    return _first(
+        (wants_grad, "matching pursuit has no fast gradient (torch.no_grad() makes it fast)"),
+        (sae.dtype not in (torch.float32, torch.float64), "a 16-bit matching pursuit depends on the order of its sums"),
+        (x.ndim < 2, "x of one dimension"),
+        (steps > sae.cfg.d_sae, "more iterations than latents"),
+        (is_hooked(sae.hook_sae_input) or not bool(x.isfinite().all()), "x is hooked or not finite"),
     )

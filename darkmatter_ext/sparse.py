@@ -124,6 +124,18 @@ class SparseActs:
         dense = self.values.new_zeros(self.n_tokens * self.d_sae)
         return dense.scatter_add_(0, place, self.values.reshape(-1)).reshape(self.shape)
 
+    def dense_columns(self, latents: Tensor) -> Tensor:
+        """to_dense()[..., latents] for latents int64 [m], any order, repeats too, without the other latents."""
+        wanted, place = latents.unique(return_inverse=True)
+        column = torch.full((self.d_sae,), -1, device=latents.device)
+        column[wanted] = torch.arange(len(wanted), device=latents.device)
+        column = column[self.col_indices]
+        kept = column >= 0
+        dense = self.values.new_zeros(self.n_tokens, len(wanted))
+        at = (self.token_numbers()[kept], column[kept])
+        dense = dense.index_put(at, self.values.reshape(-1)[kept], accumulate=True)
+        return dense[:, place].reshape(*self.batch_shape, len(latents))
+
     def l0(self) -> Tensor:
         """[...] int64, latents with a nonzero value of each token (NaN counts; a stored zero does not)."""
         nonzero = self.values.detach() != 0

@@ -77,8 +77,8 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
     np.save(places["wrong"], np.zeros((3, D_IN + 1), dtype=np.float32))
     from sae_lens.registry import get_sae_class
 
-    sae_class, cfg_class = get_sae_class("matching_pursuit")
-    sae_class(cfg_class(d_in=D_IN, d_sae=128, residual_threshold=0.1)).save_model(places["own"])
+    sae_class, cfg_class = get_sae_class("temporal")
+    sae_class(cfg_class(d_in=D_IN, d_sae=128, n_heads=2)).save_model(places["own"])
     assert main(["check-sae", *(argument.format(**places) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -85,7 +85,7 @@ def _sae_of(kind, **options):
         ("jumprelu", {}),  # with negative thresholds too: relu comes first
         ("standard", {"normalize_activations": "layer_norm"}),
         ("gated", {}),
-        ("matching_pursuit", {"residual_threshold": 0.5}),  # not accelerated: SAELens' own code
+        ("matching_pursuit", {"residual_threshold": 0.5}),
     ],
 )
 def test_every_architecture_gives_saelens_own_answer(kind, options):
