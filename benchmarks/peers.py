@@ -61,3 +61,17 @@ def sparsify_step(x: Tensor, weight: Tensor, b_enc: Tensor, W_dec: Tensor, k: in
     """Encode and decode as sparsify trains: x_hat [N, d]."""
     values, indices = FusedEncoder.apply(x, weight, b_enc, k)  # type: ignore[misc]
     return embedding_bag_decode(values, indices, W_dec)
+
+
+def dense_gradient_pursuit(x: Tensor, dictionary: Tensor, l0: int) -> Tensor:
+    """Gradient pursuit as it is released: dense weights [N, F] and three dense products a step."""
+    weights = torch.zeros(len(x), len(dictionary), dtype=x.dtype)
+    for _ in range(l0):
+        residual = x - weights @ dictionary
+        products = residual @ dictionary.mT
+        support = (weights != 0).scatter_(1, products.argmax(1, keepdim=True), True)
+        gradient = products * support
+        direction = gradient @ dictionary
+        step = (direction * residual).sum(1) / direction.square().sum(1)
+        weights = (weights + step[:, None] * gradient).clamp_(min=0)
+    return weights

@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 from cases import DATA, SHAPES, Problem, Row, demo_problems
+from pursuit_cases import pursuit_rows
 from rich.console import Console
 from rich.table import Table
 
 from darkmatter_ext.results import provenance
 from darkmatter_ext.storage import atomic_file
 
-OPERATIONS = ("encode", "forward", "decode", "train", "support", "drop-in")
+OPERATIONS = ("encode", "forward", "decode", "train", "support", "drop-in", "pursuit")
 
 
 def cpu_name() -> str:
@@ -52,7 +53,7 @@ def _rows_of(problem: Problem, operations: set[str]) -> Iterator[Callable[[], Ro
     }
     trainable = problem.architecture == "topk" and problem.x.dtype == torch.float32 and len(problem.x) > 1
     for name in OPERATIONS:
-        if name in operations and (trainable or name != "train"):
+        if name in makers and name in operations and (trainable or name != "train"):
             yield from makers[name]
 
 
@@ -64,6 +65,15 @@ def _problems(data: list[str], *, demo: bool) -> Iterator[Problem]:
                     yield Problem.make(kind, shape, architecture, dtype)
     if demo:
         yield from demo_problems()
+
+
+def _all_rows(arguments: argparse.Namespace) -> Iterator[Callable[[], Row]]:
+    operations = set(arguments.only)
+    if operations - {"pursuit"}:
+        for problem in _problems(arguments.data, demo=not arguments.no_demo):
+            yield from _rows_of(problem, operations)
+    if "pursuit" in operations:
+        yield from pursuit_rows()
 
 
 def _milliseconds(function: Callable[[], Any]) -> float:
@@ -106,16 +116,16 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", DeprecationWarning)
     found = []
-    for problem in _problems(arguments.data, demo=not arguments.no_demo):
-        for make in _rows_of(problem, set(arguments.only)):
-            found.append(measure(make(), arguments.rounds))
-            print("  ".join(_line(found[-1])), file=sys.stderr, flush=True)
+    about = provenance("cpu")  # before the long part: what it imports may be edited meanwhile
+    for make in _all_rows(arguments):
+        found.append(measure(make(), arguments.rounds))
+        print("  ".join(_line(found[-1])), file=sys.stderr, flush=True)
     table = Table("row", "ours, ms", "others: ms and ratio to ours (above 1: ours is faster)", title=cpu_name())
     for entry in found:
         table.add_row(*_line(entry))
     Console(width=200).print(table)
     if arguments.out is not None:
-        content = {"cpu": cpu_name(), "provenance": provenance("cpu"), "rows": found}
+        content = {"cpu": cpu_name(), "provenance": about, "rows": found}
         with atomic_file(arguments.out) as part:
             part.write_text(json.dumps(content, indent=1))
 

@@ -159,12 +159,17 @@ def _gradient_step(chunk: _Chunk, rules: Rules) -> Tensor:
     support |= (places < chunk.n_chosen[:, None]) if rules.keep_chosen else (weights != 0)
     gradient = chunk.products(chunk.residual, width).masked_fill(~support, 0)
     direction = chunk.decode(gradient)
-    energy = direction.double().square().sum(1)
+    energy = torch.linalg.vecdot(direction, direction)
     converged = energy == 0  # the released code divides 0 by 0 here
-    step = (direction.double() * chunk.residual.double()).sum(1) / energy.masked_fill(converged, 1)
-    moved = (weights + step[:, None].to(weights.dtype) * gradient).relu()
-    chunk.weights[:, :width] = torch.where(converged[:, None], weights, moved)
-    chunk.refresh_residual(width)
+    step = torch.linalg.vecdot(direction, chunk.residual) / energy.masked_fill(converged, 1)
+    step = step.masked_fill(converged, 0)[:, None]
+    moved = weights + step * gradient
+    if bool((moved < 0).any()):  # a clamped weight: the residual is not what the line search left
+        chunk.weights[:, :width] = moved.relu()
+        chunk.refresh_residual(width)
+    else:
+        chunk.weights[:, :width] = moved
+        chunk.residual = chunk.residual - step * direction
     return converged
 
 
