@@ -18,8 +18,8 @@ LEVELS = {
     "embedded": 3, "text": 3, "error": 3, "regression": 3,
     "activations": 4, "decomposition": 4, "drop_in": 4,
     "selection": 5, "sae": 5, "training": 5, "results": 5,
-    "experiments": 6, "check_sae": 6,
-    "figures": 7, "report": 8, "cli": 9, "__main__": 10, "__init__": 10,
+    "site": 6, "check_sae": 6, "experiments": 7,
+    "figures": 8, "report": 9, "cli": 10, "__main__": 11, "__init__": 11,
 }  # fmt: skip
 ALLOWED = {("experiments", "experiments")}
 
