@@ -27,6 +27,7 @@ from darkmatter_ext.sparse import SparseActs
 
 METHODS = ("gradient", "matching", "orthogonal")
 CHUNK_TOKENS = 1024  # at a time: residuals stay in the cache, progress is seen, an interrupt is prompt
+_GATHERED = 1 << 22  # elements of atoms gathered at once by refit: 32 MB in float64
 DEPENDENT = 1e-10  # share of an atom's squared norm outside the span of those chosen below which it adds nothing
 
 
@@ -232,7 +233,7 @@ def _least_squares(gram: Tensor, right: Tensor, active: Tensor) -> tuple[Tensor,
 
 def _nonnegative(gram: Tensor, right: Tensor, chosen: Tensor, start: Tensor) -> Tensor:
     """Non-negative least squares on the chosen places from a feasible start: Lawson and Hanson 1974, all tokens at once."""
-    current, active = start, start > 0
+    current, active = _feasible(gram, right, start > 0, start)
     scale = right.abs().amax(1, keepdim=True)
     for _ in range(3 * chosen.shape[1]):
         gain = (right - (gram @ current[:, :, None])[:, :, 0]).masked_fill(~chosen | active, -math.inf)
@@ -385,8 +386,75 @@ def pursuit(
                 parts.append((chunk.weights != 0, chunk.atoms, chunk.weights))
             if progress is not None:
                 progress(len(target))
-        counts = [kept.sum(1) for kept, _, _ in parts]
-        crow = torch.cat([torch.zeros(1, dtype=torch.int64), *counts]).cumsum(0)
-        atoms = torch.cat([torch.zeros(0, dtype=torch.int64), *(atoms[kept] for kept, atoms, _ in parts)])
-        values = torch.cat([targets.new_zeros(0), *(weights[kept] for kept, _, weights in parts)])
-    return SparseActs.ragged(crow, atoms, values, dictionary.n_atoms, tuple(x.shape[:-1]))
+    return _as_ragged(parts, targets, dictionary, tuple(x.shape[:-1]))
+
+
+def _as_ragged(
+    parts: list[tuple[Tensor, Tensor, Tensor]], targets: Tensor, dictionary: PreparedDictionary, shape: tuple[int, ...]
+) -> SparseActs:
+    """From chunks of (which places count, atoms, weights), each [n, s]."""
+    counts = [kept.sum(1) for kept, _, _ in parts]
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), *counts]).cumsum(0)
+    atoms = torch.cat([torch.zeros(0, dtype=torch.int64), *(atoms[kept] for kept, atoms, _ in parts)])
+    values = torch.cat([targets.new_zeros(0), *(weights[kept] for kept, _, weights in parts)])
+    return SparseActs.ragged(crow, atoms, values, dictionary.n_atoms, shape)
+
+
+def refit(
+    x: Tensor, acts: SparseActs, dictionary: Tensor | PreparedDictionary, *, bias: Tensor | None = None
+) -> SparseActs:
+    """The best non-negative weights on given supports: non-negative least squares, choosing no atom.
+
+    Args:
+        x: activations [..., d]; `bias` [d] is subtracted first.
+        acts: the supports, SparseActs [..., F] (an encoder's latents); their positive values are where the search starts.
+        dictionary: atoms [F, d], or what `prepare_dictionary` made of it.
+
+    Returns:
+        ragged SparseActs on the same supports or less: atoms whose best weight is 0 leave.
+
+    Raises TypeError, ValueError as `pursuit`; and ValueError for acts of other tokens or atoms.
+
+    Cost: L0^2 d multiply-adds a token, and L0^3 float64 ones for each atom that leaves.
+    """
+    if not isinstance(dictionary, PreparedDictionary):
+        dictionary = prepare_dictionary(dictionary)
+    targets = _checked(x, dictionary, bias)
+    if acts.shape != (*x.shape[:-1], dictionary.n_atoms):
+        raise ValueError(f"acts: must have shape {[*x.shape[:-1], dictionary.n_atoms]}, got {list(acts.shape)}")
+    with torch.no_grad():
+        values, atoms, counts = _positive_places(acts)
+        parts = []
+        for target, start, own, count in zip(
+            *(t.split(CHUNK_TOKENS) for t in (targets, values, atoms, counts)), strict=True
+        ):
+            weights = _refit_chunk(target, start, own, torch.arange(own.shape[1]) < count[:, None], dictionary)
+            parts.append((weights != 0, own, weights))
+    return _as_ragged(parts, targets, dictionary, tuple(x.shape[:-1]))
+
+
+def _positive_places(acts: SparseActs) -> tuple[Tensor, Tensor, Tensor]:
+    """The positive entries of acts padded to one length: values [N, s], atoms [N, s], and how many are real [N]."""
+    kept = acts.values.reshape(-1) > 0
+    tokens, atoms, values = acts.token_numbers()[kept], acts.col_indices[kept], acts.values.detach().reshape(-1)[kept]
+    counts = torch.bincount(tokens, minlength=acts.n_tokens)
+    places = torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[tokens]
+    width = int(counts.max()) if len(counts) else 0
+    padded_values, padded_atoms = values.new_zeros(acts.n_tokens, width), atoms.new_zeros(acts.n_tokens, width)
+    padded_values[tokens, places], padded_atoms[tokens, places] = values, atoms
+    return padded_values, padded_atoms, counts
+
+
+def _refit_chunk(
+    target: Tensor, start: Tensor, atoms: Tensor, chosen: Tensor, dictionary: PreparedDictionary
+) -> Tensor:
+    """Non-negative least squares on the places `chosen` [n, s]; a few tokens at a time, for their atoms are gathered."""
+    if atoms.numel() == 0:
+        return start.to(target.dtype)
+    weights = []
+    few = max(1, _GATHERED // max(1, atoms.shape[1] * target.shape[1]))
+    for x, w, own, real in zip(*(t.split(few) for t in (target, start, atoms, chosen)), strict=True):
+        rows = dictionary.rows[own].double() * real[:, :, None]  # [few, s, d]
+        gram, right = rows @ rows.mT, (rows @ x.double()[:, :, None])[:, :, 0]
+        weights.append(_nonnegative(gram, right, real, w.double() * real).to(target.dtype))
+    return torch.cat(weights)

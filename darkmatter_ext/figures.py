@@ -60,13 +60,17 @@ def fvu_by_width(result: Result) -> Figure:
         share = result.numbers[f"{sae['name']}/linear_share"]
         axes.annotate(f"{share:.0%} linear", (place, (fvu + nonlinear) / 2), ha="center", va="center", fontsize=8)
         axes.annotate(f"{nonlinear:.3f}", (place, nonlinear / 2), ha="center", va="center", color="white")
-    labels = [f"{sae['d_sae']} latents\nL0 {result.numbers[sae['name'] + '/l0']:.1f}" for sae in saes]
+    labels = [f"{_place_label(sae)}\nL0 {result.numbers[sae['name'] + '/l0']:.1f}" for sae in saes]
     axes.set_xticks(range(len(saes)), labels)
     axes.set_ylabel("fraction of variance unexplained")
     axes.set_title("SAE error on held-out text, by what a linear map of x explains")
     axes.margins(y=0.12)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def _place_label(sae: dict[str, Any]) -> str:
+    return f"{sae['d_sae']} latents" + (f"\n{sae['variant']}" if "variant" in sae else "")
 
 
 def norm_test(result: Result) -> Figure:
@@ -125,6 +129,7 @@ def _escape(text: str) -> str:
 
 FIGURES: dict[str, dict[str, Callable[[Result], Any]]] = {
     "decomposition": {"fvu": fvu_by_width, "norm_test": norm_test, "per_token": per_token_error},
+    "pursuit": {"fvu": fvu_by_width},
 }
 
 

@@ -33,9 +33,9 @@ def own_cache(workplace, monkeypatch):
     monkeypatch.setenv("DARKMATTER_CACHE", str(workplace / "cache"))
 
 
-def _flags(workplace, *more):
+def _flags(workplace, *more, experiment="decomposition"):
     return [
-        "run", "decomposition", "--model", str(workplace / "model"), "--hook", "blocks.1.hook_resid_post",
+        "run", experiment, "--model", str(workplace / "model"), "--hook", "blocks.1.hook_resid_post",
         "--text", str(workplace / "text.txt"), "--tokens", "16000", "--context-length", "32", "--widths", "24", "48",
         "--k", "4", "--steps", "30", *more,
     ]  # fmt: skip
@@ -72,12 +72,27 @@ def test_a_run_writes_result_figures_and_report(finished, workplace):
 
 
 def test_a_second_run_gives_the_same_numbers_from_the_cache(finished, workplace, monkeypatch):
-    from darkmatter_ext.experiments import decomposition
+    from darkmatter_ext import site
 
-    monkeypatch.setattr(decomposition, "train_topk_sae", None)  # training again would fail
+    monkeypatch.setattr(site, "train_topk_sae", None)  # training again would fail
     assert cli.main(_flags(workplace, "--out", str(workplace / "again"))) == 0
     first, again = (load_result(path / "decomposition.json") for path in (finished[1], workplace / "again"))
     assert first.numbers == again.numbers
+
+
+@pytest.mark.parametrize("method", ["gradient", "matching", "orthogonal"])
+def test_pursuit_beside_the_encoder(finished, workplace, capsys, method):
+    out = workplace / f"pursuit-{method}"
+    assert cli.main(_flags(workplace, "--method", method, "--out", str(out), experiment="pursuit")) == 0
+    assert {path.name for path in out.iterdir()} == {"pursuit.json", "pursuit_fvu.png", "report.html"}
+    result, encoder = load_result(out / "pursuit.json"), load_result(finished[1] / "decomposition.json")
+    for name in ("topk-24", "topk-48"):
+        numbers = {v: result.numbers[f"{name} {v}/fvu"] for v in ("encoder", "pursuit", "refit")}
+        assert numbers["encoder"] == pytest.approx(encoder.numbers[f"{name}/fvu"], rel=1e-6)
+        assert numbers["refit"] <= numbers["encoder"] + 1e-9  # the best weights on the same latents
+        assert result.numbers[f"{name} pursuit/l0"] <= result.numbers[f"{name} encoder/l0"] + 1e-9
+    assert "topk-48 refit: FVU" in capsys.readouterr().out.replace("\n", " ")
+    assert cli.main(["figure", str(out / "pursuit.json"), "--out", str(out)]) == 0
 
 
 def test_saes_of_a_run_can_be_measured_by_folder(finished, workplace, capsys):
@@ -124,7 +139,8 @@ def test_list_env_and_help(capsys):
 
 BAD = [
     (["nonsense"], "COMMAND: must be one of demo, run"),
-    (["run", "nonsense"], "EXPERIMENT: must be one of decomposition, got 'nonsense'"),
+    (["run", "nonsense"], "EXPERIMENT: must be one of decomposition, pursuit, got 'nonsense'"),
+    (["run", "pursuit", "--method", "omp"], "--method: must be one of gradient, matching, orthogonal, got 'omp'"),
     (["run", "decomposition", "--preset", "none"], "--preset: must be one of demo, got 'none'"),
     (["run", "decomposition", "--tokns", "5"], "unrecognized arguments: --tokns 5"),
     (["run", "decomposition", "--tokens", "many"], "argument --tokens: invalid"),
@@ -198,4 +214,4 @@ def test_the_installed_command_has_no_traceback(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert done.stderr == "darkmatter: EXPERIMENT: must be one of decomposition, got 'nonsense'\n"
+    assert done.stderr == "darkmatter: EXPERIMENT: must be one of decomposition, pursuit, got 'nonsense'\n"

@@ -228,6 +228,25 @@ def test_matching_agrees_with_saelens(options):
     torch.testing.assert_close(ours.to_dense(), theirs, rtol=1e-9, atol=1e-12)
 
 
+# Refit
+
+
+def test_refit_is_non_negative_least_squares_on_the_support():
+    from scipy.optimize import nnls
+
+    D, x, bias = unit(300, 40), targets(30, 40), torch.linspace(-0.5, 0.5, 40, dtype=torch.float64)
+    acts = dm.topk_encode(x, D.mT.contiguous(), torch.zeros(300, dtype=torch.float64), 12)
+    found = batched_pursuit.refit(x, acts, D, bias=bias).to_dense()
+    for token in range(30):
+        support = acts.to_dense()[token].nonzero()[:, 0]
+        best, _ = nnls(D[support].mT.numpy(), (x[token] - bias).numpy())
+        expected = torch.zeros(300, dtype=torch.float64).index_put((support,), torch.from_numpy(best))
+        torch.testing.assert_close(found[token], expected, rtol=1e-7, atol=1e-9)
+    assert batched_pursuit.refit(x[:0], dm.find_support(acts.to_dense()[:0]), D).shape == (0, 300)
+    with pytest.raises(ValueError, match=r"^acts: must have shape \[3, 300\]"):
+        batched_pursuit.refit(x[:3], acts, D)
+
+
 # Errors
 
 X, DICTIONARY = torch.ones(3, 4), torch.eye(4)

@@ -7,6 +7,7 @@ from types import ModuleType
 
 EXPERIMENTS = {
     "decomposition": "how much of an SAE's error is linear in the activation (vector and norm tests, FVU)",
+    "pursuit": "the same with pursuit over the SAE's dictionary instead of its encoder",
 }
 
 
