@@ -16,6 +16,7 @@ from simple_parsing.wrappers.field_wrapper import ArgumentGenerationMode
 from darkmatter_ext.storage import require_writable_folder
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from darkmatter_ext.check_sae import Verdict
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 DEBUG_ENVIRONMENT_VARIABLE = "DARKMATTER_DEBUG"
 # What bad input raises (errors are one line each, see the docstrings); anything else is a bug and keeps its traceback.
 _EXPECTED_ERRORS = (ValueError, TypeError, RuntimeError, OSError)
+LOG_WIDTH = 120
 DESCRIPTION = "Measure the dark matter of sparse autoencoders: the part of a model's activations they do not explain."
 
 
@@ -69,12 +71,17 @@ def _table(result: Result) -> Table:
     return table
 
 
-def _show(result: Result, written: Sequence[Path], seconds: float) -> None:
+def _console() -> Console:
+    """The terminal's width; in a file or a pipe enough for the tables."""
     from rich.console import Console
 
+    return Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+
+
+def _show(result: Result, written: Sequence[Path], seconds: float) -> None:
     from darkmatter_ext.report import reading
 
-    console = Console()
+    console = _console()
     console.print(_table(result))
     for line in [*reading(result), *result.notes]:
         console.print(f"- {line}", highlight=False, markup=False)
@@ -208,10 +215,9 @@ def _command_check_sae(arguments: Sequence[str]) -> int:
 
 
 def _show_verdict(title: str, verdict: Verdict) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = _console()
     comparisons = Table("activations", "compared with SAELens", "found", "limit", "verdict", title=title)
     for row in verdict.comparisons:
         comparisons.add_row(
