@@ -29,7 +29,7 @@ test: install
 test-slow: install
 	$(BIN)/pytest -m "slow and not gpu"
 
-# Peers side by side on this machine's CPU, about ten minutes; wants a quiet machine.
+# Peers side by side on this machine's CPU, about 20 minutes; wants a quiet machine.
 bench: install
 	$(BIN)/python benchmarks/run.py --out benchmarks/results/cpu.json
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#7F7F7F"
 _SERIES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", SKY)
 _WIDTH = 6.4  # inches: full text width of a paper
+_ROOMY = 4  # bars whose labels fit side by side in full size
 NORM_TARGET_LABELS = {
     "x": "x",
     "sae": "Sae(x)",
@@ -58,10 +59,11 @@ def fvu_by_width(result: Result) -> Figure:
         )
         axes.annotate(f"{fvu:.3f}", (place, fvu), ha="center", va="bottom", xytext=(0, 1), textcoords="offset points")
         share = result.numbers[f"{sae['name']}/linear_share"]
-        axes.annotate(f"{share:.0%} linear", (place, (fvu + nonlinear) / 2), ha="center", va="center", fontsize=8)
+        text = f"{share:.0%}" if len(saes) > _ROOMY else f"{share:.0%} linear"
+        axes.annotate(text, (place, (fvu + nonlinear) / 2), ha="center", va="center", fontsize=8)
         axes.annotate(f"{nonlinear:.3f}", (place, nonlinear / 2), ha="center", va="center", color="white")
     labels = [f"{_place_label(sae)}\nL0 {result.numbers[sae['name'] + '/l0']:.1f}" for sae in saes]
-    axes.set_xticks(range(len(saes)), labels)
+    axes.set_xticks(range(len(saes)), labels, fontsize=9 if len(saes) <= _ROOMY else 7)
     axes.set_ylabel("fraction of variance unexplained")
     axes.set_title("SAE error on held-out text, by what a linear map of x explains")
     axes.margins(y=0.12)
