@@ -75,7 +75,8 @@ class _State:
     @classmethod
     def fresh(cls, kind: Kind) -> _State:
         prepare = prepare_dictionary if kind is PURSUIT else ops.prepare_encoder
-        return cls(kind, Packed(lambda *weights: _or_none(prepare, *weights)), Packed(_decoder_rows))
+        decoder = Packed(_decoder_rows, is_view=Tensor.is_contiguous)
+        return cls(kind, Packed(lambda *weights: _or_none(prepare, *weights)), decoder)
 
     def count(self, method: str, reason: str = "") -> None:
         with self.lock:
@@ -255,7 +256,7 @@ class AcceleratedSAE:
             return reason
         if kind is PURSUIT and (reason := why_not_pursuit(self, x)):
             return reason
-        if self._prepared() is None:
+        if self._fast.encoder.get(*self._encoder_weights()) is None:
             return "the encoder's weights are not finite"
         return "" if any_density else self._why_too_dense(x)
 
@@ -307,7 +308,7 @@ class AcceleratedSAE:
         """The active latents of x, which `_why_not_encode` let pass; reused where SAELens computes them a second time."""
         state = self._fast
         sae_in = self.process_sae_in(x)
-        prepared = self._prepared()
+        prepared = state.encoder.latest(*self._encoder_weights())
         deciding = (prepared, *self._deciding_values())
         clean = type(self.hook_sae_acts_post) is nn.Identity  # SAELens' second pass for the error term, hooks disabled
         last, state.last_pass = state.last_pass, None
@@ -323,8 +324,8 @@ class AcceleratedSAE:
             state.last_pass = sae_in.detach().clone(), copies, acts.detach()
         return acts
 
-    def _prepared(self) -> Any:
-        return self._fast.encoder.get(*(getattr(self, name) for name in self._fast.kind.packed))
+    def _encoder_weights(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in self._fast.kind.packed)
 
     def _deciding_values(self) -> tuple[Any, ...]:
         """What besides the packed weights decides the result: k, thresholds, magnitude parameters."""
@@ -395,7 +396,7 @@ class AcceleratedSAE:
         return None if self._fast.kind is PURSUIT and not self.cfg.apply_b_dec_to_input else self.b_dec
 
     def _decoder_rows(self) -> Tensor:
-        rows = self._fast.decoder.get(self.W_dec)
+        rows = self._fast.decoder.latest(self.W_dec)
         assert rows is not None  # _why_not_decode has looked
         return rows
 

@@ -32,9 +32,12 @@ def _places(rows: int, columns: int) -> Tensor:
 class _Watched:
     """What is remembered of one tensor."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, *, look_inside: bool) -> None:
         self.tensor = tensor  # held, so that its id and address are not given to another
         self.identity = _identity(tensor)
+        self.look_inside = look_inside
+        if not look_inside:
+            return
         self.places = tuple(_places(*tensor.shape)) if tensor.ndim == 2 else None
         self.sample = self._read(tensor).clone()
 
@@ -43,7 +46,8 @@ class _Watched:
         return read.contiguous().view(_BITS[read.element_size()])  # NaN equals itself
 
     def unchanged(self, tensor: Tensor) -> bool:
-        return _identity(tensor) == self.identity and torch.equal(self._read(tensor), self.sample)
+        same = _identity(tensor) == self.identity
+        return same and (not self.look_inside or torch.equal(self._read(tensor), self.sample))
 
 
 class Packed(Generic[Derived]):
@@ -52,8 +56,10 @@ class Packed(Generic[Derived]):
     Cost of a look: one random read for each row or column of every matrix, one pass over every vector.
     """
 
-    def __init__(self, derive: Callable[..., Derived]) -> None:
+    def __init__(self, derive: Callable[..., Derived], *, is_view: Callable[[Tensor], bool] = lambda _: False) -> None:
+        """`is_view` tells of which weights `derive` keeps no copy: of these only the identity is looked at."""
         self._derive = derive
+        self._is_view = is_view
         self._state: tuple[list[_Watched], Derived] | None = None  # replaced as one: threads see the old or the new
 
     def get(self, *weights: Tensor) -> Derived:
@@ -62,10 +68,17 @@ class Packed(Generic[Derived]):
         if state is not None and all(w.unchanged(weight) for w, weight in zip(state[0], weights, strict=True)):
             return state[1]
         with torch.inference_mode(False), torch.no_grad():
-            watched = [_Watched(weight) for weight in weights]  # before deriving: an edit meanwhile is then seen
+            watched = [
+                _Watched(weight, look_inside=not self._is_view(weight)) for weight in weights
+            ]  # before deriving: an edit meanwhile is then seen
             value = self._derive(*weights)
         self._state = (watched, value)
         return value
+
+    def latest(self, *weights: Tensor) -> Derived:
+        """What `get` gave last, without another look: for the rest of a call that has looked."""
+        state = self._state
+        return self.get(*weights) if state is None else state[1]
 
     def forget(self) -> None:
         """Derive anew at the next look, whatever the weights look like."""
