@@ -13,6 +13,7 @@ Shapes: N tokens, d model dimension, F atoms, S steps (the largest l0), x [..., 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from darkmatter_ext.sparse import SparseActs
 
 METHODS = ("gradient", "matching", "orthogonal")
 CHUNK_TOKENS = 1024  # at a time: residuals stay in the cache, progress is seen, an interrupt is prompt
+GRAM_ATOMS = 1024  # at most: a step then works on products of atoms alone (measured: benchmarks/README.md)
+_TIE = (
+    1e-12  # of the Gram form, relative to the largest product of a token: closer ones are equal, the lower index wins
+)
 _GATHERED = 1 << 22  # elements of atoms gathered at once by refit: 32 MB in float64
 DEPENDENT = 1e-10  # share of an atom's squared norm outside the span of those chosen below which it adds nothing
 
@@ -53,6 +58,12 @@ class PreparedDictionary:
     @property
     def n_atoms(self) -> int:
         return self.rows.shape[0]
+
+    @functools.cached_property
+    def gram(self) -> Tensor:
+        """<D_i, D_j> [F, F] float64, made when first asked for."""
+        rows = self.rows.double()
+        return rows @ rows.mT
 
 
 @torch.no_grad()
@@ -82,7 +93,7 @@ def prepare_dictionary(dictionary: Tensor) -> PreparedDictionary:
 class _Chunk:
     """The state of some tokens: chosen atoms, their weights, the residual. A place in the list is filled once for good."""
 
-    _CHANGING = ("residual", "atoms", "weights", "n_chosen", "gram", "right")
+    _CHANGING = ("residual", "atoms", "weights", "n_chosen", "gram", "right", "scores")
 
     def __init__(self, target: Tensor, steps: int, dictionary: PreparedDictionary, *, needs_gram: bool) -> None:
         self.dictionary = dictionary
@@ -92,6 +103,9 @@ class _Chunk:
         self.weights = target.new_zeros(len(target), steps)
         self.n_chosen = torch.zeros(len(target), dtype=torch.int64)
         n_gram = steps if needs_gram else 0
+        self.scores = torch.zeros(
+            len(target), 0, dtype=torch.float64
+        )  # the residual's products with all atoms, Gram form
         self.gram = torch.zeros(len(target), n_gram, n_gram, dtype=torch.float64)  # products of the atoms chosen
         self.right = torch.zeros(len(target), n_gram, dtype=torch.float64)  # and of these with the target
 
@@ -130,8 +144,19 @@ class _Chunk:
 
     def decode(self, values: Tensor) -> Tensor:
         """Sum over the places of values [n, s] times their atoms: [n, d]."""
+        rows = self.dictionary.rows
+        acts = SparseActs.fixed(values.to(rows.dtype), self.atoms[:, : values.shape[1]], self.dictionary.n_atoms)
+        return ops.sparse_decode(acts, rows)
+
+    def use_gram_form(self) -> None:
+        """Hold the residual as its products with all atoms, and weights in float64."""
+        self.scores = self.target.double() @ self.dictionary.rows.double().mT
+        self.weights = self.weights.double()
+
+    def gram_rows(self, values: Tensor) -> Tensor:
+        """Sum over the places of values [n, s] times the Gram rows of their atoms: [n, F] float64."""
         acts = SparseActs.fixed(values, self.atoms[:, : values.shape[1]], self.dictionary.n_atoms)
-        return ops.sparse_decode(acts, self.dictionary.rows)
+        return ops.sparse_decode(acts, self.dictionary.gram)
 
     def products(self, rows: Tensor, width: int) -> Tensor:
         """<rows, atom> at each of the first `width` places: [n, width]."""
@@ -171,6 +196,39 @@ def _gradient_step(chunk: _Chunk, rules: Rules) -> Tensor:
     else:
         chunk.weights[:, :width] = moved
         chunk.residual = chunk.residual - step * direction
+    return converged
+
+
+def _gram_gradient_step(chunk: _Chunk, rules: Rules) -> Tensor:
+    """The gradient step of a small dictionary: with h = <r, D> at hand nothing of length d is touched.
+
+    g = h on the support, <c, r> = <g, g>, <c, c> = <g, (g G) on the support>, and h changes by (w - w') G. In float64, so
+    that the error of the running h stays far below that of one float32 product.
+    """
+    top = chunk.scores.amax(1, keepdim=True)
+    near = chunk.scores >= top - _TIE * chunk.scores.abs().amax(1, keepdim=True)
+    place, _ = chunk.choose(near.to(torch.uint8).argmax(1))
+    width = chunk.used()
+    weights, atoms = chunk.weights[:, :width], chunk.atoms[:, :width]
+    places = torch.arange(width)
+    support = places == place[:, None]
+    support |= (places < chunk.n_chosen[:, None]) if rules.keep_chosen else (weights != 0)
+    gradient = chunk.scores.gather(1, atoms).masked_fill(~support, 0)
+    change = chunk.gram_rows(gradient)
+    energy = torch.linalg.vecdot(gradient, change.gather(1, atoms))
+    converged = energy <= 0
+    step = torch.linalg.vecdot(gradient, gradient) / energy.masked_fill(converged, 1)
+    step = step.masked_fill(converged, 0)[:, None]
+    moved = (weights + step * gradient).relu()
+    clamped = ((weights + step * gradient) < 0).any(1)
+    change = change.mul_(step)
+    if bool(clamped.any()):
+        part = chunk.rows(clamped)
+        change[clamped] = part.gram_rows((moved - weights)[clamped])
+    chunk.scores -= change
+    chunk.weights[:, :width] = moved
+    if rules.residual_threshold > 0:
+        chunk.refresh_residual(width)
     return converged
 
 
@@ -265,12 +323,16 @@ def _feasible(gram: Tensor, right: Tensor, active: Tensor, current: Tensor) -> t
 def _run_chunk(target: Tensor, l0: Tensor, dictionary: PreparedDictionary, rules: Rules) -> _Chunk:
     """All steps of some tokens. Tokens that are done leave the work at once."""
     chunk = _Chunk(target, int(l0.max()), dictionary, needs_gram=rules.method == "orthogonal")
+    step_of = _STEPS[rules.method]
+    if rules.method == "gradient" and dictionary.n_atoms <= GRAM_ATOMS:
+        chunk.use_gram_form()
+        step_of = _gram_gradient_step
     alive = (l0 > 0).nonzero()[:, 0]
     for step in range(1, int(l0.max()) + 1):
         if len(alive) == 0:
             break
         part = chunk if len(alive) == len(l0) else chunk.rows(alive)
-        done = _STEPS[rules.method](part, rules)
+        done = step_of(part, rules)
         if part is not chunk:
             chunk.put(alive, part)
         if rules.residual_threshold > 0:
@@ -368,6 +430,7 @@ def pursuit(
 
     Cost: a step is N F d 8-bit multiply-adds (AVX-512 VNNI; else float64) and about 4 N s d on the s atoms chosen so far.
     Memory: 1024 tokens at a time, 8 (4 d + 5 S) bytes each, "orthogonal" 24 S^2 more; nothing grows with F but the dictionary.
+        Small dictionaries (F at most 1024, "gradient") use their Gram matrix, 8 F^2 bytes and 24 F a token.
     """
     rules = _checked_rules(Rules(method, keep_chosen, nonnegative, residual_threshold, stop_on_duplicate))
     if not isinstance(dictionary, PreparedDictionary):
@@ -383,7 +446,7 @@ def pursuit(
         for target, own in zip(targets.split(CHUNK_TOKENS), steps.split(CHUNK_TOKENS), strict=True):
             if len(target):
                 chunk = _run_chunk(target, own, dictionary, rules)
-                parts.append((chunk.weights != 0, chunk.atoms, chunk.weights))
+                parts.append((chunk.weights != 0, chunk.atoms, chunk.weights.to(target.dtype)))
             if progress is not None:
                 progress(len(target))
     return _as_ragged(parts, targets, dictionary, tuple(x.shape[:-1]))

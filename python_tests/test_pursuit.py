@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import darkmatter_ext as dm
@@ -56,6 +56,13 @@ def targets(n, d, seed=5):
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x[0] = 0  # converged from the start
     return x
+
+
+@pytest.fixture(params=["products", "gram"], autouse=True)
+def form(request, monkeypatch):
+    """Every test with the screened products of a large dictionary, and with the Gram form of a small one."""
+    if request.param == "products":
+        monkeypatch.setattr(batched_pursuit, "GRAM_ATOMS", 0)
 
 
 @each_variant
@@ -183,7 +190,7 @@ def test_orthogonal_refits():
 # Properties
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])  # the fixture is a constant
 @given(
     st.integers(0, 10_000),
     st.sampled_from(["matching", "orthogonal", "nonnegative"]),
