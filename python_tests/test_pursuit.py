@@ -246,6 +246,9 @@ def test_refit_is_non_negative_least_squares_on_the_support():
     found = batched_pursuit.refit(x, acts, D, bias=bias).to_dense()
     for token in range(30):
         support = acts.to_dense()[token].nonzero()[:, 0]
+        if len(support) == 0:  # scipy 1.17.1 frees memory that is not its own for a matrix without columns
+            assert not found[token].any()
+            continue
         best, _ = nnls(D[support].mT.numpy(), (x[token] - bias).numpy())
         expected = torch.zeros(300, dtype=torch.float64).index_put((support,), torch.from_numpy(best))
         torch.testing.assert_close(found[token], expected, rtol=1e-7, atol=1e-9)
