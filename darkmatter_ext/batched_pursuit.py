@@ -29,9 +29,7 @@ from darkmatter_ext.sparse import SparseActs
 METHODS = ("gradient", "matching", "orthogonal")
 CHUNK_TOKENS = 1024  # at a time: residuals stay in the cache, progress is seen, an interrupt is prompt
 GRAM_ATOMS = 1024  # at most: a step then works on products of atoms alone (measured: benchmarks/README.md)
-_TIE = (
-    1e-12  # of the Gram form, relative to the largest product of a token: closer ones are equal, the lower index wins
-)
+_TIE = 1e-12  # Gram form: products closer than this share of a token's largest are equal, the lower index wins
 _GATHERED = 1 << 22  # elements of atoms gathered at once by refit: 32 MB in float64
 DEPENDENT = 1e-10  # share of an atom's squared norm outside the span of those chosen below which it adds nothing
 
@@ -103,9 +101,7 @@ class _Chunk:
         self.weights = target.new_zeros(len(target), steps)
         self.n_chosen = torch.zeros(len(target), dtype=torch.int64)
         n_gram = steps if needs_gram else 0
-        self.scores = torch.zeros(
-            len(target), 0, dtype=torch.float64
-        )  # the residual's products with all atoms, Gram form
+        self.scores = torch.zeros(len(target), 0, dtype=torch.float64)  # Gram form: <residual, atom> for all atoms
         self.gram = torch.zeros(len(target), n_gram, n_gram, dtype=torch.float64)  # products of the atoms chosen
         self.right = torch.zeros(len(target), n_gram, dtype=torch.float64)  # and of these with the target
 
@@ -153,10 +149,11 @@ class _Chunk:
         self.scores = self.target.double() @ self.dictionary.rows.double().mT
         self.weights = self.weights.double()
 
-    def gram_rows(self, values: Tensor) -> Tensor:
-        """Sum over the places of values [n, s] times the Gram rows of their atoms: [n, F] float64."""
-        acts = SparseActs.fixed(values, self.atoms[:, : values.shape[1]], self.dictionary.n_atoms)
-        return ops.sparse_decode(acts, self.dictionary.gram)
+    def support(self, place: Tensor, width: int, rules: Rules) -> Tensor:
+        """Which of the first `width` places a gradient step moves [n, width]: the atom just chosen and those in use."""
+        places = torch.arange(width)
+        in_use = places < self.n_chosen[:, None] if rules.keep_chosen else self.weights[:, :width] != 0
+        return in_use | (places == place[:, None])
 
     def products(self, rows: Tensor, width: int) -> Tensor:
         """<rows, atom> at each of the first `width` places: [n, width]."""
@@ -180,10 +177,7 @@ def _gradient_step(chunk: _Chunk, rules: Rules) -> Tensor:
     place, _ = chunk.choose(chunk.best_atom(chunk.residual)[0])
     width = chunk.used()
     weights = chunk.weights[:, :width]
-    places = torch.arange(width)
-    support = places == place[:, None]
-    support |= (places < chunk.n_chosen[:, None]) if rules.keep_chosen else (weights != 0)
-    gradient = chunk.products(chunk.residual, width).masked_fill(~support, 0)
+    gradient = chunk.products(chunk.residual, width).masked_fill(~chunk.support(place, width, rules), 0)
     direction = chunk.decode(gradient)
     energy = torch.linalg.vecdot(direction, direction)
     converged = energy == 0  # the released code divides 0 by 0 here
@@ -210,21 +204,20 @@ def _gram_gradient_step(chunk: _Chunk, rules: Rules) -> Tensor:
     place, _ = chunk.choose(near.to(torch.uint8).argmax(1))
     width = chunk.used()
     weights, atoms = chunk.weights[:, :width], chunk.atoms[:, :width]
-    places = torch.arange(width)
-    support = places == place[:, None]
-    support |= (places < chunk.n_chosen[:, None]) if rules.keep_chosen else (weights != 0)
-    gradient = chunk.scores.gather(1, atoms).masked_fill(~support, 0)
-    change = chunk.gram_rows(gradient)
+    gradient = chunk.scores.gather(1, atoms).masked_fill(~chunk.support(place, width, rules), 0)
+    gram, n_atoms = chunk.dictionary.gram, chunk.dictionary.n_atoms
+    change = ops.sparse_decode(SparseActs.fixed(gradient, atoms, n_atoms), gram)
     energy = torch.linalg.vecdot(gradient, change.gather(1, atoms))
     converged = energy <= 0
     step = torch.linalg.vecdot(gradient, gradient) / energy.masked_fill(converged, 1)
     step = step.masked_fill(converged, 0)[:, None]
-    moved = (weights + step * gradient).relu()
-    clamped = ((weights + step * gradient) < 0).any(1)
+    moved = weights + step * gradient
     change = change.mul_(step)
-    if bool(clamped.any()):
-        part = chunk.rows(clamped)
-        change[clamped] = part.gram_rows((moved - weights)[clamped])
+    clamped = (moved < 0).any(1)
+    moved = moved.relu_()
+    if bool(clamped.any()):  # there the weights did not move along the gradient
+        acts = SparseActs.fixed((moved - weights)[clamped], atoms[clamped], n_atoms)
+        change[clamped] = ops.sparse_decode(acts, gram)
     chunk.scores -= change
     chunk.weights[:, :width] = moved
     if rules.residual_threshold > 0:
@@ -341,6 +334,16 @@ def _run_chunk(target: Tensor, l0: Tensor, dictionary: PreparedDictionary, rules
     return chunk
 
 
+def _as_prepared(dictionary: Tensor | PreparedDictionary) -> PreparedDictionary:
+    if isinstance(dictionary, PreparedDictionary):
+        return dictionary
+    if isinstance(dictionary, Tensor) and dictionary.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "dictionary: must not require a gradient (pursuit has none; detach it), got requires_grad=True"
+        )
+    return prepare_dictionary(dictionary)
+
+
 def _checked(x: Any, dictionary: PreparedDictionary, bias: Any) -> Tensor:
     """x - bias as rows [N, d] in the dtype of the dictionary."""
     d = dictionary.rows.shape[1]
@@ -433,12 +436,7 @@ def pursuit(
         Small dictionaries (F at most 1024, "gradient") use their Gram matrix, 8 F^2 bytes and 24 F a token.
     """
     rules = _checked_rules(Rules(method, keep_chosen, nonnegative, residual_threshold, stop_on_duplicate))
-    if not isinstance(dictionary, PreparedDictionary):
-        if isinstance(dictionary, Tensor) and dictionary.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "dictionary: must not require a gradient (pursuit has none; detach it), got requires_grad=True"
-            )
-        dictionary = prepare_dictionary(dictionary)
+    dictionary = _as_prepared(dictionary)
     targets = _checked(x, dictionary, bias)
     with torch.no_grad():
         steps = _checked_l0(l0, tuple(x.shape[:-1]), dictionary.n_atoms)
@@ -480,8 +478,7 @@ def refit(
 
     Cost: L0^2 d multiply-adds a token, and L0^3 float64 ones for each atom that leaves.
     """
-    if not isinstance(dictionary, PreparedDictionary):
-        dictionary = prepare_dictionary(dictionary)
+    dictionary = _as_prepared(dictionary)
     targets = _checked(x, dictionary, bias)
     if acts.shape != (*x.shape[:-1], dictionary.n_atoms):
         raise ValueError(f"acts: must have shape {[*x.shape[:-1], dictionary.n_atoms]}, got {list(acts.shape)}")

@@ -217,9 +217,7 @@ class AcceleratedSAE:
         hook_sae_input runs. If hook_sae_acts_pre or _post is hooked, or the fast path is not sound, SAELens' encode gives
         the dense acts of which these are the nonzero entries.
         """
-        reason = self._why_not_encode(x) or (
-            "hook_sae_acts_post is hooked" if is_hooked(self.hook_sae_acts_post) else ""
-        )
+        reason = self._why_not_sparse(x)
         self._fast.count("encode_sparse", reason)
         return ops.find_support(self.encode(x)) if reason else self._sparse_pass(x)
 
@@ -260,6 +258,11 @@ class AcceleratedSAE:
             return "the encoder's weights are not finite"
         return "" if any_density else self._why_too_dense(x)
 
+    def _why_not_sparse(self, x: object, *, any_density: bool = False) -> str:
+        """Why no sparse latents may be made: a hook after them wants them dense."""
+        hooked = "latents are hooked (hook_sae_acts_post)" if is_hooked(self.hook_sae_acts_post) else ""
+        return self._why_not_encode(x, any_density=any_density) or hooked
+
     def _why_too_dense(self, x: Tensor) -> str:
         """Where most latents are active, a dense encode is the right one. Known from the last call, else probed."""
         state = self._fast
@@ -277,7 +280,7 @@ class AcceleratedSAE:
         if self.cfg.apply_b_dec_to_input:
             rows = rows - self.b_dec
         threshold = self.threshold.clamp(min=0) if self._fast.kind is JUMPRELU else 0
-        scores = rows @ self.W_enc + (self.b_gate if self._fast.kind is GATED else self.b_enc)
+        scores = rows @ self.W_enc + getattr(self, self._fast.kind.packed[1])
         return (scores > threshold).float().mean().item()
 
     def _why_not_decode(self, acts: object, *, sparse: bool = False) -> str:
@@ -297,10 +300,7 @@ class AcceleratedSAE:
         plain = _plain_class(type(self))
         if plain.forward not in known_methods()[2] or {"encode", "decode"} & self.__dict__.keys():
             return "forward, encode or decode is overridden"
-        reason = self._why_not_encode(x) or self._why_not_decode(self.W_dec, sparse=True)
-        if reason:
-            return reason
-        return "latents are hooked (hook_sae_acts_post)" if is_hooked(self.hook_sae_acts_post) else ""
+        return self._why_not_sparse(x) or self._why_not_decode(self.W_dec, sparse=True)
 
     # The fast path
 
@@ -375,8 +375,7 @@ class AcceleratedSAE:
     def _encode_some(self, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
         numbers = _latent_numbers(latents, self.cfg.d_sae)
         kind = self._fast.kind
-        reason = self._why_not_encode(x, any_density=True)
-        reason = reason or ("hook_sae_acts_post is hooked" if is_hooked(self.hook_sae_acts_post) else "")
+        reason = self._why_not_sparse(x, any_density=True)
         self._fast.count("encode(latents)", reason)
         if reason:
             return self.encode(x)[..., numbers.to(self.W_enc.device)]

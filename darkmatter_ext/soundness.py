@@ -5,6 +5,7 @@ Every `why_not_...` gives the reason in words, "" where there is none.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ GATED = Kind("gated", ("W_enc", "b_gate"), ("b_mag", "r_mag"))
 PURSUIT = Kind("matching_pursuit", ("W_dec",))
 
 
+@functools.cache
 def known_methods() -> tuple[dict[Any, Kind], set[Any], set[Any]]:
     """The encode, decode and forward functions of SAELens this module knows the meaning of."""
     from sae_lens.saes import gated_sae, jumprelu_sae, matching_pursuit_sae, sae, standard_sae, topk_sae, transcoder
