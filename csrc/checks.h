@@ -69,4 +69,45 @@ inline void check_floating(const char* name, const Tensor& tensor) {
       name, ": must be float16, bfloat16, float32 or float64, got ", torch::headeronly::toString(type));
 }
 
+inline void check_values(const Tensor& values, const Tensor& indices) {
+  require(
+      shape_of(values) == shape_of(indices), "values: must have the shape of indices ", shape_of(indices), ", got ",
+      shape_of(values));
+}
+
+inline void check_encoder_input(const Tensor& x, const Tensor& W_enc) {
+  check_dim("x", x, 2);
+  check_dim("W_enc", W_enc, 2);
+  check_size("x", x, 1, W_enc.size(0));
+  check_floating("x", x);
+  check_type("W_enc", W_enc, x.scalar_type());
+}
+
+inline void check_encoder_weights(const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec) {
+  check_dim("W_enc", W_enc, 2);
+  check_floating("W_enc", W_enc);
+  check_vector("b_enc", b_enc, W_enc.size(1));
+  check_type("b_enc", b_enc, W_enc.scalar_type());
+  if (b_dec) {
+    check_vector("b_dec", *b_dec, W_enc.size(0));
+    check_type("b_dec", *b_dec, W_enc.scalar_type());
+  }
+}
+
+// What pack_encoder made, as it comes into an op: all given, or none.
+struct PackedArguments {
+  OptionalTensor weight, bias, codes, sums, bounds;
+};
+
+// weight and bias, which every backend packs alike.
+inline void check_packed_rows(const PackedArguments& given, const Tensor& W_enc) {
+  require(given.bias.has_value(), "bias: must be given with weight, got weight alone");
+  check_dim("weight", *given.weight, 2);
+  check_size("weight", *given.weight, 0, W_enc.size(1));
+  check_size("weight", *given.weight, 1, W_enc.size(0));
+  check_type("weight", *given.weight, W_enc.scalar_type());
+  check_vector("bias", *given.bias, W_enc.size(1));
+  check_type("bias", *given.bias, ScalarType::Double);
+}
+
 }  // namespace darkmatter

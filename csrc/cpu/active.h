@@ -55,10 +55,4 @@ struct Active {
   }
 };
 
-inline void check_values(const Tensor& values, const Tensor& indices) {
-  require(
-      shape_of(values) == shape_of(indices), "values: must have the shape of indices ", shape_of(indices), ", got ",
-      shape_of(values));
-}
-
 }  // namespace darkmatter

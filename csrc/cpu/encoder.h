@@ -26,16 +26,10 @@ struct Packed {
   OptionalTensor codes, sums, bounds;  // see ScreenedWeights
 };
 
-// The packed tensors as they come into an op: all given, or none.
-struct PackedArguments {
-  OptionalTensor weight, bias, codes, sums, bounds;
-};
-
 // Checks all encoder arguments, and packs the weights unless they come packed.
 Packed packed_encoder(
     const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec, const PackedArguments& given,
     int64_t n_tokens);
-void check_encoder_input(const Tensor& x, const Tensor& W_enc);
 std::vector<double> wide_vector(const OptionalTensor& tensor);  // float64 elements of a vector, empty for none
 
 // How [N, F] is cut into tasks: token chunks, and for few tokens also ranges of latents, so that every thread has work.

@@ -86,14 +86,6 @@ static Tensor packed_rows(const Tensor& W_enc) {
   return weight;
 }
 
-void check_encoder_input(const Tensor& x, const Tensor& W_enc) {
-  check_dim("x", x, 2);
-  check_dim("W_enc", W_enc, 2);
-  check_size("x", x, 1, W_enc.size(0));
-  check_floating("x", x);
-  check_type("W_enc", W_enc, x.scalar_type());
-}
-
 // b_enc - <b_dec, w_j> in float64.
 template <typename T>
 static void fold_bias(const Tensor& weight, const Tensor& b_enc, const std::vector<double>& centre, double* folded) {
@@ -183,13 +175,7 @@ Packed packed_encoder(
     require(!given.bias && !given.codes, "weight: must be given with bias and codes, got them alone");
     return pack(W_enc, b_enc, b_dec, can_screen(d, n_latents) && n_tokens >= kMinTokensToPack);
   }
-  require(given.bias.has_value(), "bias: must be given with weight, got weight alone");
-  check_dim("weight", *given.weight, 2);
-  check_size("weight", *given.weight, 0, n_latents);
-  check_size("weight", *given.weight, 1, d);
-  check_type("weight", *given.weight, W_enc.scalar_type());
-  check_vector("bias", *given.bias, n_latents);
-  check_type("bias", *given.bias, ScalarType::Double);
+  check_packed_rows(given, W_enc);
   Packed packed{torch::stable::contiguous(*given.weight), torch::stable::contiguous(*given.bias), {}, {}, {}};
   if (given.codes && given.codes->numel() > 0 && can_screen(d, n_latents)) {
     require(given.sums && given.bounds, "sums, bounds: must be given with codes, got codes alone");

@@ -15,15 +15,14 @@
 
 #include <cstdint>
 
+#include "screening.h"
+
 namespace darkmatter {
 
 constexpr int64_t kPanel = 48;          // latents a panel: three vectors of int32 sums
 constexpr int64_t kScreenTokens = 8;    // tokens a tile: 8 x 3 sums in registers
 constexpr int64_t kScreenAlign = 64;    // d is padded to whole cache lines of 8-bit codes
 constexpr int64_t kMaxScreenD = 32768;  // 255 * 127 * d must stay below 2^31
-
-// What is stored of each latent besides its codes, as rows of a float32 array [kBoundRows, F_padded].
-enum BoundRow : int { kScale, kBias, kNorm, kRounding, kSlack, kBoundRows };
 
 struct ScreenedWeights {
   int64_t n_latents, d, d_padded, panels;

@@ -11,6 +11,7 @@
 
 #include "cpu/encoder.h"
 #include "cpu/screen.h"
+#include "screening.h"
 
 namespace darkmatter {
 
@@ -18,27 +19,16 @@ constexpr int64_t kScreenCandidates = 4096;  // a token with more is done exactl
 constexpr int64_t kScreenChunk = 256;        // tokens a task: each row of weights is read once for all of them
 constexpr size_t kExactPairs = 32;           // exact sums done together, their rows still in the cache
 
-// What is known of the rounding to T: the relative half unit in the last place (for float16 and bfloat16 with room for
-// their rounding through float32, for the others as the comparison in float32 needs it), the absolute one of subnormal
-// numbers, and a value below everything that overflows to infinity.
 template <typename T>
-struct RoundingMargin {
-  static constexpr float relative = 0x1p-21f, absolute = 1e-37f, largest = 3e38f;
-};
+constexpr RoundingMargin kMargin = kWideMargin;
 template <>
-struct RoundingMargin<Half> {
-  static constexpr float relative = 0x1.1p-11f, absolute = 0x1p-23f, largest = 65000.0f;
-};
+constexpr RoundingMargin kMargin<Half> = kHalfMargin;
 template <>
-struct RoundingMargin<BFloat16> {
-  static constexpr float relative = 0x1.1p-8f, absolute = 1e-37f, largest = 3e38f;
-};
+constexpr RoundingMargin kMargin<BFloat16> = kBFloat16Margin;
 
-// A number that anything which may round to `value` or more is not below.
 template <typename T>
 inline float margin_below(float value) {
-  value = std::min(value, RoundingMargin<T>::largest);
-  return value - std::fabs(value) * RoundingMargin<T>::relative - RoundingMargin<T>::absolute;
+  return margin_below(kMargin<T>, value);
 }
 
 inline ScreenedWeights screened_weights(const Packed& packed) {

@@ -117,7 +117,7 @@ class TopKScreen {
   }
 
   // Rounded itself, then compared with rounded values: twice the margin.
-  static float twice_below(float value) { return margin_below<T>(margin_below<T>(value)); }
+  static float twice_below(float value) { return darkmatter::twice_below(kMargin<T>, value); }
 
   // Raises the limit of a token to just below the k-th best score: scores are off by far less than their bounds, which
   // hold for the worst rounding and not for the usual one, about 1 / sqrt(d) of it.

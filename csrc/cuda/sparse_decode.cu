@@ -1,83 +1,166 @@
-// Launch and registration of sparse_decode on CUDA.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-
-#include "checks.h"
+// sparse_decode, its two gradients, and dense acts: launch and registration on CUDA. Nothing waits for the device.
 #include "cuda/sparse_decode.cuh"
+
+#include <tuple>
+#include <vector>
+
+#include "cuda/tensors.h"
 
 namespace darkmatter {
 
-template <typename T>
-static const T* pointer(const OptionalTensor& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+// The active latents an op is given, their shapes checked. (Their values would have to be fetched: the kernels treat an
+// index out of range as NaN.)
+struct Active {
+  Tensor indices;
+  OptionalTensor crow;
+  ActiveLatents latents;
+
+  Active(const Tensor& given, const OptionalTensor& rows, int64_t n_latents)
+      : indices(torch::stable::contiguous(given)), crow(contiguous_or_none(rows)) {
+    check_type("indices", given, ScalarType::Long);
+    check_dim("indices", given, rows ? 1 : 2);
+    if (rows) {
+      check_dim("crow", *rows, 1);
+      check_type("crow", *rows, ScalarType::Long);
+      require(rows->size(0) >= 1, "crow: must have N + 1 entries, got shape ", shape_of(*rows));
+    }
+    latents = {
+        pointer<int64_t>(indices), pointer<int64_t>(crow), rows ? 0 : given.size(1),
+        rows ? rows->size(0) - 1 : given.size(0), n_latents};
+  }
+};
+
+template <typename T, int kWidth, bool kSkipZeros>
+static void launch_decode(
+    const OnDevice& device, const Tensor& values, const ActiveLatents& active, const Tensor& rows,
+    const OptionalTensor& bias, const Tensor& out) {
+  const int64_t d = rows.size(1);
+  const dim3 grid(
+      static_cast<unsigned>(ceil_div(active.n_tokens, kWarps)), static_cast<unsigned>(ceil_div(d, 32 * kWidth)));
+  device.launch(
+      sparse_decode_kernel<T, kWidth, kSkipZeros>, grid, kThreads, 0, pointer<T>(values), active, pointer<T>(rows),
+      pointer<T>(bias), d, mutable_pointer<T>(out));
 }
 
-template <typename T>
-static void launch(
-    const Tensor& values, const Tensor& indices, const OptionalTensor& crow, const Tensor& W_dec,
-    const OptionalTensor& b_dec, const Tensor& out, cudaStream_t stream) {
-  const int64_t d = W_dec.size(1), n_tokens = out.size(0);
-  const dim3 grid(static_cast<unsigned>(n_tokens), static_cast<unsigned>((d + kDecodeThreads - 1) / kDecodeThreads));
-  sparse_decode_kernel<T><<<grid, kDecodeThreads, 0, stream>>>(
-      pointer<T>(values), pointer<int64_t>(indices), pointer<int64_t>(crow), crow ? 0 : indices.size(1),
-      pointer<T>(W_dec), pointer<T>(b_dec), W_dec.size(0), d, static_cast<T*>(out.mutable_data_ptr()));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-static OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
+// out [N, d] = sums of rows [.., d] weighted by values.
+template <bool kSkipZeros>
+static void weighted_rows(
+    const OnDevice& device, const Tensor& values, const ActiveLatents& active, const Tensor& rows,
+    const OptionalTensor& bias, const Tensor& out) {
+  if (out.numel() == 0) {
+    return;
+  }
+  dispatch_all(rows.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    constexpr int kWidth = kSliceBytes / 32 / sizeof(T);
+    const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
+    if (rows.size(1) % kWidth == 0 && address % 16 == 0) {
+      launch_decode<T, kWidth, kSkipZeros>(device, values, active, rows, bias, out);
+    } else {
+      launch_decode<T, 1, kSkipZeros>(device, values, active, rows, bias, out);
+    }
+  });
 }
 
 static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, Tensor W_dec, OptionalTensor b_dec) {
   check_dim("W_dec", W_dec, 2);
   check_floating("W_dec", W_dec);
+  check_values(values, indices);
   check_type("values", values, W_dec.scalar_type());
-  check_type("indices", indices, ScalarType::Long);
-  check_dim("indices", indices, crow ? 1 : 2);
-  require(
-      shape_of(values) == shape_of(indices), "values: must have the shape of indices ", shape_of(indices), ", got ",
-      shape_of(values));
   if (b_dec) {
     check_vector("b_dec", *b_dec, W_dec.size(1));
     check_type("b_dec", *b_dec, W_dec.scalar_type());
   }
-  const torch::stable::accelerator::DeviceGuard guard(W_dec.get_device_index());
-  const int64_t n_tokens = crow ? crow->size(0) - 1 : indices.size(0);
-  Tensor out = torch::stable::new_empty(W_dec, {n_tokens, W_dec.size(1)});
-  if (out.numel() == 0) {
-    return out;
-  }
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(W_dec.get_device_index(), &stream));
-  const Tensor own_values = torch::stable::contiguous(values), own_indices = torch::stable::contiguous(indices);
-  const Tensor weights = torch::stable::contiguous(W_dec);
-  const OptionalTensor rows = contiguous_or_none(crow), bias = contiguous_or_none(b_dec);
-  const auto run = [&](auto type) {
-    launch<decltype(type)>(own_values, own_indices, rows, weights, bias, out, static_cast<cudaStream_t>(stream));
-  };
-  switch (W_dec.scalar_type()) {
-    case ScalarType::Float:
-      run(float{});
-      break;
-    case ScalarType::Double:
-      run(double{});
-      break;
-    case ScalarType::Half:
-      run(__half{});
-      break;
-    default:
-      run(__nv_bfloat16{});
+  const OnDevice device(W_dec);
+  const Active active(indices, crow, W_dec.size(0));
+  const Tensor rows = torch::stable::contiguous(W_dec), factors = torch::stable::contiguous(values);
+  Tensor out = torch::stable::new_empty(W_dec, {active.latents.n_tokens, W_dec.size(1)});
+  weighted_rows<true>(device, factors, active.latents, rows, contiguous_or_none(b_dec), out);
+  return out;
+}
+
+static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tensor W_dec) {
+  check_dim("rows", rows, 2);
+  check_dim("W_dec", W_dec, 2);
+  check_floating("W_dec", W_dec);
+  check_size("rows", rows, 1, W_dec.size(1));
+  check_type("rows", rows, W_dec.scalar_type());
+  const OnDevice device(W_dec);
+  const Active active(indices, crow, W_dec.size(0));
+  check_size("rows", rows, 0, active.latents.n_tokens);
+  const Tensor left = torch::stable::contiguous(rows), weights = torch::stable::contiguous(W_dec);
+  const std::vector<int64_t> shape(indices.sizes().begin(), indices.sizes().end());
+  Tensor out = torch::stable::new_empty(W_dec, shape);
+  if (out.numel() > 0) {
+    dispatch_all(W_dec.scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      const int64_t d = W_dec.size(1);
+      const bool staged = d <= kMaxStaged;
+      device.launch(
+          sparse_dot_kernel<T>, dim3(static_cast<unsigned>(active.latents.n_tokens)), kThreads,
+          staged ? d * sizeof(double) : 0, pointer<T>(left), active.latents, pointer<T>(weights), d, staged,
+          mutable_pointer<T>(out));
+    });
   }
   return out;
 }
 
+// Sums over the tokens of a latent are the sums over the latents of a token with the roles exchanged: the active
+// latents sorted by latent, tokens ascending within one, are the "active tokens" of each latent.
+static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, Tensor rows, int64_t n_latents) {
+  check_dim("rows", rows, 2);
+  check_floating("rows", rows);
+  check_values(values, indices);
+  check_type("values", values, rows.scalar_type());
+  require(n_latents >= 0, "n_latents: must be at least 0, got ", n_latents);
+  const OnDevice device(rows);
+  const Active active(indices, crow, n_latents);
+  check_size("rows", rows, 0, active.latents.n_tokens);
+  Tensor out = torch::stable::new_empty(rows, {n_latents, rows.size(1)});
+  const int64_t n = indices.numel();
+  const Tensor flat = torch::stable::reshape(active.indices, {n});
+  const auto [sorted, order] = stable_sort(flat, false);
+  const Tensor right = torch::stable::contiguous(rows), factors = torch::stable::contiguous(values);
+  Tensor starts = torch::stable::new_empty(sorted, {n_latents + 1});
+  Tensor tokens = torch::stable::new_empty(sorted, {n}), own = torch::stable::new_empty(factors, {n});
+  dispatch_all(rows.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const int64_t most = std::max(n, n_latents + 1);
+    device.launch(
+        segments_kernel<T>, dim3(static_cast<unsigned>(ceil_div(most, kThreads))), kThreads, 0,
+        pointer<int64_t>(sorted), pointer<int64_t>(order), n, active.latents, pointer<T>(factors),
+        mutable_pointer<int64_t>(starts), mutable_pointer<int64_t>(tokens), mutable_pointer<T>(own));
+  });
+  const ActiveLatents by_latent{
+      pointer<int64_t>(tokens), pointer<int64_t>(starts), 0, n_latents, active.latents.n_tokens};
+  weighted_rows<false>(device, own, by_latent, right, std::nullopt, out);
+  return out;
+}
+
+static Tensor to_dense(Tensor values, Tensor indices, OptionalTensor crow, int64_t n_latents) {
+  check_values(values, indices);
+  check_floating("values", values);
+  require(n_latents >= 0, "n_latents: must be at least 0, got ", n_latents);
+  const OnDevice device(values);
+  const Active active(indices, crow, n_latents);
+  const Tensor given = torch::stable::contiguous(values);
+  Tensor dense = torch::stable::new_zeros(values, {active.latents.n_tokens, n_latents});
+  if (dense.numel() > 0 && given.numel() > 0) {
+    dispatch_all(values.scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      device.launch(
+          to_dense_kernel<T>, dim3(static_cast<unsigned>(ceil_div(active.latents.n_tokens, kThreads))), kThreads, 0,
+          pointer<T>(given), active.latents, mutable_pointer<T>(dense));
+    });
+  }
+  return dense;
+}
+
 }  // namespace darkmatter
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("sparse_decode", TORCH_BOX(&darkmatter::sparse_decode)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
+  m.impl("sparse_decode", TORCH_BOX(&darkmatter::sparse_decode));
+  m.impl("sparse_dot", TORCH_BOX(&darkmatter::sparse_dot));
+  m.impl("sparse_outer", TORCH_BOX(&darkmatter::sparse_outer));
+  m.impl("to_dense", TORCH_BOX(&darkmatter::to_dense));
+}

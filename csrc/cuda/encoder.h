@@ -1,0 +1,128 @@
+// What topk_encode and threshold_encode have in common on the GPU: packed weights, and the pass that screens.
+//
+// Tokens are taken kTileTokens at a time and latents in chunks whose float32 scores stay in L2: a matrix product writes
+// a chunk, the filter reads it while it is there, and no [N, F] array ever exists.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/finish.cuh"
+#include "cuda/tensors.h"
+
+namespace darkmatter {
+
+constexpr int64_t kTileTokens = 4096;
+constexpr int64_t kChunkBytes = 32 << 20;  // of scores: within the 40 to 60 MB of L2 of an A100 or H200
+constexpr int64_t kMinScreenD = 32;
+constexpr int64_t kMinScreenLatents = 1024;
+constexpr int kMaxRanges = 16;
+constexpr int kMaxUnion = 768;  // ranges * k at most: the best k of every range must fit in one list at the end
+
+struct Packed {
+  Tensor weight;                 // [F, d] contiguous
+  Tensor bias;                   // [F] float64, b_enc - <b_dec, w_j>
+  OptionalTensor codes, bounds;  // [F, d_padded] float16, [kBoundRows, F] float32; absent where nothing is screened
+};
+
+// Checks all encoder arguments, and packs the weights unless they come packed. `screen`: whether codes are wanted.
+Packed packed_encoder(
+    const OnDevice& device, const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec,
+    const PackedArguments& given, bool screen);
+
+inline bool can_screen(const Tensor& W_enc) {
+  return W_enc.scalar_type() != ScalarType::Double && W_enc.size(0) >= kMinScreenD &&
+         W_enc.size(1) >= kMinScreenLatents && W_enc.size(1) < INT32_MAX;
+}
+
+template <typename T>
+ExactRows<T> exact_rows(const Tensor& x, const Packed& packed) {
+  const int64_t d = x.size(1);
+  return {pointer<T>(x),  pointer<T>(packed.weight), pointer<double>(packed.bias), x.size(0), d, packed.weight.size(0),
+          d <= kMaxStaged};
+}
+
+// Bytes of shared memory of a kernel that takes `arrays(arena)` besides the staged row.
+template <typename T, typename Arrays>
+size_t shared_bytes(const ExactRows<T>& exact, const Arrays& arrays) {
+  Arena arena{nullptr};
+  exact.take_row(arena);
+  arrays(arena);
+  return arena.used;
+}
+
+// The device memory of one pass, reused tile by tile.
+class ScreenPass {
+ public:
+  ScreenPass(const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed, int k)
+      : device_(device),
+        packed_(packed),
+        d_padded_(screen_padded(x.size(1))),
+        most_(std::min(kTileTokens, x.size(0))),
+        width_(
+            std::min(
+                ceil_div(packed.weight.size(0), kTile) * kTile,
+                std::max<int64_t>(kTile, kChunkBytes / (4 * most_) / kTile * kTile))) {
+    const int64_t tiles = ceil_div(most_, kFilterTokens), wanted = ceil_div(2 * device.multiprocessors, tiles);
+    ranges_ = static_cast<int>(std::min({wanted, width_ / kTile, int64_t{kMaxRanges}}));
+    ranges_ = std::max(1, std::min(ranges_, kMaxUnion / std::max(1, k)));
+    const auto array = [&](int64_t n, ScalarType type) { return torch::stable::new_empty(x, {n}, type); };
+    codes_ = array(most_ * d_padded_, ScalarType::Half);
+    products_ = array(most_ * width_, ScalarType::Float);
+    scale_ = array(most_, ScalarType::Float);
+    bounds_ = array(2 * most_, ScalarType::Float);
+    exact_ = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Int);
+    count_ = array(most_ * ranges_, ScalarType::Int);
+    latent_ = array(most_ * ranges_ * kList, ScalarType::Int);
+    if (k > 0) {
+      lower_ = array(most_ * ranges_ * kList, ScalarType::Float);
+      upper_ = array(most_ * ranges_ * kList, ScalarType::Float);
+      limit_ = array(most_, ScalarType::Int);
+    }
+    centre_ = contiguous_or_none(b_dec);
+  }
+
+  // For each tile of tokens: filter(chunk, latents, tokens, lists, grid) for each chunk, then finish(first token, n,
+  // ..).
+  template <typename T, typename Filter, typename Finish>
+  void run(const Tensor& x, const Filter& filter, const Finish& finish) {
+    const int64_t n_latents = packed_.weight.size(0), d = x.size(1);
+    const ScreenedLatents latents{pointer<float>(*packed_.bounds), n_latents};
+    for (int64_t first = 0; first < x.size(0); first += kTileTokens) {
+      const int64_t n = std::min(kTileTokens, x.size(0) - first);
+      const ScreenedTokens tokens{
+          mutable_pointer<__half>(codes_), mutable_pointer<float>(scale_), mutable_pointer<TokenBounds>(bounds_),
+          mutable_pointer<int>(exact_) + first};
+      const CandidateLists lists{
+          mutable_pointer<int>(count_),
+          mutable_pointer<int32_t>(latent_),
+          lower_ ? mutable_pointer<float>(*lower_) : nullptr,
+          upper_ ? mutable_pointer<float>(*upper_) : nullptr,
+          limit_ ? mutable_pointer<uint32_t>(*limit_) : nullptr,
+          ranges_};
+      device_.launch(
+          round_tokens_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), kThreads, 0,
+          pointer<T>(x) + first * d, pointer<T>(centre_), n, d, d_padded_, tokens, lists);
+      for (int64_t latent = 0; latent < n_latents; latent += width_) {
+        const int64_t width = std::min(width_, n_latents - latent);
+        half_products(
+            device_, tokens.codes, pointer<__half>(*packed_.codes) + latent * d_padded_, n, width, d_padded_,
+            mutable_pointer<float>(products_), width_);
+        const dim3 grid(static_cast<unsigned>(ceil_div(n, kFilterTokens)), static_cast<unsigned>(ranges_));
+        filter(ScoreChunk{pointer<float>(products_), width_, n, latent, width}, latents, tokens, lists, grid);
+      }
+      finish(first, n, tokens, lists);
+    }
+  }
+
+  const Tensor& exact() const { return exact_; }  // [N] nonzero: a token for the exact path
+
+ private:
+  const OnDevice& device_;
+  const Packed& packed_;
+  int64_t d_padded_, most_, width_;
+  int ranges_ = 1;
+  Tensor codes_, products_, scale_, bounds_, exact_, count_, latent_;
+  OptionalTensor lower_, upper_, limit_, centre_;
+};
+
+}  // namespace darkmatter

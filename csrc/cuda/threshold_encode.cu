@@ -1,0 +1,151 @@
+// threshold_encode on CUDA: as topk_encode, but nobody knows how many latents are kept until they are, so the op waits
+// for the device once, as torch.nonzero does, to allocate its result.
+#include <tuple>
+
+#include "cuda/encoder.h"
+#include "cuda/exact.cuh"
+
+namespace darkmatter {
+
+constexpr int64_t kPoolPerToken = 1024;  // kept latents a token, on average; more go the exact way
+
+// What is kept, token by token, before it is known where it goes.
+struct Kept {
+  Tensor latent, values, start, count, exact, found;  // found: pool entries used, NaN thresholds
+
+  Kept(const Tensor& x, int64_t capacity)
+      : latent(torch::stable::new_empty(x, {capacity}, ScalarType::Int)),
+        values(torch::stable::new_empty(x, {capacity})),
+        start(torch::stable::new_zeros(x, {x.size(0)}, ScalarType::Long)),
+        count(torch::stable::new_zeros(x, {x.size(0)}, ScalarType::Long)),
+        exact(torch::stable::new_empty(x, {x.size(0)}, ScalarType::Int)),
+        found(torch::stable::new_zeros(x, {2}, ScalarType::Long)) {
+    torch::stable::fill_(exact, 1.0);
+  }
+
+  KeptPool pool() const {
+    return {
+        mutable_pointer<int32_t>(latent),           values.mutable_data_ptr(),       latent.numel(),
+        mutable_pointer<unsigned long long>(found), mutable_pointer<int64_t>(start), mutable_pointer<int64_t>(count)};
+  }
+};
+
+template <typename T>
+static Tensor limits_of(const OnDevice& device, const Tensor& threshold, const Kept& kept) {
+  const Tensor limits =
+      torch::stable::new_empty(threshold, {std::max<int64_t>(1, threshold.numel())}, ScalarType::Float);
+  if (threshold.numel() > 0) {
+    device.launch(
+        threshold_limits_kernel<T>, dim3(static_cast<unsigned>(ceil_div(threshold.numel(), kThreads))), kThreads, 0,
+        pointer<T>(threshold), threshold.numel(), mutable_pointer<float>(limits),
+        mutable_pointer<unsigned long long>(kept.found) + 1);
+  }
+  return limits;
+}
+
+template <typename T>
+static void screened_threshold(
+    const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed,
+    const Thresholds<T>& thresholds, const Tensor& limits, Kept& kept) {
+  ScreenPass pass(device, x, b_dec, packed, 0);
+  const ExactRows<T> all = exact_rows<T>(x, packed);
+  const LatentLimits of_latents{pointer<float>(limits), thresholds.step};
+  Arena filter_arena{nullptr};
+  filter_arena.take<FilterShared>(1);
+  const size_t finish_bytes = shared_bytes(all, [](Arena& arena) {
+    arena.take<uint64_t>(kList);
+    arena.take<int32_t>(kList);
+    arena.take<FinishShared>(1);
+  });
+  pass.run<T>(
+      x,
+      [&](const ScoreChunk& chunk, const ScreenedLatents& latents, const ScreenedTokens& tokens,
+          const CandidateLists& lists, dim3 grid) {
+        device.launch(
+            filter_threshold_kernel, grid, kThreads, filter_arena.used, chunk, latents, tokens, lists, of_latents);
+      },
+      [&](int64_t first, int64_t n, const ScreenedTokens& tokens, const CandidateLists& lists) {
+        ExactRows<T> tile = all;
+        tile.x += first * all.d;
+        tile.n = n;
+        device.launch(
+            finish_threshold_kernel<T>, dim3(static_cast<unsigned>(n)), kThreads, finish_bytes, tile, tokens, lists,
+            thresholds, first, kept.pool());
+      });
+  kept.exact = pass.exact();
+}
+
+// crow [N + 1] from the counts.
+static Tensor row_starts(const Tensor& count) {
+  Tensor crow = torch::stable::new_zeros(count, {count.size(0) + 1}, ScalarType::Long);
+  Tensor rest = torch::stable::narrow(crow, 0, 1, count.size(0));
+  torch::stable::copy_(rest, prefix_sums(count));
+  return crow;
+}
+
+template <typename T>
+static std::tuple<Tensor, Tensor, Tensor> above(
+    const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed,
+    const Tensor& threshold) {
+  const bool screened = packed.codes.has_value();
+  Kept kept(x, screened ? x.size(0) * kPoolPerToken : 0);
+  const Thresholds<T> thresholds{pointer<T>(threshold), threshold.dim() == 0 ? 0 : 1};
+  const Tensor limits = limits_of<T>(device, threshold, kept);
+  if constexpr (!std::is_same_v<T, double>) {
+    if (screened) {
+      screened_threshold<T>(device, x, b_dec, packed, thresholds, limits, kept);
+    }
+  }
+  const ExactRows<T> all = exact_rows<T>(x, packed);
+  const size_t exact_bytes = shared_bytes(all, [](Arena& arena) {
+    arena.take<T>(kThreads);
+    arena.take<BlockScratch>(1);
+    arena.take<int>(1);
+  });
+  const auto exact = [&](const int64_t* crow, int64_t* col, T* values) {
+    device.launch(
+        exact_threshold_kernel<T>, dim3(static_cast<unsigned>(std::min<int64_t>(all.n, kExactBlocks))), kThreads,
+        exact_bytes, all, pointer<int>(kept.exact), thresholds, mutable_pointer<int64_t>(kept.count), crow, col,
+        values);
+  };
+  exact(nullptr, nullptr, nullptr);
+  const Tensor crow = row_starts(kept.count);
+  int64_t n_kept = 0, n_nan = 0;
+  device.read(pointer<int64_t>(crow) + all.n, &n_kept, 1);
+  device.read(pointer<int64_t>(kept.found) + 1, &n_nan, 1);
+  require(n_nan == 0, "threshold: must not contain NaN, got ", n_nan, " NaN");
+  Tensor col = torch::stable::new_empty(x, {n_kept}, ScalarType::Long);
+  Tensor values = torch::stable::new_empty(x, {n_kept});
+  if (n_kept > 0) {
+    device.launch(
+        write_kept_kernel<T>, dim3(static_cast<unsigned>(all.n)), kThreads, 0, kept.pool(), pointer<int64_t>(crow),
+        pointer<int>(kept.exact), mutable_pointer<int64_t>(col), mutable_pointer<T>(values));
+    exact(pointer<int64_t>(crow), mutable_pointer<int64_t>(col), mutable_pointer<T>(values));
+  }
+  return {values, crow, col};
+}
+
+static std::tuple<Tensor, Tensor, Tensor> threshold_encode(
+    Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, Tensor threshold, OptionalTensor weight,
+    OptionalTensor bias, OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds) {
+  check_encoder_input(x, W_enc);
+  check_type("threshold", threshold, x.scalar_type());
+  if (threshold.dim() != 0) {
+    check_vector("threshold", threshold, W_enc.size(1));
+  }
+  const OnDevice device(x);
+  const Packed packed =
+      packed_encoder(device, W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds}, can_screen(W_enc));
+  if (x.size(0) == 0) {
+    return {
+        torch::stable::new_empty(x, {0}), torch::stable::new_zeros(x, {1}, ScalarType::Long),
+        torch::stable::new_empty(x, {0}, ScalarType::Long)};
+  }
+  const Tensor rows = torch::stable::contiguous(x), limits = torch::stable::contiguous(threshold);
+  return dispatch_all(
+      x.scalar_type(), [&](auto type) { return above<decltype(type)>(device, rows, b_dec, packed, limits); });
+}
+
+}  // namespace darkmatter
+
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("threshold_encode", TORCH_BOX(&darkmatter::threshold_encode)); }

@@ -1,0 +1,103 @@
+// topk_encode on CUDA: screening, exact values of the candidates, and an exact path for whatever screening cannot help.
+// Nothing waits for the device.
+#include <tuple>
+
+#include "cuda/encoder.h"
+#include "cuda/exact.cuh"
+
+namespace darkmatter {
+
+constexpr int64_t kSortedBytes = 256 << 20;  // of exact scores at a time, where all are sorted
+constexpr int64_t kMaxGridY = 65535;
+
+template <typename T>
+static void screened_topk(
+    const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed, int k,
+    const Tensor& values, const Tensor& indices) {
+  ScreenPass pass(device, x, b_dec, packed, k);
+  const ExactRows<T> all = exact_rows<T>(x, packed);
+  Arena filter_arena{nullptr};
+  filter_arena.take<FilterShared>(1);
+  const size_t finish_bytes = shared_bytes(all, [](Arena& arena) {
+    TopKArrays{arena};
+    arena.take<FinishShared>(1);
+  });
+  pass.run<T>(
+      x,
+      [&](const ScoreChunk& chunk, const ScreenedLatents& latents, const ScreenedTokens& tokens,
+          const CandidateLists& lists, dim3 grid) {
+        device.launch(
+            filter_topk_kernel, grid, kThreads, filter_arena.used, chunk, latents, tokens, lists, k, kMarginOf<T>);
+      },
+      [&](int64_t first, int64_t n, const ScreenedTokens& tokens, const CandidateLists& lists) {
+        ExactRows<T> tile = all;
+        tile.x += first * all.d;
+        tile.n = n;
+        device.launch(
+            finish_topk_kernel<T>, dim3(static_cast<unsigned>(n)), kThreads, finish_bytes, tile, tokens, lists, k,
+            mutable_pointer<T>(values) + first * k, mutable_pointer<int64_t>(indices) + first * k);
+      });
+  const size_t exact_bytes = shared_bytes(all, [](Arena& arena) {
+    arena.take<uint64_t>(kList);
+    arena.take<T>(kThreads);
+    arena.take<int>(1);
+  });
+  device.launch(
+      exact_topk_kernel<T>, dim3(static_cast<unsigned>(std::min<int64_t>(all.n, kExactBlocks))), kThreads, exact_bytes,
+      all, pointer<int>(pass.exact()), k, mutable_pointer<T>(values), mutable_pointer<int64_t>(indices));
+}
+
+// All pre-activations, sorted by torch: stable, so that ties keep the order of latents, and NaN first.
+template <typename T>
+static void sorted_topk(
+    const OnDevice& device, const Tensor& x, const Packed& packed, int64_t k, const Tensor& values,
+    const Tensor& indices) {
+  const ExactRows<T> all = exact_rows<T>(x, packed);
+  const int64_t row_bytes = all.n_latents * static_cast<int64_t>(sizeof(T) + sizeof(int64_t));
+  const int64_t most = std::max<int64_t>(1, std::min({kSortedBytes / row_bytes, kMaxGridY, all.n}));
+  for (int64_t first = 0; first < all.n; first += most) {
+    const int64_t n = std::min(most, all.n - first);
+    const Tensor scores = torch::stable::new_empty(x, {n, all.n_latents});
+    ExactRows<T> tile = all;
+    tile.x += first * all.d;
+    tile.n = n;
+    device.launch(
+        exact_scores_kernel<T>,
+        dim3(static_cast<unsigned>(ceil_div(all.n_latents, kThreads)), static_cast<unsigned>(n)), kThreads,
+        shared_bytes(all, [](Arena&) {}), tile, mutable_pointer<T>(scores));
+    const auto [best, latents] = stable_sort(scores, true);
+    Tensor values_out = torch::stable::narrow(const_cast<Tensor&>(values), 0, first, n);
+    Tensor indices_out = torch::stable::narrow(const_cast<Tensor&>(indices), 0, first, n);
+    Tensor all_best = best, all_latents = latents;
+    torch::stable::copy_(values_out, relu_of(torch::stable::narrow(all_best, 1, 0, k)));
+    torch::stable::copy_(indices_out, torch::stable::narrow(all_latents, 1, 0, k));
+  }
+}
+
+static std::tuple<Tensor, Tensor> topk_encode(
+    Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, int64_t k, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds) {
+  check_encoder_input(x, W_enc);
+  require(k >= 0 && k <= W_enc.size(1), "k: must be from 0 to ", W_enc.size(1), " (latents), got ", k);
+  const OnDevice device(x);
+  const bool screen = can_screen(W_enc) && k <= kMaxScreenK && 8 * k <= W_enc.size(1);
+  const Packed packed = packed_encoder(device, W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds}, screen);
+  Tensor values = torch::stable::new_empty(x, {x.size(0), k});
+  Tensor indices = torch::stable::new_empty(x, {x.size(0), k}, ScalarType::Long);
+  if (x.size(0) > 0 && k > 0) {
+    const Tensor rows = torch::stable::contiguous(x);
+    if (packed.codes) {
+      dispatch_screened(x.scalar_type(), [&](auto type) {
+        screened_topk<decltype(type)>(device, rows, b_dec, packed, static_cast<int>(k), values, indices);
+      });
+    } else {
+      dispatch_all(
+          x.scalar_type(), [&](auto type) { sorted_topk<decltype(type)>(device, rows, packed, k, values, indices); });
+    }
+  }
+  return {values, indices};
+}
+
+}  // namespace darkmatter
+
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("topk_encode", TORCH_BOX(&darkmatter::topk_encode)); }

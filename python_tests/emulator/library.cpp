@@ -1,0 +1,19 @@
+// The CUDA ops as torch.ops.darkmatter_emulated, on CPU tensors: the launchers and kernels of csrc/cuda as they are.
+#include <torch/csrc/stable/library.h>
+
+#undef STABLE_TORCH_LIBRARY
+#define STABLE_TORCH_LIBRARY(ns, m) STABLE_TORCH_LIBRARY_FRAGMENT(darkmatter_emulated, m)
+#undef STABLE_TORCH_LIBRARY_IMPL
+#define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) _STABLE_TORCH_LIBRARY_IMPL(darkmatter_emulated, CPU, m, C10_UID)
+
+#include "ops.cpp"
+
+#include "cuda/find_support.cu"
+#include "cuda/pack_encoder.cu"
+#include "cuda/screen_intervals.cu"
+#include "cuda/sparse_decode.cu"
+#include "cuda/threshold_encode.cu"
+#include "cuda/topk_encode.cu"
+
+// The order in which the threads of a block take turns.
+extern "C" __attribute__((visibility("default"))) void darkmatter_emulated_seed(uint64_t seed) { simt::seed = seed; }
