@@ -121,6 +121,7 @@ DM_HOST_DEVICE inline int next_power_of_two(int n) {
 constexpr int kLanes = 8;
 constexpr int kGroups = kThreads / kLanes;  // dot products a block has in flight
 constexpr int kAhead = 16;                  // loads a thread has in flight: with 3 blocks, 48 KB a multiprocessor
+constexpr int kDotBlocks = 3;               // a multiprocessor: 80 registers a thread
 
 template <typename X, typename T>
 __device__ double lanes_dot(const X* x, const T* w, int64_t d) {

@@ -33,7 +33,7 @@ __device__ void visit_exact(const ExactRows<T>& exact, const double* row, int64_
 
 // Best k of the tokens marked in `marked`, k <= kMaxScreenK: a buffer of 2048 keys, cut to the best k when full.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) exact_topk_kernel(
+__global__ void __launch_bounds__(kThreads, kDotBlocks) exact_topk_kernel(
     ExactRows<T> exact, const int* __restrict__ marked, int k, T* __restrict__ values, int64_t* __restrict__ indices) {
   Arena arena{shared_memory()};
   double* storage = exact.take_row(arena);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) exact_topk_kernel(
 
 // Threshold, marked tokens: how many latents are kept (col null), or also which and their values.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) exact_threshold_kernel(
+__global__ void __launch_bounds__(kThreads, kDotBlocks) exact_threshold_kernel(
     ExactRows<T> exact, const int* __restrict__ marked, Thresholds<T> thresholds, int64_t* __restrict__ count,
     const int64_t* __restrict__ crow, int64_t* __restrict__ col, T* __restrict__ values) {
   Arena arena{shared_memory()};
@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(kThreads) exact_threshold_kernel(
 // All pre-activations [n, F], for what no list can hold: float64, large k, small dictionaries. Grid: (kThreads latents,
 // tokens).
 template <typename T>
-__global__ void __launch_bounds__(kThreads) exact_scores_kernel(ExactRows<T> exact, T* __restrict__ scores) {
+__global__ void __launch_bounds__(kThreads, kDotBlocks)
+    exact_scores_kernel(ExactRows<T> exact, T* __restrict__ scores) {
   Arena arena{shared_memory()};
   double* storage = exact.take_row(arena);
   const int64_t token = blockIdx.y, first = static_cast<int64_t>(blockIdx.x) * kThreads;

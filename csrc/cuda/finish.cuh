@@ -143,7 +143,7 @@ __device__ void write_best(const uint64_t* keys, int k, T* values, int64_t* indi
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) finish_topk_kernel(
+__global__ void __launch_bounds__(kThreads, kDotBlocks) finish_topk_kernel(
     ExactRows<T> exact, ScreenedTokens tokens, CandidateLists lists, int k,
     T* __restrict__ values,           // [n, k]
     int64_t* __restrict__ indices) {  // [n, k]
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) finish_topk_kernel(
     }
     return;  // the whole block
   }
-  const RoundingMargin margin = kMarginOf<T>;
+  const RoundingMargin margin = margin_of<T>();
   split_candidates(arrays, count, k, margin, shared);
   const double* row = stage_row(exact.x + token * exact.d, exact.d, storage);
   rescore(exact, row, token, arrays, 0, shared.certain, -INFINITY, &shared.filled);
@@ -193,7 +193,7 @@ struct Thresholds {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) finish_threshold_kernel(
+__global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_kernel(
     ExactRows<T> exact, ScreenedTokens tokens, CandidateLists lists, Thresholds<T> thresholds, int64_t first_token,
     KeptPool pool) {
   const int64_t token = blockIdx.x;
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kThreads) threshold_limits_kernel(
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at < n) {
     const auto threshold = static_cast<float>(widened(thresholds[at]));
-    limits[at] = margin_below(kMarginOf<T>, threshold);
+    limits[at] = margin_below(margin_of<T>(), threshold);
     if (threshold != threshold) {
       atomicAdd(found_nan, 1ull);
     }

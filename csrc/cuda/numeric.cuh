@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "screening.h"
 
@@ -38,11 +39,15 @@ DM_HOST_DEVICE inline __nv_bfloat16 narrowed(double value) {
 }
 
 template <typename T>
-constexpr RoundingMargin kMarginOf = kWideMargin;
-template <>
-constexpr RoundingMargin kMarginOf<__half> = kHalfMargin;
-template <>
-constexpr RoundingMargin kMarginOf<__nv_bfloat16> = kBFloat16Margin;
+DM_HOST_DEVICE constexpr RoundingMargin margin_of() {
+  if constexpr (std::is_same_v<T, __half>) {
+    return kHalfMargin;
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return kBFloat16Margin;
+  } else {
+    return kWideMargin;
+  }
+}
 
 // The smallest float not below `value`; NaN stays NaN.
 DM_HOST_DEVICE inline float rounded_up(double value) {

@@ -19,6 +19,8 @@ struct Active {
       : indices(torch::stable::contiguous(given)), crow(contiguous_or_none(rows)) {
     check_type("indices", given, ScalarType::Long);
     check_dim("indices", given, rows ? 1 : 2);
+    require(
+        n_latents > 0 || given.numel() == 0, "indices: must be empty where there are no latents, got ", given.numel());
     if (rows) {
       check_dim("crow", *rows, 1);
       check_type("crow", *rows, ScalarType::Long);

@@ -8,12 +8,15 @@
 // 16-bit input: their products are exact in float64.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/block.cuh"
 
 namespace darkmatter {
 
 constexpr int kSliceBytes = 512;  // of a row: 32 threads of 16 bytes
-constexpr int kDecodeAhead = 8;   // rows a thread has in flight
+constexpr int kDecodeAhead = 8;   // rows a thread has in flight: 8 x 16 bytes x 768 threads, 96 KB a multiprocessor
+constexpr int kDecodeBlocks = 3;  // a multiprocessor: 80 registers a thread
 
 // The active latents of N tokens, fixed or ragged.
 struct ActiveLatents {
@@ -47,11 +50,11 @@ struct alignas(sizeof(T) * kWidth) Packet {
   T element[kWidth];
 };
 
-// out_i = b + sum over a of values_a rows[indices_a]. kSkipZeros: a value of 0 reads no row (relu leaves zeros), so an
-// infinite row there does not make NaN. An index out of range would read foreign memory; without asking the host the
-// honest answer is NaN.
+// out_i = b + sum over a of values_a rows[indices_a]. kSkipZeros: a value of 0 adds no row (relu leaves zeros), so an
+// infinite row there does not make NaN (the row is fetched, which costs less than a branch). An index out of range
+// would read foreign memory; without asking the host the honest answer is NaN.
 template <typename T, int kWidth, bool kSkipZeros>
-__global__ void __launch_bounds__(kThreads) sparse_decode_kernel(
+__global__ void __launch_bounds__(kThreads, kDecodeBlocks) sparse_decode_kernel(
     const T* __restrict__ values, ActiveLatents active,
     const T* __restrict__ rows,  // [F, d]
     const T* __restrict__ bias,  // [d] or null
@@ -67,37 +70,34 @@ __global__ void __launch_bounds__(kThreads) sparse_decode_kernel(
   for (int c = 0; c < kWidth; ++c) {
     sum[c] = bias != nullptr ? widened(bias[column + c]) : 0.0;
   }
-  const int64_t end = active.end(token);
-  for (int64_t a = active.begin(token); a < end; a += kDecodeAhead) {
-    double factor[kDecodeAhead];
-    Row ahead[kDecodeAhead];
+  // Weights and rows of the entries from `a`; a stretch of kDecodeAhead has no branch, so that all its loads are in
+  // flight.
+  const auto add = [&](int64_t a, auto count) {
+    double factor[count.value];
+    Row ahead[count.value];
 #pragma unroll
-    for (int i = 0; i < kDecodeAhead; ++i) {
-      const bool there = a + i < end;
-      const int64_t latent = there ? active.indices[a + i] : 0;
+    for (int i = 0; i < count.value; ++i) {
+      const int64_t latent = active.indices[a + i];
       const bool valid = latent >= 0 && latent < active.n_latents;
-      factor[i] = there ? widened(values[a + i]) : 0.0;
-      if (there && !valid) {
-        factor[i] = NAN;
-      }
-      if (there && valid && !(kSkipZeros && factor[i] == 0.0)) {
-        ahead[i] = *reinterpret_cast<const Row*>(rows + latent * d + column);
-      } else {
-#pragma unroll
-        for (int c = 0; c < kWidth; ++c) {
-          ahead[i].element[c] = narrowed<T>(there && !valid ? 1.0 : 0.0);
-        }
-      }
+      factor[i] = valid ? widened(values[a + i]) : static_cast<double>(NAN);
+      ahead[i] = *reinterpret_cast<const Row*>(rows + (valid ? latent : 0) * d + column);
     }
 #pragma unroll
-    for (int i = 0; i < kDecodeAhead; ++i) {
-      if (a + i < end && !(kSkipZeros && factor[i] == 0.0)) {
+    for (int i = 0; i < count.value; ++i) {
 #pragma unroll
-        for (int c = 0; c < kWidth; ++c) {
-          sum[c] = fma(factor[i], widened(ahead[i].element[c]), sum[c]);
-        }
+      for (int c = 0; c < kWidth; ++c) {
+        const double with = fma(factor[i], widened(ahead[i].element[c]), sum[c]);
+        sum[c] = kSkipZeros && factor[i] == 0.0 ? sum[c] : with;
       }
     }
+  };
+  int64_t a = active.begin(token);
+  const int64_t end = active.end(token);
+  for (; a + kDecodeAhead <= end; a += kDecodeAhead) {
+    add(a, std::integral_constant<int, kDecodeAhead>());
+  }
+  for (; a < end; ++a) {
+    add(a, std::integral_constant<int, 1>());
   }
   Row result;
 #pragma unroll
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) sparse_decode_kernel(
 
 // out_a = <rows_i, W_dec[indices_a]> of the token i of a. One block a token.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sparse_dot_kernel(
+__global__ void __launch_bounds__(kThreads, kDotBlocks) sparse_dot_kernel(
     const T* __restrict__ rows, ActiveLatents active, const T* __restrict__ W_dec, int64_t d, bool staged,
     T* __restrict__ out) {
   const int64_t token = blockIdx.x;

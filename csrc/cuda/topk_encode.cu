@@ -27,7 +27,7 @@ static void screened_topk(
       [&](const ScoreChunk& chunk, const ScreenedLatents& latents, const ScreenedTokens& tokens,
           const CandidateLists& lists, dim3 grid) {
         device.launch(
-            filter_topk_kernel, grid, kThreads, filter_arena.used, chunk, latents, tokens, lists, k, kMarginOf<T>);
+            filter_topk_kernel, grid, kThreads, filter_arena.used, chunk, latents, tokens, lists, k, margin_of<T>());
       },
       [&](int64_t first, int64_t n, const ScreenedTokens& tokens, const CandidateLists& lists) {
         ExactRows<T> tile = all;
@@ -53,18 +53,21 @@ static void sorted_topk(
     const OnDevice& device, const Tensor& x, const Packed& packed, int64_t k, const Tensor& values,
     const Tensor& indices) {
   const ExactRows<T> all = exact_rows<T>(x, packed);
+  Arena arena{nullptr};
+  all.take_row(arena);
   const int64_t row_bytes = all.n_latents * static_cast<int64_t>(sizeof(T) + sizeof(int64_t));
   const int64_t most = std::max<int64_t>(1, std::min({kSortedBytes / row_bytes, kMaxGridY, all.n}));
   for (int64_t first = 0; first < all.n; first += most) {
     const int64_t n = std::min(most, all.n - first);
-    const Tensor scores = torch::stable::new_empty(x, {n, all.n_latents});
+    const std::array<int64_t, 2> shape{n, all.n_latents};  // (nvcc 13.0 stumbles over the braces as an argument here)
+    const Tensor scores = torch::stable::new_empty(x, shape);
     ExactRows<T> tile = all;
     tile.x += first * all.d;
     tile.n = n;
     device.launch(
         exact_scores_kernel<T>,
-        dim3(static_cast<unsigned>(ceil_div(all.n_latents, kThreads)), static_cast<unsigned>(n)), kThreads,
-        shared_bytes(all, [](Arena&) {}), tile, mutable_pointer<T>(scores));
+        dim3(static_cast<unsigned>(ceil_div(all.n_latents, kThreads)), static_cast<unsigned>(n)), kThreads, arena.used,
+        tile, mutable_pointer<T>(scores));
     const auto [best, latents] = stable_sort(scores, true);
     Tensor values_out = torch::stable::narrow(const_cast<Tensor&>(values), 0, first, n);
     Tensor indices_out = torch::stable::narrow(const_cast<Tensor&>(indices), 0, first, n);

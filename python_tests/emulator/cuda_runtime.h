@@ -27,6 +27,7 @@
 #define __host__
 #define __shared__
 #define __launch_bounds__(...)
+#define __noinline__
 #define __align__(n) __attribute__((aligned(n)))
 
 struct dim3 {
