@@ -32,4 +32,10 @@ STABLE_TORCH_LIBRARY(darkmatter, m) {
   m.def(
       "screen_intervals(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor? weight, Tensor? bias,"
       " Tensor? codes, Tensor? sums, Tensor? bounds) -> (Tensor, Tensor, Tensor)");
+  // One step of gradient pursuit for tokens [N] after their atoms `choice` are chosen, in place; steps l0 and after
+  // leave a token as it is. atoms, weights [N, s]; done is int32. CUDA only: on the CPU the ops above do it as fast.
+  m.def(
+      "pursuit_step(Tensor target, Tensor dictionary, Tensor choice, Tensor l0, int step, bool keep_chosen,"
+      " float residual_threshold, Tensor(a!) residual, Tensor(b!) atoms, Tensor(c!) weights, Tensor(d!) n_chosen,"
+      " Tensor(e!) done) -> ()");
 }

@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from darkmatter_ext.batched_pursuit import PreparedDictionary, prepare_dictionary, pursuit
+    from darkmatter_ext.batched_pursuit import prepare_dictionary, pursuit
     from darkmatter_ext.decomposition import Decomposition, decompose
     from darkmatter_ext.drop_in import Stats, accelerate, deaccelerate, is_accelerated, refresh, stats
     from darkmatter_ext.environment import build_info
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         threshold_encode,
         topk_encode,
     )
+    from darkmatter_ext.pursuit_steps import PreparedDictionary
     from darkmatter_ext.regression import LinearFit, fit_linear
     from darkmatter_ext.sparse import SparseActs
 
@@ -53,7 +54,7 @@ __all__ = [
 _HOME = {
     "Decomposition": "decomposition",
     "LinearFit": "regression",
-    "PreparedDictionary": "batched_pursuit",
+    "PreparedDictionary": "pursuit_steps",
     "PreparedEncoder": "ops",
     "SparseActs": "sparse",
     "Stats": "drop_in",

@@ -32,3 +32,18 @@ _load(CPU_LIBRARY)
 CUDA_LOADED = CUDA_LIBRARY.exists() and torch.version.cuda is not None
 if CUDA_LOADED:
     _load(CUDA_LIBRARY)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the ops run on a device in this build (meta: shapes only)."""
+    return device.type in ("cpu", "meta") or (device.type == "cuda" and CUDA_LOADED)
+
+
+def cuda_ops() -> list[str]:
+    """The ops that have a CUDA kernel in this process."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("darkmatter::")]
+    return sorted(
+        name.removeprefix("darkmatter::")
+        for name in names
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+    )

@@ -19,7 +19,7 @@ from torch.library import register_autograd, register_fake, register_vmap
 from darkmatter_ext import _library  # noqa: F401  (defines torch.ops.darkmatter)
 
 _ops = torch.ops.darkmatter
-_BOUND_ROWS = 5  # kBoundRows of csrc/cpu/screen.h
+_BOUND_ROWS = 5  # kBoundRows of csrc/screening.h
 _NO_PACKED_GRADIENTS = (None,) * 5  # weight, bias, codes, sums, bounds: derived from W_enc, b_enc, b_dec
 
 
@@ -31,11 +31,15 @@ def _(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> tuple[Tensor, ...]:
     d, n_latents = W_enc.shape
     # What is stored for screening depends on the machine that runs, so its sizes are unknown here.
     n_codes, padded = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
+    if W_enc.is_cuda:
+        codes, n_sums = W_enc.new_empty(padded, -(-d // 64) * 64, dtype=torch.float16), 0  # screen_padded of screen.cuh
+    else:
+        codes, n_sums = W_enc.new_empty(n_codes, dtype=torch.int8), padded
     return (
         W_enc.new_empty(n_latents, d),
         W_enc.new_empty(n_latents, dtype=torch.float64),
-        W_enc.new_empty(n_codes, dtype=torch.int8),
-        W_enc.new_empty(padded, dtype=torch.int32),
+        codes,
+        W_enc.new_empty(n_sums, dtype=torch.int32),
         W_enc.new_empty(_BOUND_ROWS, padded, dtype=torch.float32),
     )
 
@@ -86,15 +90,12 @@ def _(values, indices, crow, rows, n_latents) -> Tensor:
     return rows.new_empty(n_latents, rows.shape[1])
 
 
+@register_fake("darkmatter::pursuit_step")
+def _(*_arguments) -> None:  # everything in place
+    return None
+
+
 # Gradients of the sparse ops
-
-
-def _needs_cpu(op: str, tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        raise RuntimeError(
-            f"{op}: its gradient has no kernel for {tensor.device} in this build; run it on the CPU, "
-            f"or use darkmatter_ext.reference.{op}"
-        )
 
 
 def _save_decode(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -105,7 +106,6 @@ def _save_decode(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _decode_backward(ctx: Any, grad: Tensor) -> tuple:
     """x_hat = sum_a value_a W_dec[index_a] + b_dec: gradients of values [N, k] or [z], W_dec [F, d], b_dec [d]."""
-    _needs_cpu("sparse_decode", grad)
     values, indices, crow, W_dec = ctx.saved_tensors
     wants_values, _, _, wants_weights, wants_bias = ctx.needs_input_grad
     return (

@@ -19,7 +19,6 @@ def build_info() -> dict[str, Any]:
     import torch
 
     from darkmatter_ext import _C, _library
-    from darkmatter_ext.ops import CUDA_OPS
 
     built = _C.build()
     return {
@@ -32,7 +31,7 @@ def build_info() -> dict[str, Any]:
         "cuda_archs": [arch for arch in built["cuda_archs"].split(";") if arch],
         "nvcc": built["nvcc"],
         "cuda_loaded": _library.CUDA_LOADED,
-        "cuda_ops": sorted(CUDA_OPS) if _library.CUDA_LOADED else [],
+        "cuda_ops": _library.cuda_ops(),
         "cpu_isa": _C.cpu_isa(),
         "cpu_isa_best": _C.cpu_isa_best(),
         "threads": torch.get_num_threads(),

@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from darkmatter_ext import _registrations
+from darkmatter_ext import _registrations  # noqa: F401  (registers fakes and gradients)
+from darkmatter_ext._library import has_kernels
 from darkmatter_ext.sparse import SparseActs
 
 _ops = torch.ops.darkmatter
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NOT_PACKED = (None,) * 5
 _MIN_TOKENS_TO_PACK = 64  # kMinTokensToPack of csrc/cpu/pack_encoder.cpp
-CUDA_OPS = frozenset({"sparse_decode"})  # ops with a CUDA kernel in this version
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,8 @@ class PreparedEncoder:
 
     weight: Tensor  # [F, d] contiguous rows of W_enc^T
     bias: Tensor  # [F] float64, b_enc - <b_dec, w_j>
-    codes: Tensor  # int8, the weights rounded for screening; empty where the machine cannot screen
-    sums: Tensor  # [F padded] int32
+    codes: Tensor  # the weights rounded for screening, int8 (CPU) or float16 (CUDA); empty where nothing is screened
+    sums: Tensor  # [F padded] int32; empty on CUDA
     bounds: Tensor  # [5, F padded] float32
     has_b_dec: bool
 
@@ -48,7 +48,7 @@ class PreparedEncoder:
 
     @property
     def screens(self) -> bool:
-        """Whether calls go through 8-bit screening (same answer, several times faster) or the exact path alone."""
+        """Whether calls go through low-precision screening (same answer, several times faster) or the exact path alone."""
         return self.codes.numel() > 0
 
     @property
@@ -84,14 +84,11 @@ def _check_tensor(name: str, tensor: object, shape: tuple[int | None, ...], like
 
 
 def _check_device(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.device.type in ("cpu", "meta") or (
-        tensor.is_cuda and op in CUDA_OPS and _registrations._library.CUDA_LOADED
-    ):
-        return
-    raise RuntimeError(
-        f"{name}: {op} has no kernel for {tensor.device} in this build; move the tensors to the CPU, "
-        f"or use darkmatter_ext.reference.{op}"
-    )
+    if not has_kernels(tensor.device):
+        raise RuntimeError(
+            f"{name}: {op} has no kernel for {tensor.device} in this build; move the tensors to the CPU, "
+            f"or use darkmatter_ext.reference.{op}"
+        )
 
 
 def _check_weights(op: str, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:
@@ -192,10 +189,11 @@ def topk_encode(
     Raises:
         TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
 
-    Cost: with AVX-512 VNNI N F d 8-bit multiply-adds and, for the candidates they leave, d float64 ones each; elsewhere
-    N F d in float64. Memory beyond inputs and outputs: the packed weights unless prepared (kept for the backward when x
-    wants a gradient), and for each thread at most 256 (2 d + 4096 * 12) bytes of tokens and candidates (13 MB, usually
-    under 4) and their exact sums.
+    Cost: with AVX-512 VNNI N F d 8-bit multiply-adds (on CUDA float16 ones) and, for the candidates they leave, d float64
+    ones each; elsewhere N F d in float64. Memory beyond inputs and outputs: the packed weights unless prepared (kept for
+    the backward when x wants a gradient); on the CPU for each thread at most 256 (2 d + 4096 * 12) bytes of tokens and
+    candidates (13 MB, usually under 4) and their exact sums; on CUDA 32 MB of scores and, for each of at most 4096
+    tokens at a time, 2 d + 24 K bytes. On CUDA nothing waits for the device, and only `prepare_encoder` looks for NaN.
     """
     _check_encode("topk_encode", x, W_enc, b_enc, b_dec, prepared)
     if isinstance(k, bool) or not isinstance(k, Integral | torch.SymInt):
@@ -250,7 +248,8 @@ def threshold_encode(
     Raises:
         TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
 
-    Cost and memory as topk_encode, and the kept entries once more.
+    Cost and memory as topk_encode, and the kept entries once more. On CUDA the call waits for the device once, to know the
+    number of kept entries; tokens that keep more than about a thousand latents take the exact path, which is slow.
     """
     _check_encode("threshold_encode", x, W_enc, b_enc, b_dec, prepared)
     if isinstance(threshold, int | float) and not isinstance(threshold, bool):
@@ -377,3 +376,26 @@ def screen_intervals(
     _check_encode("screen_intervals", x, W_enc, b_enc, b_dec, prepared)
     prepared = prepare_encoder(W_enc, b_enc, b_dec=b_dec) if prepared is None else prepared
     return ScreenIntervals(*_call(_ops.screen_intervals, _rows(x), W_enc, b_enc, b_dec, *prepared.packed))
+
+
+def pursuit_step(
+    target: Tensor,
+    dictionary: Tensor,
+    choice: Tensor,
+    l0: Tensor,
+    step: int,
+    state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    *,
+    keep_chosen: bool,
+    residual_threshold: float,
+) -> None:
+    """One step of gradient pursuit on CUDA, in place, after its atoms are chosen: see `batched_pursuit`.
+
+    Args:
+        target: [N, d] float32 or float64; dictionary [F, d]; choice, l0: [N] int64.
+        step: from 0; tokens whose l0 is not above it stay as they are.
+        state: residual [N, d], atoms [N, s] int64, weights [N, s], n_chosen [N] int64, done [N] int32; all contiguous.
+
+    Cost: two reads of the rows of each token's atoms; nothing of size F, and nothing waits for the device.
+    """
+    _call(_ops.pursuit_step, target, dictionary, choice, l0, step, keep_chosen, residual_threshold, *state)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from darkmatter_ext._library import has_kernels
+
 ENCODE_DENSITY = 0.06  # active share of the latents above which SAELens' dense encode is the faster one
 DECODE_DENSITY = 0.10
 
@@ -98,8 +100,9 @@ def why_not_tensors(sae: Any, tensor: object, weights: Sequence[object]) -> str:
         return "an input or a weight is not a plain tensor"
     return _first(
         (any(t.layout != torch.strided for t in tensors), "an input or a weight is a sparse tensor"),
-        (any(t.device.type != "cpu" for t in tensors), "no kernel for this device in this build"),
-        (torch.is_autocast_enabled("cpu"), "autocast"),
+        (len({t.device for t in tensors}) > 1, "tensors on more than one device"),
+        (not has_kernels(tensors[0].device), "no kernel for this device in this build"),
+        (torch.is_autocast_enabled(tensors[0].device.type), "autocast"),
         (transforms_active(), "functorch transform, forward-mode gradient, tracing or dispatch mode"),
         (len({weight.dtype for weight in tensors[1:]} | {sae.dtype}) > 1, "mixed dtypes"),
     )

@@ -178,8 +178,9 @@ if _C.cpu_isa() == "avx512_vnni":
 
 
 def registered_ops() -> set[str]:
-    """Every op in the table of csrc/ops.cpp, as torch knows them."""
-    names = torch._C._dispatch_get_all_op_names()
-    found = {name.removeprefix("darkmatter::") for name in names if name.startswith("darkmatter::")}
+    """Every op in the table of csrc/ops.cpp that runs on the CPU, as torch knows them."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("darkmatter::")]
+    on_cpu = [name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
+    found = {name.removeprefix("darkmatter::") for name in on_cpu}
     # Without 8-bit dot products there is nothing to screen, and the op can only refuse.
     return found if _C.cpu_isa() == "avx512_vnni" else found - {"screen_intervals"}

@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "darkmatter_ext"
 # Downward only: a module may import modules of lower levels, or of its own level when listed together in ALLOWED.
 LEVELS = {
-    "storage": 0, "_library": 0, "progress": 0, "sparse": 0, "packed_weights": 0, "soundness": 0,
-    "_registrations": 1, "reference": 1, "ops": 2, "environment": 3, "batched_pursuit": 3,
+    "storage": 0, "_library": 0, "progress": 0, "sparse": 0, "packed_weights": 0,
+    "_registrations": 1, "reference": 1, "soundness": 1, "ops": 2, "environment": 3, "pursuit_steps": 3,
+    "pursuit_on_cuda": 4, "batched_pursuit": 5,
     "embedded": 3, "text": 3, "error": 3, "regression": 3,
-    "activations": 4, "decomposition": 4, "drop_in": 4,
-    "selection": 5, "sae": 5, "training": 5, "results": 5,
-    "site": 6, "check_sae": 6, "experiments": 7,
-    "figures": 8, "report": 9, "cli": 10, "__main__": 11, "__init__": 11,
+    "activations": 4, "decomposition": 4, "drop_in": 6,
+    "selection": 5, "sae": 7, "training": 5, "results": 5,
+    "site": 8, "check_sae": 8, "experiments": 9,
+    "figures": 10, "report": 11, "cli": 12, "__main__": 13, "__init__": 13,
 }  # fmt: skip
 ALLOWED = {("experiments", "experiments")}
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import darkmatter_ext as dm
-from darkmatter_ext import batched_pursuit, reference
+from darkmatter_ext import batched_pursuit, pursuit_steps, reference
 
 VARIANTS = {
     "gradient": {},
@@ -62,7 +62,7 @@ def targets(n, d, seed=5):
 def form(request, monkeypatch):
     """Every test with the screened products of a large dictionary, and with the Gram form of a small one."""
     if request.param == "products":
-        monkeypatch.setattr(batched_pursuit, "GRAM_ATOMS", 0)
+        monkeypatch.setattr(pursuit_steps, "GRAM_ATOMS", 0)
 
 
 @each_variant
@@ -283,7 +283,7 @@ X, DICTIONARY = torch.ones(3, 4), torch.eye(4)
         ((X, DICTIONARY, 1), {"residual_threshold": -1.0}, ValueError, "residual_threshold: must be at least 0"),
         ((X.clone().requires_grad_(), DICTIONARY, 1), {}, ValueError, "x: must not require a gradient"),
         ((X, DICTIONARY.clone().requires_grad_(), 1), {}, ValueError, "dictionary: must not require a gradient"),
-        ((X.to("meta"), DICTIONARY, 1), {}, ValueError, "x: must be on the CPU"),
+        ((X.to("meta"), DICTIONARY, 1), {}, ValueError, "x: must be on cpu as the dictionary, got meta"),
     ],
 )
 def test_errors_are_one_line(arguments, options, error, message):

@@ -4,6 +4,7 @@
 
 #include "cuda/encoder.h"
 #include "cuda/exact.cuh"
+#include "cuda/filter_threshold.cuh"
 
 namespace darkmatter {
 

@@ -1,0 +1,91 @@
+"""Gradient pursuit on CUDA: two fused ops a step, no wait for the device, one CUDA graph for chunks of one shape.
+
+All tokens of a chunk take all steps; a token that is done, or has had its own l0 steps, stays as it is inside the kernel.
+That costs the screen of tokens already done, and saves asking the device which they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext import ops
+from darkmatter_ext.pursuit_steps import PreparedDictionary, Rules
+
+GRAPH_CHUNKS = 3  # chunks of one shape from which recording a graph pays
+
+
+class _Chunk:
+    """The state of the tokens of one chunk, in buffers that stay where they are."""
+
+    def __init__(self, n: int, steps: int, dictionary: PreparedDictionary) -> None:
+        rows = dictionary.rows
+        self.dictionary, self.steps = dictionary, steps
+        self.target, self.residual = rows.new_empty(n, rows.shape[1]), rows.new_empty(n, rows.shape[1])
+        self.l0 = rows.new_zeros(n, dtype=torch.int64)
+        self.atoms = rows.new_zeros(n, steps, dtype=torch.int64)
+        self.weights = rows.new_zeros(n, steps)
+        self.n_chosen = rows.new_zeros(n, dtype=torch.int64)
+        self.done = rows.new_zeros(n, dtype=torch.int32)
+
+    def run(self, rules: Rules) -> None:
+        """All steps for self.target and self.l0."""
+        self.residual.copy_(self.target)
+        for tensor in (self.atoms, self.weights, self.n_chosen, self.done):
+            tensor.zero_()
+        rows, no_bias, packed = self.dictionary.rows, self.dictionary.no_bias, self.dictionary.packed
+        state = (self.residual, self.atoms, self.weights, self.n_chosen, self.done)
+        for step in range(self.steps):
+            choice = ops.topk_encode(self.residual, rows.mT, no_bias, 1, prepared=packed).indices[:, 0].contiguous()
+            ops.pursuit_step(
+                self.target,
+                rows,
+                choice,
+                self.l0,
+                step,
+                state,
+                keep_chosen=rules.keep_chosen,
+                residual_threshold=rules.residual_threshold,
+            )
+
+
+def _recorded(chunk: _Chunk, rules: Rules) -> Callable[[], None]:
+    """chunk.run as one CUDA graph. The run before recording loads kernels and sizes workspaces, which a graph may not."""
+    side = torch.cuda.Stream(chunk.target.device)
+    side.wait_stream(torch.cuda.current_stream(chunk.target.device))
+    with torch.cuda.stream(side):
+        chunk.run(rules)
+    torch.cuda.current_stream(chunk.target.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chunk.run(rules)
+    return graph.replay
+
+
+def run_gradient_on_cuda(
+    targets: Sequence[Tensor], steps: Sequence[Tensor], dictionary: PreparedDictionary, rules: Rules
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Target, atoms [n, s] and weights [n, s] of each chunk; s is the largest l0 of all, asked of the device once.
+
+    Memory: the state of one chunk, 8 (d + s) bytes a token and more, beside what topk_encode takes.
+    """
+    most = max((int(own.max()) for own in steps if len(own)), default=0)
+    full = sum(len(target) == len(targets[0]) for target in targets)
+    chunk: _Chunk | None = None
+    run: Callable[[], None] | None = None
+    for target, own in zip(targets, steps, strict=True):
+        if len(target) == 0:
+            continue
+        if chunk is None or len(chunk.target) != len(target):
+            chunk, run = _Chunk(len(target), most, dictionary), None
+        chunk.target.copy_(target)
+        chunk.l0.copy_(own)
+        if run is None and most and target.is_cuda and full >= GRAPH_CHUNKS and len(target) == len(targets[0]):
+            run = _recorded(chunk, rules)
+        if run is None:
+            chunk.run(rules)
+        else:
+            run()
+        yield target, chunk.atoms.clone(), chunk.weights.clone()

@@ -1,0 +1,303 @@
+"""The steps of batched pursuit: what is chosen, how weights move, when a token stops. See `batched_pursuit`.
+
+Shapes: n tokens of a chunk, d model dimension, F atoms, s places for chosen atoms.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext import ops
+from darkmatter_ext.sparse import SparseActs
+
+GRAM_ATOMS = 1024  # at most: a step then works on products of atoms alone (measured: benchmarks/README.md)
+_TIE = 1e-12  # Gram form: products closer than this share of a token's largest are equal, the lower index wins
+DEPENDENT = 1e-10  # share of an atom's squared norm outside the span of those chosen below which it adds nothing
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What besides the steps decides when a token stops and which atoms stay."""
+
+    method: str = "gradient"
+    keep_chosen: bool = False
+    nonnegative: bool = False
+    residual_threshold: float = 0.0
+    stop_on_duplicate: bool = False
+
+
+@dataclass(frozen=True)
+class PreparedDictionary:
+    """A dictionary packed once, for many calls of `pursuit`: see `prepare_dictionary`."""
+
+    rows: Tensor  # [F, d] contiguous, float32 or float64
+    no_bias: Tensor  # [F] zeros
+    packed: ops.PreparedEncoder
+
+    @property
+    def n_atoms(self) -> int:
+        return self.rows.shape[0]
+
+    @functools.cached_property
+    def gram(self) -> Tensor:
+        """<D_i, D_j> [F, F] float64, made when first asked for."""
+        rows = self.rows.double()
+        return rows @ rows.mT
+
+
+class Chunk:
+    """The state of some tokens: chosen atoms, their weights, the residual. A place in the list is filled once for good."""
+
+    _CHANGING = ("residual", "atoms", "weights", "n_chosen", "gram", "right", "scores")
+
+    def __init__(self, target: Tensor, steps: int, dictionary: PreparedDictionary, *, needs_gram: bool) -> None:
+        self.dictionary = dictionary
+        self.target = target  # [n, d]
+        self.residual = target.clone()  # written to; the target is the caller's
+        self.atoms = target.new_zeros(len(target), steps, dtype=torch.int64)
+        self.weights = target.new_zeros(len(target), steps)
+        self.n_chosen = target.new_zeros(len(target), dtype=torch.int64)
+        n_gram = steps if needs_gram else 0
+        self.scores = target.new_zeros(len(target), 0, dtype=torch.float64)  # Gram form: <residual, atom> for all atoms
+        self.gram = target.new_zeros(len(target), n_gram, n_gram, dtype=torch.float64)  # products of the atoms chosen
+        self.right = target.new_zeros(len(target), n_gram, dtype=torch.float64)  # and of these with the target
+
+    def rows(self, numbers: Tensor) -> Chunk:
+        """A copy of some tokens."""
+        part = object.__new__(Chunk)
+        part.dictionary = self.dictionary
+        for name in ("target", *self._CHANGING):
+            setattr(part, name, getattr(self, name)[numbers])
+        return part
+
+    def put(self, numbers: Tensor, part: Chunk) -> None:
+        """Write a changed copy back."""
+        for name in self._CHANGING:
+            getattr(self, name)[numbers] = getattr(part, name)
+
+    def best_atom(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """For each token the atom of the largest <residual, atom> [n], the lowest of equals, and relu of that value."""
+        prepared = self.dictionary
+        acts = ops.topk_encode(residual, prepared.rows.mT, prepared.no_bias, 1, prepared=prepared.packed)
+        return acts.indices[:, 0], acts.values[:, 0]
+
+    def choose(self, atom: Tensor) -> tuple[Tensor, Tensor]:
+        """The place [n] of an atom in each token's list, appended where it is new; and whether it is new [n]."""
+        places = torch.arange(self.atoms.shape[1], device=atom.device)
+        found = (self.atoms == atom[:, None]) & (places < self.n_chosen[:, None])
+        new = ~found.any(1)
+        place = torch.where(new, self.n_chosen, found.int().argmax(1))
+        self.atoms[_all_rows(atom), place] = atom
+        self.n_chosen += new
+        return place, new
+
+    def used(self) -> int:
+        """Places any token uses: the width of the support-only work."""
+        return int(self.n_chosen.max())
+
+    def decode(self, values: Tensor) -> Tensor:
+        """Sum over the places of values [n, s] times their atoms: [n, d]."""
+        rows = self.dictionary.rows
+        acts = SparseActs.fixed(values.to(rows.dtype), self.atoms[:, : values.shape[1]], self.dictionary.n_atoms)
+        return ops.sparse_decode(acts, rows)
+
+    def use_gram_form(self) -> None:
+        """Hold the residual as its products with all atoms, and weights in float64."""
+        self.scores = self.target.double() @ self.dictionary.rows.double().mT
+        self.weights = self.weights.double()
+
+    def support(self, place: Tensor, width: int, rules: Rules) -> Tensor:
+        """Which of the first `width` places a gradient step moves [n, width]: the atom just chosen and those in use."""
+        places = torch.arange(width, device=place.device)
+        in_use = places < self.n_chosen[:, None] if rules.keep_chosen else self.weights[:, :width] != 0
+        return in_use | (places == place[:, None])
+
+    def products(self, rows: Tensor, width: int) -> Tensor:
+        """<rows, atom> at each of the first `width` places: [n, width]."""
+        acts = SparseActs.fixed(self.weights[:, :width], self.atoms[:, :width], self.dictionary.n_atoms)
+        return ops.decoder_dot(rows, acts, self.dictionary.rows).reshape(-1, width)
+
+    def widen_gram(self, atom: Tensor, place: Tensor, width: int) -> None:
+        """Products of an atom [n], at its place, with the atoms chosen and with the target."""
+        rows, tokens = self.dictionary.rows[atom], _all_rows(atom)
+        column = self.products(rows, width).double()
+        self.gram[tokens, place, :width] = column
+        self.gram[tokens, :width, place] = column
+        self.right[tokens, place] = (rows.double() * self.target.double()).sum(1)
+
+    def refresh_residual(self, width: int) -> None:
+        self.residual = self.target - self.decode(self.weights[:, :width].contiguous())
+
+
+def _all_rows(tensor: Tensor) -> Tensor:
+    return torch.arange(len(tensor), device=tensor.device)
+
+
+def _gradient_step(chunk: Chunk, rules: Rules) -> Tensor:
+    """One step along the gradient of the squared residual in the support's weights; returns which tokens are done."""
+    place, _ = chunk.choose(chunk.best_atom(chunk.residual)[0])
+    width = chunk.used()
+    weights = chunk.weights[:, :width]
+    gradient = chunk.products(chunk.residual, width).masked_fill(~chunk.support(place, width, rules), 0)
+    direction = chunk.decode(gradient)
+    energy = torch.linalg.vecdot(direction, direction)
+    converged = energy == 0  # the released code divides 0 by 0 here
+    step = torch.linalg.vecdot(direction, chunk.residual) / energy.masked_fill(converged, 1)
+    step = step.masked_fill(converged, 0)[:, None]
+    moved = weights + step * gradient
+    if bool((moved < 0).any()):  # a clamped weight: the residual is not what the line search left
+        chunk.weights[:, :width] = moved.relu()
+        chunk.refresh_residual(width)
+    else:
+        chunk.weights[:, :width] = moved
+        chunk.residual = chunk.residual - step * direction
+    return converged
+
+
+def _gram_gradient_step(chunk: Chunk, rules: Rules) -> Tensor:
+    """The gradient step of a small dictionary: with h = <r, D> at hand nothing of length d is touched.
+
+    g = h on the support, <c, r> = <g, g>, <c, c> = <g, (g G) on the support>, and h changes by (w - w') G. In float64, so
+    that the error of the running h stays far below that of one float32 product.
+    """
+    top = chunk.scores.amax(1, keepdim=True)
+    near = chunk.scores >= top - _TIE * chunk.scores.abs().amax(1, keepdim=True)
+    place, _ = chunk.choose(near.to(torch.uint8).argmax(1))
+    width = chunk.used()
+    weights, atoms = chunk.weights[:, :width], chunk.atoms[:, :width]
+    gradient = chunk.scores.gather(1, atoms).masked_fill(~chunk.support(place, width, rules), 0)
+    gram, n_atoms = chunk.dictionary.gram, chunk.dictionary.n_atoms
+    change = ops.sparse_decode(SparseActs.fixed(gradient, atoms, n_atoms), gram)
+    energy = torch.linalg.vecdot(gradient, change.gather(1, atoms))
+    converged = energy <= 0
+    step = torch.linalg.vecdot(gradient, gradient) / energy.masked_fill(converged, 1)
+    step = step.masked_fill(converged, 0)[:, None]
+    moved = weights + step * gradient
+    change = change.mul_(step)
+    clamped = (moved < 0).any(1)
+    moved = moved.relu_()
+    if bool(clamped.any()):  # there the weights did not move along the gradient
+        acts = SparseActs.fixed((moved - weights)[clamped], atoms[clamped], n_atoms)
+        change[clamped] = ops.sparse_decode(acts, gram)
+    chunk.scores -= change
+    chunk.weights[:, :width] = moved
+    if rules.residual_threshold > 0:
+        chunk.refresh_residual(width)
+    return converged
+
+
+def _matching_step(chunk: Chunk, rules: Rules) -> Tensor:
+    """The whole of the best atom's product goes to its weight; nothing else changes."""
+    atom, value = chunk.best_atom(chunk.residual)
+    place, new = chunk.choose(atom)
+    tokens = _all_rows(atom)
+    chunk.weights[tokens, place] += value
+    chunk.residual = chunk.residual - value[:, None] * chunk.dictionary.rows[atom]
+    return ~new | (value == 0) if rules.stop_on_duplicate else torch.zeros_like(atom, dtype=torch.bool)
+
+
+def _orthogonal_step(chunk: Chunk, rules: Rules) -> Tensor:
+    """The best atom joins, then all weights are those of least squares (or non-negative least squares)."""
+    atom, value = chunk.best_atom(chunk.residual)
+    if not rules.nonnegative:
+        other, other_value = chunk.best_atom(-chunk.residual)
+        lower = (other_value == value) & (other < atom)  # of equals the lower index, as everywhere
+        atom = torch.where((other_value > value) | lower, other, atom)
+        value = torch.maximum(value, other_value)
+    before = chunk.rows(_all_rows(atom))
+    place, new = chunk.choose(atom)
+    width = chunk.used()
+    chunk.widen_gram(atom, place, width)
+    gram, right = chunk.gram[:, :width, :width], chunk.right[:, :width]
+    chosen = torch.arange(width, device=atom.device) < chunk.n_chosen[:, None]
+    weights, dependent = _least_squares(gram, right, chosen)
+    if rules.nonnegative:
+        weights = nonnegative(gram, right, chosen, chunk.weights[:, :width].double())
+    chunk.weights[:, :width] = weights.to(chunk.weights.dtype)
+    chunk.refresh_residual(width)
+    # The residual is orthogonal to the atoms chosen: choosing one again, one in their span, or one that does not make the
+    # residual smaller means that nothing is left to gain.
+    grown = chunk.residual.double().norm(dim=1) > before.residual.double().norm(dim=1)
+    stuck = ~new | (value == 0) | dependent | grown
+    chunk.put(stuck, before.rows(stuck))
+    return stuck
+
+
+_STEPS: dict[str, Callable[[Chunk, Rules], Tensor]] = {
+    "gradient": _gradient_step,
+    "matching": _matching_step,
+    "orthogonal": _orthogonal_step,
+}
+
+
+def _least_squares(gram: Tensor, right: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [n, s] that solve gram w = right on the active places, 0 elsewhere; and which systems are singular [n]."""
+    both = active[:, :, None] & active[:, None, :]
+    diagonal = torch.diagonal(gram, dim1=1, dim2=2)
+    system = torch.where(both, gram, 0.0) + torch.diag_embed((~active).double())
+    factor, info = torch.linalg.cholesky_ex(system)
+    pivots = torch.diagonal(factor, dim1=1, dim2=2).square()
+    singular = (info != 0) | ((pivots <= DEPENDENT * diagonal) & active).any(1)
+    factor = torch.where(
+        singular[:, None, None], torch.eye(gram.shape[1], dtype=torch.float64, device=gram.device), factor
+    )
+    weights = torch.cholesky_solve((right * active)[:, :, None], factor)[:, :, 0]
+    return weights * active, singular
+
+
+def nonnegative(gram: Tensor, right: Tensor, chosen: Tensor, start: Tensor) -> Tensor:
+    """Non-negative least squares on the chosen places from a feasible start: Lawson and Hanson 1974, all tokens at once."""
+    current, active = _feasible(gram, right, start > 0, start)
+    scale = right.abs().amax(1, keepdim=True)
+    for _ in range(3 * chosen.shape[1]):
+        gain = (right - (gram @ current[:, :, None])[:, :, 0]).masked_fill(~chosen | active, -math.inf)
+        best, place = gain.max(1, keepdim=True)
+        grows = best > 1e-12 * scale
+        if not bool(grows.any()):
+            break
+        active = active | ((torch.arange(chosen.shape[1], device=place.device) == place) & grows)
+        current, active = _feasible(gram, right, active, current)
+    return current
+
+
+def _feasible(gram: Tensor, right: Tensor, active: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
+    """From feasible weights towards least squares on the active places, leaving out the first that reaches 0, until none."""
+    weights = current
+    for _ in range(active.shape[1] + 1):
+        weights, _ = _least_squares(gram, right, active)
+        negative = active & (weights <= 0)
+        if not bool(negative.any()):
+            break
+        ratio = torch.where(negative, current / (current - weights).clamp(min=1e-300), math.inf)
+        length = ratio.min(1, keepdim=True).values.clamp(max=1)
+        leaves = negative & (ratio <= length)
+        current = (current + length * (weights - current)).clamp(min=0).masked_fill(leaves, 0)
+        active = active & ~leaves
+    return weights.clamp(min=0), active
+
+
+def run_chunk(target: Tensor, l0: Tensor, dictionary: PreparedDictionary, rules: Rules) -> Chunk:
+    """All steps of some tokens. Tokens that are done leave the work at once."""
+    chunk = Chunk(target, int(l0.max()), dictionary, needs_gram=rules.method == "orthogonal")
+    step_of = _STEPS[rules.method]
+    if rules.method == "gradient" and dictionary.n_atoms <= GRAM_ATOMS:
+        chunk.use_gram_form()
+        step_of = _gram_gradient_step
+    alive = (l0 > 0).nonzero()[:, 0]
+    for step in range(1, int(l0.max()) + 1):
+        if len(alive) == 0:
+            break
+        part = chunk if len(alive) == len(l0) else chunk.rows(alive)
+        done = step_of(part, rules)
+        if part is not chunk:
+            chunk.put(alive, part)
+        if rules.residual_threshold > 0:
+            done = done | (part.residual.norm(dim=1) < rules.residual_threshold)
+        alive = alive[~done & (l0[alive] > step)]
+    return chunk

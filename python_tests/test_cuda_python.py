@@ -1,0 +1,67 @@
+"""The Python layer on CUDA tensors, on any machine: with torch's fake tensors, which have a device and a shape but no data.
+
+They fail where tensors of two devices meet, and where the host would have to wait for a number from the device.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import darkmatter_ext as dm
+from darkmatter_ext import _library, ops, pursuit_on_cuda
+from darkmatter_ext.pursuit_steps import PreparedDictionary, Rules
+
+N, D, F = 8, 40, 1500
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """A function that makes fake CUDA tensors; kernels count as loaded."""
+    monkeypatch.setattr(_library, "CUDA_LOADED", True)
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        yield lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def prepared_encoder(on_cuda):
+    half, d_padded = torch.float16, 64
+    parts = on_cuda(F, D), on_cuda(F, dtype=torch.float64), on_cuda(F, d_padded, dtype=half)
+    return ops.PreparedEncoder(*parts, on_cuda(0, dtype=torch.int32), on_cuda(5, F), has_b_dec=False)
+
+
+def test_topk_and_decode_never_wait(on_cuda):
+    x, W_enc, b_enc, W_dec = on_cuda(2, N, D), on_cuda(D, F), on_cuda(F), on_cuda(F, D)
+    for prepared in (None, prepared_encoder(on_cuda)):
+        acts = dm.topk_encode(x, W_enc, b_enc, 5, prepared=prepared)
+        assert acts.values.device.type == acts.indices.device.type == "cuda"
+        assert acts.values.shape == (2, N, 5)
+        x_hat = dm.sparse_decode(acts, W_dec, on_cuda(D))
+        assert (x_hat.device.type, x_hat.shape) == ("cuda", (2, N, D))
+        assert ops.to_dense(acts).device.type == "cuda"
+
+
+def test_threshold_knows_its_devices(on_cuda):
+    acts = dm.threshold_encode(on_cuda(N, D), on_cuda(D, F), on_cuda(F), on_cuda(F))
+    assert acts.values.device.type == acts.crow_indices.device.type == "cuda"
+    assert dm.sparse_decode(acts, on_cuda(F, D)).shape == (N, D)
+
+
+def test_gradient_pursuit_never_waits():
+    """On fake CPU tensors, because a torch without CUDA cannot copy fake CUDA ones: a look at a number would fail as well."""
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        packed = prepared_encoder(torch.empty)
+        chunk = pursuit_on_cuda._Chunk(N, 6, PreparedDictionary(packed.weight, torch.empty(F), packed))
+        chunk.run(Rules("gradient"))
+        assert chunk.weights.shape == (N, 6)
+
+
+def test_tensors_of_two_devices_are_told(on_cuda):
+    x, W_enc, b_enc = torch.empty(N, D), on_cuda(D, F), on_cuda(F)
+    with pytest.raises(ValueError, match=r"^x: must be on cuda:0 as the other arguments, got cpu$"):
+        dm.topk_encode(x, W_enc, b_enc, 5)
+
+
+def test_without_kernels_cuda_is_refused(on_cuda, monkeypatch):
+    monkeypatch.setattr(_library, "CUDA_LOADED", False)
+    with pytest.raises(RuntimeError, match=r"^W_enc: topk_encode has no kernel for cuda:0 in this build"):
+        dm.topk_encode(on_cuda(N, D), on_cuda(D, F), on_cuda(F), 5)
