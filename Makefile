@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc darkmatter_ext -type f -not -name '*.so' -not -path '*__pycache__*')
 
-.PHONY: install demo test test-slow bench cuda-check lint clean
+.PHONY: install demo test test-slow bench cuda-check gpu-check lint clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,16 @@ bench: install
 # Compiles every CUDA kernel for every supported architecture; needs nvcc, no GPU.
 cuda-check: $(VENV)/.dependencies
 	$(BIN)/python setup.py --quiet cuda_check
+
+# Everything that needs a GPU, in ten minutes: build, tests with sanitizers, probe, benchmark; results in benchmarks/results.
+# Needs a Python with a CUDA torch, pybind11, ninja, pytest, hypothesis: .venv where `make install` made it with one, else
+# GPU_PYTHON=... (nothing is installed there, the libraries are built into the source folder).
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu-check:
+	DARKMATTER_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m pytest -q python_tests/test_gpu.py -m gpu --override-ini addopts= -rs --durations 5
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_probe.py --out benchmarks/results
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --seconds 200 --out benchmarks/results
 
 lint: install
 	$(BIN)/ruff check .

@@ -65,7 +65,7 @@ def sparsify_step(x: Tensor, weight: Tensor, b_enc: Tensor, W_dec: Tensor, k: in
 
 def dense_gradient_pursuit(x: Tensor, dictionary: Tensor, l0: int) -> Tensor:
     """Gradient pursuit as it is released: dense weights [N, F] and three dense products a step."""
-    weights = torch.zeros(len(x), len(dictionary), dtype=x.dtype)
+    weights = x.new_zeros(len(x), len(dictionary))
     for _ in range(l0):
         residual = x - weights @ dictionary
         products = residual @ dictionary.mT
@@ -75,3 +75,21 @@ def dense_gradient_pursuit(x: Tensor, dictionary: Tensor, l0: int) -> Tensor:
         step = (direction * residual).sum(1) / direction.square().sum(1)
         weights = (weights + step[:, None] * gradient).clamp_(min=0)
     return weights
+
+
+def sae_lens_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor:
+    """The arithmetic of SAELens' TopKSAE.encode: dense acts [N, F] (for machines without sae_lens)."""
+    values, indices = torch.topk(x @ W_enc + b_enc, k=k, dim=-1)
+    acts = torch.zeros(len(x), W_enc.shape[1], dtype=x.dtype, device=x.device)
+    return acts.scatter_(-1, indices, values.relu())
+
+
+def sae_lens_jumprelu(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> Tensor:
+    """The arithmetic of SAELens' JumpReLUSAE.encode: dense acts [N, F]."""
+    hidden = x @ W_enc + b_enc
+    return torch.relu(hidden) * (hidden > threshold).to(hidden.dtype)
+
+
+def gathered_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """The decode of the Triton kernels (flex-sae, sparsify): a weighted sum of gathered rows, here rows first, then the sum."""
+    return torch.bmm(values[:, None], W_dec[indices])[:, 0]

@@ -7,6 +7,14 @@ import platform
 from typing import Any
 
 
+def package_version(package: str) -> str:
+    """Of an installed package; a GPU machine may run the ops from the source folder, and without the other packages."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def build_info() -> dict[str, Any]:
     """Versions, CUDA kernels or not, architectures compiled, CPU instruction sets.
 
@@ -22,7 +30,7 @@ def build_info() -> dict[str, Any]:
 
     built = _C.build()
     return {
-        "version": importlib.metadata.version("darkmatter_ext"),
+        "version": package_version("darkmatter_ext"),
         "commit": built["commit"],
         "torch": torch.__version__,
         "python": platform.python_version(),

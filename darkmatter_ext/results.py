@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import math
 import platform
@@ -22,9 +21,9 @@ def provenance(device: str) -> dict[str, Any]:
     """Where and with what a result was made."""
     import torch
 
-    from darkmatter_ext.environment import build_info
+    from darkmatter_ext.environment import build_info, package_version
 
-    versions = {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES}
+    versions = {name: package_version(name) for name in _RECORDED_PACKAGES}
     on_gpu = device.startswith("cuda")
     return {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

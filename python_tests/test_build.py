@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,25 @@ def test_each_library_needs_only_what_its_torch_has():
     if (PACKAGE / "libdarkmatter_cuda.so").exists():
         assert "libtorch_cuda.so" in needed("libdarkmatter_cuda.so")
         assert "libcudart" not in needed("libdarkmatter_cuda.so"), "the CUDA runtime is linked statically"
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")
+@pytest.mark.skipif(not (PACKAGE / "libdarkmatter_cuda.so").exists(), reason="built without CUDA kernels (no nvcc)")
+def test_the_cuda_library_asks_for_names_torch_has():
+    """Built without a CUDA torch, it links against an empty stand-in: a name torch lacks would show at load only."""
+
+    def symbols(path, kind):
+        run = subprocess.run(["nm", "-D", kind, path], capture_output=True, text=True, check=True)
+        return {line.split()[-1].split("@")[0] for line in run.stdout.splitlines()}
+
+    torch_folder = Path(torch.__file__).parent
+    wanted = {name for name in symbols(PACKAGE / "libdarkmatter_cuda.so", "--undefined-only") if "torch_" in name}
+    exported = symbols(torch_folder / "lib/libtorch_cpu.so", "--defined-only")
+    include = torch_folder / "include/torch/csrc"
+    headers = [include / "inductor/aoti_torch/c/shim.h", include / "stable/c/shim.h"]
+    declared = {name for path in headers for name in re.findall(r"\b(?:aoti_)?torch_\w*cuda\w*", path.read_text())}
+    assert wanted - exported <= declared
+    assert "torch_get_current_cuda_blas_handle" in wanted
 
 
 def test_cuda_switch(setup_module, monkeypatch):

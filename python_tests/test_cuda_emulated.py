@@ -11,6 +11,7 @@ import subprocess
 import emulated
 import pytest
 import torch
+from encoder_cases import NAN, SCREENED_DTYPES, WORST, check_encoders, gaussian, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import CASES, DTYPES
@@ -19,9 +20,6 @@ import darkmatter_ext as dm
 from darkmatter_ext import ops, reference
 from darkmatter_ext.pursuit_on_cuda import run_gradient_on_cuda
 from darkmatter_ext.pursuit_steps import Rules
-
-SCREENED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-INF, NAN = math.inf, math.nan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,36 +36,6 @@ def cuda():
 def emulated_ops(cuda, monkeypatch):
     """The public functions on the emulated ops."""
     monkeypatch.setattr(ops, "_ops", cuda)
-
-
-def same(mine, theirs):
-    mine, theirs = (value if isinstance(value, tuple) else (value,) for value in (mine, theirs))
-    assert len(mine) == len(theirs)
-    for one, other in zip(mine, theirs, strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one.nan_to_num(nan=12345.0), other.nan_to_num(nan=12345.0))
-
-
-def gaussian(n=9, d=40, n_latents=1500, dtype=torch.float32, seed=0):
-    """x [n, d], W_enc [d, F], b_enc [F], b_dec [d] of a size that is screened."""
-    torch.manual_seed(seed)
-    parts = torch.randn(n, d), torch.randn(d, n_latents), torch.randn(n_latents), torch.randn(d)
-    return tuple(part.to(dtype) for part in parts)
-
-
-def check_encoders(cuda, x, W_enc, b_enc, b_dec=None, *, k=5, threshold=9.0, packed=True):
-    """Both encoders, emulated and on the CPU."""
-    none = (None,) * 5
-    parts = cuda.pack_encoder(W_enc, b_enc, b_dec) if packed else none
-    same(
-        cuda.topk_encode(x, W_enc, b_enc, b_dec, k, *parts),
-        torch.ops.darkmatter.topk_encode(x, W_enc, b_enc, b_dec, k, *none),
-    )
-    threshold = torch.as_tensor(threshold).to(x.dtype)
-    same(
-        cuda.threshold_encode(x, W_enc, b_enc, b_dec, threshold, *parts),
-        torch.ops.darkmatter.threshold_encode(x, W_enc, b_enc, b_dec, threshold, *none),
-    )
 
 
 def shared_cases():
@@ -150,42 +118,6 @@ def test_the_order_of_threads_changes_nothing(cuda, seed):
     emulated.set_seed(seed)
     check_encoders(cuda, *gaussian(10, 48, 2100, seed=seed), k=20, threshold=10.0)
     emulated.set_seed(1)
-
-
-def _ties():
-    x, W_enc, b_enc, b_dec = gaussian()
-    W_enc[:, 100:900] = W_enc[:, 7:8]  # 800 equal latents
-    b_enc[100:900] = b_enc[7]
-    return x, W_enc, b_enc, b_dec
-
-
-def _near_duplicates():
-    x, W_enc, b_enc, b_dec = gaussian(n_latents=2600)
-    W_enc[:, :] = W_enc[:, :1] + 1e-7 * W_enc  # more candidates than a list holds: the exact path
-    b_enc[:] = 0
-    return x[:3], W_enc, b_enc, b_dec
-
-
-def _odd_tokens():
-    x, W_enc, b_enc, b_dec = gaussian()
-    x[0], x[1], x[2], x[3, 4], x[4, 0] = 0.0, 1e30, 1e-30, NAN, INF
-    x[5] *= 1e-20
-    return x, W_enc, b_enc, b_dec
-
-
-def _odd_latents():
-    x, W_enc, b_enc, b_dec = gaussian()
-    W_enc[:, 3], W_enc[:, 4], W_enc[:, 5], W_enc[0, 6] = 0.0, 1e25, 1e-25, INF
-    b_enc[10:200], b_enc[7] = -INF, INF
-    return x, W_enc, b_enc, b_dec
-
-
-def _ascending():
-    x, W_enc, b_enc, b_dec = gaussian(n_latents=4200)
-    return x, W_enc * torch.linspace(0, 3, 4200), b_enc, b_dec
-
-
-WORST = {f.__name__: f for f in (_ties, _near_duplicates, _odd_tokens, _odd_latents, _ascending)}
 
 
 @pytest.mark.parametrize("name", WORST)

@@ -1,0 +1,291 @@
+"""On a real GPU: every op against the CPU (equal to the bit) and the twins; streams, graphs, compile, memory, sanitizers.
+
+Run by `make gpu-check`. Needs torch, numpy, pytest and nothing else. Without a CUDA device every test is skipped.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from encoder_cases import SCREENED_DTYPES, WORST, check_encoders, gaussian, same
+from op_cases import CASES, DTYPES, TOLERANCE
+
+import darkmatter_ext as dm
+from darkmatter_ext import _library, ops, pursuit_on_cuda, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+TESTS = Path(__file__).resolve().parent
+SANITIZER = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+
+
+def on_gpu(value):
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def gpu_arguments(case, dtype):
+    """The arguments of a case on the GPU; packed weights are packed there."""
+    arguments = [on_gpu(value) for value in case.make(dtype)]
+    if case.name == "packed":
+        arguments[5:] = torch.ops.darkmatter.pack_encoder(*arguments[1:4])
+    return arguments
+
+
+CASES_HERE = [case for case in CASES if case.op != "screen_intervals"]
+each_case = pytest.mark.parametrize("case", CASES_HERE, ids=[case.id for case in CASES_HERE])
+
+
+def test_the_kernels_are_in():
+    assert _library.CUDA_LOADED, "torch has CUDA, but the package was built without (DARKMATTER_CUDA=1 pip install ...)"
+    assert {case.op for case in CASES} | {"pursuit_step", "screen_intervals"} <= set(_library.cuda_ops())
+
+
+@each_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_case_equals_the_cpu(case, dtype):
+    mine, on_cpu = case.call()(*gpu_arguments(case, dtype)), case.call()(*case.make(dtype))
+    mine, on_cpu = (value if isinstance(value, tuple) else (value,) for value in (mine, on_cpu))
+    if case.op == "pack_encoder":
+        mine, on_cpu = mine[:2], on_cpu[:2]  # codes are each backend's own
+    if dtype == torch.float64:  # the last bit may depend on fused multiply-add
+        for one, other in zip(mine, on_cpu, strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=1e-14, atol=1e-14)
+    else:
+        same(mine, on_cpu)
+
+
+@each_case
+def test_opcheck(case):
+    arguments = gpu_arguments(case, torch.float32)
+    for place in case.differentiable:
+        arguments[place] = arguments[place].detach().clone().requires_grad_()
+    torch.library.opcheck(case.call(), tuple(arguments))
+
+
+DIFFERENTIABLE = [case for case in CASES_HERE if case.differentiable]
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=[case.id for case in DIFFERENTIABLE])
+def test_gradients(case):
+    arguments = gpu_arguments(case, torch.float64)
+    variables = tuple(arguments[place].detach().clone().requires_grad_() for place in case.differentiable)
+
+    def function(*given):
+        filled = list(arguments)
+        for place, variable in zip(case.differentiable, given, strict=True):
+            filled[place] = variable
+        results = case.call()(*filled)
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(result for result in results if result.is_floating_point())
+
+    assert torch.autograd.gradcheck(function, variables, atol=1e-8, rtol=1e-6, nondet_tol=1e-12)
+    assert torch.autograd.gradgradcheck(function, variables, atol=1e-8, rtol=1e-6, nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", SCREENED_DTYPES, ids=str)
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(
+    ("n", "d", "n_latents", "k"),
+    [(9, 40, 1500, 5), (1, 70, 3001, 33), (17, 33, 1024, 128), (300, 768, 24576, 32), (64, 2304, 65536, 64)],
+)
+def test_encoders_equal_the_cpu(dtype, centred, n, d, n_latents, k):
+    x, W_enc, b_enc, b_dec = gaussian(n, d, n_latents, dtype)
+    b_dec = b_dec if centred else None
+    check_encoders(torch.ops.darkmatter, x, W_enc, b_enc, b_dec, k=k, threshold=3.3 * d**0.5, device="cuda")
+
+
+@pytest.mark.parametrize("name", WORST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_worst_cases(name, dtype):
+    x, W_enc, b_enc, b_dec = (part.to(dtype) for part in WORST[name]())
+    check_encoders(torch.ops.darkmatter, x, W_enc, b_enc, b_dec, k=20, threshold=5.0, device="cuda")
+
+
+def test_several_tiles_of_tokens_and_the_float64_oracle():
+    """More tokens than a tile (4096), compared with the dense float64 twin on the GPU."""
+    x, W_enc, b_enc, b_dec = (part.cuda() for part in gaussian(5000, 256, 4096))
+    acts = dm.topk_encode(x, W_enc, b_enc, 32, b_dec=b_dec)
+    twin = reference.topk_encode(x, W_enc, b_enc, 32, b_dec=b_dec)
+    assert torch.equal(acts.indices, twin.indices)
+    torch.testing.assert_close(acts.values, twin.values, rtol=TOLERANCE[torch.float32], atol=1e-12)
+    above = dm.threshold_encode(x, W_enc, b_enc, 40.0, b_dec=b_dec)
+    twin = reference.threshold_encode(x, W_enc, b_enc, 40.0, b_dec=b_dec)
+    assert torch.equal(above.col_indices, twin.col_indices)
+    assert torch.equal(above.crow_indices, twin.crow_indices)
+
+
+def test_intervals_hold_every_pre_activation():
+    for seed, scale in enumerate((1.0, 1e-3, 1e4)):
+        x, W_enc, b_enc, b_dec = (part.cuda() for part in gaussian(1000, 1024, 8192, seed=seed))
+        found = ops.screen_intervals(x * scale, W_enc, b_enc, b_dec=b_dec)
+        h = (x * scale).double().sub(b_dec.double()) @ W_enc.double() + b_enc.double()
+        assert found.screened.all()
+        assert ((found.lower <= h) & (h <= found.upper)).all()
+
+
+def test_nothing_waits_for_the_device():
+    x, W_enc, b_enc, b_dec = (part.cuda() for part in gaussian(300, 256, 4096))
+    W_dec, prepared = W_enc.mT.contiguous(), dm.prepare_encoder(W_enc, b_enc, b_dec=b_dec)
+    dm.topk_encode(x, W_enc, b_enc, 8, b_dec=b_dec, prepared=prepared)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        acts = dm.topk_encode(x, W_enc, b_enc, 8, b_dec=b_dec, prepared=prepared)
+        dm.sparse_decode(acts, W_dec, b_dec)
+        ops.decoder_outer(acts, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_current_stream():
+    """The op runs on the caller's stream: what a slow producer writes there is seen."""
+    x, W_enc, b_enc, _ = (part.cuda() for part in gaussian(64, 256, 4096))
+    expected = dm.topk_encode(x, W_enc, b_enc, 8)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x)
+        acts = dm.topk_encode(late, W_enc, b_enc, 8)
+        x_hat = dm.sparse_decode(acts, W_enc.mT.contiguous())
+    stream.synchronize()
+    assert torch.equal(acts.indices, expected.indices)
+    assert torch.equal(x_hat, dm.sparse_decode(expected, W_enc.mT.contiguous()))
+
+
+def test_cuda_graph():
+    x, W_enc, b_enc, b_dec = (part.cuda() for part in gaussian(64, 256, 4096))
+    W_dec, prepared = W_enc.mT.contiguous(), dm.prepare_encoder(W_enc, b_enc, b_dec=b_dec)
+    static = x.clone()
+
+    def run():
+        return dm.sparse_decode(dm.topk_encode(static, W_enc, b_enc, 8, b_dec=b_dec, prepared=prepared), W_dec, b_dec)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for seed in (1, 2):
+        static.copy_(gaussian(64, 256, 4096, seed=seed)[0])
+        graph.replay()
+        assert torch.equal(out, run())
+
+
+def test_torch_compile():
+    x, W_enc, b_enc, b_dec = (part.cuda() for part in gaussian(64, 256, 4096))
+    W_dec = W_enc.mT.contiguous()
+
+    def reconstruct(x):
+        return dm.sparse_decode(dm.topk_encode(x * 2, W_enc, b_enc, 8), W_dec, b_dec) + 1
+
+    assert torch.equal(torch.compile(reconstruct, fullgraph=True)(x), reconstruct(x))
+
+
+def test_gradients_are_deterministic():
+    x, W_enc, b_enc, b_dec = (part.cuda().requires_grad_() for part in gaussian(500, 128, 2048))
+    W_dec = W_enc.detach().mT.contiguous().requires_grad_()
+    runs = []
+    for _ in range(3):
+        x_hat = dm.sparse_decode(dm.topk_encode(x, W_enc, b_enc, 16, b_dec=b_dec), W_dec, b_dec)
+        runs.append(torch.autograd.grad((x_hat - x).square().sum(), (x, W_enc, b_enc, b_dec, W_dec)))
+    for run in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))
+
+
+def test_memory_of_an_encode():
+    """Nothing of size N F: far below the dense pre-activations."""
+    x, W_enc, b_enc, _ = (part.cuda() for part in gaussian(4096, 256, 65536))
+    prepared = dm.prepare_encoder(W_enc, b_enc)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    dm.topk_encode(x, W_enc, b_enc, 64, prepared=prepared)
+    assert torch.cuda.max_memory_allocated() - before < 0.2 * 4 * 4096 * 65536
+
+
+@pytest.mark.parametrize("keep_chosen", [False, True])
+def test_gradient_pursuit(keep_chosen):
+    torch.manual_seed(0)
+    x, dictionary = torch.randn(40, 64), torch.randn(3000, 64)
+    l0 = torch.randint(0, 14, (40,))
+    found = dm.pursuit(x.cuda(), dictionary.cuda(), l0.cuda(), keep_chosen=keep_chosen).to_dense().cpu()
+    expected = reference.pursuit(x, dictionary, l0, keep_chosen=keep_chosen).float()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["matching", "orthogonal"])
+def test_other_pursuits(method):
+    torch.manual_seed(0)
+    x, dictionary = torch.randn(20, 64), torch.nn.functional.normalize(torch.randn(3000, 64), dim=1)
+    found = dm.pursuit(x.cuda(), dictionary.cuda(), 6, method=method).to_dense().cpu()
+    expected = reference.pursuit(x, dictionary, 6, method=method).float()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_pursuit_in_a_graph_equals_pursuit_step_by_step(monkeypatch):
+    torch.manual_seed(0)
+    x, dictionary = torch.randn(100, 64).cuda(), torch.randn(3000, 64).cuda()
+    plain = dm.pursuit(x, dictionary, 8).to_dense()
+    monkeypatch.setattr("darkmatter_ext.batched_pursuit.CUDA_CHUNK_TOKENS", 24)
+    recorded = []
+    original = pursuit_on_cuda._recorded
+    monkeypatch.setattr(pursuit_on_cuda, "_recorded", lambda *args: recorded.append(1) or original(*args))
+    assert torch.equal(dm.pursuit(x, dictionary, 8).to_dense(), plain)
+    assert recorded, "four chunks of one shape are run as a graph"
+
+
+def test_drop_in():
+    pytest.importorskip("sae_lens")
+    from sae_cases import make_sae  # type: ignore[import-not-found]
+
+    sae = make_sae("topk").cuda()
+    x = torch.randn(50, sae.cfg.d_in, device="cuda")
+    expected = sae(x)
+    torch.testing.assert_close(dm.accelerate(sae)(x), expected, rtol=1e-4, atol=1e-4)
+    assert dm.stats(sae).fast
+
+
+SANITIZED = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from encoder_cases import check_encoders, gaussian, WORST
+import darkmatter_ext as dm
+from darkmatter_ext import ops
+check_encoders(torch.ops.darkmatter, *gaussian(10, 48, 2100), k=20, threshold=10.0, device="cuda")
+x, W_enc, b_enc, b_dec = (part.cuda() for part in gaussian(6, 40, 1100))
+acts = dm.topk_encode(x, W_enc, b_enc, 5)
+dm.sparse_decode(acts, W_enc.mT.contiguous(), b_dec)
+ops.decoder_outer(acts, x)
+ops.find_support(ops.to_dense(acts))
+dm.pursuit(x, W_enc.mT.contiguous(), 3)
+torch.cuda.synchronize()
+print("sanitized run finished")
+"""
+
+
+@pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer (of the CUDA toolkit), not found")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer(tool, tmp_path):
+    """Kernels of this package only: torch's own are not ours to check, and there are many."""
+    program = tmp_path / "sanitized.py"
+    program.write_text(SANITIZED.format(tests=str(TESTS)))
+    command = [
+        str(SANITIZER), "--tool", tool, "--kernel-name", "kernel_substring=darkmatter", "--error-exitcode", "3",
+        sys.executable, str(program),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    if "not supported" in run.stdout + run.stderr:
+        pytest.skip(f"compute-sanitizer does not support this device: {(run.stdout + run.stderr).splitlines()[-1]}")
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
+    assert "sanitized run finished" in run.stdout
