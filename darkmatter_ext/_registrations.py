@@ -172,6 +172,15 @@ register_autograd("darkmatter::sparse_outer", _outer_backward, setup_context=_sa
 # Gradients of the encoders
 
 
+def _latent_sums(grad: Tensor, indices: Tensor, crow: Tensor | None, n_tokens: int, n_latents: int) -> Tensor:
+    """Sum of the gradients of each latent [F], in float64. On CUDA as sparse_outer with ones: index_add is not
+    deterministic there."""
+    if grad.is_cuda:
+        return _ops.sparse_outer(grad, indices, crow, grad.new_ones(n_tokens, 1), n_latents)[:, 0]
+    sums = torch.zeros(n_latents, dtype=torch.float64)
+    return sums.index_add(0, indices.reshape(-1), grad.reshape(-1).double())
+
+
 def _encoder_gradients(
     needs: Sequence[bool],
     grad: Tensor,
@@ -194,8 +203,7 @@ def _encoder_gradients(
     if wants_x:
         rows = W_enc.mT if weight is None or torch.is_grad_enabled() else weight
         grad_x = _ops.sparse_decode(grad, indices, crow, rows, None)  # [N, d]
-    sums = torch.zeros(n_latents, dtype=torch.float64, device=grad.device)
-    sums = sums.index_add(0, indices.reshape(-1), grad.reshape(-1).double())  # [F]
+    sums = _latent_sums(grad, indices, crow, len(x), n_latents).double()  # [F]
     if wants_b_dec and b_dec is not None:
         wide = torch.promote_types(W_enc.dtype, torch.float32)  # a 16-bit product would be slow and coarse
         grad_b_dec = -(W_enc.to(wide) @ sums.to(wide)).to(W_enc.dtype)

@@ -373,12 +373,12 @@ class AcceleratedSAE:
         return acts
 
     def _encode_some(self, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
-        numbers = _latent_numbers(latents, self.cfg.d_sae)
+        numbers = _latent_numbers(latents, self.cfg.d_sae).to(self.W_enc.device)
         kind = self._fast.kind
         reason = self._why_not_sparse(x, any_density=True)
         self._fast.count("encode(latents)", reason)
         if reason:
-            return self.encode(x)[..., numbers.to(self.W_enc.device)]
+            return self.encode(x)[..., numbers]
         if kind in (TOPK, GATED, PURSUIT):
             return self._sparse_pass(x).dense_columns(numbers)
         threshold = self.threshold.detach().clamp(min=0)[numbers] if kind is JUMPRELU else 0.0

@@ -38,7 +38,7 @@ class _Watched:
         self.look_inside = look_inside
         if not look_inside:
             return
-        self.places = tuple(_places(*tensor.shape)) if tensor.ndim == 2 else None
+        self.places = tuple(_places(*tensor.shape).to(tensor.device)) if tensor.ndim == 2 else None
         self.sample = self._read(tensor).clone()
 
     def _read(self, tensor: Tensor) -> Tensor:
@@ -53,7 +53,8 @@ class _Watched:
 class Packed(Generic[Derived]):
     """A value computed from weights, computed anew when they are seen to have changed.
 
-    Cost of a look: one random read for each row or column of every matrix, one pass over every vector.
+    Cost of a look: one random read for each row or column of every matrix, one pass over every vector; on CUDA the host
+    waits for the answer.
     """
 
     def __init__(self, derive: Callable[..., Derived], *, is_view: Callable[[Tensor], bool] = lambda _: False) -> None:
