@@ -244,7 +244,8 @@ class CudaCheck(Command):
         if nvcc is None:
             fail("cuda_check needs nvcc, and none was found: set CUDA_HOME")
         work = ROOT / "build/cuda_check"
-        work.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)  # objects of sources that are gone would be linked
+        work.mkdir(parents=True)
         build = Build(work, work, nvcc, list(CHECKED_CUDA_ARCHS))
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             target = work / f"{source.stem}.o"
@@ -255,6 +256,21 @@ class CudaCheck(Command):
                 print(done.stderr)
                 fail(f"{source.name} does not compile")
             self._check_resources(source, done.stderr)
+        self._link(build, work)
+
+    def _link(self, build: Build, work: Path) -> None:
+        """The whole library from these objects, as a build makes it: kernels defined twice or never show here."""
+        objects = [str(path) for path in sorted(work.glob("*.o"))]
+        stub, library = work / "libtorch_cuda.so", work / "libdarkmatter_cuda.so"
+        empty = [build.cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", "/dev/null", "-o", str(stub)]
+        subprocess.run(empty, check=True)
+        command = [str(build.nvcc), "-shared", "-cudart", "static", *objects, "-o", str(library)]
+        command += [*shlex.split(build.torch_libs), f"-L{work}", "-ltorch_cuda"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            print(done.stderr)
+            fail("the CUDA library does not link")
+        print(f"libdarkmatter_cuda.so: {library.stat().st_size / 1e6:.1f} MB linked from {len(objects)} objects")
 
     def _check_resources(self, source: Path, report: str) -> None:
         spills = [line for line in report.splitlines() if "bytes spill stores" in line]

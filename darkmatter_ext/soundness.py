@@ -101,7 +101,7 @@ def why_not_tensors(sae: Any, tensor: object, weights: Sequence[object]) -> str:
     return _first(
         (any(t.layout != torch.strided for t in tensors), "an input or a weight is a sparse tensor"),
         (len({t.device for t in tensors}) > 1, "tensors on more than one device"),
-        (not has_kernels(tensors[0].device), "no kernel for this device in this build"),
+        (tensors[0].is_meta or not has_kernels(tensors[0].device), "no kernel for this device in this build"),
         (torch.is_autocast_enabled(tensors[0].device.type), "autocast"),
         (transforms_active(), "functorch transform, forward-mode gradient, tracing or dispatch mode"),
         (len({weight.dtype for weight in tensors[1:]} | {sae.dtype}) > 1, "mixed dtypes"),
