@@ -98,11 +98,12 @@ def why_not_tensors(sae: Any, tensor: object, weights: Sequence[object]) -> str:
     tensors = [each for each in given if isinstance(each, Tensor) and is_plain(each)]
     if len(tensors) < len(given):
         return "an input or a weight is not a plain tensor"
+    device = tensors[0].device
     return _first(
         (any(t.layout != torch.strided for t in tensors), "an input or a weight is a sparse tensor"),
         (len({t.device for t in tensors}) > 1, "tensors on more than one device"),
-        (tensors[0].is_meta or not has_kernels(tensors[0].device), "no kernel for this device in this build"),
-        (torch.is_autocast_enabled(tensors[0].device.type), "autocast"),
+        (not has_kernels(device) or device.type == "meta", "no kernel for this device in this build"),
+        (device.type != "meta" and torch.is_autocast_enabled(device.type), "autocast"),
         (transforms_active(), "functorch transform, forward-mode gradient, tracing or dispatch mode"),
         (len({weight.dtype for weight in tensors[1:]} | {sae.dtype}) > 1, "mixed dtypes"),
     )
