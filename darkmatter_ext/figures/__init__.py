@@ -1,0 +1,43 @@
+"""Figures drawn from a Result alone, never from live objects: a figure can always be made again from its file.
+
+One module an experiment; `style.py` is what they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from darkmatter_ext.figures import decomposition
+from darkmatter_ext.figures.style import STYLE
+from darkmatter_ext.results import Result
+from darkmatter_ext.storage import atomic_file
+
+FIGURES: dict[str, dict[str, Callable[[Result], Any]]] = {
+    "decomposition": {
+        "fvu": decomposition.fvu_by_width,
+        "norm_test": decomposition.norm_test,
+        "per_token": decomposition.per_token_error,
+    },
+    "pursuit": {"fvu": decomposition.fvu_by_width},
+}
+
+
+def save_figures(result: Result, folder: Path, *, kind: str = "png") -> list[Path]:
+    """Draw every figure of a result into `folder` as `<experiment>_<figure>.<kind>` (png, pdf or svg).
+
+    Raises ValueError for an experiment without figures.
+    """
+    import matplotlib
+
+    if result.experiment not in FIGURES:
+        raise ValueError(f"RESULT: must be of {', '.join(FIGURES)}, got a result of {result.experiment!r}")
+    paths = []
+    with matplotlib.rc_context(STYLE):
+        for name, draw in FIGURES[result.experiment].items():
+            path = folder / f"{result.experiment}_{name}.{kind}"
+            with atomic_file(path) as part:
+                draw(result).savefig(part)
+            paths.append(path)
+    return paths

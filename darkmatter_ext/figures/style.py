@@ -1,0 +1,49 @@
+"""What all figures share: palette, sizes, and small habits of drawing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with any colour vision.
+BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#7F7F7F"
+SERIES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", SKY)
+WIDTH = 6.4  # inches: full text width of a paper
+STYLE: Any = {  # matplotlib types its keys as literals
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.dpi": 160,
+    "savefig.bbox": "tight",
+}
+
+
+def new_figure(height: float) -> tuple[Figure, Axes]:
+    """A figure of full text width with one pair of axes; `height` in inches."""
+    figure, axes = new_panels(height, 1)
+    return figure, axes[0]
+
+
+def new_panels(height: float, columns: int, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of full text width with panels side by side; `options` as of `Figure.subplots`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False, **options)[0])
+
+
+def legend_beside(axes: Axes) -> None:
+    """The legend at the right of the axes, where it can hide nothing."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def visible(token: str) -> str:
+    """A token as it can be read on an axis: white space shown, no mathematics."""
+    shown = token.strip() or token.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
+    return shown.replace("$", r"\$")
