@@ -23,6 +23,25 @@ def test_a_result_round_trips_and_nan_becomes_null(tmp_path):
     assert loaded.seed == 3
 
 
+def test_arrays_go_beside_the_json_and_come_back(tmp_path):
+    import numpy as np
+
+    columns = {"kl": np.array([0.1, np.nan], dtype=np.float32), "token": np.array([5, 9])}
+    path = _result(arrays=columns).save(tmp_path / "r.json")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"r.json", "r.npz"}
+    loaded = load_result(path)
+    assert set(loaded.arrays) == {"kl", "token"}
+    for name, column in columns.items():
+        np.testing.assert_array_equal(loaded.arrays[name], column)
+        assert loaded.arrays[name].dtype == column.dtype
+    assert load_result(_result().save(tmp_path / "none.json")).arrays == {}
+    for spoil in (lambda npz: npz.write_bytes(b"no"), lambda npz: npz.unlink()):
+        spoil(tmp_path / "r.npz")
+        with pytest.raises(ValueError, match="RESULT: must have its per-token arrays beside it") as caught:
+            load_result(path)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_failed_write_leaves_the_old_result_and_no_parts(tmp_path):
     path = _result().save(tmp_path / "r.json")
     before = path.read_bytes()

@@ -1,0 +1,58 @@
+"""Intervals against closed forms and against their meaning: how often they hold the truth."""
+
+import math
+
+import pytest
+import torch
+
+from darkmatter_ext.intervals import bootstrap, group_sums, seed_interval
+
+
+def test_group_sums_are_sums():
+    values, groups = torch.arange(12.0).view(6, 2), torch.tensor([2, 0, 2, 0, 0, 2])
+    sums = group_sums(values, groups, 4)
+    assert sums.tolist() == [[2 + 6 + 8, 3 + 7 + 9], [0, 0], [0 + 4 + 10, 1 + 5 + 11], [0, 0]]
+
+
+def test_the_bootstrap_interval_of_a_mean_is_the_normal_one():
+    sums = torch.randn(400, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
+    (found,) = bootstrap(torch.cat([sums, torch.ones_like(sums)], 1), lambda s: s[..., :1] / s[..., 1:], seed=1)
+    half = 1.96 * sums.std().item() / 20
+    assert found.value == pytest.approx(sums.mean().item())
+    assert found.low == pytest.approx(found.value - half, abs=0.15 * half)
+    assert found.high == pytest.approx(found.value + half, abs=0.15 * half)
+
+
+def test_a_ratio_of_sums_covers_the_planted_ratio_about_as_often_as_it_says():
+    """Contexts of very different sizes, whose tokens share an effect: intervals over tokens would be far too short."""
+    covered = 0
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        size = torch.randint(1, 40, (60,), generator=generator).double()
+        shared = torch.randn(60, generator=generator, dtype=torch.float64)
+        numerator = size * (3 + shared)
+        sums = torch.stack([numerator, size], 1)
+        (found,) = bootstrap(sums, lambda s: s[..., :1] / s[..., 1:], seed=seed, resamples=300)
+        covered += found.low <= 3 <= found.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_one_context_or_one_seed_has_no_interval():
+    (found,) = bootstrap(torch.tensor([[4.0, 2.0]]), lambda s: s[..., :1] / s[..., 1:], seed=0)
+    assert found.value == 2
+    assert math.isnan(found.low)
+    assert math.isnan(seed_interval([3.0]).high)
+
+
+def test_seed_interval_is_students():
+    found = seed_interval([1.0, 2.0, 3.0])
+    assert found.value == 2
+    assert found.high == pytest.approx(2 + 4.302652729911275 / 3**0.5)  # t(0.975, 2) from a table
+    assert found.numbers("fvu") == {"fvu": 2.0, "fvu/low": found.low, "fvu/high": found.high}
+
+
+def test_nothing_to_draw_is_told():
+    with pytest.raises(ValueError, match="sums: must hold at least one context, got none"):
+        bootstrap(torch.empty(0, 2), lambda s: s, seed=0)
+    with pytest.raises(ValueError, match="values: must hold at least one seed, got none"):
+        seed_interval([])
