@@ -59,16 +59,15 @@ def _quiet_libraries() -> None:
 def _table(result: Result) -> Table:
     from rich.table import Table
 
-    from darkmatter_ext.report import COLUMNS, cell, sae_rows
+    from darkmatter_ext.report import table
 
-    table = Table(
-        title=f"{result.experiment}: {result.config['model']}, {result.config['hook']}, held-out tokens", pad_edge=False
-    )
-    for key, heading, _ in COLUMNS:
-        table.add_column(heading, justify="left" if key == "name" else "right", no_wrap=key == "name")
-    for row in sae_rows(result):
-        table.add_row(*(cell(row, key, form) for key, _, form in COLUMNS))
-    return table
+    content = table(result)
+    shown = Table(title=content.title, pad_edge=False)
+    for number, heading in enumerate(content.headings):
+        shown.add_column(heading, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in content.rows:
+        shown.add_row(*row)
+    return shown
 
 
 def _console() -> Console:

@@ -14,6 +14,7 @@ from darkmatter_ext.embedded import EMBEDDED_MODEL
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.sae import load_sae
 from darkmatter_ext.selection import FIT, SAE_TRAINING, TokenSelection, select_tokens, tokens_with_role
+from darkmatter_ext.splicing import require_same_tokens
 from darkmatter_ext.storage import cache_dir, fingerprint
 from darkmatter_ext.text import documents
 from darkmatter_ext.training import TrainingConfig, save_sae, train_topk_sae
@@ -110,7 +111,9 @@ def site_activations(config: SiteConfig, stages: Stages) -> ActivationCache:
             context_length=config.context_length,
         )
     with stages.stage("run the language model", contexts.tokens.numel()) as advance:
-        return activation_cache(config.model, config.hook, contexts, device=config.device, progress=advance)
+        cache = activation_cache(config.model, config.hook, contexts, device=config.device, progress=advance)
+    require_same_tokens(contexts.tokens, cache.column("tokens"))
+    return cache
 
 
 def trained_saes(
@@ -140,6 +143,9 @@ def given_saes(config: SiteConfig, cache: ActivationCache) -> dict[str, tuple[SA
         sae = load_sae(folder, device=config.device)
         if sae.cfg.d_in != cache.d_in:
             raise ValueError(f"--sae: must have d_in {cache.d_in} as {config.hook}, got {sae.cfg.d_in} in {folder}")
+        own_hook = sae.cfg.metadata.hook_name
+        if own_hook not in (None, config.hook):
+            raise ValueError(f"--sae: must be of the site {config.hook}, got one of {own_hook} in {folder}")
         name = folder.resolve().name
         saes[name if name not in saes else str(folder)] = sae, folder
     return saes

@@ -203,6 +203,13 @@ def test_an_sae_of_another_site_is_refused(workplace, tmp_path, capsys):
     sae_class(cfg_class(d_in=20, d_sae=30, k=2, dtype="float32", device="cpu")).save_model(tmp_path / "sae")
     assert cli.main(_flags(workplace, "--sae", str(tmp_path / "sae"), "--out", str(tmp_path / "out"))) == 2
     assert "--sae: must have d_in 16 as blocks.1.hook_resid_post, got 20" in capsys.readouterr().err
+    cfg = cfg_class(d_in=16, d_sae=30, k=2, dtype="float32", device="cpu")
+    cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    sae_class(cfg).save_model(tmp_path / "block0")
+    assert cli.main(_flags(workplace, "--sae", str(tmp_path / "block0"), "--out", str(tmp_path / "out"))) == 2
+    error = capsys.readouterr().err
+    assert "--sae: must be of the site blocks.1.hook_resid_post, got one of blocks.0.hook_resid_post" in error
+    assert error.count("\n") == 1
 
 
 def test_the_installed_command_has_no_traceback(tmp_path):

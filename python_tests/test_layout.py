@@ -22,7 +22,7 @@ LEVELS = {
     "site": 8, "check_sae": 8, "experiments": 9,
     "figures": 10, "report": 11, "cli": 12, "__main__": 13, "__init__": 13,
 }  # fmt: skip
-ALLOWED = {(package, package) for package in ("experiments", "figures")}
+ALLOWED = {(package, package) for package in ("experiments", "figures", "report")}
 
 
 def _module(path):

@@ -1,0 +1,28 @@
+"""The table of a result, and how numbers are written in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headline numbers as text; the first column names the row."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[list[str]]
+
+
+def shown(value: object, form: str) -> str:
+    """A value in a format; a number that could not be computed shows as an en dash."""
+    return "–" if isinstance(value, float) and math.isnan(value) else form.format(value)
+
+
+def with_interval(numbers: Mapping[str, float], name: str, form: str) -> str:
+    """A number with its confidence interval, from `name`, `name/low` and `name/high`."""
+    low, high = (shown(numbers.get(f"{name}/{end}", math.nan), form) for end in ("low", "high"))
+    value = shown(numbers[name], form)
+    return value if low == high == "–" else f"{value} ({low} to {high})"
