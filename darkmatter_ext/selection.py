@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from darkmatter_ext.activations import ActivationCache
+from darkmatter_ext.activations import CONTEXTS_PER_FORWARD, ActivationCache
 from darkmatter_ext.decomposition import TokenBatch
 from darkmatter_ext.regression import train_mask
 
@@ -97,6 +98,12 @@ def select_tokens(
     fit = train_mask(groups, fraction=fit_fraction, seed=seed + 1).view(-1, length)
     roles[measured] = torch.where(fit, FIT, HELD_OUT).to(torch.uint8)
     roles[~usable | high] = UNUSED
+    for name, role in (("fit", FIT), ("held-out", HELD_OUT)):
+        if not bool((roles == role).any()):
+            raise ValueError(
+                f"--drop-positions, --max-norm-ratio: must leave {name} tokens, got 0 of {roles.numel()} tokens "
+                f"with {drop_positions} and {max_norm_ratio:g}"
+            )
     return TokenSelection(
         roles=roles,
         dropped_positions=int((~usable).sum()),
@@ -125,6 +132,51 @@ class MeasuredBatches:
             start += len(x)
 
 
+class ContextBatch(NamedTuple):
+    """Some whole contexts and which of their tokens are held out."""
+
+    numbers: Tensor  # [c] int64, of the contexts within the cache
+    tokens: Tensor  # [c, L] int64
+    x: Tensor  # [c, L, d]
+    held_out: Tensor  # [c, L] bool
+
+
+@dataclass(frozen=True)
+class HeldOutContexts:
+    """Whole contexts that are held out, all of them or a seeded sample: for what needs every position of a context."""
+
+    cache: ActivationCache
+    roles: Tensor  # [C, L] uint8
+    numbers: Tensor  # [m] int64, ascending
+
+    @classmethod
+    def sample(cls, cache: ActivationCache, roles: Tensor, count: int, *, seed: int) -> HeldOutContexts:
+        """`count` held-out contexts drawn with `seed`.
+
+        Raises ValueError when there are fewer, or when held-out and fit tokens share contexts.
+        """
+        held_out = (roles == HELD_OUT).any(1)
+        if bool((held_out & (roles == FIT).any(1)).any()):
+            raise ValueError("--split: must be documents or contexts to splice into whole contexts, got tokens")
+        numbers = held_out.nonzero().flatten()
+        if count > len(numbers):
+            raise ValueError(f"--contexts: must be at most the {len(numbers)} held-out contexts, got {count}")
+        order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
+        return cls(cache, roles, numbers[order[:count]].sort().values)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[ContextBatch]:
+        for shard in self.cache.shards():
+            first, last = shard.first_context, shard.first_context + len(shard.tokens)
+            inside = self.numbers[(self.numbers >= first) & (self.numbers < last)]
+            for part in inside.split(CONTEXTS_PER_FORWARD) if len(inside) else ():
+                rows = part - first
+                held_out = self.roles[part] == HELD_OUT
+                yield ContextBatch(part, shard.tokens[rows], shard.activations[rows], held_out)
+
+
 def tokens_with_role(cache: ActivationCache, roles: Tensor, role: int) -> Tensor:
     """All activations with one role, [n, d], in memory: the training set of an SAE."""
     parts = []
@@ -132,3 +184,31 @@ def tokens_with_role(cache: ActivationCache, roles: Tensor, role: int) -> Tensor
         own = roles[shard.first_context : shard.first_context + len(shard.tokens)]
         parts.append(shard.activations[own == role])
     return torch.cat(parts)
+
+
+def mean_activation(cache: ActivationCache, roles: Tensor, role: int) -> Tensor:
+    """Mean activation [d], float32, of the tokens with one role; memory: one shard."""
+    total = torch.zeros(cache.d_in, dtype=torch.float64)
+    for shard in cache.shards():
+        own = roles[shard.first_context : shard.first_context + len(shard.tokens)]
+        total += shard.activations[own == role].double().sum(0)
+    return (total / (roles == role).sum()).float()
+
+
+def require_same_tokens(given: Tensor, stored: Tensor) -> None:
+    """Raise ValueError, naming the first place, unless the tokens given are those stored with the activations.
+
+    Both [C, L] int64.
+    """
+    if given.shape != stored.shape:
+        raise ValueError(
+            f"tokens: must be those of the stored activations {list(stored.shape)}, got {list(given.shape)} tokens"
+        )
+    different = (given != stored).nonzero()
+    if len(different):
+        context, position = different[0].tolist()
+        raise ValueError(
+            f"tokens: must be those of the stored activations, got token {int(given[context, position])} where "
+            f"{int(stored[context, position])} is stored (context {context}, position {position}; "
+            f"{len(different)} places differ)"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,8 +13,14 @@ from darkmatter_ext.activations import ActivationCache, activation_cache, load_t
 from darkmatter_ext.embedded import EMBEDDED_MODEL
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.sae import load_sae
-from darkmatter_ext.selection import FIT, SAE_TRAINING, TokenSelection, select_tokens, tokens_with_role
-from darkmatter_ext.splicing import require_same_tokens
+from darkmatter_ext.selection import (
+    FIT,
+    SAE_TRAINING,
+    TokenSelection,
+    require_same_tokens,
+    select_tokens,
+    tokens_with_role,
+)
 from darkmatter_ext.storage import cache_dir, fingerprint
 from darkmatter_ext.text import documents
 from darkmatter_ext.training import TrainingConfig, save_sae, train_topk_sae
@@ -169,6 +175,14 @@ def prepared_site(
     )
     saes = given_saes(config, cache) if config.sae else trained_saes(config, cache, selection, stages)
     return cache, selection, saes
+
+
+def listed_saes(saes: dict[str, tuple[SAE, Path]]) -> list[dict[str, Any]]:
+    """What a result says about each SAE, for its readers and figures."""
+    return [
+        {"name": name, "d_sae": sae.cfg.d_sae, "architecture": sae.cfg.architecture(), "folder": str(folder)}
+        for name, (sae, folder) in saes.items()
+    ]
 
 
 def site_notes(config: SiteConfig, cache: ActivationCache, selection: TokenSelection) -> list[str]:

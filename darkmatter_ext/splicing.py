@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from darkmatter_ext.activations import load_model, parse_hook, transformer_blocks
+from darkmatter_ext.selection import HeldOutContexts
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel
 
 Splice = Callable[[Tensor], Tensor]  # activations [n, d] -> what takes their place [n, d]
@@ -30,25 +32,6 @@ LOGITS_BYTES = 64 << 20  # of one [tokens, V] float32 array; four of them are al
 # below 1e-5 in float32, another token or another model is at about 1.
 MATCH_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _PROBE_TOKENS = 8
-
-
-def require_same_tokens(given: Tensor, stored: Tensor) -> None:
-    """Raise ValueError, naming the first place, unless the tokens given are the tokens stored with the activations.
-
-    Both [C, L] int64.
-    """
-    if given.shape != stored.shape:
-        raise ValueError(
-            f"tokens: must be those of the stored activations {list(stored.shape)}, got {list(given.shape)} tokens"
-        )
-    different = (given != stored).nonzero()
-    if len(different):
-        context, position = different[0].tolist()
-        raise ValueError(
-            f"tokens: must be those of the stored activations, got token {int(given[context, position])} where "
-            f"{int(stored[context, position])} is stored (context {context}, position {position}; "
-            f"{len(different)} places differ)"
-        )
 
 
 class SplicedModel:
@@ -239,3 +222,50 @@ def concatenated(parts: list[TokenLosses]) -> TokenLosses:
 
     cross_entropy = torch.cat([part.cross_entropy for part in parts]).cpu()
     return TokenLosses(cross_entropy, **{f.name: joined(f.name) for f in dataclasses.fields(TokenLosses)[1:]})
+
+
+@dataclass(frozen=True)
+class SplicedTokens:
+    """Every measured token of some contexts: where it stands, what it is, and its losses."""
+
+    context: Tensor  # [n] int64, number within the activation cache
+    position: Tensor  # [n]
+    token: Tensor  # [n] token id
+    next_token: Tensor  # [n] token id the cross-entropy is of
+    losses: TokenLosses
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """As per-token columns of a result: losses in float32, named `ce`, `NAME.ce`, `NAME.kl`."""
+        tensors = {name: getattr(self, name).int() for name in ("context", "position", "token", "next_token")}
+        tensors["ce"] = self.losses.cross_entropy
+        for name in self.losses.spliced:
+            tensors |= {f"{name}.ce": self.losses.spliced[name], f"{name}.kl": self.losses.kl[name]}
+        return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+
+def splice_contexts(
+    model: SplicedModel,
+    contexts: HeldOutContexts,
+    splices: Mapping[str, Splice],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> SplicedTokens:
+    """Run every splice over held-out contexts, replacing all their held-out tokens at once.
+
+    `progress` is called with the number of contexts done. Raises ValueError when the stored activations are not the
+    model's own for the stored tokens (looked at in the first context). Cost and memory: see `splice_losses`.
+    """
+    losses, places = [], []
+    for batch in contexts:
+        if not losses:
+            model.check_activations(batch.tokens[:1], batch.x[:1])
+        losses.append(splice_losses(model, batch.tokens, batch.x, batch.held_out, splices))
+        measured = batch.held_out.clone()
+        measured[:, -1] = False
+        row, position = measured.nonzero(as_tuple=True)
+        following = batch.tokens.roll(-1, dims=1)[measured]
+        places.append((batch.numbers[row], position, batch.tokens[measured], following))
+        if progress is not None:
+            progress(len(batch.tokens))
+    context, position, token, next_token = (torch.cat(column) for column in zip(*places, strict=True))
+    return SplicedTokens(context, position, token, next_token, concatenated(losses))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_activations import _small_model
 
-from darkmatter_ext.splicing import SplicedModel, require_same_tokens, splice_losses
+from darkmatter_ext.selection import require_same_tokens
+from darkmatter_ext.splicing import SplicedModel, splice_losses
 
 KINDS = ["gpt2", "llama", "gemma2"]
 

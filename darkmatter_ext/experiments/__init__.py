@@ -7,7 +7,9 @@ from types import ModuleType
 
 EXPERIMENTS = {
     "decomposition": "how much of an SAE's error is linear in the activation (vector and norm tests, FVU)",
-    "pursuit": "the same with pursuit over the SAE's dictionary instead of its encoder",
+    "downstream": "what the linear and the nonlinear error cost the language model, in cross-entropy and KL",
+    "pathology": "is Sae(x) worse for the language model than other points at the same distance from x?",
+    "pursuit": "FVU and its linear part with pursuit over the SAE's dictionary instead of its encoder",
 }
 
 

@@ -15,7 +15,7 @@ from darkmatter_ext.error import sae_error
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result, provenance
 from darkmatter_ext.selection import HELD_OUT, UNUSED, MeasuredBatches, TokenSelection
-from darkmatter_ext.site import SiteConfig, prepared_site, site_notes, site_plan
+from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
 
 if TYPE_CHECKING:
     pass
@@ -110,10 +110,7 @@ def run(config: DecompositionConfig, stages: Stages) -> Result:
         config=dataclasses.asdict(config),
         numbers=numbers,
         series={
-            "saes": [
-                {"name": name, "d_sae": sae.cfg.d_sae, "architecture": sae.cfg.architecture(), "folder": str(folder)}
-                for name, (sae, folder) in saes.items()
-            ],
+            "saes": listed_saes(saes),
             "excerpt": _excerpt(config, cache, selection, reconstruct, found),
             "largest_norm_tokens": _high_norm_tokens(config, cache, selection),
         },

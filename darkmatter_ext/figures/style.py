@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from darkmatter_ext.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,6 +16,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#7F7F7F"
 SERIES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", SKY)
 WIDTH = 6.4  # inches: full text width of a paper
+_ENDS = {"value": "", "low": "/low", "high": "/high"}  # of an interval's numbers in a result
 STYLE: Any = {  # matplotlib types its keys as literals
     "font.size": 9,
     "axes.spines.top": False,
@@ -41,6 +46,22 @@ def new_panels(height: float, columns: int, **options: Any) -> tuple[Figure, lis
 def legend_beside(axes: Axes) -> None:
     """The legend at the right of the axes, where it can hide nothing."""
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def interval_bars(result: Result, names: Sequence[str]) -> tuple[list[float], list[list[float]]]:
+    """Values and matplotlib's error bars [below, above] of numbers that have intervals."""
+    rows = [{key: result.numbers[f"{name}{end}"] for key, end in _ENDS.items()} for name in names]
+    return [row["value"] for row in rows], row_bars(rows)
+
+
+def row_bars(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Error bars [below, above] of rows with value, low and high; of no length where there is no interval."""
+
+    def length(row: Mapping[str, Any], end: str, sign: int) -> float:
+        known = row[end] is not None and math.isfinite(row[end])
+        return max(0.0, sign * (row[end] - row["value"])) if known else 0.0
+
+    return [[length(row, end, sign) for row in rows] for end, sign in (("low", -1), ("high", 1))]
 
 
 def visible(token: str) -> str:

@@ -11,12 +11,17 @@ from pathlib import Path
 from types import ModuleType
 
 from darkmatter_ext.error import NORM_TARGETS
-from darkmatter_ext.report import decomposition, pursuit
+from darkmatter_ext.report import decomposition, downstream, pathology, pursuit
 from darkmatter_ext.report.table import Table
 from darkmatter_ext.results import Result
 from darkmatter_ext.storage import atomic_file
 
-VIEWS: dict[str, ModuleType] = {"decomposition": decomposition, "pursuit": pursuit}
+VIEWS: dict[str, ModuleType] = {
+    "decomposition": decomposition,
+    "downstream": downstream,
+    "pathology": pathology,
+    "pursuit": pursuit,
+}
 
 
 def table(result: Result) -> Table:

@@ -1,0 +1,206 @@
+"""`darkmatter run downstream`: what the linear and the nonlinear part of SAE error cost the language model (figure 9).
+
+Sae(x), Sae(x) + linear error and Sae(x) + nonlinear error take the place of x at the held-out tokens of whole contexts;
+the rest of the model runs on, and its cross-entropy and KL are compared with the unchanged model. b* is fitted on fit
+tokens only. CE recovered = (L_sae - L_setting) / (L_sae - L_original): if both parts cost in proportion to their energy,
+adding the linear part recovers the linear share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.controls import random_dictionary, shuffled_decoder
+from darkmatter_ext.decomposition import Decomposition, Reconstruct, TokenBatch, decompose_stream
+from darkmatter_ext.intervals import bootstrap, group_sums
+from darkmatter_ext.progress import Stages
+from darkmatter_ext.regression import LinearMap
+from darkmatter_ext.results import Result, provenance
+from darkmatter_ext.sae import as_reconstruct
+from darkmatter_ext.selection import FIT, HeldOutContexts, MeasuredBatches, mean_activation
+from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
+from darkmatter_ext.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sae_lens import SAE
+
+SETTINGS = {
+    "sae": "Sae(x)",
+    "linear": "Sae(x) + linear error",
+    "nonlinear": "Sae(x) + nonlinear error",
+    "shuffled": "control: Sae(x) + the linear error of another token",
+}
+CONTROLS = {
+    "mean": "control: the mean activation",
+    "random_dictionary": "control: pursuit over random directions, as many as the widest SAE has",
+    "shuffled_decoder": "control: the widest SAE with its decoder rows permuted",
+}
+
+
+@dataclass(frozen=True)
+class DownstreamConfig(SiteConfig):
+    """Splice Sae(x), with and without each part of its error, into the model: what does each part cost?"""
+
+    contexts: int = 24
+    """held-out contexts to splice into"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.contexts < 2:
+            raise ValueError(f"--contexts: must be at least 2 (intervals are over contexts), got {self.contexts}")
+        if self.split == "tokens":
+            raise ValueError("--split: must be documents or contexts to splice into whole contexts, got 'tokens'")
+
+
+PRESETS = {"demo": DownstreamConfig()}
+
+
+def plan(config: DownstreamConfig) -> list[str]:
+    """What a run would do, in lines, without doing it."""
+    settings = [*SETTINGS.values(), *CONTROLS.values()]
+    return [
+        *site_plan(config),
+        f"splice    into {config.contexts} held-out contexts",
+        *(f"          {about}" for about in settings),
+    ]
+
+
+def sae_splices(reconstruct: Reconstruct, error_map: LinearMap, *, seed: int) -> dict[str, Splice]:
+    """The four settings of one SAE, each a function of the activations [n, d] at the replaced places."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def sae(x: Tensor) -> Tensor:
+        return reconstruct(TokenBatch(x, torch.zeros(len(x), dtype=torch.bool, device=x.device))).x_hat
+
+    def linear(x: Tensor) -> Tensor:
+        return error_map(x).to(x.dtype)
+
+    def shuffled(x: Tensor) -> Tensor:
+        order = torch.randperm(len(x), generator=generator).to(x.device)
+        return sae(x) + linear(x)[order]
+
+    return {
+        "sae": sae,
+        "linear": lambda x: sae(x) + linear(x),
+        "nonlinear": lambda x: x - linear(x),  # Sae(x) + (x - Sae(x) - b*.x)
+        "shuffled": shuffled,
+    }
+
+
+def _recovered(sums: Tensor) -> Tensor:
+    """Of sums [..., 3] of the loss of the model, with Sae(x), with a setting: CE or KL recovered in percent [..., 1]."""
+    original, sae, setting = sums.unbind(-1)
+    return (100 * (sae - setting) / (sae - original))[..., None]
+
+
+def loss_numbers(tokens: SplicedTokens, name: str, *, seed: int) -> dict[str, float]:
+    """Mean CE increase and KL of one splice, with intervals over contexts."""
+    losses, ones = tokens.losses, torch.ones(len(tokens.context))
+    increase = losses.spliced[name] - losses.cross_entropy
+    sums = _context_sums(tokens, increase, losses.kl[name], ones)
+    ce, kl = bootstrap(sums, lambda s: s[..., :2] / s[..., 2:], seed=seed)
+    return ce.numbers(f"{name}/ce_increase") | kl.numbers(f"{name}/kl")
+
+
+def recovery_numbers(tokens: SplicedTokens, sae: str, *, seed: int) -> dict[str, float]:
+    """CE and KL recovered, in percent, by every setting of the SAE named `sae`, with intervals over contexts."""
+    losses, numbers = tokens.losses, {}
+    for setting in list(SETTINGS)[1:]:
+        ce = (losses.cross_entropy, losses.spliced[f"{sae}/sae"], losses.spliced[f"{sae}/{setting}"])
+        kl = (torch.zeros_like(ce[0]), losses.kl[f"{sae}/sae"], losses.kl[f"{sae}/{setting}"])
+        for quantity, columns in (("ce", ce), ("kl", kl)):
+            (found,) = bootstrap(_context_sums(tokens, *columns), _recovered, seed=seed)
+            numbers |= found.numbers(f"{sae}/{setting}/{quantity}_recovered")
+    return numbers
+
+
+def _context_sums(tokens: SplicedTokens, *columns: Tensor) -> Tensor:
+    names, inverse = tokens.context.unique(return_inverse=True)
+    return group_sums(torch.stack(columns, dim=1), inverse, len(names))
+
+
+def _share_numbers(name: str, decomposition: Decomposition) -> dict[str, float]:
+    """What stands next to the recovery: shares of energy and R2, of all held-out tokens, in percent."""
+    energy = decomposition.mean_squared_norm
+    return {
+        f"{name}/l0": decomposition.l0,
+        f"{name}/fvu": decomposition.fvu,
+        f"{name}/linear/share_of_fvu": 100 * decomposition.linear_share,
+        f"{name}/nonlinear/share_of_fvu": 100 * (1 - decomposition.linear_share),
+        f"{name}/linear/squared_norm_share": 100 * energy["linear"] / energy["error"],
+        f"{name}/nonlinear/squared_norm_share": 100 * energy["nonlinear"] / energy["error"],
+        f"{name}/linear/r2_vec": 100 * decomposition.r2_vec,
+    }
+
+
+def _all_splices(
+    config: DownstreamConfig,
+    saes: dict[str, tuple[SAE, Path]],
+    reconstruct: dict[str, Reconstruct],
+    found: dict[str, Decomposition],
+    mean: Tensor,
+) -> dict[str, Splice]:
+    """The controls by their name, then every setting of every SAE as `SAE/SETTING`."""
+    widest = max(saes, key=lambda name: saes[name][0].cfg.d_sae)
+    sae, l0 = saes[widest][0], max(1, round(found[widest].l0))
+    controls = {
+        "random_dictionary": random_dictionary(mean, sae.cfg.d_sae, l0, seed=config.seed),
+        "shuffled_decoder": shuffled_decoder(sae, seed=config.seed),
+    }
+    splices: dict[str, Splice] = {"mean": lambda x: mean.to(x.dtype).expand_as(x)}
+    for name, control in controls.items():
+        splices[name] = sae_splices(control, found[widest].error_map, seed=config.seed)["sae"]
+    for name, function in reconstruct.items():
+        own = sae_splices(function, found[name].error_map, seed=config.seed)
+        splices |= {f"{name}/{setting}": splice for setting, splice in own.items()}
+    return splices
+
+
+@torch.no_grad()
+def run(config: DownstreamConfig, stages: Stages) -> Result:
+    """Splice and compare.
+
+    Raises ValueError for bad settings, an SAE of another site, stored activations that are not the model's, fewer
+    held-out contexts than asked for; RuntimeError for a damaged cache.
+    """
+    cache, selection, saes = prepared_site(config, stages)
+    contexts = HeldOutContexts.sample(cache, selection.roles, config.contexts, seed=config.seed)
+    reconstruct = {name: as_reconstruct(sae) for name, (sae, _) in saes.items()}
+    with stages.stage("fit the linear error"):
+        found = decompose_stream(MeasuredBatches(cache, selection.roles, config.device), reconstruct)
+        mean = mean_activation(cache, selection.roles, FIT).to(config.device)
+    splices = _all_splices(config, saes, reconstruct, found, mean)
+    with stages.stage("load the language model"):
+        model = SplicedModel.load(config.model, config.hook, device=config.device)
+    with stages.stage("splice into the language model", len(contexts)) as advance:
+        tokens = splice_contexts(model, contexts, splices, progress=advance)
+    numbers = selection.numbers() | {
+        "spliced_contexts": len(contexts),
+        "spliced_tokens": len(tokens.context),
+        "ce_original": tokens.losses.cross_entropy.double().mean().item(),
+    }
+    for name in splices:
+        numbers |= loss_numbers(tokens, name, seed=config.seed)
+    for name in saes:
+        numbers |= _share_numbers(name, found[name]) | recovery_numbers(tokens, name, seed=config.seed)
+    return Result(
+        experiment="downstream",
+        config=dataclasses.asdict(config),
+        numbers=numbers,
+        series={"saes": listed_saes(saes), "settings": SETTINGS, "controls": CONTROLS},
+        arrays=tokens.columns(),
+        notes=[
+            *site_notes(config, cache, selection),
+            f"Spliced at all held-out tokens of {len(contexts)} whole contexts at once; losses of {len(tokens.context)} "
+            "tokens. Intervals: 95 %, contexts drawn again.",
+        ],
+        seconds=stages.seconds,
+        provenance=provenance(config.device) | {"text_sha256": cache.meta["text_sha256"]},
+    )

@@ -1,0 +1,221 @@
+"""`darkmatter run pathology`: is Sae(x) a worse point than others at the same distance from x?
+
+Gurnee (2024) finds Sae(x) 2 to 4.5 times as bad, in KL and CE, as a random point at its distance, in every layer of GPT-2
+small, not explained by shrinkage. Lee and Heimersheim (2410.12555) find the errors no longer pathological against
+directions that vary as activations do. Both null models stand here side by side (`nulls.NULLS`), at each layer, and per
+token: by token, by its frequency in the text, by position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.activations import load_tokenizer
+from darkmatter_ext.decomposition import Reconstruct, TokenBatch
+from darkmatter_ext.intervals import Interval, bootstrap, group_sums
+from darkmatter_ext.nulls import NULLS, NullModels
+from darkmatter_ext.progress import Stages
+from darkmatter_ext.regression import LinearStatistics
+from darkmatter_ext.results import Result, provenance
+from darkmatter_ext.sae import as_reconstruct, load_sae
+from darkmatter_ext.selection import HeldOutContexts, MeasuredBatches
+from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
+from darkmatter_ext.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
+
+MIXTURE_ACTIVATIONS = 1024  # more than d, so that the mixtures span what activations span
+MINIMUM_COUNT = 10  # of a token in the table: the mean of fewer says nothing
+SHOWN_TOKENS = 12  # with the largest gaps, and as many with the smallest
+
+
+@dataclass(frozen=True)
+class PathologyConfig(SiteConfig):
+    """Compare what Sae(x) does to the model with other points at the same distance from x."""
+
+    layers: tuple[int, ...] = ()
+    """blocks whose residual stream is measured, instead of --hook (with --sae: the sites of the SAEs)"""
+    contexts: int = 16
+    """held-out contexts to splice into, at each layer"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.contexts < 2:
+            raise ValueError(f"--contexts: must be at least 2 (intervals are over contexts), got {self.contexts}")
+        if self.split == "tokens":
+            raise ValueError("--split: must be documents or contexts to splice into whole contexts, got 'tokens'")
+        if min(self.layers, default=0) < 0 or len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"--layers: must be different numbers of at least 0, got {list(self.layers)}")
+
+
+PRESETS = {"demo": PathologyConfig(layers=(5, 10, 15, 20), widths=(2048,))}
+
+
+def sites(config: PathologyConfig) -> list[PathologyConfig]:
+    """One configuration a site: of each layer, or of each site the given SAEs name.
+
+    Raises ValueError for an SAE that cannot be loaded.
+    """
+    if config.sae:
+        by_hook: dict[str, list[str]] = {}
+        for folder in config.sae:
+            by_hook.setdefault(load_sae(folder).cfg.metadata.hook_name or config.hook, []).append(folder)
+        return [dataclasses.replace(config, hook=hook, sae=tuple(folders)) for hook, folders in by_hook.items()]
+    hooks = [f"blocks.{layer}.hook_resid_post" for layer in config.layers] or [config.hook]
+    return [dataclasses.replace(config, hook=hook) for hook in hooks]
+
+
+def plan(config: PathologyConfig) -> list[str]:
+    """What a run would do, in lines, without doing it."""
+    lines = [line for site in sites(config) for line in site_plan(site)]
+    nulls = [f"null      {name}: {about}" for name, about in NULLS.items()]
+    return [*lines, f"splice    into {config.contexts} held-out contexts at each site", *nulls]
+
+
+@torch.no_grad()
+def null_models(batches: MeasuredBatches, reconstruct: Reconstruct, *, seed: int) -> NullModels:
+    """Covariance of the SAE's errors, and a seeded sample of activations, over fit tokens; memory: one shard."""
+    statistics: LinearStatistics | None = None
+    kept, generator = [], torch.Generator().manual_seed(seed)
+    n_fit = sum(int(batch.train.sum()) for batch in batches)
+    share = min(1.0, MIXTURE_ACTIVATIONS / n_fit)
+    for batch in batches:
+        fit = TokenBatch(batch.x[batch.train], batch.train[batch.train])
+        if statistics is None:
+            statistics = LinearStatistics(fit.x.shape[1], 0, fit.x.device)
+        error = fit.x - reconstruct(fit).x_hat
+        statistics.update(error, error[:, :0])
+        chosen = torch.rand(len(fit.x), generator=generator) < share
+        kept.append(fit.x[chosen.to(fit.x.device)].float())
+    assert statistics is not None  # select_tokens leaves fit tokens
+    return NullModels.from_covariance(statistics.moment_xx / statistics.count, torch.cat(kept))
+
+
+def patches(reconstruct: Reconstruct, nulls: NullModels, *, seed: int) -> dict[str, Splice]:
+    """Sae(x) and every null model as functions of the activations [n, d] at the replaced places."""
+
+    def sae(x: Tensor) -> Tensor:
+        return reconstruct(TokenBatch(x, torch.zeros(len(x), dtype=torch.bool, device=x.device))).x_hat
+
+    functions = nulls.functions(seed=seed)
+    return {"sae": sae} | {name: lambda x, null=null: null(x, sae(x)) for name, null in functions.items()}
+
+
+def _ratio(sums: Tensor) -> Tensor:
+    return sums[..., :1] / sums[..., 1:]
+
+
+def ratio_numbers(tokens: SplicedTokens, *, seed: int) -> dict[str, float]:
+    """KL and CE increase of Sae(x) and the nulls, and how many times each null's the SAE's is; context bootstrap."""
+    names, group = tokens.context.unique(return_inverse=True)
+    losses, numbers = tokens.losses, {}
+    kl = losses.kl
+    ce = {name: spliced - losses.cross_entropy for name, spliced in losses.spliced.items()}
+    for quantity, columns in (("kl", kl), ("ce_increase", ce)):
+        for name, column in columns.items():
+            sums = group_sums(torch.stack([column, torch.ones_like(column)], 1), group, len(names))
+            numbers |= bootstrap(sums, _ratio, seed=seed)[0].numbers(f"{name}/{quantity}")
+            if name != "sae":
+                sums = group_sums(torch.stack([columns["sae"], column], 1), group, len(names))
+                numbers |= bootstrap(sums, _ratio, seed=seed)[0].numbers(f"{name}/{quantity}_ratio")
+    return numbers
+
+
+def _gap_rows(gap: Tensor, label: Tensor, context: Tensor, labels: list[Any], *, seed: int) -> list[dict[str, Any]]:
+    """Mean gap, with its interval over contexts, and count of every group; label [n] is the number of a group or -1."""
+    names, group = context.unique(return_inverse=True)
+    inside = label >= 0
+    one_hot = torch.zeros(len(gap), len(labels), dtype=torch.float64)
+    one_hot[inside.nonzero().flatten(), label[inside]] = 1
+    sums = group_sums(torch.cat([one_hot * gap.double()[:, None], one_hot], 1), group, len(names))
+    found: list[Interval] = bootstrap(sums, lambda s: s[..., : len(labels)] / s[..., len(labels) :], seed=seed)
+    counts = one_hot.sum(0).long().tolist()
+    rows = zip(labels, counts, found, strict=True)
+    return [{"label": name, "count": count, **dataclasses.asdict(interval)} for name, count, interval in rows if count]
+
+
+def gap_tables(
+    tokens: SplicedTokens, text: Tensor, decode: Callable[[int], str], *, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """KL(Sae) less KL(random), nats, by token, by frequency and by position: mean, interval, count.
+
+    Args:
+        tokens: measured with at least the patches `sae` and `random`.
+        text: token ids of the whole text, any shape, for frequencies.
+        decode: token id -> text.
+
+    Cost: small; memory n times the number of groups.
+    """
+    gap = tokens.losses.kl["sae"] - tokens.losses.kl["random"]
+    ids, place, here = tokens.token.unique(return_inverse=True, return_counts=True)
+    counts = torch.zeros(int(max(text.max(), ids.max())) + 1, dtype=torch.int64)
+    counts += torch.bincount(text.flatten(), minlength=len(counts))
+    frequency = counts[tokens.token].clamp(min=1).log2().floor().long()  # 2^f to 2^(f + 1) - 1 times in the text
+    octave = tokens.position.clamp(min=1).log2().floor().long()
+    often = (here >= MINIMUM_COUNT).nonzero().flatten()
+    number = torch.full((len(ids),), -1)
+    number[often] = torch.arange(len(often))
+    by_token = _gap_rows(gap, number[place], tokens.context, [decode(int(i)) for i in ids[often]], seed=seed)
+    for row, token_id in zip(by_token, ids[often].tolist(), strict=True):
+        row["in_text"] = int(counts[token_id])
+    by_token.sort(key=lambda row: -row["value"])
+    if len(by_token) > 2 * SHOWN_TOKENS:
+        by_token = by_token[:SHOWN_TOKENS] + by_token[-SHOWN_TOKENS:]
+
+    def octaves(values: Tensor) -> list[dict[str, Any]]:
+        names = [f"{2**o} to {2 ** (o + 1) - 1}" for o in range(int(values.max()) + 1)]
+        return _gap_rows(gap, values, tokens.context, names, seed=seed)
+
+    return {"token": by_token, "frequency": octaves(frequency), "position": octaves(octave)}
+
+
+@torch.no_grad()
+def run(config: PathologyConfig, stages: Stages) -> Result:
+    """Patch every site with Sae(x) and its nulls.
+
+    Raises ValueError for bad settings, an SAE of another model, stored activations that are not the model's, fewer
+    held-out contexts than asked for; RuntimeError for a damaged cache.
+    """
+    numbers: dict[str, float] = {}
+    listed, arrays, gaps, notes = [], {}, {}, []
+    tokenizer, hashes = load_tokenizer(config.model), {}
+    for site in sites(config):
+        cache, selection, saes = prepared_site(site, stages)
+        contexts = HeldOutContexts.sample(cache, selection.roles, config.contexts, seed=config.seed)
+        model = SplicedModel.load(config.model, site.hook, device=config.device)
+        text, layer = cache.column("tokens"), model.layer
+        for sae, entry in zip(saes.values(), listed_saes(saes), strict=True):
+            name, reconstruct = f"{site.hook}/{entry['name']}", as_reconstruct(sae[0])
+            listed.append(entry | {"name": name, "hook": site.hook, "layer": layer})
+            with stages.stage(f"covariance of the errors, block {layer}"):
+                nulls = null_models(
+                    MeasuredBatches(cache, selection.roles, config.device), reconstruct, seed=config.seed
+                )
+            with stages.stage(f"patch the language model, block {layer}", len(contexts)) as advance:
+                functions = patches(reconstruct, nulls, seed=config.seed)
+                tokens = splice_contexts(model, contexts, functions, progress=advance)
+            found = ratio_numbers(tokens, seed=config.seed)
+            numbers |= {f"{name}/{key}": value for key, value in found.items()}
+            arrays |= {f"{name}/{key}": column for key, column in tokens.columns().items()}
+            gaps[name] = gap_tables(tokens, text, lambda i: str(tokenizer.decode([i])), seed=config.seed)
+            numbers[f"{name}/spliced_tokens"] = len(tokens.context)
+        notes += [f"Block {layer}: {note}" for note in site_notes(site, cache, selection)]
+        hashes[site.hook] = cache.meta["text_sha256"]
+    notes.append(
+        f"Spliced at all held-out tokens of {config.contexts} whole contexts at once. Intervals: 95 %, contexts drawn "
+        "again; draws of the nulls are one a token."
+    )
+    return Result(
+        experiment="pathology",
+        config=dataclasses.asdict(config),
+        numbers=numbers,
+        series={"saes": listed, "nulls": NULLS, "gaps": gaps},
+        arrays=arrays,
+        notes=notes,
+        seconds=stages.seconds,
+        provenance=provenance(config.device) | {"text_sha256": hashes},
+    )

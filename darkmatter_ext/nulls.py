@@ -1,0 +1,89 @@
+"""Null models of SAE error: other points as far from x as Sae(x) is, to tell a bad direction from a mere distance.
+
+Gurnee, "SAE reconstruction errors are (empirically) pathological" (2024): random directions, the SAE's norm, the same angle.
+Lee and Heimersheim, 2410.12555: directions that vary as activations do, against which a random direction is no fair null.
+
+Shapes: n tokens, d model dimension, M real activations of the mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Null = Callable[[Tensor, Tensor], Tensor]  # x [n, d], Sae(x) [n, d] -> the point of the null model [n, d]
+
+NULLS = {
+    "random": "a random direction, at the same distance",
+    "same_angle": "a random direction at the same angle to x, with the SAE's norm, hence at the same distance",
+    "error_covariance": "a direction drawn from N(0, covariance of the SAE's errors), at the same distance",
+    "mixture": "a random mixture of real activations as direction, at the same distance",
+    "shuffled": "the SAE's error at another token, at the same distance",
+    "norm_only": "x with the norm of Sae(x): shrinkage alone (nearer to x than Sae(x) is)",
+}
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
+
+
+def at_distance_of(x: Tensor, x_hat: Tensor, direction: Tensor) -> Tensor:
+    """x moved along `direction`, as far as x_hat is from x; all [n, d]."""
+    return x + _unit(direction) * (x_hat - x).norm(dim=-1, keepdim=True)
+
+
+def norm_only(x: Tensor, x_hat: Tensor) -> Tensor:
+    """x with the norm of x_hat."""
+    return _unit(x) * x_hat.norm(dim=-1, keepdim=True)
+
+
+def same_angle(x: Tensor, x_hat: Tensor, direction: Tensor) -> Tensor:
+    """A point with the norm of x_hat and its angle to x, turned from x towards `direction`; all [n, d]."""
+    towards = _unit(x)
+    along = (x_hat * towards).sum(-1, keepdim=True)
+    across = (x_hat - along * towards).norm(dim=-1, keepdim=True)
+    sideways = direction - (direction * towards).sum(-1, keepdim=True) * towards
+    return along * towards + across * _unit(sideways)
+
+
+@dataclass(frozen=True)
+class NullModels:
+    """What the null models of one SAE know of its errors and of real activations, from fit tokens."""
+
+    error_root: Tensor  # [d, d], root R of the errors' covariance R R^T
+    activations: Tensor  # [M, d] real activations less their mean
+
+    @classmethod
+    def from_covariance(cls, error_covariance: Tensor, activations: Tensor) -> NullModels:
+        """Of the errors' covariance [d, d] and M real activations [M, d].
+
+        Raises ValueError for fewer than 2 activations.
+        """
+        if len(activations) < 2:
+            raise ValueError(f"activations: must be at least 2 for a mixture, got {len(activations)}")
+        values, vectors = torch.linalg.eigh(error_covariance.double())
+        root = (vectors * values.clamp(min=0).sqrt()).to(activations.dtype)
+        return cls(root, activations - activations.mean(0))
+
+    def functions(self, *, seed: int) -> dict[str, Null]:
+        """Each of NULLS as a function of (x, Sae(x)); every call draws anew from one seeded generator."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(x: Tensor, width: int) -> Tensor:
+            return torch.randn(len(x), width, generator=generator, dtype=x.dtype).to(x.device)
+
+        def shuffled(x: Tensor, x_hat: Tensor) -> Tensor:
+            order = torch.randperm(len(x), generator=generator).to(x.device)
+            return at_distance_of(x, x_hat, (x_hat - x)[order])
+
+        return {
+            "random": lambda x, x_hat: at_distance_of(x, x_hat, normal(x, x.shape[1])),
+            "same_angle": lambda x, x_hat: same_angle(x, x_hat, normal(x, x.shape[1])),
+            "error_covariance": lambda x, x_hat: at_distance_of(x, x_hat, normal(x, x.shape[1]) @ self.error_root.mT),
+            "mixture": lambda x, x_hat: at_distance_of(x, x_hat, normal(x, len(self.activations)) @ self.activations),
+            "shuffled": shuffled,
+            "norm_only": norm_only,
+        }
