@@ -30,6 +30,12 @@ def _unit(vectors: Tensor) -> Tensor:
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
 
 
+def other_tokens(n: int, generator: torch.Generator) -> Tensor:
+    """For each of n tokens the number of another one, [n] int64, each once: a random cycle (itself only if n is 1)."""
+    order = torch.randperm(n, generator=generator)
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
+
+
 def at_distance_of(x: Tensor, x_hat: Tensor, direction: Tensor) -> Tensor:
     """x moved along `direction`, as far as x_hat is from x; all [n, d]."""
     return x + _unit(direction) * (x_hat - x).norm(dim=-1, keepdim=True)
@@ -76,8 +82,7 @@ class NullModels:
             return torch.randn(len(x), width, generator=generator, dtype=x.dtype).to(x.device)
 
         def shuffled(x: Tensor, x_hat: Tensor) -> Tensor:
-            order = torch.randperm(len(x), generator=generator).to(x.device)
-            return at_distance_of(x, x_hat, (x_hat - x)[order])
+            return at_distance_of(x, x_hat, (x_hat - x)[other_tokens(len(x), generator).to(x.device)])
 
         return {
             "random": lambda x, x_hat: at_distance_of(x, x_hat, normal(x, x.shape[1])),

@@ -257,8 +257,7 @@ def splice_contexts(
     """
     losses, places = [], []
     for batch in contexts:
-        if not losses:
-            model.check_activations(batch.tokens[:1], batch.x[:1])
+        model.check_activations(batch.tokens[:1], batch.x[:1])
         losses.append(splice_losses(model, batch.tokens, batch.x, batch.held_out, splices))
         measured = batch.held_out.clone()
         measured[:, -1] = False

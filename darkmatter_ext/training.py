@@ -121,6 +121,7 @@ class _TopKTrainer:
         gradient -= (gradient * self.W_dec).sum(1, keepdim=True) * self.W_dec
 
 
+@torch.enable_grad()  # also where an experiment measures without gradients
 def train_topk_sae(
     x: Tensor,
     config: TrainingConfig,

@@ -31,3 +31,17 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """A small language model and a text, made once for all modules (see small_site)."""
+    from small_site import make_workplace
+
+    return make_workplace(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture
+def own_cache(workplace, monkeypatch):
+    """The cache folder beside that model."""
+    monkeypatch.setenv("DARKMATTER_CACHE", str(workplace / "cache"))

@@ -7,45 +7,20 @@ import sys
 
 import pytest
 import torch
-from test_activations import WORDS, _small_model, _word_tokenizer
+from small_site import flags
 
 from darkmatter_ext import cli
+from darkmatter_ext.experiments import EXPERIMENTS
 from darkmatter_ext.results import load_result
 
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A small Llama with a word tokenizer, and a text of twelve documents."""
-    folder = tmp_path_factory.mktemp("cli")
-    _small_model("llama").save_pretrained(folder / "model")
-    _word_tokenizer().save_pretrained(folder / "model")
-    generator = torch.Generator().manual_seed(2)
-    documents = []
-    for number in range(12):
-        picks = torch.randint(len(WORDS), (1500,), generator=generator).tolist()
-        documents.append(f"=== {number}\n" + " ".join(WORDS[pick] for pick in picks))
-    (folder / "text.txt").write_text("\n".join(documents))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def own_cache(workplace, monkeypatch):
-    monkeypatch.setenv("DARKMATTER_CACHE", str(workplace / "cache"))
-
-
-def _flags(workplace, *more, experiment="decomposition"):
-    return [
-        "run", experiment, "--model", str(workplace / "model"), "--hook", "blocks.1.hook_resid_post",
-        "--text", str(workplace / "text.txt"), "--tokens", "16000", "--context-length", "32", "--widths", "24", "48",
-        "--k", "4", "--steps", "30", *more,
-    ]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
 def finished(workplace):
     """One run, shared: (exit code, output folder)."""
     os.environ["DARKMATTER_CACHE"] = str(workplace / "cache")
-    return cli.main(_flags(workplace, "--out", str(workplace / "out"))), workplace / "out"
+    return cli.main(flags(workplace, "--out", str(workplace / "out"))), workplace / "out"
 
 
 def test_a_run_writes_result_figures_and_report(finished, workplace):
@@ -75,7 +50,7 @@ def test_a_second_run_gives_the_same_numbers_from_the_cache(finished, workplace,
     from darkmatter_ext import site
 
     monkeypatch.setattr(site, "train_topk_sae", None)  # training again would fail
-    assert cli.main(_flags(workplace, "--out", str(workplace / "again"))) == 0
+    assert cli.main(flags(workplace, "--out", str(workplace / "again"))) == 0
     first, again = (load_result(path / "decomposition.json") for path in (finished[1], workplace / "again"))
     assert first.numbers == again.numbers
 
@@ -83,7 +58,7 @@ def test_a_second_run_gives_the_same_numbers_from_the_cache(finished, workplace,
 @pytest.mark.parametrize("method", ["gradient", "matching", "orthogonal"])
 def test_pursuit_beside_the_encoder(finished, workplace, capsys, method):
     out = workplace / f"pursuit-{method}"
-    assert cli.main(_flags(workplace, "--method", method, "--out", str(out), experiment="pursuit")) == 0
+    assert cli.main(flags(workplace, "--method", method, "--out", str(out), experiment="pursuit")) == 0
     assert {path.name for path in out.iterdir()} == {"pursuit.json", "pursuit_fvu.png", "report.html"}
     result, encoder = load_result(out / "pursuit.json"), load_result(finished[1] / "decomposition.json")
     for name in ("topk-24", "topk-48"):
@@ -97,7 +72,7 @@ def test_pursuit_beside_the_encoder(finished, workplace, capsys, method):
 
 def test_saes_of_a_run_can_be_measured_by_folder(finished, workplace, capsys):
     folders = [sae["folder"] for sae in load_result(finished[1] / "decomposition.json").series["saes"]]
-    assert cli.main(_flags(workplace, "--sae", *folders, "--out", str(workplace / "given"))) == 0
+    assert cli.main(flags(workplace, "--sae", *folders, "--out", str(workplace / "given"))) == 0
     result = load_result(workplace / "given" / "decomposition.json")
     assert result.numbers["tokens/sae_training"] == 0
     assert "wrote" in capsys.readouterr().out
@@ -113,7 +88,7 @@ def test_figures_and_report_are_made_again_from_the_file(finished, workplace, ca
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(workplace, capsys, tmp_path):
-    assert cli.main(_flags(workplace, "--dry-run", "--seed", "7", "--out", str(tmp_path / "no"))) == 0
+    assert cli.main(flags(workplace, "--dry-run", "--seed", "7", "--out", str(tmp_path / "no"))) == 0
     plan = capsys.readouterr().out
     assert "16000 tokens in contexts of 32" in plan
     assert "seed 7" in plan
@@ -139,7 +114,7 @@ def test_list_env_and_help(capsys):
 
 BAD = [
     (["nonsense"], "COMMAND: must be one of demo, run"),
-    (["run", "nonsense"], "EXPERIMENT: must be one of decomposition, pursuit, got 'nonsense'"),
+    (["run", "nonsense"], f"EXPERIMENT: must be one of {', '.join(EXPERIMENTS)}, got 'nonsense'"),
     (["run", "pursuit", "--method", "omp"], "--method: must be one of gradient, matching, orthogonal, got 'omp'"),
     (["run", "decomposition", "--preset", "none"], "--preset: must be one of demo, got 'none'"),
     (["run", "decomposition", "--tokns", "5"], "unrecognized arguments: --tokns 5"),
@@ -188,8 +163,7 @@ def test_bad_files_are_told_before_or_without_a_result(workplace, tmp_path, caps
     ]
     for more, message in cases:
         out = tmp_path / "never"
-        flags = _flags(workplace, "--out", str(out), *more)
-        assert cli.main(flags) == 2, more
+        assert cli.main(flags(workplace, "--out", str(out), *more)) == 2, more
         error = capsys.readouterr().err
         assert message in error, error
         assert error.count("\n") == 1, error
@@ -201,12 +175,12 @@ def test_an_sae_of_another_site_is_refused(workplace, tmp_path, capsys):
 
     sae_class, cfg_class = get_sae_class("topk")
     sae_class(cfg_class(d_in=20, d_sae=30, k=2, dtype="float32", device="cpu")).save_model(tmp_path / "sae")
-    assert cli.main(_flags(workplace, "--sae", str(tmp_path / "sae"), "--out", str(tmp_path / "out"))) == 2
+    assert cli.main(flags(workplace, "--sae", str(tmp_path / "sae"), "--out", str(tmp_path / "out"))) == 2
     assert "--sae: must have d_in 16 as blocks.1.hook_resid_post, got 20" in capsys.readouterr().err
     cfg = cfg_class(d_in=16, d_sae=30, k=2, dtype="float32", device="cpu")
     cfg.metadata.hook_name = "blocks.0.hook_resid_post"
     sae_class(cfg).save_model(tmp_path / "block0")
-    assert cli.main(_flags(workplace, "--sae", str(tmp_path / "block0"), "--out", str(tmp_path / "out"))) == 2
+    assert cli.main(flags(workplace, "--sae", str(tmp_path / "block0"), "--out", str(tmp_path / "out"))) == 2
     error = capsys.readouterr().err
     assert "--sae: must be of the site blocks.1.hook_resid_post, got one of blocks.0.hook_resid_post" in error
     assert error.count("\n") == 1
@@ -221,4 +195,4 @@ def test_the_installed_command_has_no_traceback(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert done.stderr == "darkmatter: EXPERIMENT: must be one of decomposition, pursuit, got 'nonsense'\n"
+    assert done.stderr == f"darkmatter: EXPERIMENT: must be one of {', '.join(EXPERIMENTS)}, got 'nonsense'\n"

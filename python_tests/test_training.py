@@ -43,7 +43,9 @@ def test_training_recovers_planted_directions(trained):
 def test_training_is_seeded():
     x, _ = _planted(n=1000)
     short = dataclasses.replace(SMALL, steps=20)
-    first, second = (train_topk_sae(x, short)[0] for _ in range(2))
+    first = train_topk_sae(x, short)[0]
+    with torch.no_grad():  # as experiments call it
+        second = train_topk_sae(x, short)[0]
     other = train_topk_sae(x, dataclasses.replace(short, seed=1))[0]
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.W_enc, other.W_enc)

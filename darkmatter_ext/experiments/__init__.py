@@ -10,6 +10,7 @@ EXPERIMENTS = {
     "downstream": "what the linear and the nonlinear error cost the language model, in cross-entropy and KL",
     "pathology": "is Sae(x) worse for the language model than other points at the same distance from x?",
     "pursuit": "FVU and its linear part with pursuit over the SAE's dictionary instead of its encoder",
+    "synthetic": "does the split into linear and nonlinear error find planted noise and ablated latents?",
 }
 
 

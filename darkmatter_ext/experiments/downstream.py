@@ -18,6 +18,7 @@ from torch import Tensor
 from darkmatter_ext.controls import random_dictionary, shuffled_decoder
 from darkmatter_ext.decomposition import Decomposition, Reconstruct, TokenBatch, decompose_stream
 from darkmatter_ext.intervals import bootstrap, group_sums
+from darkmatter_ext.nulls import other_tokens
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.regression import LinearMap
 from darkmatter_ext.results import Result, provenance
@@ -83,8 +84,7 @@ def sae_splices(reconstruct: Reconstruct, error_map: LinearMap, *, seed: int) ->
         return error_map(x).to(x.dtype)
 
     def shuffled(x: Tensor) -> Tensor:
-        order = torch.randperm(len(x), generator=generator).to(x.device)
-        return sae(x) + linear(x)[order]
+        return sae(x) + linear(x)[other_tokens(len(x), generator).to(x.device)]
 
     return {
         "sae": sae,

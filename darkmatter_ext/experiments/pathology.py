@@ -9,6 +9,7 @@ token: by token, by its frequency in the text, by position.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -154,8 +155,6 @@ def gap_tables(
     ids, place, here = tokens.token.unique(return_inverse=True, return_counts=True)
     counts = torch.zeros(int(max(text.max(), ids.max())) + 1, dtype=torch.int64)
     counts += torch.bincount(text.flatten(), minlength=len(counts))
-    frequency = counts[tokens.token].clamp(min=1).log2().floor().long()  # 2^f to 2^(f + 1) - 1 times in the text
-    octave = tokens.position.clamp(min=1).log2().floor().long()
     often = (here >= MINIMUM_COUNT).nonzero().flatten()
     number = torch.full((len(ids),), -1)
     number[often] = torch.arange(len(often))
@@ -166,11 +165,16 @@ def gap_tables(
     if len(by_token) > 2 * SHOWN_TOKENS:
         by_token = by_token[:SHOWN_TOKENS] + by_token[-SHOWN_TOKENS:]
 
-    def octaves(values: Tensor) -> list[dict[str, Any]]:
-        names = [f"{2**o} to {2 ** (o + 1) - 1}" for o in range(int(values.max()) + 1)]
-        return _gap_rows(gap, values, tokens.context, names, seed=seed)
+    def by_powers(values: Tensor, base: int) -> list[dict[str, Any]]:
+        group = (values.clamp(min=1).double().log2() / math.log2(base)).floor().long()
+        names = [f"{base**power} to {base ** (power + 1) - 1}" for power in range(int(group.max()) + 1)]
+        return _gap_rows(gap, group, tokens.context, names, seed=seed)
 
-    return {"token": by_token, "frequency": octaves(frequency), "position": octaves(octave)}
+    return {
+        "token": by_token,
+        "frequency": by_powers(counts[tokens.token], 4),
+        "position": by_powers(tokens.position, 2),
+    }
 
 
 @torch.no_grad()

@@ -76,7 +76,8 @@ def gap(result: Result) -> Figure:
             shown = [(place + shift, rows[name]) for place, name in enumerate(names) if name in rows]
             _gap_line(axes, shown, SERIES[number % len(SERIES)], _sae_label(result, sae))
         axes.axhline(0, color="black", linewidth=0.6)
-        axes.set_xticks(range(len(names)), [f"{name}\nn {groups[name]}" for name in names], rotation=90, fontsize=7)
+        labels = [f"{name} (n {groups[name]})" for name in names]
+        axes.set_xticks(range(len(names)), labels, rotation=50, ha="right", rotation_mode="anchor", fontsize=7)
         axes.set_xlabel(label)
     panels[0].set_ylabel("KL(Sae) − KL(random), nats")
     legend_beside(panels[1])
@@ -100,7 +101,9 @@ def gap_by_token(result: Result) -> Figure:
             colour = ORANGE if row["value"] > 0 else BLUE
             axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=1)
             axes.plot(row["value"], place, "o", color=colour, markersize=3)
-        axes.set_yticks(range(len(own)), [f"{visible(row['label'])}  ({row['count']})" for row in own], fontsize=7)
+        axes.set_yticks(
+            range(len(own)), [f"{visible(row['label'], strip=False)}  ({row['count']})" for row in own], fontsize=7
+        )
         axes.invert_yaxis()
         axes.axvline(0, color=GREY, linewidth=0.6)
         axes.set_title(f"{_sae_label(result, sae)}: token (count)".replace("\n", ", "))

@@ -64,7 +64,7 @@ def row_bars(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     return [[length(row, end, sign) for row in rows] for end, sign in (("low", -1), ("high", 1))]
 
 
-def visible(token: str) -> str:
-    """A token as it can be read on an axis: white space shown, no mathematics."""
-    shown = token.strip() or token.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
+def visible(token: str, *, strip: bool = True) -> str:
+    """A token as it can be read on an axis: no mathematics; white space shown, around words only if not `strip`."""
+    shown = (token.strip() if strip else "") or token.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
     return shown.replace("$", r"\$")

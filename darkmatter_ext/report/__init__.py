@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from darkmatter_ext.error import NORM_TARGETS
-from darkmatter_ext.report import decomposition, downstream, pathology, pursuit
+from darkmatter_ext.report import decomposition, downstream, pathology, pursuit, synthetic
 from darkmatter_ext.report.table import Table
 from darkmatter_ext.results import Result
 from darkmatter_ext.storage import atomic_file
@@ -21,6 +21,7 @@ VIEWS: dict[str, ModuleType] = {
     "downstream": downstream,
     "pathology": pathology,
     "pursuit": pursuit,
+    "synthetic": synthetic,
 }
 
 

@@ -34,7 +34,7 @@ def _losses(result: Result, name: str) -> list[str]:
 
 
 def reading(result: Result) -> list[str]:
-    """Recovery against the share of the error, for each SAE, and whether the interval holds the share."""
+    """Recovery against the share of the error, for each SAE, and whether the interval leaves the share out."""
     numbers, lines = result.numbers, []
     for sae in result.series["saes"]:
         parts = []
@@ -42,10 +42,12 @@ def reading(result: Result) -> list[str]:
             name = f"{sae['name']}/{setting}"
             share = numbers[f"{name}/share_of_fvu"]
             low, high = (numbers[f"{name}/ce_recovered/{end}"] for end in ("low", "high"))
-            verdict = "less than" if high < share else "more than" if low > share else "as much as"
+            verdict = (
+                "less than its share" if high < share else "more than its share" if low > share else "in proportion"
+            )
             parts.append(
                 f"the {setting} error, {share:.0f}% of FVU, recovers "
-                f"{with_interval(numbers, f'{name}/ce_recovered', '{:.0f}%')} of the CE increase, {verdict} its share"
+                f"{with_interval(numbers, f'{name}/ce_recovered', '{:.0f}%')} of the CE increase: {verdict}"
             )
         lines.append(f"{sae['name']}: {'; '.join(parts)}.")
     return [*lines, f"The paper, Gemma 2 9B: {PAPER}."]

@@ -1,0 +1,258 @@
+"""`darkmatter run synthetic`: does the split into linear and nonlinear error find what was planted? (figure 15, table 1)
+
+Sae(x) takes the place of the activation, so that its latents are all there is to find. The "SAE" of this activation is the
+same one with the weakest active latents of each token ablated. Noise of known standard deviation is added to the
+activation (dense, and known to b*) and to the reconstruction (what no map of the activation can know). Then the linear
+and nonlinear error are estimated as everywhere, and compared with what was put in.
+
+Energies are mean squared norms a token in units of one noise level, level^2 = 1 meaning d * unit^2: noise at level s has
+energy s^2. The released code calls the level "variance"; it is a standard deviation.
+
+Shapes: n tokens, d model dimension, A levels on the activation, R on the reconstruction, Q shares of ablated latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.drop_in import accelerate
+from darkmatter_ext.intervals import seed_interval
+from darkmatter_ext.progress import Stages
+from darkmatter_ext.regression import LinearStatistics
+from darkmatter_ext.results import Result, provenance
+from darkmatter_ext.selection import FIT, HELD_OUT, TokenSelection, tokens_with_role
+from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
+from darkmatter_ext.sparse import SparseActs
+
+if TYPE_CHECKING:
+    from darkmatter_ext.activations import ActivationCache
+
+RELEASED_CODE_TOKENS = 50_000  # fitted and scored on the same ones
+FIT_BATCH = 2048  # tokens widened to float64 at a time: (Q + 2) d columns of them
+PLANTED = ("activation_noise", "reconstruction_noise", "ablation")
+ESTIMATED = ("linear", "nonlinear")
+
+
+@dataclass(frozen=True)
+class SyntheticConfig(SiteConfig):
+    """Plant noise of known size and ablate latents, and see where the estimated linear and nonlinear error go."""
+
+    levels: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0)
+    """noise levels, standard deviations in units of --unit, on the activation and on the reconstruction"""
+    ablations: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    """shares of the active latents of each token to ablate, the weakest first"""
+    unit: float = 0.0
+    """standard deviation of level 1 in a dimension; 0: half the root mean square of the SAE's own error"""
+    fit_tokens: int = 16_000
+    """tokens b* is fitted on, at most"""
+    score_tokens: int = 8_000
+    """held-out tokens the error is estimated on, at most"""
+    noise_seeds: int = 3
+    """draws of all noises; intervals are over them"""
+    parity: str = "paper"
+    """paper, or released-code: fitted and scored on the same 50 000 tokens, level 1 = 1"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parity not in ("paper", "released-code"):
+            raise ValueError(f"--parity: must be paper or released-code, got {self.parity!r}")
+        if len(self.levels) < 2 or min(self.levels) < 0:
+            raise ValueError(f"--levels: must be at least 2 numbers of at least 0, got {list(self.levels)}")
+        if not self.ablations or not all(0 <= share < 1 for share in self.ablations):
+            raise ValueError(f"--ablations: must be shares of at least 0 and below 1, got {list(self.ablations)}")
+        if self.unit < 0:
+            raise ValueError(f"--unit: must be at least 0, got {self.unit}")
+        for name, least in (("fit_tokens", 2), ("score_tokens", 2), ("noise_seeds", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')}: must be at least {least}, got {getattr(self, name)}")
+
+
+PRESETS = {"demo": SyntheticConfig(widths=(2048,))}
+
+
+def plan(config: SyntheticConfig) -> list[str]:
+    """What a run would do, in lines, without doing it."""
+    cells = len(config.levels) ** 2 * len(config.ablations)
+    return [
+        *site_plan(config),
+        f"noise     levels {list(config.levels)} (standard deviations) on activation and reconstruction",
+        f"ablate    {', '.join(f'{share:.0%}' for share in config.ablations)} of the active latents: {cells} cells",
+        f"tokens    {_token_plan(config)}; {config.noise_seeds} draws of the noises",
+    ]
+
+
+def _token_plan(config: SyntheticConfig) -> str:
+    if config.parity == "released-code":
+        return f"fitted and scored on the same {RELEASED_CODE_TOKENS} (released code)"
+    return f"b* fitted on {config.fit_tokens}, scored on {config.score_tokens} held-out ones"
+
+
+def ablate_weakest(acts: SparseActs, share: float, strength: Tensor) -> SparseActs:
+    """The acts with the weakest `share` of each token's active latents set to 0 (rounded down to whole latents).
+
+    `strength` [F]: what a unit of each latent weighs (norms of decoder rows).
+    """
+    values, token = acts.values.reshape(-1), acts.token_numbers()
+    weight = values * strength[acts.col_indices]
+    active = weight != 0
+    order = weight.sort(descending=True, stable=True).indices
+    order = order[token[order].sort(stable=True).indices]  # token by token, strongest first
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - acts.crow_indices[token[order]]
+    l0 = torch.zeros(acts.n_tokens, dtype=torch.int64, device=token.device).index_add_(0, token, active.long())
+    keep = rank < l0[token] - (share * l0[token]).floor().long()
+    return dataclasses.replace(acts, values=(values * keep).reshape(acts.values.shape))
+
+
+@torch.no_grad()
+def measure_cells(
+    clean: Tensor,
+    ablated: Sequence[Tensor],
+    fit: slice,
+    score: slice,
+    levels: Sequence[float],
+    unit: float,
+    *,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Estimated linear and nonlinear error of every cell of the grid, in units of level 1.
+
+    Args:
+        clean: the activation without noise, [n, d].
+        ablated: what each ablation takes from the reconstruction, Q tensors [n, d].
+        fit, score: the tokens b* is fitted on and those the error is measured on.
+        levels: A = R noise levels; unit: standard deviation of level 1.
+        seed: of both noises.
+        progress: called with 1 after every level of the activation noise.
+
+    Returns:
+        [A, R, Q, 2] mean squared norms of the linear and the nonlinear error, divided by d unit^2.
+
+    The error is linear in its parts (ablation, the two noises), and so is least squares in its target: one regression a
+    level, onto all parts side by side, gives every cell exactly. Cost a level: n d^2 (Q + 3) float64 multiply-adds.
+    """
+    n, d = clean.shape
+    generator = torch.Generator().manual_seed(seed)
+    noises = [torch.randn(n, d, generator=generator).to(clean) for _ in range(2)]
+    parts = torch.cat([*ablated, *noises], dim=1)  # [n, (Q + 2) d]
+    cells = torch.empty(len(levels), len(levels), len(ablated), 2, dtype=torch.float64)
+    for a, level in enumerate(levels):
+        x = clean + level * unit * noises[0]
+        statistics = LinearStatistics(d, parts.shape[1], clean.device)
+        for x_part, y_part in zip(x[fit].split(FIT_BATCH), parts[fit].split(FIT_BATCH), strict=True):
+            statistics.update(x_part, y_part)
+        predicted = statistics.solve()(x[score])
+        linear = predicted.view(-1, len(ablated) + 2, d)
+        nonlinear = (parts[score] - predicted).view_as(linear)
+        for r, other in enumerate(levels):
+            scale = (level * unit, -other * unit)
+            for which, found in enumerate((linear, nonlinear)):
+                noise = scale[0] * found[:, -2] + scale[1] * found[:, -1]
+                energy = (found[:, :-2] + noise[:, None]).square().sum(-1).mean(0)  # [Q]
+                cells[a, r, :, which] = energy.cpu() / (d * unit**2)
+        if progress is not None:
+            progress(1)
+    return cells
+
+
+def planted_energies(ablated: Sequence[Tensor], score: slice, levels: Sequence[float], unit: float) -> Tensor:
+    """Energies [A, R, Q, 3] of what was planted, in the order of PLANTED and the units of `measure_cells`."""
+    squares = torch.tensor(levels, dtype=torch.float64).square()
+    taken = [part[score].double().square().sum(-1).mean().item() / (part.shape[1] * unit**2) for part in ablated]
+    grids = torch.meshgrid(squares, squares, torch.tensor(taken, dtype=torch.float64), indexing="ij")
+    return torch.stack(grids, dim=-1)
+
+
+def attribution(planted: Tensor, estimated: Tensor) -> dict[str, float]:
+    """Where the planted energies [..., 3] went: correlations and least-squares coefficients with the estimates [..., 2].
+
+    `NAME/share_as/ESTIMATE` is the part of a unit of planted energy that is estimated as that kind of error, with all
+    planted energies as predictors; `NAME/correlation/ESTIMATE` is Pearson's r over the cells (table 1).
+    """
+    x, y = planted.reshape(-1, len(PLANTED)), estimated.reshape(-1, len(ESTIMATED))
+    varies = x.std(0) > 0
+    design = torch.cat([x[:, varies], torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+    found = torch.linalg.lstsq(design, y).solution
+    coefficients = torch.full((len(PLANTED), len(ESTIMATED)), torch.nan, dtype=x.dtype)
+    coefficients[varies] = found[:-1]
+    numbers = {}
+    for i, name in enumerate(PLANTED):
+        for j, estimate in enumerate(ESTIMATED):
+            r = torch.corrcoef(torch.stack([x[:, i], y[:, j]]))[0, 1] if varies[i] else torch.tensor(torch.nan)
+            numbers[f"{name}/correlation/{estimate}"] = r.item()
+            numbers[f"{name}/share_as/{estimate}"] = coefficients[i, j].item()
+    return numbers
+
+
+def _tokens(config: SyntheticConfig, cache: ActivationCache, selection: TokenSelection) -> tuple[Tensor, slice, slice]:
+    """Activations [n, d] with the slices to fit and to score on, a seeded sample of each side."""
+    sides = [tokens_with_role(cache, selection.roles, role) for role in (FIT, HELD_OUT)]
+    generator = torch.Generator().manual_seed(config.seed)
+    if config.parity == "released-code":
+        every = torch.cat(sides)
+        x = every[torch.randperm(len(every), generator=generator)[:RELEASED_CODE_TOKENS]]
+        return x.to(config.device), slice(None), slice(None)
+    limits = (config.fit_tokens, config.score_tokens)
+    parts = [
+        side[torch.randperm(len(side), generator=generator)[:limit]] for side, limit in zip(sides, limits, strict=True)
+    ]
+    n_fit = len(parts[0])
+    return torch.cat(parts).to(config.device), slice(0, n_fit), slice(n_fit, None)
+
+
+@torch.no_grad()
+def _planted_in(sae: Any, x: Tensor, config: SyntheticConfig) -> tuple[Tensor, list[Tensor], float]:
+    """Sae(x), what each ablation takes from it, and the standard deviation of level 1."""
+    own = cast("Any", accelerate(sae))
+    acts = own.encode_sparse(x.to(own.dtype))
+    clean = own.decode_sparse(acts).float()
+    strength = own.W_dec.detach().norm(dim=1)
+    ablated = [clean - own.decode_sparse(ablate_weakest(acts, share, strength)).float() for share in config.ablations]
+    unit = config.unit or (1.0 if config.parity == "released-code" else 0.5 * (x - clean).square().mean().sqrt().item())
+    return clean, ablated, unit
+
+
+def run(config: SyntheticConfig, stages: Stages) -> Result:
+    """Plant and estimate, for every SAE.
+
+    Raises ValueError for bad settings, an SAE of another site, or one without sparse codes; RuntimeError for a damaged
+    cache.
+    """
+    cache, selection, saes = prepared_site(config, stages)
+    x, fit, score = _tokens(config, cache, selection)
+    numbers, grids = selection.numbers(), {}
+    for name, (sae, _) in saes.items():
+        with stages.stage(f"estimate planted error, {name}", config.noise_seeds * len(config.levels)) as advance:
+            clean, ablated, unit = _planted_in(sae, x, config)
+            planted = planted_energies(ablated, score, config.levels, unit)
+            draws = [
+                measure_cells(
+                    clean, ablated, fit, score, config.levels, unit, seed=config.seed + number, progress=advance
+                )
+                for number in range(config.noise_seeds)
+            ]
+        found = [attribution(planted, estimated) for estimated in draws]
+        numbers[f"{name}/unit"] = unit
+        for key in found[0]:
+            numbers |= seed_interval([draw[key] for draw in found]).numbers(f"{name}/{key}")
+        grids[name] = {"planted": planted.tolist(), "estimated": torch.stack(draws).mean(0).tolist()}
+    return Result(
+        experiment="synthetic",
+        config=dataclasses.asdict(config),
+        numbers=numbers,
+        series={"saes": listed_saes(saes), "grids": grids, "planted": PLANTED, "estimated": ESTIMATED},
+        notes=[
+            *site_notes(config, cache, selection),
+            f"Synthetic: {_token_plan(config)}. Levels are standard deviations; energies are in units of level 1. "
+            "Intervals: 95 %, Student's t over draws of the noises.",
+        ],
+        seconds=stages.seconds,
+        provenance=provenance(config.device) | {"text_sha256": cache.meta["text_sha256"]},
+    )
