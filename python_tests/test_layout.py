@@ -18,7 +18,7 @@ LEVELS = {
     "pursuit_on_cuda": 4, "batched_pursuit": 5,
     "embedded": 3, "text": 3, "error": 3, "regression": 3, "intervals": 3, "nulls": 3,
     "activations": 4, "decomposition": 4, "drop_in": 6,
-    "selection": 5, "sae": 7, "training": 5, "results": 5, "splicing": 6,
+    "selection": 5, "sae": 7, "training": 5, "results": 5, "interpretability": 5, "splicing": 6, "judges": 6,
     "site": 8, "check_sae": 8, "controls": 8, "experiments": 9,
     "figures": 10, "report": 11, "cli": 12, "__main__": 13, "__init__": 13,
 }  # fmt: skip

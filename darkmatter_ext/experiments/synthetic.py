@@ -171,23 +171,22 @@ def planted_energies(ablated: Sequence[Tensor], score: slice, levels: Sequence[f
 
 
 def attribution(planted: Tensor, estimated: Tensor) -> dict[str, float]:
-    """Where the planted energies [..., 3] went: correlations and least-squares coefficients with the estimates [..., 2].
+    """Where the planted energies [A, R, Q, 3] went, by the estimates [A, R, Q, 2].
 
-    `NAME/share_as/ESTIMATE` is the part of a unit of planted energy that is estimated as that kind of error, with all
-    planted energies as predictors; `NAME/correlation/ESTIMATE` is Pearson's r over the cells (table 1).
+    `NAME/share_as/ESTIMATE`: of what is planted at the highest level of NAME alone, the part estimated as that kind of
+    error. `NAME/correlation/ESTIMATE`: Pearson's r over all cells (table 1). NaN for what is not varied.
     """
-    x, y = planted.reshape(-1, len(PLANTED)), estimated.reshape(-1, len(ESTIMATED))
-    varies = x.std(0) > 0
-    design = torch.cat([x[:, varies], torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
-    found = torch.linalg.lstsq(design, y).solution
-    coefficients = torch.full((len(PLANTED), len(ESTIMATED)), torch.nan, dtype=x.dtype)
-    coefficients[varies] = found[:-1]
     numbers = {}
+    lowest = [int(planted[..., i].amin(dim=[j for j in range(3) if j != i]).argmin()) for i in range(len(PLANTED))]
     for i, name in enumerate(PLANTED):
+        highest = list(lowest)
+        highest[i] = int(planted[..., i].amax(dim=[j for j in range(3) if j != i]).argmax())
+        added = planted[tuple(highest)][i] - planted[tuple(lowest)][i]
         for j, estimate in enumerate(ESTIMATED):
-            r = torch.corrcoef(torch.stack([x[:, i], y[:, j]]))[0, 1] if varies[i] else torch.tensor(torch.nan)
+            gained = estimated[tuple(highest)][j] - estimated[tuple(lowest)][j]
+            r = torch.corrcoef(torch.stack([planted[..., i].flatten(), estimated[..., j].flatten()]))[0, 1]
+            numbers[f"{name}/share_as/{estimate}"] = (gained / added).item()
             numbers[f"{name}/correlation/{estimate}"] = r.item()
-            numbers[f"{name}/share_as/{estimate}"] = coefficients[i, j].item()
     return numbers
 
 
