@@ -49,7 +49,7 @@ CONTROLS = {
 class DownstreamConfig(SiteConfig):
     """Splice Sae(x), with and without each part of its error, into the model: what does each part cost?"""
 
-    contexts: int = 24
+    contexts: int = 32
     """held-out contexts to splice into"""
 
     def __post_init__(self) -> None:
