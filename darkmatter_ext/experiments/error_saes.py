@@ -172,31 +172,27 @@ def trained_error_sae(
 
 
 @torch.no_grad()
+def fvu(reconstruct: Reconstruct, y: Tensor) -> float:
+    """FVU on y [n, d]."""
+    squared_error = 0.0
+    for part in y.split(_BATCH):
+        batch = TokenBatch(part, torch.zeros(len(part), dtype=torch.bool, device=part.device))
+        squared_error += sae_error(part, reconstruct(batch).x_hat).double().square().sum().item()
+    return squared_error / (y - y.mean(0)).double().square().sum().item()
+
+
+@torch.no_grad()
 def reconstruction_numbers(
     reconstruct: Reconstruct, encode: Callable[[Tensor], SparseActs], y: Tensor
 ) -> dict[str, float]:
     """FVU, L0 and share of dead latents (silent on every token) on y [n, d]."""
-    squared_error, active = 0.0, None
-    l0 = 0.0
+    active, fired = 0, []
     for part in y.split(_BATCH):
-        found = reconstruct(TokenBatch(part, torch.zeros(len(part), dtype=torch.bool, device=part.device)))
-        squared_error += (part - found.x_hat).double().square().sum().item()
-        l0 += found.l0.double().sum().item()
         acts = encode(part)
-        fired = torch.bincount(acts.col_indices[acts.values.reshape(-1) != 0], minlength=acts.d_sae)
-        active = fired if active is None else active + fired
-    variance = (y - y.mean(0)).double().square().sum().item()
-    assert active is not None  # there are held-out tokens
-    return {"fvu": squared_error / variance, "l0": l0 / len(y), "dead": (active == 0).double().mean().item()}
-
-
-def fvu(reconstruct: Reconstruct, y: Tensor) -> float:
-    """FVU of a control on y [n, d]."""
-    batches = (
-        TokenBatch(part, torch.zeros(len(part), dtype=torch.bool, device=part.device)) for part in y.split(_BATCH)
-    )
-    squared_error = sum((batch.x - reconstruct(batch).x_hat).double().square().sum().item() for batch in batches)
-    return squared_error / (y - y.mean(0)).double().square().sum().item()
+        active += int(acts.l0().sum())
+        fired.append(torch.bincount(acts.col_indices[acts.values.reshape(-1) != 0], minlength=acts.d_sae))
+    dead = (torch.stack(fired).sum(0) == 0).double().mean().item()
+    return {"fvu": fvu(reconstruct, y), "l0": active / len(y), "dead": dead}
 
 
 @dataclass(frozen=True)
