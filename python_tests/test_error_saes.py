@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_site import flags
 
-from darkmatter_ext import cli, ops
+from darkmatter_ext import activations, cli, ops
 from darkmatter_ext.decomposition import Reconstruction, TokenBatch
 from darkmatter_ext.experiments.error_saes import Snippets, fit_error_map, fvu, reconstruction_numbers, split_errors
 from darkmatter_ext.results import load_result
@@ -62,19 +62,15 @@ def test_numbers_are_their_definitions():
     assert found["dead"] >= 1 / 20
 
 
-def test_snippets_are_held_out_tokens_in_a_row():
-    class Cache:
-        context_length = 10
-        tokens = torch.arange(40).view(4, 10)
-
-        def column(self, name):
-            return self.tokens
-
+def test_snippets_are_held_out_tokens_in_a_row(tmp_path):
+    tokens = torch.arange(40).view(4, 10)
+    activations._write_shard(tmp_path, 0, torch.zeros(4, 10, 2), tokens, torch.arange(4))
+    cache = activations.ActivationCache(tmp_path, {"d_in": 2, "n_contexts": 4, "context_length": 10})
     roles = torch.full((4, 10), FIT, dtype=torch.uint8)
     roles[1, 2:] = HELD_OUT
     roles[3, :] = HELD_OUT
     roles[3, 5] = 0
-    snippets = Snippets.cut(Cache(), roles, 4, str)  # type: ignore[arg-type]
+    snippets = Snippets.cut(cache, roles, 4, str)
     assert snippets.contexts == [1, 3]
     assert snippets.tokens == [["14", "15", "16", "17"], ["30", "31", "32", "33"]]
     assert snippets.rows.tolist() == [[2, 3, 4, 5], [8, 9, 10, 11]]  # places among the 17 held-out tokens
@@ -84,7 +80,7 @@ def test_snippets_are_held_out_tokens_in_a_row():
     dense[0, 2] = 1  # on no snippet
     assert snippets.firing(SparseActs.from_dense(dense)).tolist() == [0, 2, 0, 0, 0]
     with pytest.raises(ValueError, match="--context-length: must hold 16 held-out tokens in a row"):
-        Snippets.cut(Cache(), roles, 16, str)  # type: ignore[arg-type]
+        Snippets.cut(cache, roles, 16, str)
 
 
 SMALL = (

@@ -97,7 +97,7 @@ class _Server(http.server.BaseHTTPRequestHandler):
     """Answers as a good judge would: explains by the marked word, detects it in the texts."""
 
     asked: ClassVar[list] = []
-    status, broken = 200, False
+    status, broken, evasive = 200, False, False
 
     def do_POST(self):
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -110,6 +110,7 @@ class _Server(http.server.BaseHTTPRequestHandler):
             explanation = question.split("\n")[1]
             texts = question.split("\n\n")[-1].split("\n")
             reply = str([int(explanation in text.split()) for text in texts])
+            reply = "I cannot say" if self.evasive else reply
         else:
             reply = "yes"
         body = b"<html>" if self.broken else json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
@@ -124,7 +125,7 @@ class _Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    _Server.asked, _Server.status, _Server.broken = [], 200, False
+    _Server.asked, _Server.status, _Server.broken, _Server.evasive = [], 200, False, False
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Server)
     thread = threading.Thread(target=running.serve_forever, daemon=True)
     thread.start()
@@ -152,9 +153,8 @@ def test_a_server_as_judge(server, monkeypatch):
 
 
 def test_unreadable_answers_are_left_out_and_counted(server):
-    judge = EndpointJudge(server, "m")
-    judge._ask = lambda question, most_tokens: "w5" if "<<" in question else "I cannot say"
-    (score, *_) = _scores(judge)
+    _Server.evasive = True
+    (score, *_) = _scores(EndpointJudge(server, "m"))
     assert score.unanswered == 10 * SETTINGS.per_decile + SETTINGS.inactive
     assert all(math.isnan(accuracy) for accuracy in score.accuracies)
 
