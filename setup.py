@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
@@ -247,16 +248,19 @@ class CudaCheck(Command):
         shutil.rmtree(work, ignore_errors=True)  # objects of sources that are gone would be linked
         work.mkdir(parents=True)
         build = Build(work, work, nvcc, list(CHECKED_CUDA_ARCHS))
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-            target = work / f"{source.stem}.o"
-            command = build.nvcc_command(list(CHECKED_CUDA_ARCHS), "-Xptxas -v")
-            command = command.replace("$in", shell(source)).replace("$out", shell(target)).replace("$$", "$")
-            done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                print(done.stderr)
-                fail(f"{source.name} does not compile")
-            self._check_resources(source, done.stderr)
+        sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", str(os.cpu_count())))) as pool:
+            for source, done in zip(sources, pool.map(lambda each: self._compile(build, work, each), sources)):
+                if done.returncode != 0:
+                    print(done.stderr)
+                    fail(f"{source.name} does not compile")
+                self._check_resources(source, done.stderr)
         self._link(build, work)
+
+    def _compile(self, build: Build, work: Path, source: Path) -> subprocess.CompletedProcess[str]:
+        command = build.nvcc_command(list(CHECKED_CUDA_ARCHS), "-Xptxas -v")
+        command = command.replace("$in", shell(source)).replace("$out", shell(work / f"{source.stem}.o"))
+        return subprocess.run(shlex.split(command.replace("$$", "$")), capture_output=True, text=True, check=False)
 
     def _link(self, build: Build, work: Path) -> None:
         """The whole library from these objects, as a build makes it: kernels defined twice or never show here."""
