@@ -250,7 +250,8 @@ class CudaCheck(Command):
         build = Build(work, work, nvcc, list(CHECKED_CUDA_ARCHS))
         sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", str(os.cpu_count())))) as pool:
-            for source, done in zip(sources, pool.map(lambda each: self._compile(build, work, each), sources)):
+            results = pool.map(lambda each: self._compile(build, work, each), sources)
+            for source, done in zip(sources, results, strict=True):
                 if done.returncode != 0:
                     print(done.stderr)
                     fail(f"{source.name} does not compile")
