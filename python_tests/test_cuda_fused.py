@@ -32,10 +32,10 @@ def library():
 
 @pytest.fixture
 def fused(library, monkeypatch):
-    """torch.ops.darkmatter_emulated with the fused filter, which must have run; two multiprocessors, one order."""
+    """The emulated ops take the fused filter, which must have run; afterwards two multiprocessors and one order."""
     monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "1")
     before = library.darkmatter_emulated_cluster_launches()
-    yield torch.ops.darkmatter_emulated
+    yield library
     assert library.darkmatter_emulated_cluster_launches() > before
     library.darkmatter_emulated_multiprocessors(2)
     emulated.set_seed(1)
@@ -49,138 +49,135 @@ def gaussian(n, d, n_latents, dtype=torch.float32, *, centred=True, seed=0):
     return x, W_enc, b_enc, b_dec if centred else None
 
 
-def packed_without(cuda, W_enc, b_enc, b_dec, left_out):
-    """What pack_encoder makes, with latents left out of the screen."""
-    *parts, bounds = cuda.pack_encoder(W_enc, b_enc, b_dec)
-    bounds[BIAS, left_out] = -INF
-    return *parts, bounds
+class Screened:
+    """Packed weights with latents left out of the screen, and what the screen alone then answers."""
 
+    def __init__(self, W_enc, b_enc, b_dec, left_out=slice(0, 0)):
+        self.given = W_enc, b_enc, b_dec
+        *parts, bounds = torch.ops.darkmatter_emulated.pack_encoder(*self.given)
+        kept = torch.ones(W_enc.shape[1], dtype=torch.bool)
+        kept[left_out] = False
+        bounds[BIAS, ~kept] = -INF
+        self.packed = *parts, bounds
+        self.others = kept.nonzero().squeeze(1)
 
-def others_of(n_latents, left_out):
-    kept = torch.ones(n_latents, dtype=torch.bool)
-    kept[left_out] = False
-    return kept.nonzero().squeeze(1)
+    def _of_others(self):
+        W_enc, b_enc, b_dec = self.given
+        return W_enc[:, self.others], b_enc[self.others], b_dec
 
+    def check_topk(self, x, k):
+        values, indices = torch.ops.darkmatter_emulated.topk_encode(x, *self.given, k, *self.packed)
+        expected, positions = ops._ops.topk_encode(x, *self._of_others(), k, *NONE)
+        assert torch.equal(indices, self.others[positions])
+        assert torch.equal(values.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0))
 
-def check_topk(cuda, x, W_enc, b_enc, b_dec, k, left_out=slice(0, 0)):
-    """Best k by the screen alone: the best k of the latents that are not left out of it."""
-    others = others_of(W_enc.shape[1], left_out)
-    values, indices = cuda.topk_encode(
-        x, W_enc, b_enc, b_dec, k, *packed_without(cuda, W_enc, b_enc, b_dec, left_out)
-    )
-    expected, positions = ops._ops.topk_encode(x, W_enc[:, others], b_enc[others], b_dec, k, *NONE)
-    assert torch.equal(indices, others[positions])
-    assert torch.equal(values.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0))
-
-
-def check_threshold(cuda, x, W_enc, b_enc, b_dec, threshold, left_out=slice(0, 0)):
-    """Those above a threshold by the screen alone. Returns how many."""
-    others = others_of(W_enc.shape[1], left_out)
-    values, crow, col = cuda.threshold_encode(
-        x, W_enc, b_enc, b_dec, threshold, *packed_without(cuda, W_enc, b_enc, b_dec, left_out)
-    )
-    own = threshold if threshold.dim() == 0 else threshold[others]
-    expected = ops._ops.threshold_encode(x, W_enc[:, others], b_enc[others], b_dec, own, *NONE)
-    assert torch.equal(crow, expected[1])
-    assert torch.equal(col, others[expected[2]])
-    assert torch.equal(values.nan_to_num(nan=12345.0), expected[0].nan_to_num(nan=12345.0))
-    return values.numel()
+    def check_threshold(self, x, threshold):
+        """Returns how many latents are kept."""
+        values, crow, col = torch.ops.darkmatter_emulated.threshold_encode(x, *self.given, threshold, *self.packed)
+        own = threshold if threshold.dim() == 0 else threshold[self.others]
+        expected = ops._ops.threshold_encode(x, *self._of_others(), own, *NONE)
+        assert torch.equal(crow, expected[1])
+        assert torch.equal(col, self.others[expected[2]])
+        assert torch.equal(values.nan_to_num(nan=12345.0), expected[0].nan_to_num(nan=12345.0))
+        return values.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("n", "d", "n_latents", "k", "centred"),
-    [(9, 70, 9000, 40, True), (3, 40, 33000, 1, False), (5, 128, 8192, 300, True), (1, 33, 4224, 7, False)],
+    [(9, 70, 9000, 40, True), (3, 40, 17000, 1, False), (5, 128, 8192, 300, True), (1, 33, 4224, 7, False)],
 )
 def test_encodes(fused, dtype, n, d, n_latents, k, centred):
-    given = gaussian(n, d, n_latents, dtype, centred=centred)
-    left_out = torch.arange(5, n_latents, 7)
-    check_topk(fused, *given, k, left_out)
+    x, *weights = gaussian(n, d, n_latents, dtype, centred=centred)
+    screened = Screened(*weights, left_out=slice(5, n_latents, 7))
+    screened.check_topk(x, k)
     threshold = torch.tensor(2.0 * d**0.5, dtype=dtype)
-    assert check_threshold(fused, *given, threshold, left_out) > n
-    check_threshold(fused, *given, (threshold * torch.rand(n_latents)).to(dtype) + threshold, left_out)
+    assert screened.check_threshold(x, threshold) > n
+    screened.check_threshold(x, (threshold * torch.rand(n_latents)).to(dtype) + threshold)
 
 
 @pytest.mark.parametrize("seed", [2, 3, 4])
-def test_order_of_threads(fused, library, seed):
+def test_order_of_threads(fused, seed):
     """Several tiles of tokens, the last not whole; several clusters, which take turns."""
     emulated.set_seed(seed)
-    library.darkmatter_emulated_multiprocessors(2 * seed)
-    given = gaussian(270, 64, 4500, torch.bfloat16)
-    given[0][torch.arange(270) % 5 != 0] = 0  # zero tokens cost the emulator nothing
-    check_topk(fused, *given, 12, slice(0, 4500, 9))
-    check_threshold(fused, *given, torch.tensor(18.0, dtype=torch.bfloat16), slice(0, 4500, 9))
+    fused.darkmatter_emulated_multiprocessors(2 * seed)
+    x, *weights = gaussian(270, 64, 4500, torch.bfloat16)
+    x[torch.arange(270) % 5 != 0] = 0  # zero tokens cost the emulator little
+    screened = Screened(*weights, left_out=slice(0, 4500, 9))
+    screened.check_topk(x, 12)
+    screened.check_threshold(x, torch.tensor(18.0, dtype=torch.bfloat16))
 
 
-def test_bands_of_tokens(fused, library):
+def test_bands_of_tokens(fused):
     """More clusters of tokens than are side by side."""
-    library.darkmatter_emulated_multiprocessors(8)
-    x, W_enc, b_enc, _ = gaussian(2300, 64, 1300)
+    fused.darkmatter_emulated_multiprocessors(8)
+    x, *weights = gaussian(2300, 64, 1300, centred=False)
     x[torch.arange(2300) % 61 != 0] = 0
-    check_threshold(fused, x, W_enc, b_enc, None, torch.tensor(16.0), slice(0, 1300, 9))
+    Screened(*weights, left_out=slice(0, 1300, 9)).check_threshold(x, torch.tensor(16.0))
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_dictionary_sorted_by_importance(fused, sign):
     """Every launch samples the whole dictionary, so that no list overflows: the exact path would show."""
-    x, W_enc, b_enc, b_dec = gaussian(4, 64, 33000)
-    W_enc *= torch.linspace(-3, 3, 33000).mul(sign).exp()
-    check_topk(fused, x, W_enc, b_enc, b_dec, 64, slice(3, 33000, 11))
+    x, W_enc, b_enc, b_dec = gaussian(4, 64, 17000)
+    W_enc *= torch.linspace(-3, 3, 17000).mul(sign).exp()
+    Screened(W_enc, b_enc, b_dec, left_out=slice(3, 17000, 11)).check_topk(x, 64)
 
 
 def test_more_hits_than_a_warp_has_room_for(fused):
     """Everything is let in: the warps look through their tiles many times, and still no list overflows."""
-    given = gaussian(40, 64, 1400)
-    left_out = slice(100, 1400, 3)
-    everything = torch.tensor(-1e6)
-    n_kept = check_threshold(fused, *given, everything, left_out)
-    assert n_kept == 40 * len(others_of(1400, left_out))
+    x, *weights = gaussian(40, 64, 1400)
+    screened = Screened(*weights, left_out=slice(100, 1400, 3))
+    assert screened.check_threshold(x, torch.tensor(-1e6)) == 40 * len(screened.others)
 
 
 def test_overflowing_lists_go_the_exact_way(fused):
-    x, W_enc, b_enc, b_dec = gaussian(3, 64, 8192)
-    check_threshold(fused, x, W_enc, b_enc, b_dec, torch.tensor(-1e6))
-    x, W_enc = torch.ones(2, 64), torch.full((64, 8192), 0.1)  # nothing but ties
-    check_topk(fused, x, W_enc, torch.zeros(8192), None, 5)
+    x, *weights = gaussian(3, 64, 8192)
+    assert Screened(*weights).check_threshold(x, torch.tensor(-1e6)) == 3 * 8192
+    ties = torch.full((64, 8192), 0.1), torch.zeros(8192), None
+    Screened(*ties).check_topk(torch.ones(2, 64), 5)
 
 
 def test_ties(fused):
-    """Each latent four times, among the tiles and within one; the lower latent first."""
+    """Each latent eight times, among the tiles and within one; the lower latent first."""
     x, W_enc, b_enc, b_dec = gaussian(6, 48, 2304)
     W_enc, b_enc = W_enc.repeat(1, 4), b_enc.repeat(4)
     W_enc[:, 1::2], b_enc[1::2] = W_enc[:, ::2], b_enc[::2]
-    check_topk(fused, x, W_enc, b_enc, b_dec, 33, slice(64, 9216, 128))
-    check_threshold(fused, x, W_enc, b_enc, b_dec, torch.tensor(15.0), slice(64, 9216, 128))
+    screened = Screened(W_enc, b_enc, b_dec, left_out=slice(64, 9216, 128))
+    screened.check_topk(x, 33)
+    screened.check_threshold(x, torch.tensor(15.0))
 
 
 def test_numbers_that_are_not_finite(fused):
     x, W_enc, b_enc, b_dec = gaussian(8, 64, 9000)
     x[1, 3], x[3, 0], x[5] = NAN, INF, 1e38
     b_enc[10], b_enc[7000], b_enc[8999] = INF, -INF, 3e38
-    check_topk(fused, x, W_enc, b_enc, None, 9)
-    check_threshold(fused, x, W_enc, b_enc, b_dec, torch.tensor(20.0))
-    W_enc[5, 4000], W_enc[:, 8000] = INF, 0
-    check_topk(fused, x, W_enc, b_enc, None, 9)
+    screened = Screened(W_enc, b_enc, b_dec)
+    screened.check_topk(x, 9)
+    screened.check_threshold(x, torch.tensor(20.0))
     thresholds = torch.full((9000,), 20.0)
     thresholds[3], thresholds[4], thresholds[8998] = INF, -INF, 3e38
-    check_threshold(fused, x, W_enc, b_enc, None, thresholds)
+    screened.check_threshold(x, thresholds)
+    W_enc[5, 4000], W_enc[:, 8000] = INF, 0
+    Screened(W_enc, b_enc, b_dec).check_topk(x, 9)
 
 
 def test_off_unless_asked_for(library, monkeypatch):
     monkeypatch.delenv("DARKMATTER_CUDA_FUSED", raising=False)
     before = library.darkmatter_emulated_cluster_launches()
-    check_topk(torch.ops.darkmatter_emulated, *gaussian(2, 40, 8192), 5)
+    x, *weights = gaussian(2, 40, 8192)
+    Screened(*weights).check_topk(x, 5)
     assert library.darkmatter_emulated_cluster_launches() == before
 
 
 def test_codes_that_copies_cannot_take(library, monkeypatch):
     """The copies want rows at multiples of 16 bytes: others are screened without the fused filter."""
     monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "1")
-    cuda = torch.ops.darkmatter_emulated
-    x, W_enc, b_enc, b_dec = gaussian(2, 40, 8192)
-    weight, bias, codes, sums, bounds = cuda.pack_encoder(W_enc, b_enc, b_dec)
+    x, *weights = gaussian(2, 40, 8192)
+    screened = Screened(*weights)
+    weight, bias, codes, sums, bounds = screened.packed
     moved = torch.empty(codes.numel() + 1, dtype=codes.dtype)[1:].view_as(codes).copy_(codes)
+    screened.packed = weight, bias, moved, sums, bounds
     before = library.darkmatter_emulated_cluster_launches()
-    values, _ = cuda.topk_encode(x, W_enc, b_enc, b_dec, 5, weight, bias, moved, sums, bounds)
+    screened.check_topk(x, 5)
     assert library.darkmatter_emulated_cluster_launches() == before
-    assert torch.equal(values, ops._ops.topk_encode(x, W_enc, b_enc, b_dec, 5, *NONE)[0])

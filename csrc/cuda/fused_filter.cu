@@ -36,7 +36,7 @@ FusedFilter::FusedFilter(
       hopper::describe_rows(pointer<__half>(codes), latents_.n, d_padded_, kLatentTile / kClusterBlocks, &latent_map_),
       "darkmatter_ext: the driver must describe the codes of latents, got a refusal");
   Arena arena{nullptr};
-  arena.take<BlockScratch>(1);
+  arena.take<uint32_t>(3);
   device.launch(
       prepare_latents_kernel, dim3(static_cast<unsigned>(tiles_)), kThreads, arena.used, latents_, question.limits,
       mutable_pointer<LatentScreen>(screens_), mutable_pointer<LargestBounds>(largest_));

@@ -6,9 +6,11 @@
 // of their threads for candidates; two more warps of the first warpgroup take these into the lists of their tokens. Two
 // blocks, a cluster, have the same latents and other tokens: each has half of the latents' codes copied to both.
 //
-// Budget, a tile of d dimensions on a multiprocessor: products 16 d clocks; 32 KB from L2 for every 64 dimensions, 32 B
-// a clock; looking through 0.25 (4 warps) * 128 * 4 = 500 issue slots twice, while the other warpgroup multiplies.
-// Shared memory 213 KB: 192 of codes, 4 of latents, 16 of candidates. Registers: 232 * 256 + 40 * 128 of 65536.
+// Budget of a tile of d dimensions on a multiprocessor: 16 d clocks of products; from L2 32 KB for every 64 dimensions,
+// 32 B a clock. Looking through the sums is 500 instructions a warp, one warp of each warpgroup on each scheduler: 500
+// clocks that the other warpgroup multiplies in, up to the four stages that it may be behind. Lists are in device
+// memory: whoever takes hits waits for it, and who multiplies does not wait for them. Shared memory 213 KB: 192 of
+// codes, 4 of screens, 16 of hits. Registers 224 * 256 + 56 * 128 = 168 * 384, what the block starts with.
 #pragma once
 
 #include "cuda/filter.cuh"
@@ -57,23 +59,26 @@ __global__ void __launch_bounds__(kThreads) prepare_latents_kernel(
     ScreenedLatents latents, LatentLimits limits, LatentScreen* __restrict__ screens,
     LargestBounds* __restrict__ largest) {
   static_assert(kLatentTile == kThreads, "one latent a thread");
-  BlockScratch& scratch = *Arena{shared_memory()}.take<BlockScratch>(1);
+  uint32_t* keys = Arena{shared_memory()}.take<uint32_t>(3);
+  if (threadIdx.x < 3) {
+    keys[threadIdx.x] = 0;
+  }
+  __syncthreads();
   const int64_t latent = static_cast<int64_t>(blockIdx.x) * kLatentTile + threadIdx.x;
-  const bool there = latent < latents.n;
-  const float* of = latents.bounds + (there ? latent : 0);
-  const float bias = of[kBias * latents.n];
-  screens[latent] = {
-      there ? of[kScale * latents.n] : 0.0f, !there ? -INFINITY
-                                             : limits.values != nullptr
-                                                 ? shift_of(bias, limits.values[latent * limits.step])
-                                                 : bias};
-  const auto largest_of = [&](BoundRow row) {
-    uint32_t keys[1] = {there ? ordered_key(of[row * latents.n]) : 0};
-    return key_float(kth_largest(keys, 1, scratch));
-  };
-  const LargestBounds found{largest_of(kNorm), largest_of(kRounding), largest_of(kSlack)};
+  LatentScreen screen{0.0f, -INFINITY};
+  if (latent < latents.n) {
+    const float* of = latents.bounds + latent;
+    const float bias = of[kBias * latents.n];
+    screen.scale = of[kScale * latents.n];
+    screen.shift = limits.values != nullptr ? shift_of(bias, limits.values[latent * limits.step]) : bias;
+    atomicMax(&keys[0], ordered_key(of[kNorm * latents.n]));
+    atomicMax(&keys[1], ordered_key(of[kRounding * latents.n]));
+    atomicMax(&keys[2], ordered_key(of[kSlack * latents.n]));
+  }
+  screens[latent] = screen;
+  __syncthreads();
   if (threadIdx.x == 0) {
-    largest[blockIdx.x] = found;
+    largest[blockIdx.x] = {key_float(keys[0]), key_float(keys[1]), key_float(keys[2])};
   }
 }
 

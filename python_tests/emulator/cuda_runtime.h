@@ -141,6 +141,7 @@ class Block {
 
   Fiber& fiber() { return fibers_[running_]; }
   int thread() const { return running_; }
+  bool lives(int rank) const { return live_[rank] > 0; }
   dim3 index() const { return dim3(index_.x + fibers_[running_].rank, index_.y, index_.z); }
 
   void sync() {

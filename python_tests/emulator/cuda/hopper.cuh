@@ -91,7 +91,10 @@ inline void init(Barrier* barrier, int count) {
 }
 inline void fence_init() {}
 inline void arrive(Barrier* barrier) { arrive_expecting(barrier, 0); }
-inline void arrive_at(Barrier* barrier, uint32_t other) { arrive(in_block(barrier, static_cast<int>(other))); }
+inline void arrive_at(Barrier* barrier, uint32_t other) {
+  must(block().lives(static_cast<int>(other)), "arrives at a barrier of a block that has ended");
+  arrive(in_block(barrier, static_cast<int>(other)));
+}
 inline void wait(Barrier* barrier, uint32_t parity) {
   block().wait_until(barrier, [=] { return simt::from_bits<BarrierState>(*barrier).parity != parity; });
 }
@@ -109,6 +112,7 @@ inline void copy_tile_to(uint16_t blocks, void* to, const TensorMap& map, int co
     unsigned char* memory = memory_of(other);
     Barrier* told = in_block(barrier, other);
     block().later([=] {
+      must(block().lives(other), "copies into a block that has ended");
       for (int r = 0; r < map.box_rows; ++r) {
         for (int c = 0; c < kTileColumns; ++c) {
           const bool inside = row + r < map.n && column + c < map.d;
