@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cuda/finish.cuh"
+#include "cuda/fused_filter.h"
 #include "cuda/tensors.h"
 
 namespace darkmatter {
@@ -53,7 +54,9 @@ size_t shared_bytes(const ExactRows<T>& exact, const Arrays& arrays) {
 // The device memory of one pass, reused tile by tile.
 class ScreenPass {
  public:
-  ScreenPass(const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed, int k)
+  ScreenPass(
+      const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed, int k,
+      const std::optional<FusedQuestion>& fused = std::nullopt)
       : device_(device),
         packed_(packed),
         d_padded_(screen_padded(x.size(1))),
@@ -65,6 +68,11 @@ class ScreenPass {
     const int64_t tiles = ceil_div(most_, kFilterTokens), wanted = ceil_div(2 * device.multiprocessors, tiles);
     ranges_ = static_cast<int>(std::min({wanted, width_ / kTile, int64_t{kMaxRanges}}));
     ranges_ = std::max(1, std::min(ranges_, kMaxUnion / std::max(1, k)));
+    if (fused && FusedFilter::available(device, *packed.codes)) {
+      fused_.emplace(device, *packed.codes, *packed.bounds, *fused);
+      ranges_ = 1;
+      width_ = k > 0 ? ceil_div(fused_->first_latents(), kTile) * kTile : 0;
+    }
     const auto array = [&](int64_t n, ScalarType type) { return torch::stable::new_empty(x, {n}, type); };
     codes_ = array(most_ * d_padded_, ScalarType::Half);
     products_ = array(most_ * width_, ScalarType::Float);
@@ -102,13 +110,18 @@ class ScreenPass {
       device_.launch(
           round_tokens_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), kThreads, 0,
           pointer<T>(x) + first * d, pointer<T>(centre_), n, d, d_padded_, tokens, lists);
-      for (int64_t latent = 0; latent < n_latents; latent += width_) {
-        const int64_t width = std::min(width_, n_latents - latent);
-        half_products(
-            device_, tokens.codes, pointer<__half>(*packed_.codes) + latent * d_padded_, n, width, d_padded_,
-            mutable_pointer<float>(products_), width_);
-        const dim3 grid(static_cast<unsigned>(ceil_div(n, kFilterTokens)), static_cast<unsigned>(ranges_));
-        filter(ScoreChunk{pointer<float>(products_), width_, n, latent, width}, latents, tokens, lists, grid);
+      const dim3 grid(static_cast<unsigned>(ceil_div(n, kFilterTokens)), static_cast<unsigned>(ranges_));
+      if (fused_) {
+        if (width_ > 0) {
+          filter(sampled_products(tokens.codes, n), latents, tokens, lists, grid);
+        }
+        fused_->run(n, tokens, lists);
+      } else {
+        for (int64_t latent = 0; latent < n_latents; latent += width_) {
+          const int64_t width = std::min(width_, n_latents - latent);
+          multiply(tokens.codes, n, latent, width, 0);
+          filter(ScoreChunk{pointer<float>(products_), width_, n, latent, width, 0}, latents, tokens, lists, grid);
+        }
       }
       finish(first, n, tokens, lists);
     }
@@ -117,12 +130,36 @@ class ScreenPass {
   const Tensor& exact() const { return exact_; }  // [N] nonzero: a token for the exact path
 
  private:
+  // Products of tokens and latents [first, first + width) into columns from `column` on, `runs` times with `skip`
+  // latents left out in between.
+  void multiply(
+      const __half* tokens, int64_t n, int64_t first, int64_t width, int64_t column, int64_t runs = 1,
+      int64_t skip = 0) const {
+    half_products(
+        device_, tokens, pointer<__half>(*packed_.codes) + first * d_padded_, n, width, d_padded_,
+        mutable_pointer<float>(products_) + column, width_, runs, skip);
+  }
+
+  // The chunk before the fused filter: every step-th run of latents, of which the last may be cut short.
+  ScoreChunk sampled_products(const __half* tokens, int64_t n) const {
+    const int64_t skip = (fused_->step() - 1) * kRun, width = fused_->first_latents(), whole = width / kRun,
+                  rest = width % kRun;
+    if (whole > 0) {
+      multiply(tokens, n, 0, kRun, 0, whole, skip);
+    }
+    if (rest > 0) {
+      multiply(tokens, n, whole * (kRun + skip), rest, whole * kRun);
+    }
+    return {pointer<float>(products_), width_, n, 0, width, skip};
+  }
+
   const OnDevice& device_;
   const Packed& packed_;
   int64_t d_padded_, most_, width_;
   int ranges_ = 1;
   Tensor codes_, products_, scale_, bounds_, exact_, count_, latent_;
   OptionalTensor lower_, upper_, limit_, centre_;
+  std::optional<FusedFilter> fused_;
 };
 
 }  // namespace darkmatter

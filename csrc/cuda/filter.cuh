@@ -21,11 +21,15 @@ constexpr int kList = kThreads * kListPerThread;  // candidates of one list: 204
 constexpr int kManyAtOnce = 256;                  // a tile that lets in more raises the limit first
 constexpr int kMaxScreenK = 512;
 
-// A chunk of scores: products of codes of tokens [n] and latents [first, first + width).
+// A chunk of scores: products of codes of tokens [n] and `width` latents from `first` on. After every kRun of them
+// `skip` are left out: a chunk may sample the whole dictionary.
+constexpr int kRun = 256;
 struct ScoreChunk {
   const float* products;  // [n, ld]
   int64_t ld;
-  int64_t n, first, width;
+  int64_t n, first, width, skip;
+
+  __device__ int64_t latent(int64_t at) const { return first + at + at / kRun * skip; }
 };
 
 struct ScreenedLatents {
@@ -39,8 +43,9 @@ struct LatentRegisters {
       slack[kFilterLatents];
   int valid;  // the first so many are latents
 
-  __device__ void load(const ScreenedLatents& latents, int64_t first, int64_t end) {
-    valid = end <= first ? 0 : end - first < kFilterLatents ? static_cast<int>(end - first) : kFilterLatents;
+  // From latent `first` on, of which `left` are in the chunk.
+  __device__ void load(const ScreenedLatents& latents, int64_t first, int64_t left) {
+    valid = left <= 0 ? 0 : left < kFilterLatents ? static_cast<int>(left) : kFilterLatents;
 #pragma unroll
     for (int l = 0; l < kFilterLatents; ++l) {
       const float* of = latents.bounds + first + (l < valid ? l : 0);
@@ -125,6 +130,46 @@ struct CandidateList {
     lower = lists.lower != nullptr ? lists.lower + at : nullptr;
     upper = lists.upper != nullptr ? lists.upper + at : nullptr;
   }
+};
+
+// Raises a token's limit to what its list proves and drops what is below; all threads. Returns the new count.
+__device__ inline int tighten(
+    CandidateList list, int count, int k, RoundingMargin margin, float* limit, int* cursor, BlockScratch& scratch) {
+  uint32_t keys[kListPerThread];
+  float lower[kListPerThread], upper[kListPerThread];
+  int32_t latent[kListPerThread];
+#pragma unroll
+  for (int i = 0; i < kListPerThread; ++i) {
+    const int at = i * kThreads + threadIdx.x;
+    const bool there = at < count;
+    lower[i] = there ? list.lower[at] : 0.0f;
+    upper[i] = there ? list.upper[at] : 0.0f;
+    latent[i] = there ? list.latent[at] : 0;
+    keys[i] = there ? ordered_key(lower[i]) : 0;
+  }
+  const float proven = twice_below(margin, key_float(kth_largest(keys, k, scratch)));
+  if (threadIdx.x == 0) {
+    *limit = proven > *limit ? proven : *limit;
+    *cursor = 0;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kListPerThread; ++i) {
+    if (keys[i] != 0 && !(upper[i] < *limit)) {
+      const int at = atomicAdd(cursor, 1);
+      list.lower[at] = lower[i];
+      list.upper[at] = upper[i];
+      list.latent[at] = latent[i];
+    }
+  }
+  __syncthreads();
+  return *cursor;
+}
+
+// Threshold: each latent has a limit of its own, and nothing is ever dropped again.
+struct LatentLimits {
+  const float* values;  // [n] or one: margin_below(threshold)
+  int step;             // 0: one for all
 };
 
 }  // namespace darkmatter

@@ -5,12 +5,6 @@
 
 namespace darkmatter {
 
-// Threshold: each latent has a limit of its own, and nothing is ever dropped again.
-struct LatentLimits {
-  const float* values;  // [n] or one: margin_below(threshold)
-  int step;             // 0: one for all
-};
-
 __global__ void __launch_bounds__(kThreads) filter_threshold_kernel(
     ScoreChunk chunk, ScreenedLatents latents, ScreenedTokens tokens, CandidateLists lists, LatentLimits limits) {
   const FilterBlock block(chunk, lists);
@@ -19,11 +13,12 @@ __global__ void __launch_bounds__(kThreads) filter_threshold_kernel(
   for (int64_t tile = block.begin; tile < block.end; tile += kTile) {
     const int64_t at = tile + threadIdx.x * kFilterLatents;
     LatentRegisters own;
-    own.load(latents, chunk.first + at, chunk.first + block.end);
+    const int64_t first = chunk.latent(at);
+    own.load(latents, first, block.end - at);
     float limit[kFilterLatents];
 #pragma unroll
     for (int l = 0; l < kFilterLatents; ++l) {
-      limit[l] = l < own.valid ? limits.values[(chunk.first + at + l) * limits.step] : INFINITY;
+      limit[l] = l < own.valid ? limits.values[(first + l) * limits.step] : INFINITY;
     }
     for (int t = 0; t < block.n_tokens; ++t) {
       if (!shared.active[t] || own.valid == 0) {
@@ -38,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) filter_threshold_kernel(
         if (l < own.valid && !(upper < limit[l])) {
           const int place = atomicAdd(&shared.count[t], 1);
           if (place < kList) {
-            list.latent[place] = static_cast<int32_t>(chunk.first + at + l);
+            list.latent[place] = static_cast<int32_t>(first + l);
           }
         }
       }

@@ -5,40 +5,6 @@
 
 namespace darkmatter {
 
-// Raises a token's limit to what its list proves and drops what is below; all threads. Returns the new count.
-__device__ inline int tighten(
-    CandidateList list, int count, int k, RoundingMargin margin, float* limit, int* cursor, BlockScratch& scratch) {
-  uint32_t keys[kListPerThread];
-  float lower[kListPerThread], upper[kListPerThread];
-  int32_t latent[kListPerThread];
-#pragma unroll
-  for (int i = 0; i < kListPerThread; ++i) {
-    const int at = i * kThreads + threadIdx.x;
-    const bool there = at < count;
-    lower[i] = there ? list.lower[at] : 0.0f;
-    upper[i] = there ? list.upper[at] : 0.0f;
-    latent[i] = there ? list.latent[at] : 0;
-    keys[i] = there ? ordered_key(lower[i]) : 0;
-  }
-  const float proven = twice_below(margin, key_float(kth_largest(keys, k, scratch)));
-  if (threadIdx.x == 0) {
-    *limit = proven > *limit ? proven : *limit;
-    *cursor = 0;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kListPerThread; ++i) {
-    if (keys[i] != 0 && !(upper[i] < *limit)) {
-      const int at = atomicAdd(cursor, 1);
-      list.lower[at] = lower[i];
-      list.upper[at] = upper[i];
-      list.latent[at] = latent[i];
-    }
-  }
-  __syncthreads();
-  return *cursor;
-}
-
 // What take_hits needs of a tile of one chunk.
 struct Tile {
   ScoreChunk chunk;
@@ -50,9 +16,7 @@ struct Tile {
   __device__ Tile(const ScoreChunk& chunk, const ScreenedLatents& latents, const CandidateLists& lists)
       : chunk(chunk), latents(latents), lists(lists), block(chunk, lists), at(0) {}
 
-  __device__ void load_latents(LatentRegisters& own) const {
-    own.load(latents, chunk.first + at, chunk.first + block.end);
-  }
+  __device__ void load_latents(LatentRegisters& own) const { own.load(latents, chunk.latent(at), block.end - at); }
   __device__ void load_token(int t, int valid, float (&out)[kFilterLatents]) const {
     load_products(chunk.products + (block.first_token + t) * chunk.ld, at, valid, block.aligned, out);
   }
@@ -121,7 +85,7 @@ inline __device__ __noinline__ void take_hits(
   for (int l = 0; l < kFilterLatents; ++l) {
     if (fits && mine >> l & 1) {
       const int place = atomicAdd(&shared.cursor[t], 1);
-      list.latent[place] = static_cast<int32_t>(tile.chunk.first + tile.at + l);
+      list.latent[place] = static_cast<int32_t>(tile.chunk.latent(tile.at) + l);
       list.lower[place] = intervals[l].lower;
       list.upper[place] = intervals[l].upper;
     }

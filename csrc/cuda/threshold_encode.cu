@@ -48,9 +48,9 @@ template <typename T>
 static void screened_threshold(
     const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed,
     const Thresholds<T>& thresholds, const Tensor& limits, Kept& kept) {
-  ScreenPass pass(device, x, b_dec, packed, 0);
-  const ExactRows<T> all = exact_rows<T>(x, packed);
   const LatentLimits of_latents{pointer<float>(limits), thresholds.step};
+  ScreenPass pass(device, x, b_dec, packed, 0, FusedQuestion{0, margin_of<T>(), of_latents});
+  const ExactRows<T> all = exact_rows<T>(x, packed);
   Arena filter_arena{nullptr};
   filter_arena.take<FilterShared>(1);
   const size_t finish_bytes = shared_bytes(all, [](Arena& arena) {

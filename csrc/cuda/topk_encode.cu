@@ -15,7 +15,7 @@ template <typename T>
 static void screened_topk(
     const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed, int k,
     const Tensor& values, const Tensor& indices) {
-  ScreenPass pass(device, x, b_dec, packed, k);
+  ScreenPass pass(device, x, b_dec, packed, k, FusedQuestion{k, margin_of<T>(), {nullptr, 0}});
   const ExactRows<T> all = exact_rows<T>(x, packed);
   Arena filter_arena{nullptr};
   filter_arena.take<FilterShared>(1);

@@ -1,10 +1,10 @@
 // A GPU small enough for a test: CUDA's words in plain C++, so that the kernels and launchers of csrc/cuda run on the
 // CPU.
 //
-// One block at a time, each of its threads a fiber. A fiber runs until it waits for others (__syncthreads, a warp's
-// exchange) or ends; who runs next is drawn at random from a seed, so that a missing barrier shows as a result that
-// changes with the seed. Shared memory is filled with 0xa5 before each block, and a canary behind it is looked at
-// after. What this cannot show: races between blocks, memory ordering, alignment faults, speed.
+// One block at a time (or one cluster of blocks), each of its threads a fiber. A fiber runs until it waits for others
+// (__syncthreads, a warp's exchange) or ends; who runs next is drawn at random from a seed, so that a missing barrier
+// shows as a result that changes with the seed. Shared memory is filled with 0xa5 before each block, and a canary
+// behind it is looked at after. What this cannot show: races between blocks, memory ordering, alignment faults, speed.
 #pragma once
 
 #include <setjmp.h>
@@ -15,6 +15,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
@@ -28,6 +30,7 @@
 #define __shared__
 #define __launch_bounds__(...)
 #define __noinline__
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
 struct dim3 {
@@ -40,13 +43,18 @@ struct float4 {
 
 namespace darkmatter {
 inline constexpr size_t kSharedBytes = 227 * 1024, kCanary = 64;
-__attribute__((aligned(128))) inline unsigned char memory[kSharedBytes + kCanary];
+inline constexpr int kMaxClusterBlocks = 2;
+// Of the first block of a cluster (of the only one, without clusters), and of the others.
+__attribute__((aligned(1024))) inline unsigned char memory[kSharedBytes + kCanary];
+__attribute__((aligned(1024))) inline unsigned char others[kMaxClusterBlocks - 1][kSharedBytes + 1024];
+inline unsigned char* memory_of(int rank) { return rank == 0 ? memory : others[rank - 1]; }
 }  // namespace darkmatter
 
 namespace simt {
 
 inline constexpr size_t kStack = 128 * 1024;
 inline uint64_t seed = 1;  // of the order of threads; set by a test
+inline int multiprocessors = 2, cluster_launches = 0;
 
 // Stacks are kept for the next block: making them would take longer than running it.
 inline char* stack_of(int thread) {
@@ -57,11 +65,19 @@ inline char* stack_of(int thread) {
   return stacks[thread].get();
 }
 
+using Work = std::function<void()>;
+
 struct Fiber {
   dim3 thread;
+  int rank;  // of its block in the cluster
   ucontext_t context;
   jmp_buf place;
   bool started = false, done = false;
+  // Work that the thread has handed over and not waited for: groups that are closed, the one that is not, and whether
+  // it may hand over more.
+  std::deque<std::vector<Work>> groups;
+  std::vector<Work> open;
+  bool fenced = false;
 };
 
 // Threads of a warp exchanging values. Two sets of slots: nobody can be two exchanges ahead.
@@ -72,6 +88,7 @@ struct Meeting {
   std::vector<int> waiting;
 };
 
+// The threads of one block, or of the blocks of one cluster.
 class Block {
  public:
   static Block*& current() {
@@ -79,44 +96,78 @@ class Block {
     return block;
   }
 
-  Block(dim3 index, dim3 grid, int threads, const std::function<void()>& body)
-      : index(index),
-        grid(grid),
+  Block(dim3 index, dim3 grid, int threads, int blocks, const Work& body)
+      : grid(grid),
         threads(threads),
+        index_(index),
         body_(body),
-        fibers_(threads),
+        fibers_(threads * blocks),
+        at_barrier_(blocks),
+        live_(blocks, threads),
         random_(seed * 0x9e3779b97f4a7c15 + 1) {
-    for (int t = 0; t < threads; ++t) {
-      fibers_[t].thread = dim3(t, 0, 0);
-      ready_.push_back(t);
+    for (int f = 0; f < threads * blocks; ++f) {
+      fibers_[f].thread = dim3(f % threads, 0, 0);
+      fibers_[f].rank = f / threads;
+      ready_.push_back(f);
     }
-    live_ = threads;
   }
 
   void run() {
     current() = this;
-    while (live_ > 0) {
-      if (ready_.empty()) {
+    while (all_live() > 0) {
+      const size_t choices = ready_.size() + (behind_.empty() ? 0 : 1);
+      if (choices == 0) {
         throw std::runtime_error("emulated kernel: threads wait for others that never come");
       }
-      random_ = random_ * 6364136223846793005ull + 1442695040888963407ull;
-      const size_t pick = (random_ >> 33) % ready_.size();
+      const size_t pick = random() % choices;
+      if (pick == ready_.size()) {
+        run_behind();
+        continue;
+      }
       running_ = ready_[pick];
       ready_[pick] = ready_.back();
       ready_.pop_back();
       resume(fibers_[running_]);
+      if (failure_) {
+        std::rethrow_exception(failure_);
+      }
       release_if_all();
+    }
+    if (!behind_.empty()) {
+      throw std::runtime_error("emulated kernel: ends before a copy into its shared memory");
     }
     current() = nullptr;
   }
 
-  const Fiber& fiber() const { return fibers_[running_]; }
+  Fiber& fiber() { return fibers_[running_]; }
   int thread() const { return running_; }
+  bool lives(int rank) const { return live_[rank] > 0; }
+  dim3 index() const { return dim3(index_.x + fibers_[running_].rank, index_.y, index_.z); }
 
   void sync() {
-    at_barrier_.push_back(running_);
+    at_barrier_[fibers_[running_].rank].push_back(running_);
     yield();
   }
+  void sync_cluster() {
+    at_cluster_barrier_.push_back(running_);
+    yield();
+  }
+
+  // Until `holds`; asked again whenever someone calls wake() for the same thing.
+  void wait_until(const void* thing, const std::function<bool()>& holds) {
+    while (!holds()) {
+      asleep_[thing].push_back(running_);
+      yield();
+    }
+  }
+  void wake(const void* thing) {
+    std::vector<int>& asleep = asleep_[thing];
+    ready_.insert(ready_.end(), asleep.begin(), asleep.end());
+    asleep.clear();
+  }
+
+  // Work that runs behind the threads, at some time and in any order.
+  void later(Work work) { behind_.push_back(std::move(work)); }
 
   // Every thread of `mask` gives a value and gets all of theirs.
   std::array<uint64_t, 32> exchange(unsigned mask, uint64_t value) {
@@ -141,16 +192,38 @@ class Block {
     return all;
   }
 
-  dim3 index, grid;
+  dim3 grid;
   int threads;
 
  private:
   static void start() {
     Block& block = *current();
-    block.body_();
-    block.fibers_[block.running_].done = true;
-    --block.live_;
+    try {
+      block.body_();
+    } catch (...) {
+      block.failure_ = std::current_exception();
+    }
+    Fiber& fiber = block.fiber();
+    fiber.done = true;
+    --block.live_[fiber.rank];
     _longjmp(block.scheduler_, 1);
+  }
+  uint64_t random() {
+    random_ = random_ * 6364136223846793005ull + 1442695040888963407ull;
+    return random_ >> 33;
+  }
+  int all_live() const {
+    int all = 0;
+    for (const int live : live_) {
+      all += live;
+    }
+    return all;
+  }
+  void run_behind() {
+    std::swap(behind_[random() % behind_.size()], behind_.back());
+    const Work work = std::move(behind_.back());
+    behind_.pop_back();
+    work();
   }
   void resume(Fiber& fiber) {
     if (_setjmp(scheduler_) != 0) {
@@ -161,7 +234,7 @@ class Block {
     }
     fiber.started = true;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stack_of(fiber.thread.x);
+    fiber.context.uc_stack.ss_sp = stack_of(running_);
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, &Block::start, 0);
@@ -173,19 +246,31 @@ class Block {
     }
   }
   void release_if_all() {
-    if (live_ > 0 && static_cast<int>(at_barrier_.size()) == live_) {
-      ready_.swap(at_barrier_);
-      at_barrier_.clear();
+    for (size_t rank = 0; rank < at_barrier_.size(); ++rank) {
+      release(at_barrier_[rank], live_[rank]);
+    }
+    release(at_cluster_barrier_, all_live());
+  }
+  void release(std::vector<int>& waiting, int expected) {
+    if (!waiting.empty() && static_cast<int>(waiting.size()) == expected) {
+      ready_.insert(ready_.end(), waiting.begin(), waiting.end());
+      waiting.clear();
     }
   }
 
-  const std::function<void()>& body_;
+  dim3 index_;
+  const Work& body_;
   std::vector<Fiber> fibers_;
-  std::vector<int> ready_, at_barrier_;
+  std::vector<int> ready_, at_cluster_barrier_;
+  std::map<const void*, std::vector<int>> asleep_;
+  std::vector<std::vector<int>> at_barrier_;
+  std::vector<int> live_;
+  std::vector<Work> behind_;
   std::map<std::pair<int, unsigned>, Meeting> meetings_;
+  std::exception_ptr failure_;
   jmp_buf scheduler_;
   uint64_t random_;
-  int running_ = 0, live_ = 0;
+  int running_ = 0;
 };
 
 template <typename E>
@@ -201,18 +286,24 @@ E from_bits(uint64_t bits) {
   return value;
 }
 
-// Runs every block of a grid.
-inline void run_grid(dim3 grid, int threads, size_t shared, const std::function<void()>& body) {
-  using darkmatter::memory;
+// Runs every block of a grid, `blocks` at a time: a cluster.
+inline void run_grid(dim3 grid, int threads, size_t shared, const Work& body, int blocks = 1) {
+  using darkmatter::kCanary;
   if (shared > darkmatter::kSharedBytes) {
     throw std::runtime_error("emulated kernel: asks for " + std::to_string(shared) + " bytes of shared memory");
   }
+  if (grid.x % blocks != 0 || blocks > darkmatter::kMaxClusterBlocks) {
+    throw std::runtime_error("emulated kernel: a grid that is not of whole clusters");
+  }
   for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      std::memset(memory, 0xa5, shared + darkmatter::kCanary);
-      Block(dim3(x, y, 0), grid, threads, body).run();
-      for (size_t i = shared; i < shared + darkmatter::kCanary; ++i) {
-        if (memory[i] != 0xa5) {
+    for (unsigned x = 0; x < grid.x; x += blocks) {
+      for (int rank = 0; rank < blocks; ++rank) {
+        std::memset(darkmatter::memory_of(rank), 0xa5, shared + kCanary);
+      }
+      Block(dim3(x, y, 0), grid, threads, blocks, body).run();
+      for (int rank = 0; rank < blocks; ++rank) {
+        const unsigned char* behind = darkmatter::memory_of(rank) + shared;
+        if (std::any_of(behind, behind + kCanary, [](unsigned char byte) { return byte != 0xa5; })) {
           throw std::runtime_error("emulated kernel: wrote behind its shared memory");
         }
       }
@@ -223,10 +314,11 @@ inline void run_grid(dim3 grid, int threads, size_t shared, const std::function<
 }  // namespace simt
 
 #define threadIdx (simt::Block::current()->fiber().thread)
-#define blockIdx (simt::Block::current()->index)
+#define blockIdx (simt::Block::current()->index())
 #define gridDim (simt::Block::current()->grid)
 
 inline void __syncthreads() { simt::Block::current()->sync(); }
+inline void __syncwarp() { simt::Block::current()->exchange(0xffffffffu, 0); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <typename E>
 E __shfl_xor_sync(unsigned mask, E value, int lanes) {
@@ -247,6 +339,14 @@ inline unsigned __ballot_sync(unsigned mask, bool value) {
   unsigned bits = 0;
   for (int lane = 0; lane < 32; ++lane) {
     bits |= mask >> lane & 1 && all[lane] ? 1u << lane : 0u;
+  }
+  return bits;
+}
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
+  const auto all = simt::Block::current()->exchange(mask, value);
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    bits |= mask >> lane & 1 ? static_cast<unsigned>(all[lane]) : 0u;
   }
   return bits;
 }

@@ -9,6 +9,7 @@
 #include "ops.cpp"
 
 #include "cuda/find_support.cu"
+#include "cuda/fused_filter.cu"
 #include "cuda/pack_encoder.cu"
 #include "cuda/pursuit_step.cu"
 #include "cuda/screen_intervals.cu"
@@ -18,3 +19,11 @@
 
 // The order in which the threads of a block take turns.
 extern "C" __attribute__((visibility("default"))) void darkmatter_emulated_seed(uint64_t seed) { simt::seed = seed; }
+extern "C" __attribute__((visibility("default"))) void darkmatter_emulated_multiprocessors(int n) {
+  simt::multiprocessors = n;
+}
+
+// Launches of clusters so far.
+extern "C" __attribute__((visibility("default"))) int darkmatter_emulated_cluster_launches() {
+  return simt::cluster_launches;
+}
