@@ -39,13 +39,19 @@ cuda-check: $(VENV)/.dependencies
 
 # Everything that needs a GPU, in ten minutes: build, tests with sanitizers, probe, benchmark; results in benchmarks/results.
 # Needs a Python with a CUDA torch, pybind11, ninja, pytest, hypothesis: .venv where `make install` made it with one, else
-# GPU_PYTHON=... (nothing is installed there, the libraries are built into the source folder).
+# GPU_PYTHON=... (nothing is installed there, the libraries are built into the source folder). The last two steps try the
+# fused kernel (sm_90a, off by default): under a time limit, because one that has never run may hang.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-check:
 	DARKMATTER_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	$(GPU_PYTHON) -m pytest -q python_tests/test_gpu.py -m gpu --override-ini addopts= -rs --durations 5
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_probe.py --out benchmarks/results
-	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu.py --seconds 200 --out benchmarks/results
+	export PYTHONPATH=.; failed=0; \
+	$(GPU_PYTHON) -m pytest -q python_tests/test_gpu.py -m gpu --override-ini addopts= -rs --durations 5 || failed=1; \
+	$(GPU_PYTHON) benchmarks/gpu_probe.py --out benchmarks/results || failed=1; \
+	$(GPU_PYTHON) benchmarks/gpu.py --seconds 180 --out benchmarks/results || failed=1; \
+	export DARKMATTER_CUDA_FUSED=1; \
+	timeout 60 $(GPU_PYTHON) -m pytest -q python_tests/test_gpu.py -m gpu --override-ini addopts= -k "encoders or worst or tiles" || failed=1; \
+	timeout 60 $(GPU_PYTHON) benchmarks/gpu.py --shapes B C --only encode --seconds 40 --label=-fused --out benchmarks/results || failed=1; \
+	exit $$failed
 
 lint: install
 	$(BIN)/ruff check .

@@ -311,6 +311,8 @@ def gpu_slug() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["A", "B", "C"], choices=list(SHAPES), help="shapes to run")
+    parser.add_argument("--only", default="", help="rows whose name begins so")
+    parser.add_argument("--label", default="", help="appended to the name of the JSON file")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=360, help="start no new row after this time")
     parser.add_argument("--out", type=Path, help="folder for a JSON file named after the GPU")
@@ -322,6 +324,8 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}\n\n| row | ours, ms | others: ms and ratio to ours |\n|---|---|---|")
     with torch.no_grad():
         for row in _all_rows(arguments.shapes):
+            if not row.name.startswith(arguments.only):
+                continue
             if time.monotonic() - began > arguments.seconds:
                 print(f"| {row.name} | not run: {arguments.seconds:.0f} seconds were over | |")
                 continue
@@ -329,7 +333,7 @@ def main() -> None:
             print(_line(found[-1]), flush=True)
     if arguments.out is not None:
         content = {"gpu": torch.cuda.get_device_name(), "provenance": provenance("cuda"), "rows": found}
-        with atomic_file(arguments.out / f"{gpu_slug()}.json") as part:
+        with atomic_file(arguments.out / f"{gpu_slug()}{arguments.label}.json") as part:
             part.write_text(json.dumps(content, indent=1))
 
 
