@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from darkmatter_ext.embedded import EMBEDDED_MODEL, embedded_model_folder
+from darkmatter_ext.hook_points import capture, parse_hook_point, transformer_blocks
 from darkmatter_ext.storage import atomic_file, atomic_folder, cache_dir, fingerprint
-from darkmatter_ext.text import Document
+from darkmatter_ext.text import Document, context_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +31,6 @@ Progress = Callable[[int], None]  # called with the number of tokens done since 
 
 CONTEXTS_PER_SHARD = 64
 CONTEXTS_PER_FORWARD = 8  # 2048 tokens of 256: enough to fill two cores, small enough for the cache
-_HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,8 @@ class Contexts:
 
 
 def parse_hook(hook: str) -> int:
-    """The layer number of `blocks.N.hook_resid_post`, the kind of site this version can read.
-
-    Raises ValueError for any other name.
-    """
-    match = _HOOK.fullmatch(hook)
-    if match is None:
-        raise ValueError(f"--hook: must be like blocks.10.hook_resid_post, got {hook!r}")
-    return int(match.group(1))
+    """The layer number of a hook point, see `hook_points.parse_hook_point`."""
+    return parse_hook_point(hook).layer
 
 
 def model_location(model: str) -> str:
@@ -94,18 +87,6 @@ def load_model(model: str, *, device: str, dtype: torch.dtype, n_layers: int | N
     return network.eval()
 
 
-def transformer_blocks(network: nn.Module) -> nn.ModuleList:
-    """The list of transformer blocks, found by its length (names differ: `model.layers`, `transformer.h`, ...).
-
-    Raises ValueError when no module list has `config.num_hidden_layers` entries.
-    """
-    n_layers = network.config.num_hidden_layers  # type: ignore[union-attr]
-    for module in network.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return module
-    raise ValueError(f"--model: must have a list of {n_layers} blocks, got {type(network).__name__} without one")
-
-
 def tokenize_contexts(
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[Document],
@@ -119,18 +100,12 @@ def tokenize_contexts(
 
     Raises ValueError when the documents hold fewer tokens than asked for.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    body = context_length - len(bos)
-    if body < 1:
-        raise ValueError(f"--context-length: must be at least 2, got {context_length}")
     wanted = max(1, n_tokens // context_length)
     rows: list[list[int]] = []
     numbers: list[int] = []
     digest = hashlib.sha256()
-    for number, document in enumerate(documents):
+    for number, (document, pieces) in enumerate(context_rows(tokenizer, documents, context_length=context_length)):
         digest.update(document.text.encode())
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        pieces = [bos + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
         rows += pieces
         numbers += [number] * len(pieces)
         if len(rows) >= wanted:
@@ -143,26 +118,16 @@ def tokenize_contexts(
     return Contexts(torch.tensor(rows[:wanted]), torch.tensor(numbers[:wanted]), digest.hexdigest())
 
 
-class _Captured(Exception):
-    """Raised by the hook to leave the forward pass: nothing after the site is needed."""
+def site_activations(network: PreTrainedModel, hooks: Sequence[str], tokens: Tensor) -> Mapping[str, Tensor]:
+    """Activations [c, L, d] at every hook point for tokens [c, L], in one forward pass as deep as the deepest.
 
-
-def _site_activations(network: PreTrainedModel, layer: int, tokens: Tensor) -> Tensor:
-    """Residual stream after block `layer`: [c, L, d] for tokens [c, L]."""
-    captured: list[Tensor] = []
-
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        captured.append(output[0] if isinstance(output, tuple) else output)
-        raise _Captured
-
-    handle = transformer_blocks(network)[layer].register_forward_hook(hook)
-    try:
-        network(tokens, use_cache=False)
-    except _Captured:
-        pass
-    finally:
-        handle.remove()
-    return captured[0]
+    Raises RuntimeError when an activation is NaN or infinite.
+    """
+    found = capture(network, hooks, lambda: network(tokens, use_cache=False))
+    for hook, activations in found.items():
+        if not bool(activations.isfinite().all()):
+            raise RuntimeError(f"activations: must be finite, got NaN or infinity from {hook} in {activations.dtype}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -242,7 +207,7 @@ def activation_cache(
 
     Args:
         model: the embedded model's name, a local folder, or a Hugging Face id.
-        hook: `blocks.N.hook_resid_post`.
+        hook: a hook point, see `hook_points`.
         contexts: see `tokenize_contexts`.
         device, dtype: of the forward pass; activations are stored in `dtype`.
         progress: called with the number of tokens done, as they are done.
@@ -267,30 +232,29 @@ def activation_cache(
             "dtype": str(dtype).removeprefix("torch."),
             "n_contexts": n_contexts,
             "context_length": context_length,
-            "d_in": network.config.hidden_size,
             "text_sha256": contexts.text_sha256,
             "tokens_sha256": token_sha256,
         }
         with atomic_folder(folder) as part:
-            _fill_cache(part, network, layer, contexts, device, progress)
+            meta["d_in"] = _fill_cache(part, network, hook, contexts, device, progress)
             (part / "meta.json").write_text(json.dumps(meta, indent=2))
     return ActivationCache(folder, json.loads((folder / "meta.json").read_text()))
 
 
 @torch.inference_mode()
 def _fill_cache(
-    folder: Path, network: PreTrainedModel, layer: int, contexts: Contexts, device: str, progress: Progress | None
-) -> None:
+    folder: Path, network: PreTrainedModel, hook: str, contexts: Contexts, device: str, progress: Progress | None
+) -> int:
+    """Run the model over all contexts and write the shards; returns the width of the hook point."""
+    d_in = 0
     for number, start in enumerate(range(0, len(contexts.tokens), CONTEXTS_PER_SHARD)):
         part = slice(start, start + CONTEXTS_PER_SHARD)
         tokens, parts = contexts.tokens[part], []
         for batch in tokens.split(CONTEXTS_PER_FORWARD):
-            activations = _site_activations(network, layer, batch.to(device))
-            if not bool(activations.isfinite().all()):
-                raise RuntimeError(
-                    f"activations: must be finite, got NaN or infinity from block {layer} in {network.dtype}"
-                )
-            parts.append(activations.cpu())
+            parts.append(site_activations(network, [hook], batch.to(device))[hook].cpu())
             if progress is not None:
                 progress(batch.numel())
-        _write_shard(folder, number, torch.cat(parts), tokens, contexts.documents[part])
+        activations = torch.cat(parts)
+        d_in = activations.shape[-1]
+        _write_shard(folder, number, activations, tokens, contexts.documents[part])
+    return d_in

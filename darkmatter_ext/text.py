@@ -12,6 +12,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Packages whose docstrings serve as text: the dependencies of this package that bring much English prose.
 DOCUMENTED_PACKAGES = (
@@ -123,8 +127,12 @@ def file_documents(path: Path) -> Iterator[Document]:
         yield Document(f"{path.name}#{number}", piece)
 
 
-def dataset_documents(name: str, *, split: str = "train", column: str = "text") -> Iterator[Document]:
+def dataset_documents(
+    name: str, *, split: str = "train", column: str = "text", shuffle_buffer: int = 0, seed: int = 0
+) -> Iterator[Document]:
     """The `column` of a Hugging Face dataset, streamed; `name` is a hub id or a local path `datasets` can load.
+
+    With `shuffle_buffer` > 0 rows come in the order of `datasets`' buffered shuffle with `seed`.
 
     Raises ValueError when the dataset cannot be loaded or has no such column.
     """
@@ -132,6 +140,7 @@ def dataset_documents(name: str, *, split: str = "train", column: str = "text") 
 
     try:
         rows = load_dataset(name, split=split, streaming=True)
+        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else rows
     except Exception as error:  # datasets raises many kinds: hub, network, file and format errors
         reason = str(error).splitlines()[0]
         raise ValueError(f"--dataset: must be a dataset that can be loaded, got {name!r} ({reason})") from None
@@ -141,8 +150,8 @@ def dataset_documents(name: str, *, split: str = "train", column: str = "text") 
         yield Document(f"{name}#{number}", row[column])
 
 
-def documents(*, text: str = "", dataset: str = "") -> Iterable[Document]:
-    """The documents the flags name: `--text FILE`, `--dataset NAME`, or the installed documentation.
+def documents(*, text: str = "", dataset: str = "", shuffle_buffer: int = 0, seed: int = 0) -> Iterable[Document]:
+    """The documents the flags name: `--text FILE`, `--dataset NAME` (shuffled or not), or the installed documentation.
 
     Raises ValueError when both are given.
     """
@@ -151,5 +160,33 @@ def documents(*, text: str = "", dataset: str = "") -> Iterable[Document]:
     if text:
         return file_documents(Path(text))
     if dataset:
-        return dataset_documents(dataset)
+        return dataset_documents(dataset, shuffle_buffer=shuffle_buffer, seed=seed)
     return installed_documents()
+
+
+def context_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Document],
+    *,
+    context_length: int,
+    prepend_bos: bool = True,
+    per_document: int = 0,
+) -> Iterator[tuple[Document, list[list[int]]]]:
+    """Each document with its contexts of exactly `context_length` tokens, BOS included.
+
+    A context never crosses documents; what is left at the end of a document is dropped, never padded.
+
+    Args:
+        prepend_bos: start every context with the tokenizer's BOS token, if it has one.
+        per_document: take at most so many contexts of a document; 0: all.
+
+    Raises ValueError when a context has no room for a token beside BOS.
+    """
+    bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
+    body = context_length - len(bos)
+    if body < 1:
+        raise ValueError(f"--context-length: must be at least {len(bos) + 1}, got {context_length}")
+    for document in documents:
+        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces = [bos + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
+        yield document, pieces[: per_document or None]

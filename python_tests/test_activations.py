@@ -128,7 +128,7 @@ def test_bad_models_sites_and_lengths_are_named_in_one_line(model_folder, tmp_pa
     contexts = _contexts(model_folder)
     calls = [
         (lambda: activations.activation_cache(model_folder, "blocks.3.hook_resid_post", contexts), "has blocks 0 to 2"),
-        (lambda: activations.parse_hook("blocks.1.hook_mlp_out"), "--hook: must be like"),
+        (lambda: activations.parse_hook("blocks.1.hook_pattern"), "--hook: must be like"),
         (lambda: activations.load_tokenizer(str(tmp_path / "none")), "--model: must be a causal language model"),
         (lambda: activations.load_model(str(tmp_path), device="cpu", dtype=torch.float32), "--model: must be a causal"),
         (lambda: _contexts(model_folder, n_tokens=10_000), "--tokens: the text gives 36 whole contexts of 16 tokens"),

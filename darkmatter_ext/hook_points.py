@@ -1,0 +1,142 @@
+"""Where in a language model activations are read: TransformerLens' names, found on Hugging Face's own modules.
+
+A name such as `blocks.20.hook_resid_post` means the same tensor here as in TransformerLens without weight processing, and
+SAEs carry these names in their metadata. Residual stream before and after a block is found in every model with a list of
+blocks; the places inside a block need to know the model's family, and an unknown family is refused.
+
+Shapes: c contexts, L tokens a context, d width of the hook point (hook_z: heads times head width, heads flattened).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
+_NAME = re.compile(rf"blocks\.(\d+)\.({'|'.join(re.escape(kind) for kind in KINDS)})")
+
+# kind -> (module inside the block, its input or its output). Gemma 2 and 3 norm what a sublayer writes before it is
+# added, and TransformerLens reads attn_out and mlp_out after that norm.
+_LLAMA = {
+    "hook_resid_mid": ("post_attention_layernorm", "input"),
+    "hook_attn_out": ("self_attn", "output"),
+    "hook_mlp_out": ("mlp", "output"),
+    "attn.hook_z": ("self_attn.o_proj", "input"),
+}
+_GEMMA_2 = {
+    "hook_resid_mid": ("pre_feedforward_layernorm", "input"),
+    "hook_attn_out": ("post_attention_layernorm", "output"),
+    "hook_mlp_out": ("post_feedforward_layernorm", "output"),
+    "attn.hook_z": ("self_attn.o_proj", "input"),
+}
+_GPT2 = {
+    "hook_resid_mid": ("ln_2", "input"),
+    "hook_attn_out": ("attn", "output"),
+    "hook_mlp_out": ("mlp", "output"),
+    "attn.hook_z": ("attn.c_proj", "input"),
+}
+FAMILIES: dict[str, dict[str, tuple[str, str]]] = {  # config.model_type of Hugging Face -> places inside a block
+    "gpt2": _GPT2,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _GEMMA_2,
+    "gemma3_text": _GEMMA_2,
+}
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """One place in a model."""
+
+    name: str
+    layer: int
+    kind: str  # one of KINDS
+
+
+def parse_hook_point(name: str) -> HookPoint:
+    """The hook point `blocks.N.KIND`. Raises ValueError for any other name."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"--hook: must be like blocks.10.hook_resid_post, got {name!r} (kinds: {', '.join(KINDS)})")
+    return HookPoint(name, int(match.group(1)), match.group(2))
+
+
+def transformer_blocks(network: nn.Module) -> nn.ModuleList:
+    """The list of transformer blocks, found by its length (names differ: `model.layers`, `transformer.h`, ...).
+
+    Raises ValueError when no module list has `config.num_hidden_layers` entries.
+    """
+    n_layers = network.config.num_hidden_layers  # type: ignore[union-attr]
+    for module in network.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return module
+    raise ValueError(f"--model: must have a list of {n_layers} blocks, got {type(network).__name__} without one")
+
+
+def _place(network: nn.Module, point: HookPoint) -> tuple[nn.Module, str]:
+    """The module whose input or output is the hook point."""
+    block = transformer_blocks(network)[point.layer]
+    if point.kind == "hook_resid_pre":
+        return block, "input"
+    if point.kind == "hook_resid_post":
+        return block, "output"
+    family = network.config.model_type  # type: ignore[union-attr]
+    if family not in FAMILIES:
+        raise ValueError(
+            f"--hook: {point.kind} must be read from a model of {', '.join(FAMILIES)}, got {point.name} of a {family} "
+            "model (the residual stream before and after a block works for every model)"
+        )
+    path, side = FAMILIES[family][point.kind]
+    return block.get_submodule(path), side
+
+
+class _Captured(Exception):
+    """Raised by the last hook to leave the forward pass: nothing after it is needed."""
+
+
+def capture(
+    network: nn.Module, names: Sequence[str], run: Callable[[], Any], *, stop: bool = True
+) -> Mapping[str, Tensor]:
+    """The activations [c, L, d] at some hook points during one forward pass.
+
+    Args:
+        network: a Hugging Face causal model.
+        names: hook points, see `parse_hook_point`.
+        run: the forward pass; left as soon as every hook point has been passed, unless `stop` is False.
+
+    Raises ValueError for a hook point this model does not have.
+    """
+    found: dict[str, Tensor] = {}
+    handles = []
+
+    def keep(name: str, value: Any) -> None:
+        found[name] = value[0] if isinstance(value, tuple) else value
+        if stop and len(found) == len(set(names)):
+            raise _Captured
+
+    def on_input(name: str) -> Callable[..., None]:
+        return lambda _module, args, kwargs: keep(name, args[0] if args else kwargs["hidden_states"])
+
+    def on_output(name: str) -> Callable[..., None]:
+        return lambda _module, _args, output: keep(name, output)
+
+    try:
+        for name in names:
+            module, side = _place(network, parse_hook_point(name))
+            if side == "input":
+                handles.append(module.register_forward_pre_hook(on_input(name), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(on_output(name)))
+        run()
+    except _Captured:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
