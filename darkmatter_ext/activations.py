@@ -66,24 +66,39 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"--model: must be a causal language model, got {model!r} ({_one_line(error)})") from None
 
 
-def load_model(model: str, *, device: str, dtype: torch.dtype, n_layers: int | None = None) -> PreTrainedModel:
-    """A causal language model, in eval mode, cut to its first `n_layers` blocks.
+def load_model(
+    model: str,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    n_layers: int | None = None,
+    cut: bool = True,
+    device_map: str = "",
+) -> PreTrainedModel:
+    """A causal language model, in eval mode.
+
+    Args:
+        n_layers: how many blocks are needed; the others are dropped if `cut`.
+        device_map: as in transformers ("auto" spreads the model over the devices), instead of `device`.
 
     Raises ValueError when it cannot be loaded, or has fewer blocks.
     """
     from transformers import AutoModelForCausalLM
 
+    options = {"device_map": device_map} if device_map else {}
     try:
-        network = AutoModelForCausalLM.from_pretrained(model_location(model), dtype=dtype)
+        network = AutoModelForCausalLM.from_pretrained(model_location(model), dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"--model: must be a causal language model, got {model!r} ({_one_line(error)})") from None
     blocks = transformer_blocks(network)
     if n_layers is not None:
         if n_layers > len(blocks):
             raise ValueError(f"--hook: {model} has blocks 0 to {len(blocks) - 1}, got block {n_layers - 1}")
-        del blocks[n_layers:]
-        network.config.num_hidden_layers = n_layers
-    network.to(torch.device(device))  # type: ignore[arg-type]  (transformers wraps nn.Module.to)
+        if cut:
+            del blocks[n_layers:]
+            network.config.num_hidden_layers = n_layers
+    if not device_map:
+        network.to(torch.device(device))  # type: ignore[arg-type]  (transformers wraps nn.Module.to)
     return network.eval()
 
 
@@ -124,10 +139,15 @@ def site_activations(network: PreTrainedModel, hooks: Sequence[str], tokens: Ten
     Raises RuntimeError when an activation is NaN or infinite.
     """
     found = capture(network, hooks, lambda: network(tokens, use_cache=False))
-    for hook, activations in found.items():
-        if not bool(activations.isfinite().all()):
-            raise RuntimeError(f"activations: must be finite, got NaN or infinity from {hook} in {activations.dtype}")
+    check_finite(found)
     return found
+
+
+def check_finite(activations: Mapping[str, Tensor]) -> None:
+    """Raises RuntimeError naming the hook point when an activation is NaN or infinite."""
+    for hook, x in activations.items():
+        if not bool(x.isfinite().all()):
+            raise RuntimeError(f"activations: must be finite, got NaN or infinity from {hook} in {x.dtype}")
 
 
 @dataclass(frozen=True)
