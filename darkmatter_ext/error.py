@@ -59,12 +59,13 @@ class ErrorStatistics:
 NORM_TARGETS = ("x", "sae", "error", "linear", "nonlinear", "sae_plus_nonlinear")
 
 
-def norm_targets(x: Tensor, x_hat: Tensor, linear: Tensor) -> Tensor:
-    """Squared norms [n, 6] of the vectors of the norm prediction test, in the order of NORM_TARGETS.
+def norm_targets(x: Tensor, x_hat: Tensor, linear: Tensor, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Squared norms [n, 6] of the vectors of the norm prediction test, in the order of NORM_TARGETS, in `dtype`.
 
     x, Sae(x), SaeError, its linear part b*.x, its nonlinear part, and Sae(x) + nonlinear part; inputs [n, d].
     """
-    error = sae_error(x, x_hat).double()
+    error = sae_error(x, x_hat).to(dtype)
+    linear = linear.to(dtype)
     nonlinear = error - linear
-    vectors = (x.double(), x_hat.double(), error, linear.double(), nonlinear, x_hat.double() + nonlinear)
+    vectors = (x.to(dtype), x_hat.to(dtype), error, linear, nonlinear, x_hat.to(dtype) + nonlinear)
     return torch.stack([vector.square().sum(-1) for vector in vectors], dim=-1)

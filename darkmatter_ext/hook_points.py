@@ -72,7 +72,7 @@ def transformer_blocks(network: nn.Module) -> nn.ModuleList:
 
     Raises ValueError when no module list has `config.num_hidden_layers` entries.
     """
-    n_layers = network.config.num_hidden_layers  # type: ignore[union-attr]
+    n_layers: Any = network.config.num_hidden_layers  # type: ignore[union-attr]
     for module in network.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
@@ -86,7 +86,7 @@ def _place(network: nn.Module, point: HookPoint) -> tuple[nn.Module, str]:
         return block, "input"
     if point.kind == "hook_resid_post":
         return block, "output"
-    family = network.config.model_type  # type: ignore[union-attr]
+    family: Any = network.config.model_type  # type: ignore[union-attr]
     if family not in FAMILIES:
         raise ValueError(
             f"--hook: {point.kind} must be read from a model of {', '.join(FAMILIES)}, got {point.name} of a {family} "

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from torch import Tensor
 
 from darkmatter_ext.decomposition import Reconstruct, Reconstruction, TokenBatch
 from darkmatter_ext.drop_in import accelerate, is_accelerated
+from darkmatter_ext.sparse import SparseActs
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -44,20 +48,45 @@ def load_sae(folder: str | Path, *, device: str = "cpu") -> SAE:
     return sae.eval().requires_grad_(False)
 
 
-def as_reconstruct(sae: SAE) -> Reconstruct:
-    """The function `decompose_stream` wants, for an SAE: Sae(x) and L0 of a batch, in the dtype of the batch.
+class Encoded(NamedTuple):
+    """What an SAE makes of activations [n, d]."""
 
-    Accelerates `sae`, in place, where it can be; others (temporal, own classes) run SAELens' code.
+    x_hat: Tensor  # [n, d]
+    l0: Tensor  # [n] number of active latents
+    acts: SparseActs  # [n, F]
+
+
+Encoder = Callable[[Tensor], Encoded]
+
+
+def as_encoder(sae: SAE) -> Encoder:
+    """x [n, d] -> Sae(x), L0 and active latents, Sae(x) in the dtype of x.
+
+    Accelerates `sae`, in place, where it can be; others (temporal, own classes) run SAELens' code. SAEs on hook_z take x
+    with heads flattened, as our sources give it.
     """
+    if sae.cfg.reshape_activations == "hook_z":
+        sae.turn_off_forward_pass_hook_z_reshaping()
     with contextlib.suppress(ValueError):  # the reason is in accelerate's message; every SAE gives its own answer
         accelerate(sae)
 
-    def reconstruct(batch: TokenBatch) -> Reconstruction:
-        x, own = batch.x.to(sae.dtype), cast("Any", sae)
+    def encode(x: Tensor) -> Encoded:
+        given, own = x.to(sae.dtype), cast("Any", sae)
         if is_accelerated(sae):
-            acts = own.encode_sparse(x)
-            return Reconstruction(own.decode_sparse(acts).to(batch.x.dtype), acts.l0())
-        dense = sae.encode(x)
-        return Reconstruction(sae.decode(dense).to(batch.x.dtype), (dense != 0).sum(-1))
+            acts = own.encode_sparse(given)
+            return Encoded(own.decode_sparse(acts).to(x.dtype), acts.l0(), acts)
+        dense = sae.encode(given)
+        return Encoded(sae.decode(dense).to(x.dtype), (dense != 0).sum(-1), SparseActs.from_dense(dense))
+
+    return encode
+
+
+def as_reconstruct(sae: SAE) -> Reconstruct:
+    """The function `decompose_stream` wants, for an SAE: Sae(x) and L0 of a batch; see `as_encoder`."""
+    encode = as_encoder(sae)
+
+    def reconstruct(batch: TokenBatch) -> Reconstruction:
+        encoded = encode(batch.x)
+        return Reconstruction(encoded.x_hat, encoded.l0)
 
     return reconstruct

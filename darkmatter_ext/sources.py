@@ -32,6 +32,8 @@ from darkmatter_ext.hook_points import capture, parse_hook_point
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+FORWARD_TOKENS = 4096  # through the model at a time: bounds the memory of attention and logits
+
 # Options of TransformerLens that change activations; SAELens keeps them in `model_from_pretrained_kwargs`.
 WEIGHT_PROCESSING = (
     "fold_ln",
@@ -111,6 +113,7 @@ class ModelSource(_StoredContexts):
 
     network: PreTrainedModel
     loss: bool = False
+    forward_tokens: int = FORWARD_TOKENS
 
     @classmethod
     def load(
@@ -123,6 +126,7 @@ class ModelSource(_StoredContexts):
         dtype: torch.dtype = torch.float32,
         device_map: str = "",
         loss: bool = False,
+        forward_tokens: int = FORWARD_TOKENS,
     ) -> ModelSource:
         """Load the model no deeper than needed. `device_map` as in transformers ("auto"), instead of `device`.
 
@@ -130,20 +134,26 @@ class ModelSource(_StoredContexts):
         """
         depth = 1 + max(parse_hook_point(hook).layer for hook in hooks)
         network = load_model(model, device=device, dtype=dtype, n_layers=depth, cut=not loss, device_map=device_map)
-        return cls(tuple(hooks), store, network, loss)
+        return cls(tuple(hooks), store, network, loss, forward_tokens)
 
-    @torch.inference_mode()
     def read(self, numbers: Sequence[int]) -> ContextBatch:
         tokens = self.store.tokens(numbers)
+        parts = [self._forward(part) for part in tokens.split(max(1, self.forward_tokens // self.context_length))]
+        found = {hook: torch.cat([activations[hook] for activations, _ in parts]) for hook in self.hooks}
+        loss = torch.cat([part for _, part in parts if part is not None]) if self.loss else None
+        return ContextBatch(list(numbers), tokens, found, loss)
+
+    @torch.inference_mode()
+    def _forward(self, tokens: Tensor) -> tuple[Mapping[str, Tensor], Tensor | None]:
         inputs = tokens.to(self.network.device)
         if not self.loss:
-            return ContextBatch(list(numbers), tokens, site_activations(self.network, self.hooks, inputs))
+            return site_activations(self.network, self.hooks, inputs), None
         outputs: list[Any] = []
         found = capture(
             self.network, self.hooks, lambda: outputs.append(self.network(inputs, use_cache=False).logits), stop=False
         )
         check_finite(found)
-        return ContextBatch(list(numbers), tokens, found, next_token_loss(outputs[0], inputs).cpu())
+        return found, next_token_loss(outputs[0], inputs).cpu()
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

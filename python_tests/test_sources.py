@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_activations import WORDS, _documents, _small_model, _word_tokenizer
+from test_activations import _documents, _small_model, _word_tokenizer
 
 from darkmatter_ext import activations, hook_points, sources
 from darkmatter_ext.contexts import ContextStore, text_rows, tokenised_rows, write_contexts
@@ -217,11 +217,10 @@ def test_contexts_on_disk_are_those_in_memory(model_folder, tmp_path):
     firsts = write_contexts(tmp_path / "firsts", rows, n_contexts=6, context_length=16)
     assert firsts.documents.tolist() == [0, 1, 2, 3, 4, 5]
     assert (firsts.tokens([3])[0, 0] != tokenizer.bos_token_id).item()
+    rows = text_rows(tokenizer, _documents(), context_length=16, prepend_bos=False, per_document=1)
     with pytest.raises(ValueError, match=r"--tokens: the text gives 6 whole contexts of 16 tokens, 96 tokens in all"):
-        rows = text_rows(tokenizer, _documents(), context_length=16, prepend_bos=False, per_document=1)
         write_contexts(tmp_path / "more", rows, n_contexts=7, context_length=16)
     assert not (tmp_path / "more").exists()
     (tmp_path / "firsts" / "contexts.json").write_text(json.dumps({"n_contexts": 6}))
     with pytest.raises(RuntimeError, match=r"contexts: .* is damaged .*; delete it"):
         ContextStore.open(tmp_path / "firsts")
-    assert len(WORDS) > 0

@@ -1,0 +1,90 @@
+"""Many processes under `torchrun`: who this one is, which work is its own, and sums over all of them.
+
+The engine is torch.distributed (gloo on CPUs, NCCL on GPUs). torchrun ends the others when one dies, and tells which.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = datetime.timedelta(hours=2)  # a process may wait for another that has a slower share, not for a dead one
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all. Without torchrun it is alone, and every method is free."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"  # of this process
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, pieces: Sequence[Any]) -> list[Any]:
+        """The pieces of work of this process: every size-th, so that all have early and late ones."""
+        return list(pieces[self.rank :: self.size])
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes, in place; the same in each."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_first(self, value: Any) -> Any:
+        """The first process's value, in all."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device(self.device))
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun (or another launcher with its environment) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def is_first_process() -> bool:
+    """Whether this process should write and print what all share."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """Join the other processes of a torchrun for the block; alone without one.
+
+    `device` "cuda" becomes one GPU a process by LOCAL_RANK. Raises ValueError when a process has no GPU of its own.
+    """
+    if not under_torchrun():
+        yield Processes(device=device)
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"--nproc-per-node: must be at most the number of GPUs ({torch.cuda.device_count()}), got process {local}"
+            )
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()

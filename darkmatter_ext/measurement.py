@@ -1,0 +1,216 @@
+"""What one pass over the tokens measures for every SAE of every site, and how it is asked (`one_pass.py` does it).
+
+A *measurement* reads the contexts of a source in blocks. Each block goes through all SAEs and into sums (`moments.py`)
+that every estimator is computed from afterwards, without reading a token again: error vector test, norm prediction test,
+FVU and its linear and nonlinear part, predictors from other sites, baselines, mean latent values. b* has to be known
+before the nonlinear error of a single token is, so tokens come in two sweeps:
+
+- `passes=2`, the paper's procedure: b* is fitted on the fit tokens in sweep 1; sweep 2 reads all tokens again, and the
+  norm tests are fitted on the same fit tokens. Equal to `decomposition.decompose_stream`.
+- `passes=1`: every token is read and encoded once. Contexts are dealt three roles, b* is fitted on the first part, the
+  norm tests on the second, which b* has not seen, and everything is scored on the held-out rest.
+
+What an experiment does with it:
+
+    measurement = one_pass.measure(source, saes, settings, folder=folder)      # {hook: SiteMeasurement}
+    site = measurement["blocks.20.hook_resid_post"]
+    site.decomposition("16k").numbers()                # FVU, FVU_nonlinear, R2, R2 of norms, L0 (scaling, norm-test)
+    site.norm_map("16k", "error").weight               # a*: what the latents are compared with (latent-alignment)
+    site.latents["16k"].mean_active_value              # [F]
+    site.scalar_fit(["16k/error_norm"], ["65k/error_norm"]).r2     # per-token; also "loss", "x_norm", "16k/l0" (baselines)
+    site.token_mean_r2()                               # baseline: the mean over a token's occurrences
+    site.part_fit(["mlp"], "16k", "nonlinear").r2      # error, linear, nonlinear from other SAEs' outputs (earlier-layers)
+    read_tokens(site.per_token)                        # arrow table, a row a held-out token
+
+Shapes: n tokens, d width of the site, S SAEs, p = d + widths of the predictors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.decomposition import Decomposition
+from darkmatter_ext.error import NORM_TARGETS
+from darkmatter_ext.moments import PRODUCTS, LatentSums, LinearSums, TokenSums
+from darkmatter_ext.regression import LinearFit, LinearMap, LinearStatistics, SplitStatistics
+from darkmatter_ext.sae import Encoder
+from darkmatter_ext.selection import FIT, HELD_OUT
+
+NORM_FIT = 4  # role beside selection's: tokens the norm tests are fitted on when every token is read once
+SPLITS = ("documents", "contexts", "tokens")
+# Per SAE and token, squared norms first; the two unsquared norms are what the per-token figures regress.
+SAE_SCALARS = ("sae", "error", "linear", "nonlinear", "sae_plus_nonlinear", "l0", "error_norm", "nonlinear_norm")
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How a measurement is made; `fields` below are documented where the command line shows them (`many_saes.py`)."""
+
+    passes: int = 2
+    products: str = "float64"
+    split: str = "documents"
+    fit_fraction: float = 0.6
+    norm_fit_fraction: float = 0.5  # passes=1: share of the other tokens that the norm tests are fitted on
+    drop_positions: int = 8
+    last_position: int = 0  # positions from here on are left out; 0: none
+    max_norm_ratio: float = 10.0
+    batch_tokens: int = 4096  # through an SAE at a time
+    block_contexts: int = 16  # through the model at a time, and through all SAEs before the next
+    per_token: bool = True
+    token_means: int = 0  # vocabulary size for the token-mean baseline; 0: leave it out
+    sae_memory: float = 0.0  # bytes of weights kept loaded; others are loaded once a block; 0: all are kept
+    checkpoint_seconds: float = 300.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.passes not in (1, 2):
+            raise ValueError(f"--passes: must be 1 or 2, got {self.passes}")
+        if self.products not in PRODUCTS:
+            raise ValueError(f"--products: must be one of {', '.join(PRODUCTS)}, got {self.products!r}")
+        if self.split not in SPLITS:
+            raise ValueError(f"--split: must be documents, contexts or tokens, got {self.split!r}")
+        if self.passes == 1 and self.split == "tokens":
+            raise ValueError("--split: must be documents or contexts with --passes 1, got 'tokens'")
+        for name in ("fit_fraction", "norm_fit_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: must be between 0 and 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class MeasuredSae:
+    """One SAE of a measurement: `load` gives its encoder (see `sae.as_encoder`), as often as it is called."""
+
+    name: str
+    hook: str
+    d_sae: int
+    load: Callable[[], Encoder]
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The output of an SAE at another hook point, as a predictor of the errors at a site."""
+
+    name: str
+    sae: MeasuredSae
+
+
+def scalar_names(saes: Sequence[str], *, loss: bool) -> tuple[str, ...]:
+    """Names of the per-token scalars of a site, in order: of x, the loss, then SAE_SCALARS of each SAE."""
+    own = ("x", "x_norm", *(("loss",) if loss else ()))
+    return (*own, *(f"{name}/{scalar}" for name in saes for scalar in SAE_SCALARS))
+
+
+@dataclass
+class SiteMeasurement:
+    """What was measured at one site: sums of all processes, and every estimator made from them on demand."""
+
+    hook: str
+    saes: dict[str, MeasuredSae]
+    maps: dict[str, LinearMap]  # SAE -> b*
+    latents: dict[str, LatentSums]  # SAE -> how often each latent fired, and its values
+    per_token: Path | None  # folder of the table of held-out tokens
+    left_out_by_position: int
+    left_out_by_norm: int
+    typical_norm: float  # median of the first contexts
+    _linear: dict[int, LinearSums]
+    _scalars: dict[int, LinearSums]
+    _token_means: dict[int, TokenSums]
+    _extra: Tensor
+
+    @property
+    def _norm_fit(self) -> int:
+        return NORM_FIT if NORM_FIT in self._linear else FIT
+
+    @property
+    def n_fit(self) -> int:
+        """Tokens b* is fitted on."""
+        return self._linear[FIT].count
+
+    @property
+    def n_norm_fit(self) -> int:
+        """Tokens the norm tests and scalar regressions are fitted on."""
+        return self._linear[self._norm_fit].count
+
+    @property
+    def n_held_out(self) -> int:
+        return self._linear[HELD_OUT].count
+
+    def _fit(self, role: int, statistics: Callable[[LinearSums], LinearStatistics]) -> LinearFit:
+        return SplitStatistics(statistics(self._linear[role]), statistics(self._linear[HELD_OUT])).fit()
+
+    def error_fit(self, sae: str) -> LinearFit:
+        """Error vector test: b* with its scores on fit and held-out tokens."""
+        return self._fit(FIT, lambda sums: sums.statistics(["x"], [f"error/{sae}"]))
+
+    def norm_fit(self, sae: str) -> LinearFit:
+        """Norm prediction test: x -> squared norms, targets in the order of NORM_TARGETS."""
+        return self._fit(self._norm_fit, lambda sums: sums.statistics(["x"], [f"norms/{sae}"]))
+
+    def norm_map(self, sae: str, target: str) -> LinearMap:
+        """The linear map [d, 1] from x to the squared norm of one of NORM_TARGETS (a* of the paper)."""
+        number = NORM_TARGETS.index(target)
+        return self.norm_fit(sae).map.targets(slice(number, number + 1))
+
+    def part_fit(self, predictors: Sequence[str], sae: str, part: str) -> LinearFit:
+        """Least squares from predictors (names of Predictor, or "x") to a part of the error, scored on held-out tokens.
+
+        Args:
+            part: "error", "linear" (b*.x) or "nonlinear" (error - b*.x).
+
+        Raises ValueError for another part, KeyError for an unknown name.
+        """
+        error = f"error/{sae}"
+        kinds: dict[str, Callable[[LinearSums], LinearStatistics]] = {
+            "error": lambda sums: sums.statistics(predictors, [error]),
+            "linear": lambda sums: sums.affine_statistics(predictors, "x", self.maps[sae]),
+            "nonlinear": lambda sums: sums.affine_statistics(predictors, "x", self.maps[sae], subtract_from=error),
+        }
+        if part not in kinds:
+            raise ValueError(f"part: must be one of {', '.join(kinds)}, got {part!r}")
+        return self._fit(FIT, kinds[part])
+
+    def scalar_fit(self, predictors: Sequence[str], targets: Sequence[str]) -> LinearFit:
+        """Least squares between per-token scalars (see `scalar_names`), fitted and scored as the norm tests are."""
+        train, test = (self._scalars[role].statistics(predictors, targets) for role in (self._norm_fit, HELD_OUT))
+        return SplitStatistics(train, test).fit()
+
+    def token_mean_r2(self) -> dict[str, float]:
+        """R2 of predicting squared norms by their mean over the token's occurrences: "SAE/error" and so on.
+
+        Empty when the measurement was made without `token_means`.
+        """
+        if not self._token_means:
+            return {}
+        held_out, scalars = self._token_means[HELD_OUT], self._scalars[HELD_OUT]
+        squares = torch.stack([scalars.tensors["vv"].diagonal()[scalars.blocks[name]][0] for name in held_out.names])
+        return self._token_means[self._norm_fit].r2_of_means(held_out, squares)
+
+    def decomposition(self, sae: str) -> Decomposition:
+        """All numbers of an SAE, as `decomposition.decompose_stream` gives them."""
+        held_out = self._linear[HELD_OUT]
+        variance = held_out.statistics(["x"], ["x"]).moment_yy.sum().item()
+        error, norms = self.error_fit(sae), self.norm_fit(sae)
+        squared_error = held_out.tensors[f"yy/error/{sae}"].sum().item()
+        mean_norms = held_out.tensors[f"y/norms/{sae}"] / held_out.count
+        relative, zero_tokens, l0 = self._extra[list(self.saes).index(sae)].tolist()
+        counted = held_out.count - zero_tokens
+        return Decomposition(
+            fvu=squared_error / variance if variance > 0 else float("nan"),
+            fvu_nonlinear=error.test.sse.sum().item() / variance if variance > 0 else float("nan"),
+            normalised_mse=relative / counted if counted else float("nan"),
+            r2_vec=error.r2,
+            r2_vec_train=error.train.mean_r2,
+            r2_norm=dict(zip(NORM_TARGETS, norms.test.r2.tolist(), strict=True)),
+            mean_squared_norm=dict(zip(NORM_TARGETS, mean_norms.tolist(), strict=True)),
+            l0=l0 / held_out.count,
+            n_train=self.n_fit,
+            n_test=held_out.count,
+            rank=error.map.rank,
+            error_map=self.maps[sae],
+        )

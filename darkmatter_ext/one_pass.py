@@ -1,0 +1,509 @@
+"""The pass itself: blocks of contexts from a source through all SAEs into sums, resumable, in any number of processes.
+
+`measurement.py` says what is measured and how it is read. Memory: the SAEs' weights, 8 (p^2 + S p d) bytes of sums a role, one
+block of activations; nothing grows with the tokens. Cost a token and SAE: one encode and decode a reading, p d
+multiply-adds for the errors, d^2 for b* applied; p^2 for the Gram matrix all SAEs of a site share.
+
+Shapes: n tokens, d width of the site, S SAEs, p = d + widths of the predictors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.checkpoint import CheckpointFolder
+from darkmatter_ext.distributed import Processes
+from darkmatter_ext.error import NORM_TARGETS, norm_targets, sae_error
+from darkmatter_ext.measurement import (
+    NORM_FIT,
+    SAE_SCALARS,
+    MeasuredSae,
+    MeasureSettings,
+    Predictor,
+    SiteMeasurement,
+    scalar_names,
+)
+from darkmatter_ext.moments import LatentSums, LinearSums, Reduce, TokenSums, as_columns
+from darkmatter_ext.per_token import TokenTable
+from darkmatter_ext.regression import LinearMap, train_mask
+from darkmatter_ext.sae import Encoded, Encoder
+from darkmatter_ext.selection import FIT, HELD_OUT, UNUSED
+from darkmatter_ext.sources import ContextBatch, Source
+
+TABLE_SCALARS = ("sae", "error", "linear", "nonlinear", "l0")  # of SAE_SCALARS, what the table of tokens keeps
+TOKEN_MEANS = ("error", "linear", "nonlinear")
+PILOT_CONTEXTS = 16  # read first: the shift of the sums and the typical norm come from them
+
+
+class _Piece(NamedTuple):
+    """Tokens of one role of a block at one site."""
+
+    role: int
+    x: dict[str, Tensor]  # hook point -> [n, d]: the site's own and those its predictors read
+    tokens: Tensor  # [n] int64
+    contexts: Tensor  # [n] int64
+    positions: Tensor  # [n] int64
+    loss: Tensor | None  # [n]
+
+
+class _Sweep(NamedTuple):
+    """What one reading of some contexts adds: predictors (Gram), errors, norms and scalars, by role."""
+
+    contexts: list[int]
+    counted: frozenset[int]
+    errors: frozenset[int]
+    norms: frozenset[int]
+
+
+@dataclass
+class _Rack:
+    """Encoders: as many stay loaded as fit the budget, the others are loaded when their turn comes."""
+
+    budget: float
+    _loaded: dict[int, Encoder] = field(default_factory=dict)
+    _bytes: float = 0.0
+
+    def encoder(self, sae: MeasuredSae) -> Encoder:
+        if id(sae) in self._loaded:
+            return self._loaded[id(sae)]
+        encode = sae.load()
+        if self.budget <= 0 or self._bytes + sae.weight_bytes <= self.budget:
+            self._loaded[id(sae)] = encode
+            self._bytes += sae.weight_bytes
+        return encode
+
+
+@dataclass
+class _SiteSums:
+    """Everything that adds up at one site, by role where roles differ."""
+
+    hook: str
+    saes: tuple[MeasuredSae, ...]
+    predictors: tuple[Predictor, ...]
+    typical_norm: float
+    linear: dict[int, LinearSums]
+    scalars: dict[int, LinearSums]
+    token_means: dict[int, TokenSums]
+    latents: dict[str, LatentSums]
+    extra: Tensor  # [S, 3] held-out: sum of ||e||^2 / ||x||^2, tokens with ||x|| = 0, sum of L0
+    left_out: Tensor  # [2] tokens left out by position, by norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums by name, not copied."""
+        named = {"extra": self.extra, "left_out": self.left_out, "shift": self.linear[FIT].shift}  # one for all roles
+        for kind, group in (("linear", self.linear), ("scalars", self.scalars)):
+            for role, sums in group.items():
+                named |= {f"{kind}/{role}/{name}": tensor for name, tensor in sums.tensors.items()}
+        for role, sums in self.token_means.items():
+            named |= {f"token_means/{role}/counts": sums.counts, f"token_means/{role}/sums": sums.sums}
+        for name, sums in self.latents.items():
+            named |= {f"latents/{name}/fired": sums.fired, f"latents/{name}/values": sums.values}
+        return named
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.tensors().items():
+            tensor.copy_(saved[f"{self.hook}/{name}"])
+        for sums in self.linear.values():
+            sums.shift.copy_(saved[f"{self.hook}/shift"])
+
+
+def context_roles(documents: Tensor, settings: MeasureSettings) -> Tensor:
+    """[C] the role of each context; for split "tokens" every context is both (roles are dealt by token).
+
+    Raises ValueError when a side would be empty.
+    """
+    if settings.split == "tokens":
+        return torch.full((len(documents),), FIT)
+    groups = documents if settings.split == "documents" else torch.arange(len(documents))
+    fit = train_mask(groups, fraction=settings.fit_fraction, seed=settings.seed + 1)
+    roles = torch.where(fit, FIT, HELD_OUT)
+    if settings.passes == 1:
+        rest = train_mask(groups[~fit], fraction=settings.norm_fit_fraction, seed=settings.seed + 2)
+        roles[~fit] = torch.where(rest, NORM_FIT, HELD_OUT)
+    return roles
+
+
+def _sweeps(roles: Tensor, settings: MeasureSettings) -> list[_Sweep]:
+    by_role = [number for role in (FIT, NORM_FIT, HELD_OUT) for number in (roles == role).nonzero().flatten().tolist()]
+    both = frozenset((FIT, HELD_OUT))
+    if settings.passes == 2:
+        return [_Sweep(by_role, both, both, frozenset()), _Sweep(by_role, frozenset(), frozenset(), both)]
+    n_fit, later = int((roles == FIT).sum()), frozenset((NORM_FIT, HELD_OUT))
+    only = frozenset((FIT,))
+    return [
+        _Sweep(by_role[:n_fit], only, only, frozenset()),
+        _Sweep(by_role[n_fit:], later, frozenset((HELD_OUT,)), later),
+    ]
+
+
+@dataclass
+class _Scalars:
+    """The per-token scalars of some tokens, filled SAE by SAE."""
+
+    values: Tensor  # [n, K] float64, columns of `scalar_names`
+    first: int  # column of the first SAE
+
+    @classmethod
+    def of(cls, site: _SiteSums, x: Tensor, loss: Tensor | None) -> _Scalars:
+        names = scalar_names([sae.name for sae in site.saes], loss=loss is not None)
+        values = torch.zeros(len(x), len(names), dtype=torch.float64, device=x.device)
+        if loss is not None:
+            values[:, names.index("loss")] = loss.to(x.device)
+        return cls(values, names.index(f"{site.saes[0].name}/{SAE_SCALARS[0]}"))
+
+    def add(self, number: int, rows: slice, norms: Tensor, l0: Tensor) -> None:
+        """Of SAE `number`: squared norms [n, 6] in the order of NORM_TARGETS, l0 [n]."""
+        at = self.first + number * len(SAE_SCALARS)
+        own = self.values[rows]
+        own[:, 0], own[:, 1] = norms[:, 0], norms[:, 0].sqrt()
+        own[:, at : at + 5], own[:, at + 5] = norms[:, 1:], l0
+        own[:, at + 6], own[:, at + 7] = norms[:, 2].sqrt(), norms[:, 4].sqrt()
+
+
+def _rows(x: Tensor, chosen: Tensor, device: str) -> Tensor:
+    """[n, d] the chosen tokens of x [c, L, d] on the device, float32 or better."""
+    rows = x.flatten(0, 1) if bool(chosen.all()) else x[chosen.to(x.device)]
+    return rows.to(device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+class _Engine:
+    """One measurement in progress in one process."""
+
+    def __init__(
+        self,
+        source: Source,
+        saes: Sequence[MeasuredSae],
+        predictors: Mapping[str, Sequence[Predictor]],
+        settings: MeasureSettings,
+        processes: Processes,
+        checkpoint: CheckpointFolder,
+    ) -> None:
+        self.source, self.settings, self.processes, self.checkpoint = source, settings, processes, checkpoint
+        self.device = processes.device
+        self.rack = _Rack(settings.sae_memory)
+        self.roles = context_roles(source.documents, settings)
+        self.sweeps = _sweeps(self.roles, settings)
+        self.has_loss = False
+        self.sites = {
+            hook: self._site(hook, tuple(sae for sae in saes if sae.hook == hook), tuple(predictors.get(hook, ())))
+            for hook in dict.fromkeys(sae.hook for sae in saes)
+        }
+        self.tables = {hook: TokenTable(checkpoint.folder / "per_token" / hook, processes.rank) for hook in self.sites}
+        self.maps: dict[str, dict[str, LinearMap]] = {}
+        self.applied: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+
+    # ---- the start: what the first contexts say, empty sums
+
+    def _site(self, hook: str, saes: tuple[MeasuredSae, ...], predictors: tuple[Predictor, ...]) -> _SiteSums:
+        numbers = list(range(min(PILOT_CONTEXTS, self.source.n_contexts)))
+        pilot = self.source.read(numbers)
+        self.has_loss = pilot.loss is not None
+        kept = self._kept_positions(pilot)
+        norms = pilot.activations[hook].float().norm(dim=-1).cpu()
+        typical = norms[:, kept].median().item()
+        usable = kept.expand_as(norms) & self._usual(norms, typical)
+        x = {name: _rows(pilot.activations[name], usable, self.device) for name in self._read_hooks(hook, predictors)}
+        outputs = [self._outputs(predictor, x) for predictor in predictors]
+        shift = torch.cat([x[hook], *outputs], dim=1).double().mean(0)
+        d = x[hook].shape[1]
+        blocks = {"x": d} | {p.name: z.shape[1] for p, z in zip(predictors, outputs, strict=True)}
+        errors = {f"error/{sae.name}": d for sae in saes}
+        norm_targets_ = {f"norms/{sae.name}": len(NORM_TARGETS) for sae in saes}
+        counted = frozenset().union(*(sweep.counted for sweep in self.sweeps))
+        with_errors = frozenset().union(*(sweep.errors for sweep in self.sweeps))
+        with_norms = frozenset().union(*(sweep.norms for sweep in self.sweeps))
+        linear = {
+            role: LinearSums.empty(
+                blocks,
+                (errors if role in with_errors else {}) | (norm_targets_ if role in with_norms else {}),
+                shift,
+                self.settings.products,
+            )
+            for role in sorted(counted)
+        }
+        names = scalar_names([sae.name for sae in saes], loss=self.has_loss)
+        zero = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        scalars = {role: LinearSums.empty(dict.fromkeys(names, 1), {}, zero) for role in sorted(with_norms)}
+        means = [f"{sae.name}/{part}" for sae in saes for part in TOKEN_MEANS]
+        vocabulary = self.settings.token_means
+        token_means = {
+            role: TokenSums.empty(means, vocabulary, self.device) for role in (sorted(with_norms) if vocabulary else ())
+        }
+        latents = {sae.name: LatentSums.empty(sae.d_sae, self.device) for sae in saes}
+        extra = torch.zeros(len(saes), 3, dtype=torch.float64)
+        left_out = torch.zeros(2, dtype=torch.float64)
+        return _SiteSums(hook, saes, predictors, typical, linear, scalars, token_means, latents, extra, left_out)
+
+    def _read_hooks(self, hook: str, predictors: Sequence[Predictor]) -> list[str]:
+        return list(dict.fromkeys([hook, *(predictor.sae.hook for predictor in predictors)]))
+
+    def _kept_positions(self, batch: ContextBatch) -> Tensor:
+        """[L] bool: positions that are measured."""
+        length = batch.tokens.shape[1]
+        positions = torch.arange(length)
+        last = self.settings.last_position or length
+        if batch.loss is not None:
+            last = min(last, length - 1)  # the last token has no next one to predict
+        return (positions >= self.settings.drop_positions) & (positions < last)
+
+    def _usual(self, norms: Tensor, typical: float) -> Tensor:
+        ratio = self.settings.max_norm_ratio
+        return norms <= ratio * typical if ratio > 0 else torch.ones_like(norms, dtype=torch.bool)
+
+    def _outputs(self, predictor: Predictor, x: Mapping[str, Tensor]) -> Tensor:
+        """[n, d'] what the predictor's SAE makes of its own site's activations."""
+        encode, given = self.rack.encoder(predictor.sae), x[predictor.sae.hook]
+        return torch.cat([encode(part).x_hat for part in given.split(self.settings.batch_tokens)])
+
+    # ---- the sweeps
+
+    def run(self, advance: Callable[[int], None]) -> dict[str, SiteMeasurement]:
+        """Both sweeps from where the checkpoint is, then the results."""
+        saved = self.checkpoint.load()
+        sweep_now, blocks_now = 0, 0
+        if saved is not None:
+            tensors, state = saved
+            for site in self.sites.values():
+                site.load(tensors)
+                site.typical_norm = state["typical_norms"][site.hook]
+            sweep_now, blocks_now = state["sweep"], state["blocks"]
+        for hook, table in self.tables.items():
+            table.resume(0 if saved is None else saved[1]["parts"][hook])
+        for number, sweep in enumerate(self.sweeps):
+            if number >= sweep_now:
+                self._sweep(number, sweep, blocks_now if number == sweep_now else 0, advance)
+            if number == 0:  # in every process and after every restart, so that all take part in the sums
+                self.maps = {hook: self._error_maps(site) for hook, site in self.sites.items()}
+                self.applied = {hook: self._on_shifted(site) for hook, site in self.sites.items()}
+        return {hook: self._result(site) for hook, site in self.sites.items()}
+
+    def _blocks(self, sweep: _Sweep) -> list[list[int]]:
+        size = self.settings.block_contexts
+        blocks: list[list[int]] = []
+        for role in (FIT, NORM_FIT, HELD_OUT):  # a block has one role, so that its tokens need not be sorted
+            numbers = [number for number in sweep.contexts if int(self.roles[number]) == role]
+            blocks += [numbers[i : i + size] for i in range(0, len(numbers), size)]
+        return self.processes.share(blocks)
+
+    def _sweep(self, number: int, sweep: _Sweep, done: int, advance: Callable[[int], None]) -> None:
+        blocks, last = self._blocks(sweep), time.monotonic()
+        length = self.source.context_length
+        advance(length * sum(len(block) for block in blocks[:done]))
+        for position in range(done, len(blocks)):
+            batch = self.source.read(blocks[position])
+            for site in self.sites.values():
+                for piece in self._pieces(batch, site, sweep):
+                    self._add(site, piece, sweep)
+            advance(batch.tokens.numel())
+            if time.monotonic() - last >= self.settings.checkpoint_seconds:
+                self._save(number, position + 1)
+                last = time.monotonic()
+        self._save(number + 1, 0)
+
+    def _save(self, sweep: int, blocks: int) -> None:
+        for table in self.tables.values():
+            table.flush()
+        tensors = {
+            f"{hook}/{name}": tensor for hook, site in self.sites.items() for name, tensor in site.tensors().items()
+        }
+        state = {
+            "sweep": sweep,
+            "blocks": blocks,
+            "parts": {hook: table.n_parts for hook, table in self.tables.items()},
+            "typical_norms": {hook: site.typical_norm for hook, site in self.sites.items()},
+        }
+        self.checkpoint.save(tensors, state)
+
+    def _pieces(self, batch: ContextBatch, site: _SiteSums, sweep: _Sweep) -> Iterator[_Piece]:
+        """The measured tokens of a block at a site, by role."""
+        own = batch.activations[site.hook]
+        positions_kept = self._kept_positions(batch).expand(own.shape[:2])
+        usual = self._usual(own.float().norm(dim=-1).cpu(), site.typical_norm)
+        if sweep.counted:
+            site.left_out += torch.tensor([(~positions_kept).sum(), (positions_kept & ~usual).sum()])
+        used = positions_kept & usual
+        numbers = torch.tensor(batch.numbers)
+        if self.settings.split == "tokens":
+            roles = torch.stack([self._token_roles(number, own.shape[1]) for number in batch.numbers])
+        else:
+            roles = self.roles[numbers][:, None].expand(own.shape[:2])
+        roles = torch.where(used, roles, UNUSED)
+        grid_contexts = numbers[:, None].expand(own.shape[:2])
+        grid_positions = torch.arange(own.shape[1]).expand(own.shape[:2])
+        hooks = self._read_hooks(site.hook, site.predictors)
+        for role in roles.unique().tolist():
+            if role == UNUSED:
+                continue
+            chosen = roles == role
+            yield _Piece(
+                role,
+                {hook: _rows(batch.activations[hook], chosen, self.device) for hook in hooks},
+                batch.tokens[chosen],
+                grid_contexts[chosen],
+                grid_positions[chosen],
+                None if batch.loss is None else batch.loss[chosen],
+            )
+
+    def _token_roles(self, context: int, length: int) -> Tensor:
+        """[L] roles by token: the same in every process, sweep and restart."""
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + context)
+        fit = torch.rand(length, generator=generator) < self.settings.fit_fraction
+        return torch.where(fit, FIT, HELD_OUT)
+
+    def _add(self, site: _SiteSums, piece: _Piece, sweep: _Sweep) -> None:
+        """Run the tokens of a piece through everything the sweep wants of their role."""
+        sums, x = site.linear[piece.role], piece.x[site.hook]
+        others = [self._outputs(predictor, piece.x) for predictor in site.predictors]
+        v = sums.centred(x, *others)
+        if piece.role in sweep.counted:
+            sums.add_predictors(v)
+        scalars = _Scalars.of(site, x, piece.loss) if piece.role in sweep.norms else None
+        for number, sae in enumerate(site.saes):
+            encode = self.rack.encoder(sae)
+            for start in range(0, len(x), self.settings.batch_tokens):
+                part = slice(start, start + self.settings.batch_tokens)
+                encoded = encode(x[part])
+                error = sae_error(x[part], encoded.x_hat)
+                if piece.role in sweep.errors:
+                    sums.add_target(f"error/{sae.name}", v[part], error)
+                    self._add_once(site, number, piece.role, x[part], error, encoded)
+                if scalars is not None:
+                    weight, bias = self.applied[site.hook][sae.name]
+                    linear = v[part, : x.shape[1]] @ weight + bias
+                    norms = norm_targets(x[part], encoded.x_hat, linear, dtype=linear.dtype)
+                    scalars.add(number, part, norms, encoded.l0)
+                    sums.add_target(f"norms/{sae.name}", v[part], norms)
+        if scalars is not None:
+            self._add_scalars(site, piece, scalars)
+
+    def _add_once(self, site: _SiteSums, number: int, role: int, x: Tensor, error: Tensor, encoded: Encoded) -> None:
+        """What needs the encoder and no b*: latents of all tokens; relative error and L0 of held-out ones."""
+        acts = encoded.acts
+        site.latents[site.saes[number].name].add(
+            (acts.col_indices if acts.is_ragged else acts.indices).flatten(), acts.values.flatten()
+        )
+        if role == HELD_OUT:
+            square, size = (vector.double().square().sum(-1) for vector in (error, x))
+            nonzero = size > 0
+            row = [(square[nonzero] / size[nonzero]).sum(), (~nonzero).sum(), encoded.l0.double().sum()]
+            site.extra[number] += torch.stack([value.double() for value in row]).cpu()
+
+    def _add_scalars(self, site: _SiteSums, piece: _Piece, scalars: _Scalars) -> None:
+        columns = scalars.values  # [n, K]
+        sums = site.scalars[piece.role]
+        sums.add_predictors(columns)
+        names = list(sums.blocks)
+        if site.token_means:
+            means = site.token_means[piece.role]
+            means.add(piece.tokens.to(self.device), columns[:, [names.index(name) for name in means.names]])
+        if self.settings.per_token and piece.role == HELD_OUT:
+            kept = ["x", *(["loss"] if self.has_loss else [])]
+            kept += [f"{sae.name}/{scalar}" for sae in site.saes for scalar in TABLE_SCALARS]
+            table = {name: columns[:, names.index(name)].float() for name in kept}
+            table |= {name: table[name].int() for name in kept if name.endswith("/l0")}
+            places = {"context": piece.contexts.int(), "position": piece.positions.int(), "token": piece.tokens.int()}
+            self.tables[site.hook].add(places | table)
+
+    # ---- the results
+
+    def _error_maps(self, site: _SiteSums) -> dict[str, LinearMap]:
+        """b* of every SAE from the fit tokens of all processes; one SAE's sums are copied at a time."""
+        maps = {}
+        for sae in site.saes:
+            name = f"error/{sae.name}"
+            total = site.linear[FIT].reduced(self.processes.sum, targets=[name])
+            maps[sae.name] = total.statistics(["x"], [name]).solve()
+        return maps
+
+    def _on_shifted(self, site: _SiteSums) -> dict[str, tuple[Tensor, Tensor]]:
+        """b* as weight and bias for x - shift, in the dtype of products: nothing large cancels in float32."""
+        applied = {}
+        for name, b_star in self.maps[site.hook].items():
+            shift = site.linear[FIT].shift[: len(b_star.weight)]
+            both = (b_star.weight, b_star.bias + shift @ b_star.weight)
+            applied[name] = tuple(as_columns(tensor, self.settings.products) for tensor in both)
+        return applied
+
+    def _result(self, site: _SiteSums) -> SiteMeasurement:
+        reduce: Reduce = self.processes.sum
+        left_out = reduce(site.left_out.to(self.device, copy=True)).tolist()
+        extra = reduce(site.extra.to(self.device, copy=True))
+        self.processes.wait()  # every part of the table is written
+        return SiteMeasurement(
+            hook=site.hook,
+            saes={sae.name: sae for sae in site.saes},
+            maps=self.maps[site.hook],
+            latents={name: sums.reduced(reduce) for name, sums in site.latents.items()},
+            per_token=self.tables[site.hook].folder if self.settings.per_token else None,
+            left_out_by_position=int(left_out[0]),
+            left_out_by_norm=int(left_out[1]),
+            typical_norm=site.typical_norm,
+            _linear={role: sums.reduced(reduce) for role, sums in site.linear.items()},
+            _scalars={role: sums.reduced(reduce) for role, sums in site.scalars.items()},
+            _token_means={role: sums.reduced(reduce) for role, sums in site.token_means.items()},
+            _extra=extra.cpu(),
+        )
+
+
+@torch.no_grad()
+def measure(
+    source: Source,
+    saes: Sequence[MeasuredSae],
+    settings: MeasureSettings,
+    *,
+    folder: Path,
+    predictors: Mapping[str, Sequence[Predictor]] | None = None,
+    processes: Processes | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, SiteMeasurement]:
+    """Measure every SAE of every site in one pass (or the paper's two).
+
+    Args:
+        source: activations; every process must have the same.
+        saes: SAEs, of any number of sites the source reads; names are unique within a site.
+        folder: for checkpoints and the per-token table. A run that was stopped goes on from here; a finished one gives its
+            result at once.
+        predictors: site -> SAEs of other hook points whose outputs join x as predictors.
+        processes: of `distributed.processes`; default alone.
+        config: what else the result depends on; a folder begun with another is refused.
+        progress: called with the number of tokens read.
+
+    Returns:
+        hook point -> SiteMeasurement, the same in every process.
+
+    Raises:
+        ValueError: no SAE, an empty side of the split, NaN or infinity, a folder of another configuration.
+        RuntimeError: damaged checkpoint or source. OSError: a folder that cannot be written; what was saved is kept.
+    """
+    if not saes:
+        raise ValueError("saes: must name at least one SAE, got none")
+    everything = {
+        **dataclasses.asdict(settings),
+        "saes": [[sae.name, sae.hook, sae.d_sae] for sae in saes],
+        "predictors": {hook: [predictor.name for predictor in own] for hook, own in (predictors or {}).items()},
+        "contexts": [source.n_contexts, source.context_length],
+        **(config or {}),
+    }
+    del everything["checkpoint_seconds"]  # when a state is written does not change it
+    own = processes or Processes()
+    checkpoint = CheckpointFolder(folder, own.rank, own.size)
+    if own.is_first:
+        checkpoint.start(everything)
+    own.wait()
+    checkpoint.start(everything)
+    engine = _Engine(source, saes, predictors or {}, settings, own, checkpoint)
+    return engine.run(progress or (lambda _tokens: None))
+
+
+def tokens_to_read(source: Source, settings: MeasureSettings) -> int:
+    """Tokens all processes read together, over all sweeps: the total of a progress bar."""
+    return source.context_length * source.n_contexts * settings.passes
