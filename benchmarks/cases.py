@@ -243,12 +243,12 @@ def _sae(architecture: str, W_enc: Tensor, k: int) -> Any:
 
 def demo_problems() -> list[Problem]:
     """The demo's own SAEs on its own held-out activations, when the demo has run on this machine."""
-    from darkmatter_ext.experiments.decomposition import PRESETS
+    from darkmatter_ext.experiments.decomposition import DEMO
     from darkmatter_ext.progress import Stages
     from darkmatter_ext.selection import HELD_OUT, select_tokens, tokens_with_role
     from darkmatter_ext.site import site_activations, trained_saes
 
-    config, stages = PRESETS["demo"], Stages(show=False)
+    config, stages = DEMO, Stages(show=False)
     cache = site_activations(config, stages)
     selection = select_tokens(
         cache,

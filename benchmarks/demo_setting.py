@@ -23,7 +23,7 @@ from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result, provenance
 from darkmatter_ext.storage import atomic_file, cache_dir, fingerprint
 
-BASE = dataclasses.replace(decomposition.PRESETS["demo"], widths=(2048,))
+BASE = dataclasses.replace(decomposition.DEMO, widths=(2048,))
 FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {  # factor -> values other than the demo's
     "tokens": {"tokens": (100_000, 400_000)},
     "width": {"widths": ((1024,), (4096,))},

@@ -92,17 +92,25 @@ def _show(result: Result, written: Sequence[Path], seconds: float) -> None:
 
 
 def _run_experiment(name: str, config: Any, out: Path) -> None:
+    from darkmatter_ext.distributed import is_first_process, under_torchrun
     from darkmatter_ext.experiments import experiment
     from darkmatter_ext.figures import save_figures
     from darkmatter_ext.progress import Stages
     from darkmatter_ext.report import write_report
 
+    if under_torchrun() and not getattr(config, "shares_work", False):
+        raise ValueError(
+            "torchrun: must be used with a preset whose work is divided, such as one-pass, got --preset demo"
+        )
     require_writable_folder("--out", out)
     _quiet_libraries()
     start = time.perf_counter()
-    stages = Stages(show=sys.stderr.isatty() or bool(os.environ.get("DARKMATTER_PROGRESS")))
+    wanted = sys.stderr.isatty() or bool(os.environ.get("DARKMATTER_PROGRESS"))
+    stages = Stages(show=wanted and is_first_process())
     with stages.shown():
         result = experiment(name).run(config, stages)
+    if not is_first_process():
+        return
     written = [result.save(out / f"{name}.json")]
     figures = save_figures(result, out)
     written += [*figures, write_report([(result, figures)], out / "report.html")]
@@ -242,6 +250,13 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
 }
 
 
+def _process_label() -> str:
+    """Which of several processes speaks, or nothing."""
+    from darkmatter_ext.distributed import under_torchrun
+
+    return f" [process {os.environ['RANK']}]" if under_torchrun() else ""
+
+
 def _usage() -> str:
     commands = "\n".join(f"  {name:11}{about}" for name, (_, about) in COMMANDS.items())
     return f"usage: darkmatter COMMAND ...\n\n{DESCRIPTION}\n\n{commands}\n\n`darkmatter COMMAND --help` tells more."
@@ -261,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get(DEBUG_ENVIRONMENT_VARIABLE):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"darkmatter: {message}", file=sys.stderr)
+        print(f"darkmatter{_process_label()}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("darkmatter: interrupted; what was finished is kept, start the same command again", file=sys.stderr)

@@ -61,7 +61,7 @@ class MeasureSettings:
     max_norm_ratio: float = 10.0
     batch_tokens: int = 4096  # through an SAE at a time
     block_contexts: int = 16  # through the model at a time, and through all SAEs before the next
-    per_token: bool = True
+    table_contexts: int = 0  # held-out contexts whose tokens are written to the table; 0: all
     token_means: int = 0  # vocabulary size for the token-mean baseline; 0: leave it out
     sae_memory: float = 0.0  # bytes of weights kept loaded; others are loaded once a block; 0: all are kept
     checkpoint_seconds: float = 300.0
@@ -114,7 +114,7 @@ class SiteMeasurement:
     saes: dict[str, MeasuredSae]
     maps: dict[str, LinearMap]  # SAE -> b*
     latents: dict[str, LatentSums]  # SAE -> how often each latent fired, and its values
-    per_token: Path | None  # folder of the table of held-out tokens
+    per_token: Path  # folder of the table of held-out tokens
     left_out_by_position: int
     left_out_by_norm: int
     typical_norm: float  # median of the first contexts

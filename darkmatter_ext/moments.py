@@ -87,9 +87,9 @@ class LinearSums:
     def count(self) -> int:
         return int(self.tensors["count"].item())
 
-    def centred(self, *parts: Tensor) -> Tensor:
+    def centred(self, x: Tensor, *others: Tensor) -> Tensor:
         """[n, p]: blocks side by side, shifted, in the dtype of products; what the methods below take as `v`."""
-        v = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        v = torch.cat([x, *others], dim=1) if others else x
         return as_columns(v, self.products) - as_columns(self.shift, self.products)
 
     def add_predictors(self, v: Tensor) -> None:

@@ -191,6 +191,10 @@ class _Engine:
         self.rack = _Rack(settings.sae_memory)
         self.roles = context_roles(source.documents, settings)
         self.sweeps = _sweeps(self.roles, settings)
+        held_out = (
+            self.sweeps[1].contexts if settings.split == "tokens" else (self.roles == HELD_OUT).nonzero().flatten()
+        )
+        self.in_table = torch.as_tensor(held_out)[: settings.table_contexts or None]
         self.has_loss = False
         self.sites = {
             hook: self._site(hook, tuple(sae for sae in saes if sae.hook == hook), tuple(predictors.get(hook, ())))
@@ -404,13 +408,15 @@ class _Engine:
         if site.token_means:
             means = site.token_means[piece.role]
             means.add(piece.tokens.to(self.device), columns[:, [names.index(name) for name in means.names]])
-        if self.settings.per_token and piece.role == HELD_OUT:
+        if piece.role == HELD_OUT:
+            rows = torch.isin(piece.contexts, self.in_table)
             kept = ["x", *(["loss"] if self.has_loss else [])]
             kept += [f"{sae.name}/{scalar}" for sae in site.saes for scalar in TABLE_SCALARS]
-            table = {name: columns[:, names.index(name)].float() for name in kept}
+            table = {name: columns[rows, names.index(name)].float() for name in kept}
             table |= {name: table[name].int() for name in kept if name.endswith("/l0")}
-            places = {"context": piece.contexts.int(), "position": piece.positions.int(), "token": piece.tokens.int()}
-            self.tables[site.hook].add(places | table)
+            places = {"context": piece.contexts, "position": piece.positions, "token": piece.tokens}
+            table |= {name: column[rows].int() for name, column in places.items()}
+            self.tables[site.hook].add(table)
 
     # ---- the results
 
@@ -442,7 +448,7 @@ class _Engine:
             saes={sae.name: sae for sae in site.saes},
             maps=self.maps[site.hook],
             latents={name: sums.reduced(reduce) for name, sums in site.latents.items()},
-            per_token=self.tables[site.hook].folder if self.settings.per_token else None,
+            per_token=self.tables[site.hook].folder,
             left_out_by_position=int(left_out[0]),
             left_out_by_norm=int(left_out[1]),
             typical_norm=site.typical_norm,

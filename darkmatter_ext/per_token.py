@@ -38,6 +38,8 @@ class TokenTable:
     def add(self, columns: Mapping[str, Tensor]) -> None:
         """Add tokens: columns of equal length, integers or floating point, [n] each."""
         arrays = {name: column.cpu().numpy() for name, column in columns.items()}
+        if not len(next(iter(arrays.values()))):
+            return
         self._waiting.append(arrays)
         self._rows += len(next(iter(arrays.values())))
         if self._rows >= ROWS_PER_PART:

@@ -15,7 +15,6 @@ Shapes: C contexts, c contexts of a batch, L tokens a context, d width of a hook
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,9 +95,14 @@ class _StoredContexts:
     def documents(self) -> Tensor:
         return self.store.documents
 
-    @functools.cached_property
+    def __post_init__(self) -> None:
+        self._widths: dict[str, int] = {}
+
+    @property
     def widths(self) -> dict[str, int]:
-        return {hook: x.shape[-1] for hook, x in self.read([0]).activations.items()}
+        if not self._widths:
+            self._widths = {hook: x.shape[-1] for hook, x in self.read([0]).activations.items()}
+        return self._widths
 
     def read(self, numbers: Sequence[int]) -> ContextBatch:
         raise NotImplementedError

@@ -116,7 +116,7 @@ BAD = [
     (["nonsense"], "COMMAND: must be one of demo, run"),
     (["run", "nonsense"], f"EXPERIMENT: must be one of {', '.join(EXPERIMENTS)}, got 'nonsense'"),
     (["run", "pursuit", "--method", "omp"], "--method: must be one of gradient, matching, orthogonal, got 'omp'"),
-    (["run", "decomposition", "--preset", "none"], "--preset: must be one of demo, got 'none'"),
+    (["run", "decomposition", "--preset", "none"], "--preset: must be one of demo, one-pass, gemma-2-9b-l20, "),
     (["run", "decomposition", "--tokns", "5"], "unrecognized arguments: --tokns 5"),
     (["run", "decomposition", "--tokens", "many"], "argument --tokens: invalid"),
     (["run", "decomposition", "--tokens", "10"], "--tokens: must be at least 512, got 10"),

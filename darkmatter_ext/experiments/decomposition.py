@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from darkmatter_ext import many_saes
 from darkmatter_ext import sae as sae_module
 from darkmatter_ext.activations import ActivationCache, load_tokenizer
 from darkmatter_ext.decomposition import Decomposition, Reconstruct, TokenBatch, decompose_stream
 from darkmatter_ext.error import sae_error
+from darkmatter_ext.many_saes import ManySaesConfig
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result, provenance
 from darkmatter_ext.selection import HELD_OUT, UNUSED, MeasuredBatches, TokenSelection
 from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
-
-if TYPE_CHECKING:
-    pass
 
 EXCERPT_TOKENS = 60  # of the per-token figure: one line of text that can still be read
 SHOWN_HIGH_NORM_TOKENS = 8
@@ -29,12 +28,13 @@ class DecompositionConfig(SiteConfig):
     """Measure linear and nonlinear SAE error at one site of a language model."""
 
 
-PRESETS = {"demo": DecompositionConfig()}
+DEMO = DecompositionConfig()
+PRESETS: dict[str, DecompositionConfig | ManySaesConfig] = {"demo": DEMO, **many_saes.PRESETS}
 
 
-def plan(config: DecompositionConfig) -> list[str]:
+def plan(config: DecompositionConfig | ManySaesConfig) -> list[str]:
     """What a run would do, in lines, without doing it."""
-    return site_plan(config)
+    return many_saes.plan_lines(config) if isinstance(config, ManySaesConfig) else site_plan(config)
 
 
 def _excerpt(
@@ -92,11 +92,36 @@ def _high_norm_tokens(
     return shown
 
 
-def run(config: DecompositionConfig, stages: Stages) -> Result:
+def _run_many(config: ManySaesConfig, stages: Stages) -> Result:
+    """Many SAEs that exist already, streamed; in every process of a torchrun."""
+    measured = many_saes.measured(config, stages)
+    numbers = dict(measured.numbers)
+    with stages.stage("decompose the error"):
+        for sae in measured.saes:
+            found = measured.site_of(sae["name"]).decomposition(sae["name"])
+            numbers |= {f"{sae['name']}/{key}": value for key, value in found.numbers().items()}
+    return Result(
+        experiment="decomposition",
+        config=measured.config,
+        numbers=numbers,
+        series={
+            "saes": measured.saes,
+            "excerpt": many_saes.excerpt(measured),
+            "per_token": {hook: str(site.per_token) for hook, site in measured.sites.items()},
+        },
+        notes=measured.notes,
+        seconds=stages.seconds,
+        provenance=provenance(config.device),
+    )
+
+
+def run(config: DecompositionConfig | ManySaesConfig, stages: Stages) -> Result:
     """Measure; see the module of the same name one level up for the method.
 
-    Raises ValueError for bad settings, a missing SAE, text too short; RuntimeError for a damaged cache.
+    Raises ValueError for bad settings, a missing SAE, text too short; RuntimeError for a damaged cache or checkpoint.
     """
+    if isinstance(config, ManySaesConfig):
+        return _run_many(config, stages)
     cache, selection, saes = prepared_site(config, stages)
     reconstruct = {name: sae_module.as_reconstruct(sae) for name, (sae, _) in saes.items()}
     with stages.stage("decompose the error"):

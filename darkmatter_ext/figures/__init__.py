@@ -40,6 +40,8 @@ def save_figures(result: Result, folder: Path, *, kind: str = "png") -> list[Pat
     paths = []
     with matplotlib.rc_context(STYLE):
         for name, draw in FIGURES[result.experiment].items():
+            if draw is decomposition.per_token_error and not result.series.get("excerpt"):
+                continue  # SAEs of several sites: no scale in common
             path = folder / f"{result.experiment}_{name}.{kind}"
             with atomic_file(path) as part:
                 draw(result).savefig(part)

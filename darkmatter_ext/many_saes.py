@@ -1,0 +1,507 @@
+"""Many SAEs of one or more sites, measured in one go: configuration, plan and run of what experiments at scale share.
+
+Where `site.py` trains SAEs on the spot and keeps activations on disk, this takes SAEs that exist (folders, or RELEASE:ID of
+SAELens' list), follows what their metadata says about model, hook point, context length, BOS and weight processing, and
+streams: activations are never stored, a run can be stopped at any moment, and `torchrun` divides it among processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from darkmatter_ext.activations import load_tokenizer
+from darkmatter_ext.contexts import ContextStore, Rows, text_rows, tokenised_rows, write_contexts
+from darkmatter_ext.cost_plan import PlannedSae, cost, cost_lines, known_model, probe
+from darkmatter_ext.distributed import Processes, processes
+from darkmatter_ext.embedded import EMBEDDED_MODEL
+from darkmatter_ext.hook_points import parse_hook_point
+from darkmatter_ext.measurement import MeasuredSae, MeasureSettings, SiteMeasurement
+from darkmatter_ext.one_pass import measure, tokens_to_read
+from darkmatter_ext.per_token import read_tokens
+from darkmatter_ext.presets import SAE_SETS
+from darkmatter_ext.progress import Stages
+from darkmatter_ext.sae import SaeDescription, as_encoder, describe_sae, load_spec
+from darkmatter_ext.sources import ContextBatch, LensSource, ModelSource, Source, asked_processing, open_cache
+from darkmatter_ext.storage import cache_dir, fingerprint
+from darkmatter_ext.text import documents
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("auto", "huggingface", "transformer-lens")
+DEFAULT_CONTEXT_LENGTH = 256  # where no SAE says what it was trained on
+EXCERPT_TOKENS = 60  # of the per-token figure: one line of text that can still be read
+
+
+@dataclass(frozen=True)
+class ManySaesConfig:
+    """Measure many SAEs in one pass over the tokens; nothing is stored but sums and a table of held-out tokens."""
+
+    sae: tuple[str, ...] = ()
+    """SAEs: folders in SAELens' format, or RELEASE:ID of SAELens' list (or a repository a release is from)"""
+    model: str = ""
+    """the embedded model, a local folder, or a Hugging Face id; default: as the SAEs' metadata says"""
+    hook: str = ""
+    """site of all SAEs, as TransformerLens names it; default: each SAE's own"""
+    backend: str = "auto"
+    """huggingface, transformer-lens, or auto: transformer-lens if the SAEs ask for processed weights"""
+    cache: tuple[str, ...] = ()
+    """read activations from here instead of a model: caches of this package (one a hook), or a SAELens dataset"""
+    text: str = ""
+    """UTF-8 text file to measure on; default: the documentation installed on this machine"""
+    dataset: str = ""
+    """Hugging Face dataset (hub id or local path) with a column `text`, instead of --text"""
+    tokenised: str = ""
+    """pre-tokenised dataset with a column `input_ids` or `tokens`, instead of --text"""
+    shuffle_buffer: int = 0
+    """shuffle the streamed --dataset in a buffer of so many documents; 0: in its order"""
+    contexts_per_document: int = 0
+    """take at most so many contexts of a document; 0: all"""
+    tokens: int = 200_000
+    """tokens to measure on, first positions included (of a --cache: at most)"""
+    context_length: int = 0
+    """tokens a context, BOS included; 0: as the SAEs' metadata says (the shortest), else 256"""
+    bos: str = "auto"
+    """start every context with BOS: yes, no, or auto: as the SAEs' metadata says"""
+    drop_positions: int = 8
+    """leave out the first positions of each context"""
+    max_norm_ratio: float = 10.0
+    """leave out tokens with a norm above this many medians of the first 16 contexts; 0: keep all"""
+    split: str = "documents"
+    """what is never divided between fit and held-out: documents, contexts or tokens (as in the paper)"""
+    fit_fraction: float = 0.6
+    """share of the text that b* is fitted on"""
+    norm_fit_fraction: float = 0.5
+    """with --passes 1: share of the other text that the norm tests are fitted on; the rest is held out"""
+    passes: int = 2
+    """2: the paper's procedure, every token read twice; 1: every token read once, norm tests fitted on text of their own"""
+    products: str = "float64"
+    """of the sums: float64, or float32 added up in float64 (half the time; R2 and FVU within 1e-5)"""
+    loss: bool = False
+    """also record the model's loss at every token (runs the whole model)"""
+    token_means: bool = False
+    """also measure how well the mean over a token's occurrences predicts its error"""
+    table_contexts: int = 1000
+    """held-out contexts whose tokens are written to the per-token table; 0: all"""
+    dtype: str = "float32"
+    """of the model: float32, bfloat16 or float16"""
+    sae_dtype: str = "float32"
+    """of the SAEs' weights: float32, bfloat16 or float16"""
+    sae_memory_gb: float = 0.0
+    """keep at most so much of SAE weights loaded, load the others once a block; 0: keep all"""
+    batch_tokens: int = 2048
+    """tokens through an SAE at a time"""
+    forward_tokens: int = 4096
+    """tokens through the model at a time"""
+    block_contexts: int = 32
+    """contexts read at a time, through all SAEs before the next"""
+    checkpoint: str = ""
+    """folder for the run's state and its per-token table; default: in the cache folder, named by the configuration"""
+    checkpoint_seconds: float = 300.0
+    """seconds between saved states"""
+    device: str = "cpu"
+    """cpu or cuda"""
+    device_map: str = ""
+    """spread the model over devices as transformers does ("auto"), instead of --device"""
+    seed: int = 0
+    """of the splits and the shuffle"""
+
+    @property
+    def shares_work(self) -> bool:
+        """Whether several processes divide the work of this configuration."""
+        return True
+
+    def __post_init__(self) -> None:
+        if self.hook:
+            parse_hook_point(self.hook)
+        choices = {"backend": BACKENDS, "dtype": DTYPES, "sae_dtype": DTYPES, "bos": ("auto", "yes", "no")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{_flag(name)}: must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        least = {"tokens": 2, "batch_tokens": 1, "forward_tokens": 1, "block_contexts": 1, "drop_positions": 0}
+        least |= dict.fromkeys(("context_length", "shuffle_buffer", "contexts_per_document", "table_contexts"), 0)
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{_flag(name)}: must be at least {minimum}, got {getattr(self, name)}")
+        given = [name for name in ("text", "dataset", "tokenised", "cache") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{_flag(given[0])}: give one of {' and '.join(map(_flag, given))}, got both")
+        if self.device.split(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"--device: must be cpu or cuda, got {self.device!r}")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"--device: must be available, got {self.device!r} on a machine without a CUDA device")
+        self.settings()  # its own checks
+
+    def settings(self) -> MeasureSettings:
+        """The part of the configuration that the measurement itself takes."""
+        names = {own.name for own in dataclasses.fields(MeasureSettings)} & {
+            own.name for own in dataclasses.fields(self)
+        }
+        own = {name: getattr(self, name) for name in names if name != "token_means"}
+        return MeasureSettings(**own, sae_memory=self.sae_memory_gb * 1e9)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+PRESETS: dict[str, ManySaesConfig] = {"one-pass": ManySaesConfig()}
+for _name, _model, _more in (
+    # Engels et al.: 300 contexts of 1024 tokens, documents long enough, positions from 200 on, split by token.
+    ("gemma-2-9b-l20", "google/gemma-2-9b", {"drop_positions": 200, "tokens": 307_200, "dtype": "bfloat16"}),
+    ("gemma-2-9b-all-layers", "google/gemma-2-9b", {"drop_positions": 200, "tokens": 307_200, "dtype": "bfloat16"}),
+    ("gpt2-small", "openai-community/gpt2", {"tokens": 300_000}),
+    ("llama-3.1-8b", "meta-llama/Llama-3.1-8B", {"drop_positions": 200, "tokens": 307_200, "dtype": "bfloat16"}),
+):
+    PRESETS[_name] = ManySaesConfig(
+        sae=tuple(sae.spec for sae in SAE_SETS[_name]),
+        model=_model,
+        dataset="monology/pile-uncopyrighted",
+        shuffle_buffer=10_000,
+        contexts_per_document=1,
+        split="tokens",
+        fit_fraction=0.61,
+        context_length=128 if _name == "gpt2-small" else 1024,
+        seed=42,
+        **_more,  # type: ignore[arg-type]
+    )
+
+
+class _Resolved(NamedTuple):
+    """The configuration with what the SAEs' metadata says filled in."""
+
+    saes: list[SaeDescription]
+    hooks: list[str]  # of each SAE
+    model: str
+    context_length: int
+    bos: bool
+    processing: dict[str, bool]  # of weights, by TransformerLens
+    settings: MeasureSettings
+
+    @property
+    def sites(self) -> list[str]:
+        return list(dict.fromkeys(self.hooks))
+
+
+def _agreed(flag: str, saes: Sequence[SaeDescription], values: Sequence[Any]) -> Any:
+    """The one value all SAEs name. Raises ValueError when they differ."""
+    named = {str(value): value for value in values if value is not None}
+    if len(named) > 1:
+        first, second = list(named)[:2]
+        raise ValueError(f"{flag}: must be given, the SAEs were made with {first} and {second}, got {saes[0].spec} ...")
+    return next(iter(named.values()), None)
+
+
+def _resolve(config: ManySaesConfig) -> _Resolved:
+    """Raises ValueError when an SAE cannot be read, or they do not fit together."""
+    if not config.sae:
+        raise ValueError("--sae: must name at least one SAE, got none")
+    saes = [describe_sae(spec) for spec in config.sae]
+    hooks = [config.hook or str(sae.metadata.get("hook_name") or "") for sae in saes]
+    for sae, hook in zip(saes, hooks, strict=True):
+        if not hook:
+            raise ValueError(f"--hook: must be given, {sae.spec} does not say where it reads, got none")
+        if not config.cache:
+            parse_hook_point(hook)
+        if sae.metadata.get("hook_name_out") not in (None, hook) or "transcoder" in sae.architecture:
+            raise ValueError(f"--sae: must reconstruct its own input, got the {sae.architecture} {sae.spec}")
+    metadata = [sae.metadata for sae in saes]
+    model = config.model or _agreed("--model", saes, [own.get("model_name") for own in metadata])
+    if not model and not config.cache:
+        raise ValueError(f"--model: must be given, {saes[0].spec} does not say its model, got none")
+    lengths = [own["context_size"] for own in metadata if own.get("context_size")]
+    bos = config.bos == "yes"
+    if config.bos == "auto":
+        bos = _agreed("--bos", saes, [own.get("prepend_bos") for own in metadata]) is not False
+    processing = [asked_processing(own.get("model_from_pretrained_kwargs")) for own in metadata]
+    asked = {} if config.backend == "huggingface" else _agreed("--backend", saes, processing) or {}
+    first, last = _positions(config, saes)
+    return _Resolved(
+        saes,
+        hooks,
+        _published_name(model or ""),
+        config.context_length or (min(lengths) if lengths else DEFAULT_CONTEXT_LENGTH),
+        bos,
+        asked,
+        dataclasses.replace(config.settings(), drop_positions=first, last_position=last),
+    )
+
+
+def _positions(config: ManySaesConfig, saes: Sequence[SaeDescription]) -> tuple[int, int]:
+    """First and last position to measure: the configuration's, within the slice the SAEs were trained on."""
+    given = _agreed("--drop-positions", saes, [sae.metadata.get("seqpos_slice") for sae in saes]) or (None,)
+    chosen = slice(*given)
+    return max(config.drop_positions, chosen.start or 0), max(0, chosen.stop or 0)
+
+
+def _published_name(model: str) -> str:
+    """TransformerLens' short names, which SAEs carry, as names Hugging Face knows."""
+    if not model or "/" in model or model == EMBEDDED_MODEL or Path(model).exists():
+        return model
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    try:
+        official = get_official_model_name(model)
+    except ValueError:
+        return model
+    return "openai-community/gpt2" if official == "gpt2" else official
+
+
+def _rows(config: ManySaesConfig, found: _Resolved) -> Rows:
+    if config.tokenised:
+        return tokenised_rows(config.tokenised, context_length=found.context_length)
+    text = documents(text=config.text, dataset=config.dataset, shuffle_buffer=config.shuffle_buffer, seed=config.seed)
+    return text_rows(
+        load_tokenizer(found.model),
+        text,
+        context_length=found.context_length,
+        prepend_bos=found.bos,
+        per_document=config.contexts_per_document,
+    )
+
+
+@dataclass(frozen=True)
+class _FirstContexts:
+    """A source cut to its first contexts."""
+
+    source: Source
+    n_contexts: int
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return self.source.widths
+
+    @property
+    def context_length(self) -> int:
+        return self.source.context_length
+
+    @property
+    def documents(self) -> Tensor:
+        return self.source.documents[: self.n_contexts]
+
+    def read(self, numbers: Sequence[int]) -> ContextBatch:
+        return self.source.read(numbers)
+
+
+def _source(config: ManySaesConfig, found: _Resolved, folder: Path, own: Processes, stages: Stages) -> Source:
+    if config.cache:
+        source: Any = open_cache(config.cache)
+        missing = [hook for hook in found.sites if hook not in source.widths]
+        if missing:
+            raise ValueError(f"--cache: must hold {missing[0]}, got {', '.join(source.widths)}")
+        return _FirstContexts(source, min(source.n_contexts, max(2, config.tokens // source.context_length)))
+    contexts = folder / "contexts"
+    if own.is_first and not contexts.exists():
+        with stages.stage("tokenise text"):
+            n_contexts = max(2, config.tokens // found.context_length)
+            write_contexts(contexts, _rows(config, found), n_contexts=n_contexts, context_length=found.context_length)
+    own.wait()
+    store, dtype = ContextStore.open(contexts), getattr(torch, config.dtype)
+    with stages.stage("load the language model"):
+        if found.processing or config.backend == "transformer-lens":
+            if config.loss:
+                raise ValueError("--loss: must be left out with TransformerLens' processed weights, got --loss")
+            return LensSource.load(
+                found.model, found.sites, store, processing=found.processing, device=own.device, dtype=dtype
+            )
+        return ModelSource.load(
+            found.model,
+            found.sites,
+            store,
+            device=own.device,
+            dtype=dtype,
+            device_map=config.device_map,
+            loss=config.loss,
+            forward_tokens=config.forward_tokens,
+        )
+
+
+def _check_widths(source: Source, found: _Resolved) -> None:
+    for sae, hook in zip(found.saes, found.hooks, strict=True):
+        if sae.d_in != source.widths[hook]:
+            raise ValueError(f"--sae: must have d_in {source.widths[hook]} as {hook}, got {sae.d_in} in {sae.spec}")
+
+
+def _names(saes: Sequence[SaeDescription]) -> list[str]:
+    """Short names where they are unique, else the whole specification."""
+    short = [sae.name for sae in saes]
+    return [name if short.count(name) == 1 else sae.spec for name, sae in zip(short, saes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished measurement with what a result tells about it. Experiments at scale start from here."""
+
+    sites: dict[str, SiteMeasurement]
+    saes: list[dict[str, Any]]  # name, d_sae, architecture, folder, hook: what figures and tables list
+    config: dict[str, Any]
+    notes: list[str]
+    numbers: dict[str, float]  # token counts
+    folder: Path
+
+    def site_of(self, name: str) -> SiteMeasurement:
+        """The site of an SAE."""
+        return next(self.sites[sae["hook"]] for sae in self.saes if sae["name"] == name)
+
+
+def run_folder(config: ManySaesConfig) -> Path:
+    """Where the run keeps its state: --checkpoint, or the cache folder by everything that decides the result."""
+    if config.checkpoint:
+        return Path(config.checkpoint)
+    return cache_dir("runs") / fingerprint(**_deciding(config))
+
+
+def _deciding(config: ManySaesConfig) -> dict[str, Any]:
+    """The configuration without what changes neither the result nor the form of its state."""
+    fields = dataclasses.asdict(config)
+    for name in ("checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens"):
+        del fields[name]
+    return fields
+
+
+def measured(config: ManySaesConfig, stages: Stages) -> Measured:
+    """Measure all SAEs of a configuration; every process of a torchrun calls it and has the same result.
+
+    Raises ValueError for bad settings, an SAE or model that cannot be read; RuntimeError for damaged files; OSError for a
+    folder that cannot be written.
+    """
+    found, folder = _resolve(config), run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with processes(config.device) as own:
+        source = _source(config, found, folder, own, stages)
+        _check_widths(source, found)
+        names = _names(found.saes)
+        saes = [
+            MeasuredSae(name, hook, sae.d_sae, _loader(config, sae, own.device), sae.weight_bytes)
+            for name, hook, sae in zip(names, found.hooks, found.saes, strict=True)
+        ]
+        vocabulary = _vocabulary(config, source) if config.token_means else 0
+        settings = dataclasses.replace(found.settings, token_means=vocabulary)
+        with stages.stage("measure", tokens_to_read(source, settings) // own.size) as advance:
+            sites = measure(
+                source, saes, settings, folder=folder, processes=own, config=_deciding(config), progress=advance
+            )
+    listed = [
+        {"name": name, "d_sae": sae.d_sae, "architecture": sae.architecture, "folder": sae.spec, "hook": hook}
+        for name, hook, sae in zip(names, found.hooks, found.saes, strict=True)
+    ]
+    shown = dataclasses.asdict(config) | {"model": found.model, "hook": ", ".join(found.sites)}
+    return Measured(sites, listed, shown, _notes(found, settings, source, sites), _counts(sites), folder)
+
+
+def _loader(config: ManySaesConfig, sae: SaeDescription, device: str) -> Any:
+    return lambda: as_encoder(load_spec(sae.spec, device=device, dtype=config.sae_dtype))
+
+
+def _vocabulary(config: ManySaesConfig, source: Source) -> int:
+    """One more than the largest token id, from the tokens themselves."""
+    numbers = range(source.n_contexts)
+    if config.cache:
+        return 1 + max(int(source.read([number]).tokens.max()) for number in numbers)
+    store: ContextStore = source.store  # type: ignore[attr-defined]
+    return 1 + max(int(store.tokens([number]).max()) for number in numbers)
+
+
+def _counts(sites: dict[str, SiteMeasurement]) -> dict[str, float]:
+    first = next(iter(sites.values()))
+    return {
+        "tokens/fit": first.n_fit,
+        "tokens/norm_fit": first.n_norm_fit,
+        "tokens/held_out": first.n_held_out,
+        "tokens/dropped_first_positions": first.left_out_by_position,
+        "tokens/left_out_high_norm": first.left_out_by_norm,
+        "tokens/median_norm": first.typical_norm,
+    }
+
+
+def _notes(found: _Resolved, settings: MeasureSettings, source: Source, sites: dict[str, SiteMeasurement]) -> list[str]:
+    first = next(iter(sites.values()))
+    total = source.n_contexts * source.context_length
+    processing = f"weights processed by TransformerLens ({', '.join(found.processing)})" if found.processing else ""
+    notes = [
+        f"{first.left_out_by_position} of {total} tokens are left out by position, {first.left_out_by_norm} by norm "
+        f"(above {settings.max_norm_ratio:g} medians of the first contexts).",
+        f"Contexts of {source.context_length} tokens, {'with' if found.bos else 'without'} BOS, split by {settings.split}; "
+        f"{settings.passes} reading{'s' if settings.passes > 1 else ''} of every token"
+        f"{'; ' + processing if processing else ''}.",
+    ]
+    widest = max(source.widths[hook] for hook in sites)
+    if first.n_fit < 20 * widest:
+        notes.append(
+            f"b* has {widest} inputs and {first.n_fit} tokens to fit them: expect overfitting (see r2_vec_train)."
+        )
+    return notes
+
+
+def excerpt(found: Measured) -> dict[str, Any]:
+    """Per-token squared norms over a piece of held-out text, for the per-token figure, from the table.
+
+    Empty when SAEs of several sites were measured: their errors are not on one scale.
+    """
+    if len(found.sites) > 1:
+        return {}
+    (site,) = found.sites.values()
+    table = read_tokens(site.per_token)
+    first = table["context"][0].as_py()
+    rows = table.slice(0, min(EXCERPT_TOKENS, table["context"].to_pylist().count(first)))
+    ids = rows["token"].to_pylist()
+    model = found.config["model"]
+    tokenizer = load_tokenizer(model) if model and min(ids) >= 0 else None
+    return {
+        "tokens": [str(token) if tokenizer is None else tokenizer.decode([token]) for token in ids],
+        "squared_norm_x": rows["x"].to_pylist(),
+        "squared_norms": {
+            name: {part: rows[f"{name}/{part}"].to_pylist() for part in ("error", "nonlinear")} for name in site.saes
+        },
+    }
+
+
+def plan_lines(config: ManySaesConfig) -> list[str]:
+    """What a run would do and cost, in lines, without downloading anything; times a second of work on this device."""
+    known = {sae.spec: sae for own in SAE_SETS.values() for sae in own}
+    planned, unknown = [], []
+    for spec in config.sae:
+        if spec in known:
+            planned.append(PlannedSae(spec, config.hook or known[spec].hook, known[spec].d_in, known[spec].d_sae))
+        elif Path(spec).is_dir():
+            sae = describe_sae(spec)
+            planned.append(PlannedSae(spec, config.hook or sae.metadata.get("hook_name") or "?", sae.d_in, sae.d_sae))
+        else:
+            unknown.append(spec)
+    sites = list(dict.fromkeys(sae.hook for sae in planned))
+    given = config.text or config.dataset or config.tokenised or ", ".join(config.cache)
+    shuffled = f", shuffled in a buffer of {config.shuffle_buffer}" if config.shuffle_buffer else ""
+    lines = [
+        f"model     {config.model or 'as the SAEs say'}, {config.dtype}, on {config.device_map or config.device}",
+        f"text      {given or 'documentation installed on this machine'}{shuffled}: {config.tokens} tokens in contexts of "
+        f"{config.context_length or 'the SAEs own length'}",
+        f"left out  positions below {config.drop_positions}; norms above {config.max_norm_ratio:g} medians",
+        f"split     by {config.split}, seed {config.seed}; {config.passes} reading(s) of every token, "
+        f"products {config.products}",
+        *(f"SAE       {sae.hook}  {sae.d_sae:8} latents  {sae.name}" for sae in planned),
+        *(f"SAE       {spec} (size not known before its configuration is downloaded)" for spec in unknown),
+        f"state     {run_folder(config)}",
+    ]
+    if not planned:
+        return lines
+    model = None if config.cache else known_model(config.model)
+    depth = max((parse_hook_point(hook).layer + 1 for hook in sites if hook != "?"), default=1)
+    found = cost(
+        model,
+        planned,
+        depth=model.n_layers if config.loss and model else depth,
+        tokens=config.tokens,
+        passes=config.passes,
+        sae_bytes=4 if config.sae_dtype == "float32" else 2,
+        download_saes=any(not Path(sae.name).is_dir() for sae in planned),
+    )
+    rates = probe(config.device, max(sae.d_in for sae in planned))
+    known_here = model is not None or bool(config.cache)
+    return [*lines, *cost_lines(found, rates, products=config.products, model_known=known_here)]

@@ -1,0 +1,288 @@
+"""Many SAEs through the command line on small models, what their metadata decides, plans, and the public SAEs' names."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from measurement_cases import small_sae
+from test_activations import WORDS, _small_model, _word_tokenizer
+
+from darkmatter_ext import cli, many_saes, presets
+from darkmatter_ext.cost_plan import duration, known_model
+from darkmatter_ext.many_saes import ManySaesConfig
+from darkmatter_ext.per_token import read_tokens
+from darkmatter_ext.progress import Stages
+from darkmatter_ext.results import load_result
+from darkmatter_ext.sae import describe_sae
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+def _saved(folder, hook, seed, d_sae=24, architecture="topk", **metadata):
+    sae = small_sae(architecture, 16, d_sae, seed)
+    for key, value in ({"hook_name": hook} | metadata).items():
+        sae.cfg.metadata[key] = value
+    sae.save_model(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A small GPT-2 and Llama with a word tokenizer, a text of twelve documents, SAEs for two sites."""
+    folder = tmp_path_factory.mktemp("many")
+    for kind in ("gpt2", "llama"):
+        _small_model(kind).save_pretrained(folder / kind)
+        _word_tokenizer().save_pretrained(folder / kind)
+    generator = torch.Generator().manual_seed(2)
+    texts = [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (900,), generator=generator)) for _ in range(12)]
+    (folder / "text.txt").write_text("\n".join(f"=== {number}\n{text}" for number, text in enumerate(texts)))
+    _saved(folder / "a", HOOK, 0, context_size=32, prepend_bos=True)
+    _saved(folder / "b", HOOK, 1, d_sae=48, architecture="jumprelu", context_size=32, prepend_bos=True)
+    _saved(folder / "z", "blocks.0.attn.hook_z", 2, context_size=32, prepend_bos=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(workplace, monkeypatch):
+    monkeypatch.setenv("DARKMATTER_CACHE", str(workplace / "cache"))
+
+
+def _flags(workplace, *more, model="llama", saes=("a", "b")):
+    return [
+        "run", "decomposition", "--preset", "one-pass", "--sae", *(str(workplace / name) for name in saes), "--model",
+        str(workplace / model), "--text", str(workplace / "text.txt"), "--tokens", "8000", *more,
+    ]  # fmt: skip
+
+
+def test_a_run_of_given_saes_equals_the_run_that_stores_activations(workplace, capsys):
+    """The same SAEs, text, split and positions through both routes: streaming, and a cache with the two-pass stream."""
+    one = workplace / "one"
+    assert cli.main(_flags(workplace, "--out", str(one))) == 0
+    stored = ["run", "decomposition", *_flags(workplace)[4:], "--context-length", "32", "--hook", HOOK]
+    assert cli.main([*stored, "--out", str(workplace / "stored")]) == 0
+    first, second = (load_result(workplace / name / "decomposition.json") for name in ("one", "stored"))
+    for name in ("a", "b"):
+        for key in ("fvu", "fvu_nonlinear", "r2_vec", "r2_norm/error", "r2_norm/nonlinear", "l0", "normalised_mse"):
+            assert first.numbers[f"{name}/{key}"] == pytest.approx(second.numbers[f"{name}/{key}"], rel=1e-4), (
+                name,
+                key,
+            )
+    assert first.config["hook"] == HOOK
+    assert {path.name for path in one.iterdir()} == {
+        "decomposition.json", "decomposition_fvu.png", "decomposition_norm_test.png", "decomposition_per_token.png",
+        "report.html",
+    }  # fmt: skip
+    table = read_tokens(first.series["per_token"][HOOK])
+    assert len(table) == first.numbers["tokens/held_out"]
+    assert "with BOS" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_sites_come_from_the_saes_and_share_one_reading(workplace):
+    config = ManySaesConfig(
+        sae=tuple(str(workplace / name) for name in ("a", "z")), model=str(workplace / "llama"),
+        text=str(workplace / "text.txt"), tokens=4000, passes=1, loss=True, token_means=True, products="float32",
+        table_contexts=2,
+    )  # fmt: skip
+    found = many_saes.measured(config, Stages(show=False))
+    assert set(found.sites) == {HOOK, "blocks.0.attn.hook_z"}
+    for name in ("a", "z"):
+        assert found.site_of(name).decomposition(name).fvu_nonlinear > 0
+    site = found.sites[HOOK]
+    assert -0.5 < site.scalar_fit(["loss"], ["a/error"]).r2 < 1
+    assert set(site.token_mean_r2()) == {"a/error", "a/linear", "a/nonlinear"}
+    table = read_tokens(site.per_token)
+    assert len(set(table["context"].to_pylist())) == 2
+    assert min(table["loss"].to_pylist()) > 0
+    assert max(table["position"].to_pylist()) == 30  # the last token has no next one
+    assert many_saes.excerpt(found) == {}
+
+
+def test_metadata_decides_bos_length_positions_and_weights(workplace, tmp_path):
+    plain = _saved(tmp_path / "plain", HOOK, 0, context_size=24, prepend_bos=False, seqpos_slice=[10, 20])
+    centred = _saved(
+        tmp_path / "centred", HOOK, 0, context_size=24, prepend_bos=False, seqpos_slice=[10, 20],
+        model_from_pretrained_kwargs={"center_writing_weights": True},
+    )  # fmt: skip
+    results = {}
+    for sae in (plain, centred):
+        config = ManySaesConfig(
+            sae=(sae,), model=str(workplace / "gpt2"), text=str(workplace / "text.txt"), tokens=6000, max_norm_ratio=0
+        )
+        found = many_saes.measured(config, Stages(show=False))
+        table = read_tokens(found.sites[HOOK].per_token)
+        assert set(table["position"].to_pylist()) == set(range(10, 20))
+        assert "Contexts of 24 tokens, without BOS" in found.notes[1]
+        results[sae] = (found, table["x"].to_pylist())
+    assert "processed by TransformerLens (center_writing_weights)" in results[centred][0].notes[1]
+    ratio = sum(results[centred][1]) / sum(results[plain][1])
+    assert 0.5 < ratio < 1  # the mean over dimensions is gone
+    forced = ManySaesConfig(
+        sae=(centred,), model=str(workplace / "gpt2"), text=str(workplace / "text.txt"), tokens=6000,
+        max_norm_ratio=0, backend="huggingface",
+    )  # fmt: skip
+    found = many_saes.measured(forced, Stages(show=False))
+    assert read_tokens(found.sites[HOOK].per_token)["x"].to_pylist() == results[plain][1]
+    with pytest.raises(ValueError, match="--bos: must be given, the SAEs were made with"):
+        many_saes.measured(
+            ManySaesConfig(sae=(plain, str(workplace / "a")), model=str(workplace / "gpt2")), Stages(show=False)
+        )
+
+
+def test_stored_activations_and_tokenised_datasets_are_sources_too(workplace, tmp_path):
+    from datasets import Dataset
+
+    text, model = str(workplace / "text.txt"), str(workplace / "llama")
+    sae = (str(workplace / "a"),)
+    plain = ManySaesConfig(sae=sae, model=model, text=text, tokens=4000, split="contexts")
+    streamed = many_saes.measured(plain, Stages(show=False))
+    ids = [row for _, row in many_saes._rows(plain, many_saes._resolve(plain))]
+    Dataset.from_dict({"input_ids": ids}).save_to_disk(str(tmp_path / "tokens"))
+    tokenised = ManySaesConfig(sae=sae, model=model, tokenised=str(tmp_path / "tokens"), tokens=4000, split="contexts")
+    again = many_saes.measured(tokenised, Stages(show=False))
+    first, second = (found.site_of("a").decomposition("a").numbers() for found in (streamed, again))
+    assert first == pytest.approx(second, rel=1e-9)
+    assert cli.main(["run", "decomposition", "--model", model, "--text", text, "--tokens", "4000", "--hook", HOOK,
+                     "--context-length", "32", "--sae", *sae, "--out", str(tmp_path / "out")]) == 0  # fmt: skip
+    folder = next(path for path in (workplace / "cache" / "activations").iterdir()
+                  if json.loads((path / "meta.json").read_text())["n_contexts"] == 125)  # fmt: skip
+    stored = ManySaesConfig(sae=sae, cache=(str(folder),), tokens=4000, split="contexts")
+    cached = many_saes.measured(stored, Stages(show=False)).site_of("a").decomposition("a").numbers()
+    assert cached == pytest.approx(first, rel=1e-4)
+
+
+def test_gemma_scope_saes_are_described_without_a_download():
+    for sae in presets.SAE_SETS["gemma-2-9b-l20"][::12] + presets.SAE_SETS["gemma-2-9b-all-layers"][::13]:
+        found = describe_sae(sae.spec)
+        assert (found.d_in, found.d_sae, found.metadata["hook_name"]) == (sae.d_in, sae.d_sae, sae.hook)
+        assert (found.metadata["context_size"], found.metadata["prepend_bos"]) == (1024, True)
+
+
+def test_the_presets_name_the_saes_of_the_paper_and_of_saelens_list():
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    listed = get_pretrained_saes_directory()
+    for name, saes in presets.SAE_SETS.items():
+        assert len({sae.spec for sae in saes}) == len(saes)
+        for sae in saes:
+            release, _, sae_id = sae.spec.partition(":")
+            if release != presets.GEMMA_9B_REPOSITORY:
+                assert sae_id in listed[release].saes_map, (name, sae.spec)
+    own = listed[presets.GEMMA_9B_RELEASE]
+    assert own.repo_id == presets.GEMMA_9B_REPOSITORY
+    layer_20 = presets.SAE_SETS["gemma-2-9b-l20"]
+    assert len(layer_20) == 60
+    ids = {sae.spec.partition(":")[2] for sae in layer_20}
+    assert {sae_id for sae_id in own.saes_map if sae_id.startswith("layer_20/")} <= ids
+    unlisted = {sae.spec.partition(":")[2] for sae in layer_20 if sae.spec.startswith("google/")}
+    assert len(unlisted) == 26
+    assert not unlisted & set(own.saes_map)
+    for layer, sae in enumerate(presets.SAE_SETS["gemma-2-9b-all-layers"]):
+        pattern = re.compile(rf"layer_{layer}/width_131k/average_l0_(\d+)")
+        available = [int(match[1]) for match in map(pattern.fullmatch, own.saes_map) if match]
+        nearest = min(available, key=lambda l0: abs(l0 - 60))
+        assert sae.spec.endswith(f"layer_{layer}/width_131k/average_l0_{nearest}")
+    assert presets.SAE_SETS["gemma-2-9b-all-layers"][20].spec.endswith("l0_62")  # the paper's choice at layer 20
+    sizes = [sae.d_sae for sae in presets.SAE_SETS["gpt2-small"]]
+    assert sizes == [768 * 2**i for i in range(8)]
+
+
+@pytest.mark.parametrize("name", [*many_saes.PRESETS])
+def test_every_preset_has_a_plan(name, capsys):
+    assert cli.main(["run", "decomposition", "--preset", name, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    if name == "one-pass":
+        assert "as the SAEs say" in plan
+        return
+    assert plan.count("SAE  ") == len(presets.SAE_SETS[name])
+    for line in ("download  ", "memory  ", "operations  ", "time  "):
+        assert line in plan
+    if name == "gemma-2-9b-l20":
+        assert "download  461.5 GB" in plan  # 18.5 of the model, 443 of 15.4 million latents in float32
+        assert "sums 12.5 GB" in plan
+
+
+def test_sizes_of_local_models_and_durations(workplace):
+    assert known_model(str(workplace / "llama")).d_model == 16
+    assert known_model(str(workplace / "gpt2")).n_layers == 3
+    assert known_model("someone/model") is None
+    gemma = presets.KNOWN_MODELS["google/gemma-2-9b"]
+    assert gemma.layer_parameters * gemma.n_layers + gemma.other_parameters == pytest.approx(9.24e9, rel=0.002)
+    llama = presets.KNOWN_MODELS["meta-llama/Llama-3.1-8B"]
+    assert llama.layer_parameters * llama.n_layers + llama.other_parameters == pytest.approx(8.03e9, rel=0.002)
+    assert [duration(s) for s in (30, 600, 9000, 2e6)] == ["30 s", "10.0 minutes", "2.5 hours", "23.1 days"]
+
+
+BAD = [
+    ([], "--sae: must name at least one SAE, got none"),
+    (
+        ["--sae", "/nowhere"],
+        "--sae: must be a folder with cfg.json and sae_weights.safetensors, or RELEASE:ID, got '/nowhere'",
+    ),
+    (["--sae", "gpt2-small-res-jb:none"], "--sae: must be an SAE that can be read, got gpt2-small-res-jb:none"),
+    (["--hook", "layer3"], "--hook: must be like blocks.10.hook_resid_post"),
+    (["--backend", "tf"], "--backend: must be one of auto, huggingface, transformer-lens, got 'tf'"),
+    (["--dtype", "int8"], "--dtype: must be one of float32, bfloat16, float16, got 'int8'"),
+    (["--passes", "1", "--split", "tokens"], "--split: must be documents or contexts with --passes 1, got 'tokens'"),
+    (["--text", "a", "--dataset", "b"], "--text: give one of --text and --dataset, got both"),
+    (["--batch-tokens", "0"], "--batch-tokens: must be at least 1, got 0"),
+    (["--device", "tpu"], "--device: must be cpu or cuda, got 'tpu'"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), BAD, ids=lambda value: value[:40] if isinstance(value, str) else None)
+def test_bad_settings_give_one_line(more, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "decomposition", "--preset", "one-pass", *more]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_saes_that_do_not_fit_are_refused(workplace, tmp_path, capsys):
+    nowhere = _saved(tmp_path / "nowhere", "", 0)
+    wide = small_sae("topk", 20, 24, 0)
+    wide.cfg.metadata["hook_name"] = HOOK
+    wide.save_model(tmp_path / "wide")
+    out = ["--out", str(tmp_path / "out")]
+    cases = [
+        ([*_flags(workplace, *out)[:4], "--sae", nowhere], "--hook: must be given"),
+        ([*_flags(workplace, *out)[:4], "--sae", str(workplace / "a")], "--model: must be given"),
+        ([*_flags(workplace, *out), "--sae", str(tmp_path / "wide")], "--sae: must have d_in 16 as"),
+        (_flags(workplace, *out, "--tokens", "900000"), "--tokens: the text gives"),
+        (_flags(workplace, *out, "--hook", "blocks.9.hook_resid_pre"), "has blocks 0 to 2, got block 9"),
+    ]
+    for flags, message in cases:
+        assert cli.main(flags) == 2
+        error = capsys.readouterr().err
+        assert message in error, error
+        assert error.count("\n") == 1
+
+
+def test_a_named_checkpoint_refuses_another_configuration(workplace, tmp_path, capsys):
+    flags = _flags(workplace, "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
+    assert cli.main(flags) == 0
+    capsys.readouterr()
+    assert cli.main([*flags, "--fit-fraction", "0.5"]) == 2
+    assert "fit_fraction 0.6 there, 0.5 here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_table_of_one_process(workplace, tmp_path):
+    """The command of the README in two processes: one result file, the same numbers."""
+    results = []
+    for n, name in ((1, "alone"), (2, "both")):
+        flags = _flags(workplace, "--checkpoint", str(tmp_path / f"run-{n}"), "--out", str(tmp_path / name))
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", "--rdzv-backend=c10d",
+                    "--rdzv-endpoint=localhost:0", "-m", "darkmatter_ext", *flags]  # fmt: skip
+        done = subprocess.run(launcher, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote") == 5  # once, not once a process
+        results.append(load_result(tmp_path / name / "decomposition.json").numbers)
+    assert results[1] == pytest.approx(results[0], rel=1e-7, abs=1e-9)
+    flags = ["run", "decomposition", "--out", str(tmp_path / "demo")]
+    launcher = [*launcher[: launcher.index("run")], *flags]
+    done = subprocess.run(launcher, capture_output=True, text=True, check=False, timeout=300)
+    assert "torchrun: must be used with a preset whose work is divided" in done.stderr
