@@ -57,6 +57,11 @@ class ContextStore:
         return torch.from_numpy(mapped[list(numbers)].astype(np.int64))
 
     @property
+    def largest_token(self) -> int:
+        """The largest token id."""
+        return int(np.load(self.folder / "tokens.npy", mmap_mode="r").max())
+
+    @property
     def documents(self) -> Tensor:
         """[C] int64: the document each context was cut from."""
         return torch.from_numpy(np.load(self.folder / "documents.npy").astype(np.int64))

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
 _NAME = re.compile(rf"blocks\.(\d+)\.({'|'.join(re.escape(kind) for kind in KINDS)})")
 
+_BLOCK = re.compile(r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)")
+
 # kind -> (module inside the block, its input or its output). Gemma 2 and 3 norm what a sublayer writes before it is
 # added, and TransformerLens reads attn_out and mlp_out after that norm.
 _LLAMA = {
@@ -57,6 +59,15 @@ class HookPoint:
     name: str
     layer: int
     kind: str  # one of KINDS
+
+
+def translated_hook(name: str) -> str:
+    """SAEs trained on Hugging Face's modules name the block itself (`model.layers.20`): its output as `blocks.20...`.
+
+    Any other name is given back.
+    """
+    match = _BLOCK.fullmatch(name)
+    return f"blocks.{match.group(1)}.hook_resid_post" if match else name
 
 
 def parse_hook_point(name: str) -> HookPoint:

@@ -20,7 +20,7 @@ from darkmatter_ext.contexts import ContextStore, Rows, text_rows, tokenised_row
 from darkmatter_ext.cost_plan import PlannedSae, cost, cost_lines, known_model, probe
 from darkmatter_ext.distributed import Processes, processes
 from darkmatter_ext.embedded import EMBEDDED_MODEL
-from darkmatter_ext.hook_points import parse_hook_point
+from darkmatter_ext.hook_points import parse_hook_point, translated_hook
 from darkmatter_ext.measurement import MeasuredSae, MeasureSettings, SiteMeasurement
 from darkmatter_ext.one_pass import measure, tokens_to_read
 from darkmatter_ext.per_token import read_tokens
@@ -205,6 +205,7 @@ def _resolve(config: ManySaesConfig) -> _Resolved:
         raise ValueError("--sae: must name at least one SAE, got none")
     saes = [describe_sae(spec) for spec in config.sae]
     hooks = [config.hook or str(sae.metadata.get("hook_name") or "") for sae in saes]
+    hooks = hooks if config.cache else [translated_hook(hook) for hook in hooks]
     for sae, hook in zip(saes, hooks, strict=True):
         if not hook:
             raise ValueError(f"--hook: must be given, {sae.spec} does not say where it reads, got none")
@@ -281,6 +282,10 @@ class _FirstContexts:
     @property
     def context_length(self) -> int:
         return self.source.context_length
+
+    @property
+    def identity(self) -> str:
+        return self.source.identity
 
     @property
     def documents(self) -> Tensor:
@@ -363,7 +368,16 @@ def _deciding(config: ManySaesConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     for name in ("checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens"):
         del fields[name]
+    local = [*config.sae, *config.cache, config.model, config.text, config.dataset, config.tokenised]
+    fields["files"] = {path: _stamp(Path(path)) for path in local if path and Path(path).exists()}
     return fields
+
+
+def _stamp(path: Path) -> list[int]:
+    """Total size and last change of a file or a folder: another SAE under an old name must not be taken for it."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    found = [file.stat() for file in files]
+    return [sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)]
 
 
 def measured(config: ManySaesConfig, stages: Stages) -> Measured:
@@ -382,7 +396,7 @@ def measured(config: ManySaesConfig, stages: Stages) -> Measured:
             MeasuredSae(name, hook, sae.d_sae, _loader(config, sae, own.device), sae.weight_bytes)
             for name, hook, sae in zip(names, found.hooks, found.saes, strict=True)
         ]
-        vocabulary = _vocabulary(config, source) if config.token_means else 0
+        vocabulary = _vocabulary(source) if config.token_means else 0
         settings = dataclasses.replace(found.settings, token_means=vocabulary)
         with stages.stage("measure", tokens_to_read(source, settings) // own.size) as advance:
             sites = measure(
@@ -400,13 +414,12 @@ def _loader(config: ManySaesConfig, sae: SaeDescription, device: str) -> Any:
     return lambda: as_encoder(load_spec(sae.spec, device=device, dtype=config.sae_dtype))
 
 
-def _vocabulary(config: ManySaesConfig, source: Source) -> int:
+def _vocabulary(source: Source) -> int:
     """One more than the largest token id, from the tokens themselves."""
-    numbers = range(source.n_contexts)
-    if config.cache:
-        return 1 + max(int(source.read([number]).tokens.max()) for number in numbers)
-    store: ContextStore = source.store  # type: ignore[attr-defined]
-    return 1 + max(int(store.tokens([number]).max()) for number in numbers)
+    store = getattr(source, "store", None)
+    if isinstance(store, ContextStore):
+        return 1 + store.largest_token
+    return 1 + max(int(source.read([number]).tokens.max()) for number in range(source.n_contexts))
 
 
 def _counts(sites: dict[str, SiteMeasurement]) -> dict[str, float]:

@@ -195,9 +195,12 @@ class _Engine:
             self.sweeps[1].contexts if settings.split == "tokens" else (self.roles == HELD_OUT).nonzero().flatten()
         )
         self.in_table = torch.as_tensor(held_out)[: settings.table_contexts or None]
-        self.has_loss = False
+        pilot = source.read(list(range(min(PILOT_CONTEXTS, source.n_contexts))))
+        self.has_loss = pilot.loss is not None
         self.sites = {
-            hook: self._site(hook, tuple(sae for sae in saes if sae.hook == hook), tuple(predictors.get(hook, ())))
+            hook: self._site(
+                pilot, hook, tuple(sae for sae in saes if sae.hook == hook), tuple(predictors.get(hook, ()))
+            )
             for hook in dict.fromkeys(sae.hook for sae in saes)
         }
         self.tables = {hook: TokenTable(checkpoint.folder / "per_token" / hook, processes.rank) for hook in self.sites}
@@ -206,10 +209,9 @@ class _Engine:
 
     # ---- the start: what the first contexts say, empty sums
 
-    def _site(self, hook: str, saes: tuple[MeasuredSae, ...], predictors: tuple[Predictor, ...]) -> _SiteSums:
-        numbers = list(range(min(PILOT_CONTEXTS, self.source.n_contexts)))
-        pilot = self.source.read(numbers)
-        self.has_loss = pilot.loss is not None
+    def _site(
+        self, pilot: ContextBatch, hook: str, saes: tuple[MeasuredSae, ...], predictors: tuple[Predictor, ...]
+    ) -> _SiteSums:
         kept = self._kept_positions(pilot)
         norms = pilot.activations[hook].float().norm(dim=-1).cpu()
         typical = norms[:, kept].median().item()
@@ -242,7 +244,7 @@ class _Engine:
             role: TokenSums.empty(means, vocabulary, self.device) for role in (sorted(with_norms) if vocabulary else ())
         }
         latents = {sae.name: LatentSums.empty(sae.d_sae, self.device) for sae in saes}
-        extra = torch.zeros(len(saes), 3, dtype=torch.float64)
+        extra = torch.zeros(len(saes), 3, dtype=torch.float64, device=self.device)
         left_out = torch.zeros(2, dtype=torch.float64)
         return _SiteSums(hook, saes, predictors, typical, linear, scalars, token_means, latents, extra, left_out)
 
@@ -290,10 +292,10 @@ class _Engine:
         return {hook: self._result(site) for hook, site in self.sites.items()}
 
     def _blocks(self, sweep: _Sweep) -> list[list[int]]:
-        size = self.settings.block_contexts
+        size, contexts = self.settings.block_contexts, torch.tensor(sweep.contexts)
         blocks: list[list[int]] = []
         for role in (FIT, NORM_FIT, HELD_OUT):  # a block has one role, so that its tokens need not be sorted
-            numbers = [number for number in sweep.contexts if int(self.roles[number]) == role]
+            numbers = contexts[self.roles[contexts] == role].tolist()
             blocks += [numbers[i : i + size] for i in range(0, len(numbers), size)]
         return self.processes.share(blocks)
 
@@ -398,7 +400,7 @@ class _Engine:
             square, size = (vector.double().square().sum(-1) for vector in (error, x))
             nonzero = size > 0
             row = [(square[nonzero] / size[nonzero]).sum(), (~nonzero).sum(), encoded.l0.double().sum()]
-            site.extra[number] += torch.stack([value.double() for value in row]).cpu()
+            site.extra[number] += torch.stack([value.double() for value in row])
 
     def _add_scalars(self, site: _SiteSums, piece: _Piece, scalars: _Scalars) -> None:
         columns = scalars.values  # [n, K]
@@ -441,7 +443,7 @@ class _Engine:
     def _result(self, site: _SiteSums) -> SiteMeasurement:
         reduce: Reduce = self.processes.sum
         left_out = reduce(site.left_out.to(self.device, copy=True)).tolist()
-        extra = reduce(site.extra.to(self.device, copy=True))
+        extra = reduce(site.extra.clone())
         self.processes.wait()  # every part of the table is written
         return SiteMeasurement(
             hook=site.hook,
@@ -496,7 +498,7 @@ def measure(
         **dataclasses.asdict(settings),
         "saes": [[sae.name, sae.hook, sae.d_sae] for sae in saes],
         "predictors": {hook: [predictor.name for predictor in own] for hook, own in (predictors or {}).items()},
-        "contexts": [source.n_contexts, source.context_length],
+        "contexts": [source.n_contexts, source.context_length, source.identity],
         **(config or {}),
     }
     del everything["checkpoint_seconds"]  # when a state is written does not change it

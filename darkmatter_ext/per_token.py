@@ -18,7 +18,7 @@ from darkmatter_ext.storage import atomic_file
 if TYPE_CHECKING:
     import pyarrow
 
-ROWS_PER_PART = 1 << 19  # written when so many are waiting: bounds memory, keeps parts large enough to read fast
+BYTES_PER_PART = 1 << 26  # written when so many are waiting: bounds memory, keeps parts large enough to read fast
 
 
 @dataclass
@@ -33,7 +33,7 @@ class TokenTable:
     rank: int = 0
     n_parts: int = 0
     _waiting: list[dict[str, Any]] = field(default_factory=list)
-    _rows: int = 0
+    _bytes: int = 0
 
     def add(self, columns: Mapping[str, Tensor]) -> None:
         """Add tokens: columns of equal length, integers or floating point, [n] each."""
@@ -41,8 +41,8 @@ class TokenTable:
         if not len(next(iter(arrays.values()))):
             return
         self._waiting.append(arrays)
-        self._rows += len(next(iter(arrays.values())))
-        if self._rows >= ROWS_PER_PART:
+        self._bytes += sum(array.nbytes for array in arrays.values())
+        if self._bytes >= BYTES_PER_PART:
             self.flush()
 
     def flush(self) -> None:
@@ -63,11 +63,11 @@ class TokenTable:
             raise OSError(
                 f"--checkpoint: {self.folder} cannot be written ({reason}); what was saved before is kept"
             ) from None
-        self._waiting, self._rows, self.n_parts = [], 0, self.n_parts + 1
+        self._waiting, self._bytes, self.n_parts = [], 0, self.n_parts + 1
 
     def resume(self, n_parts: int) -> None:
         """Go on after a restart: the first `n_parts` parts of this process count, later ones are removed."""
-        self.n_parts, self._waiting, self._rows = n_parts, [], 0
+        self.n_parts, self._waiting, self._bytes = n_parts, [], 0
         own = sorted(self.folder.glob(f"part-{self.rank:04d}-*.parquet"))
         for path in own[n_parts:]:
             path.unlink()

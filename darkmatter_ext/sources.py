@@ -15,6 +15,7 @@ Shapes: C contexts, c contexts of a batch, L tokens a context, d width of a hook
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ class Source(Protocol):
     def context_length(self) -> int: ...
 
     @property
+    def identity(self) -> str:
+        """A hash of the tokens: two sources of the same name with other text must not be mixed."""
+        ...
+
+    @property
     def documents(self) -> Tensor:
         """[C] int64: the document each context comes from (its own number where that is not known)."""
         ...
@@ -90,6 +96,10 @@ class _StoredContexts:
     @property
     def context_length(self) -> int:
         return self.store.context_length
+
+    @property
+    def identity(self) -> str:
+        return self.store.sha256
 
     @property
     def documents(self) -> Tensor:
@@ -272,6 +282,10 @@ class CacheSource:
         return self._any.context_length
 
     @property
+    def identity(self) -> str:
+        return self._any.meta["tokens_sha256"]
+
+    @property
     def documents(self) -> Tensor:
         return self._any.column("documents")
 
@@ -316,8 +330,9 @@ def _shards(folder: Path) -> list[_Shard]:
 def _runs(shards: Sequence[_Shard], numbers: Sequence[int]) -> list[tuple[_Shard, list[tuple[int, int]]]]:
     """The shards that hold `numbers`, in their order, with runs (start, stop) of rows; neighbours share a shard."""
     runs: list[tuple[_Shard, list[tuple[int, int]]]] = []
+    firsts = [shard.first for shard in shards]
     for number in numbers:
-        shard = next(shard for shard in shards if shard.first <= number < shard.first + shard.length)
+        shard = shards[bisect.bisect_right(firsts, number) - 1]
         row = number - shard.first
         if not runs or runs[-1][0] is not shard:
             runs.append((shard, []))
@@ -356,6 +371,10 @@ class DatasetSource:
     @property
     def n_contexts(self) -> int:
         return len(self._dataset)
+
+    @property
+    def identity(self) -> str:
+        return self._dataset._fingerprint
 
     @property
     def documents(self) -> Tensor:

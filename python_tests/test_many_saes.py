@@ -269,6 +269,15 @@ def test_a_named_checkpoint_refuses_another_configuration(workplace, tmp_path, c
     assert "fit_fraction 0.6 there, 0.5 here" in capsys.readouterr().err
 
 
+def test_another_sae_under_the_same_name_is_measured_anew(workplace, tmp_path):
+    sae = _saved(tmp_path / "sae", HOOK, 0, context_size=32)
+    config = ManySaesConfig(sae=(sae,), model=str(workplace / "llama"), text=str(workplace / "text.txt"), tokens=4000)
+    first = many_saes.measured(config, Stages(show=False)).site_of("sae").decomposition("sae").fvu
+    _saved(tmp_path / "sae", HOOK, 5, context_size=32)
+    second = many_saes.measured(config, Stages(show=False)).site_of("sae").decomposition("sae").fvu
+    assert first != second
+
+
 @pytest.mark.slow
 def test_torchrun_gives_the_table_of_one_process(workplace, tmp_path):
     """The command of the README in two processes: one result file, the same numbers."""

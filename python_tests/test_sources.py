@@ -99,6 +99,8 @@ def test_unknown_families_and_hooks_are_refused_in_one_line(model_folder, tmp_pa
         sources.ModelSource.load(model_folder, ["blocks.7.hook_resid_pre"], _store(tmp_path, model_folder))
     with pytest.raises(ValueError, match=r"--hook: must be like blocks.10.hook_resid_post, got 'blocks.1.hook_q'"):
         hook_points.parse_hook_point("blocks.1.hook_q")
+    assert hook_points.translated_hook("model.layers.7") == "blocks.7.hook_resid_post"
+    assert hook_points.translated_hook("model.layers.7.mlp") == "model.layers.7.mlp"
 
 
 def test_the_loss_is_the_models_own(model_folder, tmp_path):
