@@ -21,12 +21,12 @@ from darkmatter_ext.cost_plan import PlannedSae, cost, cost_lines, known_model, 
 from darkmatter_ext.distributed import Processes, processes
 from darkmatter_ext.embedded import EMBEDDED_MODEL
 from darkmatter_ext.hook_points import parse_hook_point, translated_hook
-from darkmatter_ext.measurement import MeasuredSae, MeasureSettings, SiteMeasurement
+from darkmatter_ext.measurement import MeasuredSae, MeasureSettings, Predictor, SiteMeasurement
 from darkmatter_ext.one_pass import measure, tokens_to_read
 from darkmatter_ext.per_token import read_tokens
 from darkmatter_ext.presets import SAE_SETS
 from darkmatter_ext.progress import Stages
-from darkmatter_ext.sae import SaeDescription, as_encoder, describe_sae, load_spec
+from darkmatter_ext.sae import Encoder, SaeDescription, as_encoder, describe_sae, load_spec
 from darkmatter_ext.sources import ContextBatch, LensSource, ModelSource, Source, asked_processing, open_cache
 from darkmatter_ext.storage import cache_dir, fingerprint
 from darkmatter_ext.text import documents
@@ -46,6 +46,8 @@ class ManySaesConfig:
 
     sae: tuple[str, ...] = ()
     """SAEs: folders in SAELens' format, or RELEASE:ID of SAELens' list (or a repository a release is from)"""
+    predictor: tuple[str, ...] = ()
+    """SAEs of other sites (as --sae) whose outputs join x as predictors of the errors, as in the earlier-layer test"""
     model: str = ""
     """the embedded model, a local folder, or a Hugging Face id; default: as the SAEs' metadata says"""
     hook: str = ""
@@ -179,6 +181,8 @@ class _Resolved(NamedTuple):
 
     saes: list[SaeDescription]
     hooks: list[str]  # of each SAE
+    predictors: list[SaeDescription]
+    predictor_hooks: list[str]
     model: str
     context_length: int
     bos: bool
@@ -188,6 +192,11 @@ class _Resolved(NamedTuple):
     @property
     def sites(self) -> list[str]:
         return list(dict.fromkeys(self.hooks))
+
+    @property
+    def read(self) -> list[str]:
+        """All hook points the source must give."""
+        return list(dict.fromkeys([*self.hooks, *self.predictor_hooks]))
 
 
 def _agreed(flag: str, saes: Sequence[SaeDescription], values: Sequence[Any]) -> Any:
@@ -203,17 +212,10 @@ def _resolve(config: ManySaesConfig) -> _Resolved:
     """Raises ValueError when an SAE cannot be read, or they do not fit together."""
     if not config.sae:
         raise ValueError("--sae: must name at least one SAE, got none")
-    saes = [describe_sae(spec) for spec in config.sae]
-    hooks = [config.hook or str(sae.metadata.get("hook_name") or "") for sae in saes]
-    hooks = hooks if config.cache else [translated_hook(hook) for hook in hooks]
-    for sae, hook in zip(saes, hooks, strict=True):
-        if not hook:
-            raise ValueError(f"--hook: must be given, {sae.spec} does not say where it reads, got none")
-        if not config.cache:
-            parse_hook_point(hook)
-        if sae.metadata.get("hook_name_out") not in (None, hook) or "transcoder" in sae.architecture:
-            raise ValueError(f"--sae: must reconstruct its own input, got the {sae.architecture} {sae.spec}")
-    metadata = [sae.metadata for sae in saes]
+    saes, predictors = ([describe_sae(spec) for spec in specs] for specs in (config.sae, config.predictor))
+    hooks = [_hook(config, sae, config.hook) for sae in saes]
+    predictor_hooks = [_hook(config, sae, "") for sae in predictors]
+    metadata = [sae.metadata for sae in (*saes, *predictors)]
     model = config.model or _agreed("--model", saes, [own.get("model_name") for own in metadata])
     if not model and not config.cache:
         raise ValueError(f"--model: must be given, {saes[0].spec} does not say its model, got none")
@@ -227,12 +229,27 @@ def _resolve(config: ManySaesConfig) -> _Resolved:
     return _Resolved(
         saes,
         hooks,
+        predictors,
+        predictor_hooks,
         _published_name(model or ""),
         config.context_length or (min(lengths) if lengths else DEFAULT_CONTEXT_LENGTH),
         bos,
         asked,
         dataclasses.replace(config.settings(), drop_positions=first, last_position=last),
     )
+
+
+def _hook(config: ManySaesConfig, sae: SaeDescription, given: str) -> str:
+    """Where an SAE reads. Raises ValueError when that is not known, or it does not reconstruct what it reads."""
+    own = str(sae.metadata.get("hook_name") or "")
+    hook = given or (own if config.cache else translated_hook(own))
+    if not hook:
+        raise ValueError(f"--hook: must be given, {sae.spec} does not say where it reads, got none")
+    if not config.cache:
+        parse_hook_point(hook)
+    if sae.metadata.get("hook_name_out") not in (None, own) or "transcoder" in sae.architecture:
+        raise ValueError(f"--sae: must reconstruct its own input, got the {sae.architecture} {sae.spec}")
+    return hook
 
 
 def _positions(config: ManySaesConfig, saes: Sequence[SaeDescription]) -> tuple[int, int]:
@@ -298,7 +315,7 @@ class _FirstContexts:
 def _source(config: ManySaesConfig, found: _Resolved, folder: Path, own: Processes, stages: Stages) -> Source:
     if config.cache:
         source: Any = open_cache(config.cache)
-        missing = [hook for hook in found.sites if hook not in source.widths]
+        missing = [hook for hook in found.read if hook not in source.widths]
         if missing:
             raise ValueError(f"--cache: must hold {missing[0]}, got {', '.join(source.widths)}")
         return _FirstContexts(source, min(source.n_contexts, max(2, config.tokens // source.context_length)))
@@ -314,11 +331,11 @@ def _source(config: ManySaesConfig, found: _Resolved, folder: Path, own: Process
             if config.loss:
                 raise ValueError("--loss: must be left out with TransformerLens' processed weights, got --loss")
             return LensSource.load(
-                found.model, found.sites, store, processing=found.processing, device=own.device, dtype=dtype
+                found.model, found.read, store, processing=found.processing, device=own.device, dtype=dtype
             )
         return ModelSource.load(
             found.model,
-            found.sites,
+            found.read,
             store,
             device=own.device,
             dtype=dtype,
@@ -329,7 +346,8 @@ def _source(config: ManySaesConfig, found: _Resolved, folder: Path, own: Process
 
 
 def _check_widths(source: Source, found: _Resolved) -> None:
-    for sae, hook in zip(found.saes, found.hooks, strict=True):
+    every = [*zip(found.saes, found.hooks, strict=True), *zip(found.predictors, found.predictor_hooks, strict=True)]
+    for sae, hook in every:
         if sae.d_in != source.widths[hook]:
             raise ValueError(f"--sae: must have d_in {source.widths[hook]} as {hook}, got {sae.d_in} in {sae.spec}")
 
@@ -345,6 +363,7 @@ class Measured:
     """A finished measurement with what a result tells about it. Experiments at scale start from here."""
 
     sites: dict[str, SiteMeasurement]
+    predictors: list[str]  # names, as `SiteMeasurement.part_fit` takes them
     saes: list[dict[str, Any]]  # name, d_sae, architecture, folder, hook: what figures and tables list
     config: dict[str, Any]
     notes: list[str]
@@ -368,7 +387,7 @@ def _deciding(config: ManySaesConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     for name in ("checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens"):
         del fields[name]
-    local = [*config.sae, *config.cache, config.model, config.text, config.dataset, config.tokenised]
+    local = [*config.sae, *config.predictor, *config.cache, config.model, config.text, config.dataset, config.tokenised]
     fields["files"] = {path: _stamp(Path(path)) for path in local if path and Path(path).exists()}
     return fields
 
@@ -392,26 +411,48 @@ def measured(config: ManySaesConfig, stages: Stages) -> Measured:
         source = _source(config, found, folder, own, stages)
         _check_widths(source, found)
         names = _names(found.saes)
-        saes = [
-            MeasuredSae(name, hook, sae.d_sae, _loader(config, sae, own.device), sae.weight_bytes)
-            for name, hook, sae in zip(names, found.hooks, found.saes, strict=True)
-        ]
+        saes = _as_measured(config, names, found.hooks, found.saes, own.device)
+        others = _as_measured(config, _names(found.predictors), found.predictor_hooks, found.predictors, own.device)
+        predictors = {hook: [Predictor(sae.name, sae) for sae in others] for hook in found.sites}
         vocabulary = _vocabulary(source) if config.token_means else 0
         settings = dataclasses.replace(found.settings, token_means=vocabulary)
         with stages.stage("measure", tokens_to_read(source, settings) // own.size) as advance:
             sites = measure(
-                source, saes, settings, folder=folder, processes=own, config=_deciding(config), progress=advance
+                source,
+                saes,
+                settings,
+                folder=folder,
+                predictors=predictors,
+                processes=own,
+                config=_deciding(config),
+                progress=advance,
             )
     listed = [
         {"name": name, "d_sae": sae.d_sae, "architecture": sae.architecture, "folder": sae.spec, "hook": hook}
         for name, hook, sae in zip(names, found.hooks, found.saes, strict=True)
     ]
     shown = dataclasses.asdict(config) | {"model": found.model, "hook": ", ".join(found.sites)}
-    return Measured(sites, listed, shown, _notes(found, settings, source, sites), _counts(sites), folder)
+    return Measured(
+        sites,
+        [sae.name for sae in others],
+        listed,
+        shown,
+        _notes(found, settings, source, sites),
+        _counts(sites),
+        folder,
+    )
 
 
-def _loader(config: ManySaesConfig, sae: SaeDescription, device: str) -> Any:
-    return lambda: as_encoder(load_spec(sae.spec, device=device, dtype=config.sae_dtype))
+def _as_measured(
+    config: ManySaesConfig, names: Sequence[str], hooks: Sequence[str], saes: Sequence[SaeDescription], device: str
+) -> list[MeasuredSae]:
+    def load(spec: str) -> Encoder:
+        return as_encoder(load_spec(spec, device=device, dtype=config.sae_dtype))
+
+    return [
+        MeasuredSae(name, hook, sae.d_sae, lambda spec=sae.spec: load(spec), sae.weight_bytes)
+        for name, hook, sae in zip(names, hooks, saes, strict=True)
+    ]
 
 
 def _vocabulary(source: Source) -> int:

@@ -113,7 +113,7 @@ class SiteMeasurement:
     hook: str
     saes: dict[str, MeasuredSae]
     maps: dict[str, LinearMap]  # SAE -> b*
-    latents: dict[str, LatentSums]  # SAE -> how often each latent fired, and its values
+    latents: dict[str, LatentSums]  # SAE -> firing of each latent on the fit and held-out tokens
     per_token: Path  # folder of the table of held-out tokens
     left_out_by_position: int
     left_out_by_norm: int

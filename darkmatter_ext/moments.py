@@ -228,7 +228,7 @@ class TokenSums:
 
 @dataclass
 class LatentSums:
-    """How often each latent fired and the sum of its values, over all measured tokens."""
+    """How often each latent fired and the sum of its values."""
 
     fired: Tensor  # [F]
     values: Tensor  # [F]

@@ -100,6 +100,19 @@ def test_sites_come_from_the_saes_and_share_one_reading(workplace):
     assert many_saes.excerpt(found) == {}
 
 
+def test_saes_of_other_sites_predict_the_error(workplace):
+    out = workplace / "predicted"
+    more = ("--predictor", str(workplace / "z"), str(workplace / "b"), "--out", str(out))
+    assert cli.main(_flags(workplace, *more, saes=("a",))) == 0
+    result, plain = (load_result(path / "decomposition.json") for path in (out, workplace / "one"))
+    assert result.numbers["a/fvu_nonlinear"] == pytest.approx(plain.numbers["a/fvu_nonlinear"], rel=1e-6)
+    for part in ("error", "linear", "nonlinear"):
+        one, both = (result.numbers[f"a/r2_from/{name}/{part}"] for name in ("z", "all predictors"))
+        assert one < 1
+        assert both < 1
+    assert result.numbers["a/r2_from/b/linear"] > result.numbers["a/r2_from/b/nonlinear"]
+
+
 def test_metadata_decides_bos_length_positions_and_weights(workplace, tmp_path):
     plain = _saved(tmp_path / "plain", HOOK, 0, context_size=24, prepend_bos=False, seqpos_slice=[10, 20])
     centred = _saved(

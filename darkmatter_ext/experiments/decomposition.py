@@ -13,7 +13,7 @@ from darkmatter_ext import sae as sae_module
 from darkmatter_ext.activations import ActivationCache, load_tokenizer
 from darkmatter_ext.decomposition import Decomposition, Reconstruct, TokenBatch, decompose_stream
 from darkmatter_ext.error import sae_error
-from darkmatter_ext.many_saes import ManySaesConfig
+from darkmatter_ext.many_saes import ManySaesConfig, Measured
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result, provenance
 from darkmatter_ext.selection import HELD_OUT, UNUSED, MeasuredBatches, TokenSelection
@@ -92,6 +92,18 @@ def _high_norm_tokens(
     return shown
 
 
+def _from_predictors(measured: Measured, sae: str) -> dict[str, float]:
+    """R2 of each predictor, and of all together, for error, linear and nonlinear error."""
+    site, numbers = measured.site_of(sae), {}
+    sets = {name: [name] for name in measured.predictors}
+    if len(sets) > 1:
+        sets["all predictors"] = measured.predictors
+    for name, used in sets.items():
+        for part in ("error", "linear", "nonlinear"):
+            numbers[f"{sae}/r2_from/{name}/{part}"] = site.part_fit(used, sae, part).r2
+    return numbers
+
+
 def _run_many(config: ManySaesConfig, stages: Stages) -> Result:
     """Many SAEs that exist already, streamed; in every process of a torchrun."""
     measured = many_saes.measured(config, stages)
@@ -100,6 +112,7 @@ def _run_many(config: ManySaesConfig, stages: Stages) -> Result:
         for sae in measured.saes:
             found = measured.site_of(sae["name"]).decomposition(sae["name"])
             numbers |= {f"{sae['name']}/{key}": value for key, value in found.numbers().items()}
+            numbers |= _from_predictors(measured, sae["name"])
     return Result(
         experiment="decomposition",
         config=measured.config,
