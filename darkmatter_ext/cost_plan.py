@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from darkmatter_ext._library import has_kernels
 from darkmatter_ext.ops import prepare_encoder, threshold_encode
 from darkmatter_ext.presets import KNOWN_MODELS, KnownModel
 
 PROBE_TOKENS, PROBE_LATENTS = 512, 4096
-EMBEDDED = "smollm2-135m"
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,13 @@ def probe(device: str, d: int) -> Rates:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(PROBE_TOKENS, d, generator=generator).to(device)
     weight = (torch.randn(d, PROBE_LATENTS, generator=generator) / d**0.5).to(device)
-    prepared = prepare_encoder(weight, torch.zeros(PROBE_LATENTS, device=device)) if device == "cpu" else None
+    bias = torch.zeros(PROBE_LATENTS, device=device)
+    prepared = prepare_encoder(weight, bias) if has_kernels(torch.device(device)) else None
     wide = x.double()
 
     def encode() -> None:
         if prepared is not None:
-            threshold_encode(x, weight, torch.zeros(PROBE_LATENTS), 2.5, prepared=prepared)
+            threshold_encode(x, weight, bias, 2.5, prepared=prepared)
         else:
             _ = (x @ weight) > 2.5
 
@@ -118,7 +119,7 @@ def probe(device: str, d: int) -> Rates:
     )
 
 
-def _seconds(work, device: str) -> float:  # type: ignore[no-untyped-def]
+def _seconds(work: Callable[[], object], device: str) -> float:
     """The best of three after one to warm up."""
     best = float("inf")
     for attempt in range(4):

@@ -387,6 +387,7 @@ class _Engine:
                     norms = norm_targets(x[part], encoded.x_hat, linear, dtype=linear.dtype)
                     scalars.add(number, part, norms, encoded.l0)
                     sums.add_target(f"norms/{sae.name}", v[part], norms)
+            del encode  # an SAE that is not kept goes before the next one comes
         if scalars is not None:
             self._add_scalars(site, piece, scalars)
 

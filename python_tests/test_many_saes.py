@@ -1,5 +1,6 @@
 """Many SAEs through the command line on small models, what their metadata decides, plans, and the public SAEs' names."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ from test_activations import WORDS, _small_model, _word_tokenizer
 
 from darkmatter_ext import cli, many_saes, presets
 from darkmatter_ext.cost_plan import duration, known_model
+from darkmatter_ext.experiments import decomposition
 from darkmatter_ext.many_saes import ManySaesConfig
 from darkmatter_ext.per_token import read_tokens
 from darkmatter_ext.progress import Stages
@@ -101,16 +103,17 @@ def test_sites_come_from_the_saes_and_share_one_reading(workplace):
 
 
 def test_saes_of_other_sites_predict_the_error(workplace):
-    out = workplace / "predicted"
-    more = ("--predictor", str(workplace / "z"), str(workplace / "b"), "--out", str(out))
-    assert cli.main(_flags(workplace, *more, saes=("a",))) == 0
-    result, plain = (load_result(path / "decomposition.json") for path in (out, workplace / "one"))
-    assert result.numbers["a/fvu_nonlinear"] == pytest.approx(plain.numbers["a/fvu_nonlinear"], rel=1e-6)
+    config = ManySaesConfig(
+        sae=(str(workplace / "a"),), model=str(workplace / "llama"), text=str(workplace / "text.txt"), tokens=8000
+    )
+    with_others = dataclasses.replace(config, predictor=(str(workplace / "z"), str(workplace / "b")))
+    plain, found = (decomposition.run(own, Stages(show=False)).numbers for own in (config, with_others))
+    assert found["a/fvu_nonlinear"] == pytest.approx(plain["a/fvu_nonlinear"], rel=1e-6)
     for part in ("error", "linear", "nonlinear"):
-        one, both = (result.numbers[f"a/r2_from/{name}/{part}"] for name in ("z", "all predictors"))
+        one, both = (found[f"a/r2_from/{name}/{part}"] for name in ("z", "all predictors"))
         assert one < 1
         assert both < 1
-    assert result.numbers["a/r2_from/b/linear"] > result.numbers["a/r2_from/b/nonlinear"]
+    assert found["a/r2_from/b/linear"] > found["a/r2_from/b/nonlinear"]
 
 
 def test_metadata_decides_bos_length_positions_and_weights(workplace, tmp_path):
@@ -276,8 +279,11 @@ def test_saes_that_do_not_fit_are_refused(workplace, tmp_path, capsys):
 
 def test_a_named_checkpoint_refuses_another_configuration(workplace, tmp_path, capsys):
     flags = _flags(workplace, "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
-    assert cli.main(flags) == 0
-    capsys.readouterr()
+    config = ManySaesConfig(
+        sae=tuple(str(workplace / name) for name in ("a", "b")), model=str(workplace / "llama"),
+        text=str(workplace / "text.txt"), tokens=8000, checkpoint=str(tmp_path / "run"),
+    )  # fmt: skip
+    many_saes.measured(config, Stages(show=False))
     assert cli.main([*flags, "--fit-fraction", "0.5"]) == 2
     assert "fit_fraction 0.6 there, 0.5 here" in capsys.readouterr().err
 
