@@ -15,7 +15,7 @@ HOOKS = ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out")
 CONTEXTS, LENGTH, D = 60, 16, 12
 
 
-def small_sae(architecture, d_in, d_sae, seed):
+def small_sae(architecture, d_in, d_sae, seed, *, bias=-0.2, threshold=0.7):
     """A random SAE whose decoder is its encoder's transpose, so that it reconstructs something."""
     torch.manual_seed(seed)
     sae_class, cfg_class = get_sae_class(architecture)
@@ -24,9 +24,9 @@ def small_sae(architecture, d_in, d_sae, seed):
     directions = torch.randn(d_sae, d_in)
     directions /= directions.norm(dim=1, keepdim=True)
     weights = {"W_enc": directions.T.contiguous(), "W_dec": 0.8 * directions, "b_dec": torch.full((d_in,), 0.1)}
-    weights["b_enc"] = torch.full((d_sae,), -0.2)
+    weights["b_enc"] = torch.full((d_sae,), bias)
     if architecture == "jumprelu":
-        weights["threshold"] = torch.full((d_sae,), 0.7)
+        weights["threshold"] = torch.full((d_sae,), threshold)
     sae.load_state_dict(weights)
     return sae.eval().requires_grad_(False)
 

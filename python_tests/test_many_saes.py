@@ -24,7 +24,7 @@ HOOK = "blocks.1.hook_resid_post"
 
 
 def _saved(folder, hook, seed, d_sae=24, architecture="topk", **metadata):
-    sae = small_sae(architecture, 16, d_sae, seed)
+    sae = small_sae(architecture, 16, d_sae, seed, bias=0.0, threshold=0.01)  # the small models' activations are small
     for key, value in ({"hook_name": hook} | metadata).items():
         sae.cfg.metadata[key] = value
     sae.save_model(folder)
