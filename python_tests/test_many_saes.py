@@ -305,12 +305,13 @@ def test_torchrun_gives_the_table_of_one_process(workplace, tmp_path):
         flags = _flags(workplace, "--checkpoint", str(tmp_path / f"run-{n}"), "--out", str(tmp_path / name))
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", "--rdzv-backend=c10d",
                     "--rdzv-endpoint=localhost:0", "-m", "darkmatter_ext", *flags]  # fmt: skip
-        done = subprocess.run(launcher, capture_output=True, text=True, check=False, timeout=300)
+        # not from the source folder: `-m` would take the package there, which may have no compiled ops
+        done = subprocess.run(launcher, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("wrote") == 5  # once, not once a process
         results.append(load_result(tmp_path / name / "decomposition.json").numbers)
     assert results[1] == pytest.approx(results[0], rel=1e-7, abs=1e-9)
     flags = ["run", "decomposition", "--out", str(tmp_path / "demo")]
     launcher = [*launcher[: launcher.index("run")], *flags]
-    done = subprocess.run(launcher, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(launcher, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
     assert "torchrun: must be used with a preset whose work is divided" in done.stderr

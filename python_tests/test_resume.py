@@ -15,6 +15,7 @@ import torch
 from interrupted_run import SETTINGS
 from measurement_cases import HOOKS, numbers, open_caches, saes, write_caches
 
+import darkmatter_ext
 from darkmatter_ext.checkpoint import CheckpointFolder
 from darkmatter_ext.one_pass import measure
 from darkmatter_ext.per_token import TokenTable, read_tokens
@@ -30,8 +31,9 @@ def caches(tmp_path_factory):
 
 
 def _environment(**more):
-    root = str(SCRIPT.parent)
-    path = os.pathsep.join([root, str(SCRIPT.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """The package that is tested, wherever it is: the source folder beside the tests may have no compiled ops."""
+    package = str(Path(darkmatter_ext.__file__).parent.parent)
+    path = os.pathsep.join([str(SCRIPT.parent), package, *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 
