@@ -217,7 +217,9 @@ def pursuit_row() -> Row:
         oracle = reference.pursuit(x[:4].cpu(), dictionary.cpu(), 4).float()
         torch.testing.assert_close(ours, oracle, rtol=1e-3, atol=1e-3)
 
-    dense: Callable[[], Any] = lambda: peers.dense_gradient_pursuit(x, dictionary, steps)  # noqa: E731
+    def dense() -> Tensor:
+        return peers.dense_gradient_pursuit(x, dictionary, steps)
+
     return Row(
         f"pursuit gradient {n}x{d}x{n_atoms}, {steps} steps",
         lambda: dm.pursuit(x, prepared, steps),

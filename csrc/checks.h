@@ -83,6 +83,13 @@ inline void check_encoder_input(const Tensor& x, const Tensor& W_enc) {
   check_type("W_enc", W_enc, x.scalar_type());
 }
 
+inline void check_threshold(const Tensor& threshold, const Tensor& x, const Tensor& W_enc) {
+  check_type("threshold", threshold, x.scalar_type());
+  if (threshold.dim() != 0) {
+    check_vector("threshold", threshold, W_enc.size(1));
+  }
+}
+
 inline void check_encoder_weights(const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec) {
   check_dim("W_enc", W_enc, 2);
   check_floating("W_enc", W_enc);

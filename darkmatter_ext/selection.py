@@ -114,6 +114,14 @@ def select_tokens(
     )
 
 
+def check_whole_contexts(contexts: int, split: str) -> None:
+    """What an experiment that splices into whole held-out contexts needs of its settings. Raises ValueError."""
+    if contexts < 2:
+        raise ValueError(f"--contexts: must be at least 2 (intervals are over contexts), got {contexts}")
+    if split == "tokens":
+        raise ValueError("--split: must be documents or contexts to splice into whole contexts, got 'tokens'")
+
+
 @dataclass(frozen=True)
 class MeasuredBatches:
     """The measured tokens of a cache as TokenBatches, readable any number of times; memory: one shard."""

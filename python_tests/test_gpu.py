@@ -245,7 +245,7 @@ def test_pursuit_in_a_graph_equals_pursuit_step_by_step(monkeypatch):
 
 def test_drop_in():
     pytest.importorskip("sae_lens")
-    from sae_cases import make_sae  # type: ignore[import-not-found]
+    from sae_cases import make_sae
 
     sae = make_sae("topk").cuda()
     x = torch.randn(50, sae.cfg.d_in, device="cuda")

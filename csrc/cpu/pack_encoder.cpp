@@ -125,14 +125,9 @@ static void encode_latents(Packed& packed, const Tensor& b_enc) {
 }
 
 static Packed pack(const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec, bool screen) {
-  check_dim("W_enc", W_enc, 2);
-  check_floating("W_enc", W_enc);
-  const int64_t d = W_enc.size(0), n_latents = W_enc.size(1);
-  check_vector("b_enc", b_enc, n_latents);
-  check_type("b_enc", b_enc, W_enc.scalar_type());
+  check_encoder_weights(W_enc, b_enc, b_dec);
+  const int64_t n_latents = W_enc.size(1);
   if (b_dec) {
-    check_vector("b_dec", *b_dec, d);
-    check_type("b_dec", *b_dec, W_enc.scalar_type());
     check_no_nan("b_dec", torch::stable::contiguous(*b_dec), *b_dec);
   }
   Packed packed{packed_rows(W_enc), {}, {}, {}, {}};

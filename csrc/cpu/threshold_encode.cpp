@@ -143,10 +143,7 @@ static std::tuple<Tensor, Tensor, Tensor> threshold_encode(
     Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, Tensor threshold, OptionalTensor weight,
     OptionalTensor bias, OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds) {
   check_encoder_input(x, W_enc);
-  check_type("threshold", threshold, x.scalar_type());
-  if (threshold.dim() != 0) {
-    check_vector("threshold", threshold, W_enc.size(1));
-  }
+  check_threshold(threshold, x, W_enc);
   const Packed packed = packed_encoder(W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds}, x.size(0));
   const Tensor rows = torch::stable::contiguous(x), limits = torch::stable::contiguous(threshold);
   return dispatch_floating("x", x.scalar_type(), [&](auto type) {

@@ -51,8 +51,6 @@ static void screened_threshold(
   const LatentLimits of_latents{pointer<float>(limits), thresholds.step};
   ScreenPass pass(device, x, b_dec, packed, 0, FusedQuestion{0, margin_of<T>(), of_latents});
   const ExactRows<T> all = exact_rows<T>(x, packed);
-  Arena filter_arena{nullptr};
-  filter_arena.take<FilterShared>(1);
   const size_t finish_bytes = shared_bytes(all, [](Arena& arena) {
     arena.take<uint64_t>(kList);
     arena.take<int32_t>(kList);
@@ -63,7 +61,7 @@ static void screened_threshold(
       [&](const ScoreChunk& chunk, const ScreenedLatents& latents, const ScreenedTokens& tokens,
           const CandidateLists& lists, dim3 grid) {
         device.launch(
-            filter_threshold_kernel, grid, kThreads, filter_arena.used, chunk, latents, tokens, lists, of_latents);
+            filter_threshold_kernel, grid, kThreads, sizeof(FilterShared), chunk, latents, tokens, lists, of_latents);
       },
       [&](int64_t first, int64_t n, const ScreenedTokens& tokens, const CandidateLists& lists) {
         ExactRows<T> tile = all;
@@ -130,10 +128,7 @@ static std::tuple<Tensor, Tensor, Tensor> threshold_encode(
     Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, Tensor threshold, OptionalTensor weight,
     OptionalTensor bias, OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds) {
   check_encoder_input(x, W_enc);
-  check_type("threshold", threshold, x.scalar_type());
-  if (threshold.dim() != 0) {
-    check_vector("threshold", threshold, W_enc.size(1));
-  }
+  check_threshold(threshold, x, W_enc);
   const OnDevice device(x);
   const Packed packed =
       packed_encoder(device, W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds}, can_screen(W_enc));

@@ -17,8 +17,6 @@ static void screened_topk(
     const Tensor& values, const Tensor& indices) {
   ScreenPass pass(device, x, b_dec, packed, k, FusedQuestion{k, margin_of<T>(), {nullptr, 0}});
   const ExactRows<T> all = exact_rows<T>(x, packed);
-  Arena filter_arena{nullptr};
-  filter_arena.take<FilterShared>(1);
   const size_t finish_bytes = shared_bytes(all, [](Arena& arena) {
     TopKArrays{arena};
     arena.take<FinishShared>(1);
@@ -28,7 +26,7 @@ static void screened_topk(
       [&](const ScoreChunk& chunk, const ScreenedLatents& latents, const ScreenedTokens& tokens,
           const CandidateLists& lists, dim3 grid) {
         device.launch(
-            filter_topk_kernel, grid, kThreads, filter_arena.used, chunk, latents, tokens, lists, k, margin_of<T>());
+            filter_topk_kernel, grid, kThreads, sizeof(FilterShared), chunk, latents, tokens, lists, k, margin_of<T>());
       },
       [&](int64_t first, int64_t n, const ScreenedTokens& tokens, const CandidateLists& lists) {
         ExactRows<T> tile = all;

@@ -23,7 +23,7 @@ from darkmatter_ext.progress import Stages
 from darkmatter_ext.regression import LinearMap
 from darkmatter_ext.results import Result, provenance
 from darkmatter_ext.sae import as_reconstruct
-from darkmatter_ext.selection import FIT, HeldOutContexts, MeasuredBatches, mean_activation
+from darkmatter_ext.selection import FIT, HeldOutContexts, MeasuredBatches, check_whole_contexts, mean_activation
 from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
 from darkmatter_ext.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
 
@@ -54,10 +54,7 @@ class DownstreamConfig(SiteConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.contexts < 2:
-            raise ValueError(f"--contexts: must be at least 2 (intervals are over contexts), got {self.contexts}")
-        if self.split == "tokens":
-            raise ValueError("--split: must be documents or contexts to splice into whole contexts, got 'tokens'")
+        check_whole_contexts(self.contexts, self.split)
 
 
 PRESETS = {"demo": DownstreamConfig()}

@@ -25,7 +25,7 @@ from darkmatter_ext.progress import Stages
 from darkmatter_ext.regression import LinearStatistics
 from darkmatter_ext.results import Result, provenance
 from darkmatter_ext.sae import as_reconstruct, load_sae
-from darkmatter_ext.selection import HeldOutContexts, MeasuredBatches
+from darkmatter_ext.selection import HeldOutContexts, MeasuredBatches, check_whole_contexts
 from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
 from darkmatter_ext.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
 
@@ -45,10 +45,7 @@ class PathologyConfig(SiteConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.contexts < 2:
-            raise ValueError(f"--contexts: must be at least 2 (intervals are over contexts), got {self.contexts}")
-        if self.split == "tokens":
-            raise ValueError("--split: must be documents or contexts to splice into whole contexts, got 'tokens'")
+        check_whole_contexts(self.contexts, self.split)
         if min(self.layers, default=0) < 0 or len(set(self.layers)) < len(self.layers):
             raise ValueError(f"--layers: must be different numbers of at least 0, got {list(self.layers)}")
 
