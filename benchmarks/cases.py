@@ -245,20 +245,12 @@ def demo_problems() -> list[Problem]:
     """The demo's own SAEs on its own held-out activations, when the demo has run on this machine."""
     from darkmatter_ext.experiments.decomposition import DEMO
     from darkmatter_ext.progress import Stages
-    from darkmatter_ext.selection import HELD_OUT, select_tokens, tokens_with_role
-    from darkmatter_ext.site import site_activations, trained_saes
+    from darkmatter_ext.selection import HELD_OUT, tokens_with_role
+    from darkmatter_ext.site import site_contexts, site_selection, sites_activations, trained_saes
 
     config, stages = DEMO, Stages(show=False)
-    cache = site_activations(config, stages)
-    selection = select_tokens(
-        cache,
-        drop_positions=config.drop_positions,
-        max_norm_ratio=config.max_norm_ratio,
-        sae_fraction=config.sae_fraction,
-        fit_fraction=config.fit_fraction,
-        split=config.split,
-        seed=config.seed,
-    )
+    cache = sites_activations(config, [config.hook], site_contexts(config, stages), stages)[config.hook]
+    selection = site_selection(config, cache)
     x = tokens_with_role(cache, selection.roles, HELD_OUT)[:1024]
     problems = []
     for name, (sae, _) in trained_saes(config, cache, selection, stages).items():

@@ -281,8 +281,8 @@ def released(tokens: int) -> None:
             _row(seconds, procedure=name, tokens=tokens)
         batch = source.read(range(source.n_contexts))
         x = batch.activations[HOOK].flatten(0, 1)
-        from darkmatter_ext.one_pass import context_roles
         from darkmatter_ext.selection import FIT
+        from darkmatter_ext.sweeps import context_roles
 
         roles = context_roles(source.documents, _settings(passes=2))
         train = (roles == FIT).repeat_interleave(LENGTH)

@@ -9,6 +9,7 @@ Shapes: C contexts, L tokens a context (the first is BOS where the tokenizer has
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -223,11 +224,24 @@ def activation_cache(
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> ActivationCache:
-    """The activations of `contexts` at `hook`, computed once and kept in the cache folder.
+    """`activation_caches` of one hook point."""
+    return activation_caches(model, [hook], contexts, device=device, dtype=dtype, progress=progress)[hook]
+
+
+def activation_caches(
+    model: str,
+    hooks: Sequence[str],
+    contexts: Contexts,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> dict[str, ActivationCache]:
+    """The activations of `contexts` at each of `hooks`, computed once and kept in the cache folder.
 
     Args:
         model: the embedded model's name, a local folder, or a Hugging Face id.
-        hook: a hook point, see `hook_points`.
+        hooks: hook points, see `hook_points`; those not in the cache come from one forward pass.
         contexts: see `tokenize_contexts`.
         device, dtype: of the forward pass; activations are stored in `dtype`.
         progress: called with the number of tokens done, as they are done.
@@ -236,45 +250,58 @@ def activation_cache(
         ValueError: model or hook that does not exist.
         RuntimeError: activations that are not finite, a damaged cache.
 
-    Cost: one forward pass through blocks 0..N; C L d elements on disk. The folder's name is a fingerprint of
+    Cost: one forward pass as deep as the deepest; C L d elements on disk a hook point. A folder's name is a fingerprint of
     everything the content depends on, and it appears only when complete.
     """
-    layer = parse_hook(hook)
     token_sha256 = hashlib.sha256(contexts.tokens.numpy().tobytes()).hexdigest()
-    key = fingerprint(model=model, hook=hook, tokens=token_sha256, dtype=str(dtype))
-    folder = cache_dir("activations") / key
-    if not (folder / "meta.json").exists():
-        network = load_model(model, device=device, dtype=dtype, n_layers=layer + 1)
+    folders = {
+        hook: cache_dir("activations") / fingerprint(model=model, hook=hook, tokens=token_sha256, dtype=str(dtype))
+        for hook in hooks
+    }
+    missing = {hook: folder for hook, folder in folders.items() if not (folder / "meta.json").exists()}
+    if missing:
+        depth = 1 + max(map(parse_hook, missing))
+        network = load_model(model, device=device, dtype=dtype, n_layers=depth)
         n_contexts, context_length = contexts.tokens.shape
-        meta = {
-            "model": model,
-            "hook": hook,
-            "dtype": str(dtype).removeprefix("torch."),
-            "n_contexts": n_contexts,
-            "context_length": context_length,
-            "text_sha256": contexts.text_sha256,
-            "tokens_sha256": token_sha256,
-        }
-        with atomic_folder(folder) as part:
-            meta["d_in"] = _fill_cache(part, network, hook, contexts, device, progress)
-            (part / "meta.json").write_text(json.dumps(meta, indent=2))
-    return ActivationCache(folder, json.loads((folder / "meta.json").read_text()))
+        with contextlib.ExitStack() as stack:
+            parts = {hook: stack.enter_context(atomic_folder(folder)) for hook, folder in missing.items()}
+            widths = _fill_caches(parts, network, contexts, device, progress)
+            for hook, part in parts.items():
+                meta = {
+                    "model": model,
+                    "hook": hook,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "n_contexts": n_contexts,
+                    "context_length": context_length,
+                    "text_sha256": contexts.text_sha256,
+                    "tokens_sha256": token_sha256,
+                    "d_in": widths[hook],
+                }
+                (part / "meta.json").write_text(json.dumps(meta, indent=2))
+    return {
+        hook: ActivationCache(folder, json.loads((folder / "meta.json").read_text()))
+        for hook, folder in folders.items()
+    }
 
 
 @torch.inference_mode()
-def _fill_cache(
-    folder: Path, network: PreTrainedModel, hook: str, contexts: Contexts, device: str, progress: Progress | None
-) -> int:
-    """Run the model over all contexts and write the shards; returns the width of the hook point."""
-    d_in = 0
+def _fill_caches(
+    folders: Mapping[str, Path], network: PreTrainedModel, contexts: Contexts, device: str, progress: Progress | None
+) -> dict[str, int]:
+    """Run the model over all contexts and write the shards of each hook point; returns the widths."""
+    widths: dict[str, int] = {}
     for number, start in enumerate(range(0, len(contexts.tokens), CONTEXTS_PER_SHARD)):
         part = slice(start, start + CONTEXTS_PER_SHARD)
-        tokens, parts = contexts.tokens[part], []
+        tokens = contexts.tokens[part]
+        parts: dict[str, list[Tensor]] = {hook: [] for hook in folders}
         for batch in tokens.split(CONTEXTS_PER_FORWARD):
-            parts.append(site_activations(network, [hook], batch.to(device))[hook].cpu())
+            found = site_activations(network, list(folders), batch.to(device))
+            for hook, x in found.items():
+                parts[hook].append(x.cpu())
             if progress is not None:
                 progress(batch.numel())
-        activations = torch.cat(parts)
-        d_in = activations.shape[-1]
-        _write_shard(folder, number, activations, tokens, contexts.documents[part])
-    return d_in
+        for hook, folder in folders.items():
+            activations = torch.cat(parts[hook])
+            widths[hook] = activations.shape[-1]
+            _write_shard(folder, number, activations, tokens, contexts.documents[part])
+    return widths

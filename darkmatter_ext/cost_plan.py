@@ -64,15 +64,18 @@ def cost(
     depth: int,
     tokens: int,
     passes: int,
+    groups: int,
     sae_bytes: int,
     download_saes: bool,
 ) -> Cost:
-    """Costs by arithmetic. `depth`: blocks of the model that run; `sae_bytes`: of one weight as loaded."""
+    """Costs by arithmetic. `depth`: blocks of the model that run; `groups`: of held-out contexts;
+    `sae_bytes`: of one weight as loaded.
+    """
     weights = [2 * sae.d_in * sae.d_sae for sae in saes]
     sites = {sae.hook: sae.d_in for sae in saes}
     roles = 2 if passes == 2 else 3
-    # Every role has a Gram matrix a site; errors are summed over fit and held-out tokens.
-    sums = 8 * (roles * sum(d * d for d in sites.values()) + 2 * sum(sae.d_in**2 for sae in saes))
+    # Every role has a Gram matrix a site, held-out tokens one a group; errors are summed over fit and held-out tokens.
+    sums = 8 * ((roles + groups - 1) * sum(d * d for d in sites.values()) + 2 * sum(sae.d_in**2 for sae in saes))
     per_token_sums = sum(d * d for d in sites.values()) + sum(2 * sae.d_in**2 for sae in saes)
     own = 0.0 if model is None else model.layer_parameters * depth
     return Cost(

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,12 +27,9 @@ from darkmatter_ext.per_token import read_tokens
 from darkmatter_ext.presets import SAE_SETS
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.sae import Encoder, SaeDescription, as_encoder, describe_sae, load_spec
-from darkmatter_ext.sources import ContextBatch, LensSource, ModelSource, Source, asked_processing, open_cache
+from darkmatter_ext.sources import LensSource, ModelSource, SelectedContexts, Source, asked_processing, open_cache
 from darkmatter_ext.storage import cache_dir, fingerprint
 from darkmatter_ext.text import documents
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "huggingface", "transformer-lens")
@@ -84,6 +81,10 @@ class ManySaesConfig:
     """with --passes 1: share of the other text that the norm tests are fitted on; the rest is held out"""
     passes: int = 2
     """2: the paper's procedure, every token read twice; 1: every token read once, norm tests fitted on text of their own"""
+    parity: str = "paper"
+    """paper, or released-code: regressions without bias, b* of the norm tests and FVU on all tokens (--passes 2)"""
+    interval_groups: int = 10
+    """groups of held-out contexts for 95 % intervals; each keeps a Gram matrix; 1: no intervals"""
     products: str = "float64"
     """of the sums: float64, or float32 added up in float64 (half the time; R2 and FVU within 1e-5)"""
     loss: bool = False
@@ -285,40 +286,14 @@ def _rows(config: ManySaesConfig, found: _Resolved) -> Rows:
     )
 
 
-@dataclass(frozen=True)
-class _FirstContexts:
-    """A source cut to its first contexts."""
-
-    source: Source
-    n_contexts: int
-
-    @property
-    def widths(self) -> dict[str, int]:
-        return self.source.widths
-
-    @property
-    def context_length(self) -> int:
-        return self.source.context_length
-
-    @property
-    def identity(self) -> str:
-        return self.source.identity
-
-    @property
-    def documents(self) -> Tensor:
-        return self.source.documents[: self.n_contexts]
-
-    def read(self, numbers: Sequence[int]) -> ContextBatch:
-        return self.source.read(numbers)
-
-
 def _source(config: ManySaesConfig, found: _Resolved, folder: Path, own: Processes, stages: Stages) -> Source:
     if config.cache:
         source: Any = open_cache(config.cache)
         missing = [hook for hook in found.read if hook not in source.widths]
         if missing:
             raise ValueError(f"--cache: must hold {missing[0]}, got {', '.join(source.widths)}")
-        return _FirstContexts(source, min(source.n_contexts, max(2, config.tokens // source.context_length)))
+        wanted = max(2, config.tokens // source.context_length)
+        return SelectedContexts(source, torch.arange(min(source.n_contexts, wanted)))
     contexts = folder / "contexts"
     if own.is_first and not contexts.exists():
         with stages.stage("tokenise text"):
@@ -369,6 +344,7 @@ class Measured:
     notes: list[str]
     numbers: dict[str, float]  # token counts
     folder: Path
+    provenance: dict[str, Any]  # what identifies the text
 
     def site_of(self, name: str) -> SiteMeasurement:
         """The site of an SAE."""
@@ -388,11 +364,11 @@ def _deciding(config: ManySaesConfig) -> dict[str, Any]:
     for name in ("checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens"):
         del fields[name]
     local = [*config.sae, *config.predictor, *config.cache, config.model, config.text, config.dataset, config.tokenised]
-    fields["files"] = {path: _stamp(Path(path)) for path in local if path and Path(path).exists()}
+    fields["files"] = {path: stamp(Path(path)) for path in local if path and Path(path).exists()}
     return fields
 
 
-def _stamp(path: Path) -> list[int]:
+def stamp(path: Path) -> list[int]:
     """Total size and last change of a file or a folder: another SAE under an old name must not be taken for it."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     found = [file.stat() for file in files]
@@ -438,8 +414,9 @@ def measured(config: ManySaesConfig, stages: Stages) -> Measured:
         listed,
         shown,
         _notes(found, settings, source, sites),
-        _counts(sites),
+        token_counts(sites),
         folder,
+        {"tokens_sha256": source.identity},
     )
 
 
@@ -463,7 +440,8 @@ def _vocabulary(source: Source) -> int:
     return 1 + max(int(source.read([number]).tokens.max()) for number in range(source.n_contexts))
 
 
-def _counts(sites: dict[str, SiteMeasurement]) -> dict[str, float]:
+def token_counts(sites: dict[str, SiteMeasurement]) -> dict[str, float]:
+    """What a result reports about tokens, by name, of the first site."""
     first = next(iter(sites.values()))
     return {
         "tokens/fit": first.n_fit,
@@ -553,6 +531,7 @@ def plan_lines(config: ManySaesConfig) -> list[str]:
         depth=model.n_layers if config.loss and model else depth,
         tokens=config.tokens,
         passes=config.passes,
+        groups=config.interval_groups,
         sae_bytes=4 if config.sae_dtype == "float32" else 2,
         download_saes=any(not Path(sae.name).is_dir() for sae in planned),
     )

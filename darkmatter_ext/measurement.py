@@ -20,14 +20,19 @@ What an experiment does with it:
     site.scalar_fit(["16k/error_norm"], ["65k/error_norm"]).r2     # per-token; also "loss", "x_norm", "16k/l0" (baselines)
     site.token_mean_r2()                               # baseline: the mean over a token's occurrences
     site.part_fit(["mlp"], "16k", "nonlinear").r2      # error, linear, nonlinear from other SAEs' outputs (earlier-layers)
+    site.intervals("16k")["fvu"]                       # with 95 % intervals; also scalar_interval, part_interval
     read_tokens(site.per_token)                        # arrow table, a row a held-out token
 
-Shapes: n tokens, d width of the site, S SAEs, p = d + widths of the predictors.
+Intervals: the held-out contexts are dealt into G groups whose Gram matrices are kept apart, and every score is a function of
+sums over groups, so leaving out one group at a time (`intervals.jackknife`) costs no reading. They cover the choice of
+held-out text; the maps are those of the fit tokens throughout.
+
+Shapes: n tokens, d width of the site, S SAEs, p = d + widths of the predictors, G groups of held-out contexts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +41,7 @@ from torch import Tensor
 
 from darkmatter_ext.decomposition import Decomposition
 from darkmatter_ext.error import NORM_TARGETS
+from darkmatter_ext.intervals import Interval, jackknife
 from darkmatter_ext.moments import PRODUCTS, LatentSums, LinearSums, TokenSums
 from darkmatter_ext.regression import LinearFit, LinearMap, LinearStatistics, SplitStatistics
 from darkmatter_ext.sae import Encoder
@@ -43,6 +49,7 @@ from darkmatter_ext.selection import FIT, HELD_OUT
 
 NORM_FIT = 4  # role beside selection's: tokens the norm tests are fitted on when every token is read once
 SPLITS = ("documents", "contexts", "tokens")
+PARITIES = ("paper", "released-code")
 # Per SAE and token, squared norms first; the two unsquared norms are what the per-token figures regress.
 SAE_SCALARS = ("sae", "error", "linear", "nonlinear", "sae_plus_nonlinear", "l0", "error_norm", "nonlinear_norm")
 
@@ -59,6 +66,9 @@ class MeasureSettings:
     drop_positions: int = 8
     last_position: int = 0  # positions from here on are left out; 0: none
     max_norm_ratio: float = 10.0
+    interval_groups: int = 10  # of held-out contexts; 1: no intervals
+    # released-code: no bias in any regression, the norm tests' b* fitted on held-out tokens too, FVU on all tokens
+    parity: str = "paper"
     batch_tokens: int = 4096  # through an SAE at a time
     block_contexts: int = 16  # through the model at a time, and through all SAEs before the next
     table_contexts: int = 0  # held-out contexts whose tokens are written to the table; 0: all
@@ -76,6 +86,12 @@ class MeasureSettings:
             raise ValueError(f"--split: must be documents, contexts or tokens, got {self.split!r}")
         if self.passes == 1 and self.split == "tokens":
             raise ValueError("--split: must be documents or contexts with --passes 1, got 'tokens'")
+        if self.parity not in PARITIES:
+            raise ValueError(f"--parity: must be one of {', '.join(PARITIES)}, got {self.parity!r}")
+        if self.passes == 1 and self.parity == "released-code":
+            raise ValueError("--passes: must be 2 with --parity released-code, got 1")
+        if self.interval_groups < 1:
+            raise ValueError(f"--interval-groups: must be at least 1, got {self.interval_groups}")
         for name in ("fit_fraction", "norm_fit_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: must be between 0 and 1, got {getattr(self, name)}")
@@ -118,8 +134,12 @@ class SiteMeasurement:
     left_out_by_position: int
     left_out_by_norm: int
     typical_norm: float  # median of the first contexts
+    released: bool  # the released code's choices, see MeasureSettings.parity
     _linear: dict[int, LinearSums]
     _scalars: dict[int, LinearSums]
+    _groups: list[LinearSums]  # of held-out contexts
+    _scalar_groups: list[LinearSums]
+    _residuals: Tensor  # [G, S, 3, d] held-out: sums of the error, its square, the square of its nonlinear part
     _token_means: dict[int, TokenSums]
     _extra: Tensor
 
@@ -142,7 +162,8 @@ class SiteMeasurement:
         return self._linear[HELD_OUT].count
 
     def _fit(self, role: int, statistics: Callable[[LinearSums], LinearStatistics]) -> LinearFit:
-        return SplitStatistics(statistics(self._linear[role]), statistics(self._linear[HELD_OUT])).fit()
+        sides = (statistics(self._linear[role]), statistics(self._linear[HELD_OUT]))
+        return SplitStatistics(*sides).fit(bias=not self.released)
 
     def error_fit(self, sae: str) -> LinearFit:
         """Error vector test: b* with its scores on fit and held-out tokens."""
@@ -165,6 +186,11 @@ class SiteMeasurement:
 
         Raises ValueError for another part, KeyError for an unknown name.
         """
+        return self._fit(FIT, self._part_statistics(predictors, sae, part))
+
+    def _part_statistics(
+        self, predictors: Sequence[str], sae: str, part: str
+    ) -> Callable[[LinearSums], LinearStatistics]:
         error = f"error/{sae}"
         kinds: dict[str, Callable[[LinearSums], LinearStatistics]] = {
             "error": lambda sums: sums.statistics(predictors, [error]),
@@ -173,12 +199,24 @@ class SiteMeasurement:
         }
         if part not in kinds:
             raise ValueError(f"part: must be one of {', '.join(kinds)}, got {part!r}")
-        return self._fit(FIT, kinds[part])
+        return kinds[part]
+
+    def part_interval(self, predictors: Sequence[str], sae: str, part: str) -> Interval:
+        """R2 of `part_fit` with its interval. Raises as it does; KeyError when measured without predictors."""
+        fit = self.part_fit(predictors, sae, part)
+        statistics = self._part_statistics(predictors, sae, part)
+        return _r2_intervals(fit.map, map(statistics, self._groups), mean=True)[0]
 
     def scalar_fit(self, predictors: Sequence[str], targets: Sequence[str]) -> LinearFit:
         """Least squares between per-token scalars (see `scalar_names`), fitted and scored as the norm tests are."""
         train, test = (self._scalars[role].statistics(predictors, targets) for role in (self._norm_fit, HELD_OUT))
-        return SplitStatistics(train, test).fit()
+        return SplitStatistics(train, test).fit(bias=not self.released)
+
+    def scalar_interval(self, predictors: Sequence[str], target: str) -> Interval:
+        """R2 of `scalar_fit` for one target, with its interval."""
+        fit = self.scalar_fit(predictors, [target])
+        groups = (sums.statistics(predictors, [target]) for sums in self._scalar_groups)
+        return _r2_intervals(fit.map, groups)[0]
 
     def token_mean_r2(self) -> dict[str, float]:
         """R2 of predicting squared norms by their mean over the token's occurrences: "SAE/error" and so on.
@@ -194,15 +232,19 @@ class SiteMeasurement:
     def decomposition(self, sae: str) -> Decomposition:
         """All numbers of an SAE, as `decomposition.decompose_stream` gives them."""
         held_out = self._linear[HELD_OUT]
-        variance = held_out.statistics(["x"], ["x"]).moment_yy.sum().item()
         error, norms = self.error_fit(sae), self.norm_fit(sae)
-        squared_error = held_out.tensors[f"yy/error/{sae}"].sum().item()
+        scored = LinearSums.merged([self._linear[FIT], held_out]) if self.released else held_out
+        variance = scored.statistics(["x"], ["x"]).moment_yy.sum().item()
+        squared_error = scored.tensors[f"yy/error/{sae}"].sum().item()
+        unexplained = (
+            scored.statistics(["x"], [f"error/{sae}"]).score(error.map).sse if self.released else error.test.sse
+        )
         mean_norms = held_out.tensors[f"y/norms/{sae}"] / held_out.count
         relative, zero_tokens, l0 = self._extra[list(self.saes).index(sae)].tolist()
         counted = held_out.count - zero_tokens
         return Decomposition(
             fvu=squared_error / variance if variance > 0 else float("nan"),
-            fvu_nonlinear=error.test.sse.sum().item() / variance if variance > 0 else float("nan"),
+            fvu_nonlinear=unexplained.sum().item() / variance if variance > 0 else float("nan"),
             normalised_mse=relative / counted if counted else float("nan"),
             r2_vec=error.r2,
             r2_vec_train=error.train.mean_r2,
@@ -214,3 +256,57 @@ class SiteMeasurement:
             rank=error.map.rank,
             error_map=self.maps[sae],
         )
+
+    def intervals(self, sae: str) -> dict[str, Interval]:
+        """Of an SAE, by the names of `decomposition(sae).numbers()`: fvu, fvu_nonlinear, linear_share, r2_vec, r2_norm/..."""
+        number = list(self.saes).index(sae)
+        rows = []
+        for group, residuals in zip(self._groups, self._residuals[:, number], strict=True):
+            x = group.statistics(["x"], ["x"])
+            square_x = (x.moment_yy + x.count * x.mean_x.square()).sum()
+            head = [torch.tensor([x.count], dtype=torch.float64), square_x[None].cpu(), (x.count * x.mean_x).cpu()]
+            rows.append(torch.cat([*head, residuals.flatten().cpu()]))
+        names = ("fvu", "fvu_nonlinear", "linear_share", "r2_vec")
+        found = dict(zip(names, jackknife(_nonempty(rows), _error_scores), strict=True))
+        groups = (group.statistics(["x"], [f"norms/{sae}"]) for group in self._groups)
+        norms = _r2_intervals(self.norm_fit(sae).map, groups)
+        found |= {f"r2_norm/{name}": interval for name, interval in zip(NORM_TARGETS, norms, strict=True)}
+        if self.released:  # scored on all tokens there, which no group holds
+            found |= {
+                name: Interval(self.decomposition(sae).numbers()[name], *[float("nan")] * 2) for name in names[:3]
+            }
+        return found
+
+
+def _nonempty(rows: Sequence[Tensor]) -> Tensor:
+    """[G, m]: the groups that have tokens; their count comes first in a row."""
+    kept = [row for row in rows if row[0] > 0]
+    return torch.stack(kept or list(rows))
+
+
+def _error_scores(sums: Tensor) -> Tensor:
+    """FVU, FVU_nonlinear, linear share and R2 of the error vector from sums [..., 2 + 4 d] over groups."""
+    n, square_x, sums = sums[..., 0], sums[..., 1], sums[..., 2:]
+    x, error, square, nonlinear = sums.unflatten(-1, (4, -1)).unbind(-2)
+    variance = square_x - x.square().sum(-1) / n
+    fvu, fvu_nonlinear = (part.sum(-1) / variance for part in (square, nonlinear))
+    total = square - error.square() / n[..., None]
+    r2 = torch.where(total > 0, 1 - nonlinear / total, torch.nan).nanmean(-1)
+    return torch.stack([fvu, fvu_nonlinear, 1 - fvu_nonlinear / fvu, r2], dim=-1)
+
+
+def _r2_intervals(linear_map: LinearMap, groups: Iterable[LinearStatistics], *, mean: bool = False) -> list[Interval]:
+    """R2 of a map on the tokens of all groups, per target or their mean (over those that vary), with intervals."""
+    rows = []
+    for group in groups:
+        y, n = group.mean_y, group.count
+        parts = [n * y, group.moment_yy + n * y.square(), group.score(linear_map).sse]
+        rows.append(torch.cat([torch.tensor([n], dtype=torch.float64), *(part.cpu() for part in parts)]))
+
+    def r2(sums: Tensor) -> Tensor:
+        y, square, sse = sums[..., 1:].unflatten(-1, (3, -1)).unbind(-2)
+        total = square - y.square() / sums[..., :1]
+        found = torch.where(total > 0, 1 - sse / total, torch.nan)
+        return found.nanmean(-1, keepdim=True) if mean else found
+
+    return jackknife(_nonempty(rows), r2)

@@ -115,6 +115,17 @@ class LinearSums:
         self.tensors[f"yy/{name}"] += squares
         add_product(self.tensors[f"vy/{name}"], v, y)
 
+    @classmethod
+    def merged(cls, parts: Sequence[LinearSums]) -> LinearSums:
+        """The tokens of several sums with the same blocks and shift; a target's sums are of the parts that have it."""
+        tensors: dict[str, Tensor] = {}
+        targets: dict[str, int] = {}
+        for part in parts:
+            targets |= part.targets
+            for name, tensor in part.tensors.items():
+                tensors[name] = tensors[name] + tensor if name in tensors else tensor
+        return cls(parts[0].blocks, targets, parts[0].shift, parts[0].products, tensors)
+
     def reduced(self, reduce: Reduce, *, targets: Sequence[str] | None = None) -> LinearSums:
         """The sums of all processes, with some of the targets (default: all); own sums stay what they were."""
         wanted = list(self.targets) if targets is None else list(targets)

@@ -1,8 +1,9 @@
 """The pass itself: blocks of contexts from a source through all SAEs into sums, resumable, in any number of processes.
 
-`measurement.py` says what is measured and how it is read. Memory: the SAEs' weights, 8 (p^2 + S p d) bytes of sums a role, one
+`measurement.py` says what is measured and how it is read, `sweeps.py` which context is read when. Memory: the SAEs' weights,
+8 (p^2 + S p d) bytes of sums a role, 8 p^2 for each further group of held-out contexts (with predictors 8 (p^2 + S p d)), one
 block of activations; nothing grows with the tokens. Cost a token and SAE: one encode and decode a reading, p d
-multiply-adds for the errors, d^2 for b* applied; p^2 for the Gram matrix all SAEs of a site share.
+multiply-adds for the errors, d^2 for b* applied to them; p^2 for the Gram matrix all SAEs of a site share.
 
 Shapes: n tokens, d width of the site, S SAEs, p = d + widths of the predictors.
 """
@@ -31,12 +32,13 @@ from darkmatter_ext.measurement import (
     SiteMeasurement,
     scalar_names,
 )
-from darkmatter_ext.moments import LatentSums, LinearSums, Reduce, TokenSums, as_columns
+from darkmatter_ext.moments import LatentSums, LinearSums, Reduce, TokenSums, as_columns, column_sums
 from darkmatter_ext.per_token import TokenTable
-from darkmatter_ext.regression import LinearMap, train_mask
+from darkmatter_ext.regression import LinearMap
 from darkmatter_ext.sae import Encoded, Encoder
 from darkmatter_ext.selection import FIT, HELD_OUT, UNUSED
 from darkmatter_ext.sources import ContextBatch, Source
+from darkmatter_ext.sweeps import Sweep, context_groups, context_roles, sweeps
 
 TABLE_SCALARS = ("sae", "error", "linear", "nonlinear", "l0")  # of SAE_SCALARS, what the table of tokens keeps
 TOKEN_MEANS = ("error", "linear", "nonlinear")
@@ -47,20 +49,12 @@ class _Piece(NamedTuple):
     """Tokens of one role of a block at one site."""
 
     role: int
+    group: int  # of held-out contexts
     x: dict[str, Tensor]  # hook point -> [n, d]: the site's own and those its predictors read
     tokens: Tensor  # [n] int64
     contexts: Tensor  # [n] int64
     positions: Tensor  # [n] int64
     loss: Tensor | None  # [n]
-
-
-class _Sweep(NamedTuple):
-    """What one reading of some contexts adds: predictors (Gram), errors, norms and scalars, by role."""
-
-    contexts: list[int]
-    counted: frozenset[int]
-    errors: frozenset[int]
-    norms: frozenset[int]
 
 
 @dataclass
@@ -89,8 +83,12 @@ class _SiteSums:
     saes: tuple[MeasuredSae, ...]
     predictors: tuple[Predictor, ...]
     typical_norm: float
-    linear: dict[int, LinearSums]
+    linear: dict[int, LinearSums]  # of the roles that are not held out
     scalars: dict[int, LinearSums]
+    # Held-out tokens by group. Errors are large, [p, d] an SAE: without predictors the first has those of all groups.
+    groups: list[LinearSums]
+    scalar_groups: list[LinearSums]
+    residuals: Tensor  # [G, S, 3, d] held-out: sums of the error, its square, the square of its nonlinear part
     token_means: dict[int, TokenSums]
     latents: dict[str, LatentSums]
     extra: Tensor  # [S, 3] held-out: sum of ||e||^2 / ||x||^2, tokens with ||x|| = 0, sum of L0
@@ -98,10 +96,18 @@ class _SiteSums:
 
     def tensors(self) -> dict[str, Tensor]:
         """All sums by name, not copied."""
-        named = {"extra": self.extra, "left_out": self.left_out, "shift": self.linear[FIT].shift}  # one for all roles
-        for kind, group in (("linear", self.linear), ("scalars", self.scalars)):
-            for role, sums in group.items():
-                named |= {f"{kind}/{role}/{name}": tensor for name, tensor in sums.tensors.items()}
+        named = {"extra": self.extra, "left_out": self.left_out, "residuals": self.residuals}
+        named["shift"] = self.linear[FIT].shift  # one for all roles
+        held_out = dict(enumerate(self.groups)), dict(enumerate(self.scalar_groups))
+        kinds = (
+            ("linear", self.linear),
+            ("scalars", self.scalars),
+            ("group", held_out[0]),
+            ("scalar_group", held_out[1]),
+        )
+        for kind, every in kinds:
+            for key, sums in every.items():
+                named |= {f"{kind}/{key}/{name}": tensor for name, tensor in sums.tensors.items()}
         for role, sums in self.token_means.items():
             named |= {f"token_means/{role}/counts": sums.counts, f"token_means/{role}/sums": sums.sums}
         for name, sums in self.latents.items():
@@ -111,37 +117,18 @@ class _SiteSums:
     def load(self, saved: Mapping[str, Tensor]) -> None:
         for name, tensor in self.tensors().items():
             tensor.copy_(saved[f"{self.hook}/{name}"])
-        for sums in self.linear.values():
+        for sums in (*self.linear.values(), *self.groups):
             sums.shift.copy_(saved[f"{self.hook}/shift"])
 
+    def linear_of(self, piece: _Piece) -> LinearSums:
+        return self.groups[piece.group] if piece.role == HELD_OUT else self.linear[piece.role]
 
-def context_roles(documents: Tensor, settings: MeasureSettings) -> Tensor:
-    """[C] the role of each context; for split "tokens" every context is both (roles are dealt by token).
+    def errors_of(self, piece: _Piece) -> LinearSums:
+        """Where errors are added: see `groups`."""
+        return self.groups[0] if piece.role == HELD_OUT and not self.predictors else self.linear_of(piece)
 
-    Raises ValueError when a side would be empty.
-    """
-    if settings.split == "tokens":
-        return torch.full((len(documents),), FIT)
-    groups = documents if settings.split == "documents" else torch.arange(len(documents))
-    fit = train_mask(groups, fraction=settings.fit_fraction, seed=settings.seed + 1)
-    roles = torch.where(fit, FIT, HELD_OUT)
-    if settings.passes == 1:
-        rest = train_mask(groups[~fit], fraction=settings.norm_fit_fraction, seed=settings.seed + 2)
-        roles[~fit] = torch.where(rest, NORM_FIT, HELD_OUT)
-    return roles
-
-
-def _sweeps(roles: Tensor, settings: MeasureSettings) -> list[_Sweep]:
-    by_role = [number for role in (FIT, NORM_FIT, HELD_OUT) for number in (roles == role).nonzero().flatten().tolist()]
-    both = frozenset((FIT, HELD_OUT))
-    if settings.passes == 2:
-        return [_Sweep(by_role, both, both, frozenset()), _Sweep(by_role, frozenset(), frozenset(), both)]
-    n_fit, later = int((roles == FIT).sum()), frozenset((NORM_FIT, HELD_OUT))
-    only = frozenset((FIT,))
-    return [
-        _Sweep(by_role[:n_fit], only, only, frozenset()),
-        _Sweep(by_role[n_fit:], later, frozenset((HELD_OUT,)), later),
-    ]
+    def scalars_of(self, piece: _Piece) -> LinearSums:
+        return self.scalar_groups[piece.group] if piece.role == HELD_OUT else self.scalars[piece.role]
 
 
 @dataclass
@@ -190,7 +177,8 @@ class _Engine:
         self.device = processes.device
         self.rack = _Rack(settings.sae_memory)
         self.roles = context_roles(source.documents, settings)
-        self.sweeps = _sweeps(self.roles, settings)
+        self.groups = context_groups(source.documents, self.roles, settings)
+        self.sweeps = sweeps(self.roles, settings)
         held_out = (
             self.sweeps[1].contexts if settings.split == "tokens" else (self.roles == HELD_OUT).nonzero().flatten()
         )
@@ -226,18 +214,26 @@ class _Engine:
         counted = frozenset().union(*(sweep.counted for sweep in self.sweeps))
         with_errors = frozenset().union(*(sweep.errors for sweep in self.sweeps))
         with_norms = frozenset().union(*(sweep.norms for sweep in self.sweeps))
+        products, n_groups = self.settings.products, self.settings.interval_groups
         linear = {
             role: LinearSums.empty(
                 blocks,
                 (errors if role in with_errors else {}) | (norm_targets_ if role in with_norms else {}),
                 shift,
-                self.settings.products,
+                products,
             )
-            for role in sorted(counted)
+            for role in sorted(counted - {HELD_OUT})
         }
+        groups = [
+            LinearSums.empty(blocks, (errors if predictors or not number else {}) | norm_targets_, shift, products)
+            for number in range(n_groups)
+        ]
         names = scalar_names([sae.name for sae in saes], loss=self.has_loss)
         zero = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        scalars = {role: LinearSums.empty(dict.fromkeys(names, 1), {}, zero) for role in sorted(with_norms)}
+        columns = dict.fromkeys(names, 1)
+        scalars = {role: LinearSums.empty(columns, {}, zero) for role in sorted(with_norms - {HELD_OUT})}
+        scalar_groups = [LinearSums.empty(columns, {}, zero) for _ in range(n_groups)]
+        residuals = torch.zeros(n_groups, len(saes), 3, d, dtype=torch.float64, device=self.device)
         means = [f"{sae.name}/{part}" for sae in saes for part in TOKEN_MEANS]
         vocabulary = self.settings.token_means
         token_means = {
@@ -246,7 +242,21 @@ class _Engine:
         latents = {sae.name: LatentSums.empty(sae.d_sae, self.device) for sae in saes}
         extra = torch.zeros(len(saes), 3, dtype=torch.float64, device=self.device)
         left_out = torch.zeros(2, dtype=torch.float64)
-        return _SiteSums(hook, saes, predictors, typical, linear, scalars, token_means, latents, extra, left_out)
+        return _SiteSums(
+            hook,
+            saes,
+            predictors,
+            typical,
+            linear,
+            scalars,
+            groups,
+            scalar_groups,
+            residuals,
+            token_means,
+            latents,
+            extra,
+            left_out,
+        )
 
     def _read_hooks(self, hook: str, predictors: Sequence[Predictor]) -> list[str]:
         return list(dict.fromkeys([hook, *(predictor.sae.hook for predictor in predictors)]))
@@ -291,15 +301,16 @@ class _Engine:
                 self.applied = {hook: self._on_shifted(site) for hook, site in self.sites.items()}
         return {hook: self._result(site) for hook, site in self.sites.items()}
 
-    def _blocks(self, sweep: _Sweep) -> list[list[int]]:
+    def _blocks(self, sweep: Sweep) -> list[list[int]]:
         size, contexts = self.settings.block_contexts, torch.tensor(sweep.contexts)
         blocks: list[list[int]] = []
-        for role in (FIT, NORM_FIT, HELD_OUT):  # a block has one role, so that its tokens need not be sorted
-            numbers = contexts[self.roles[contexts] == role].tolist()
-            blocks += [numbers[i : i + size] for i in range(0, len(numbers), size)]
+        for role in (FIT, NORM_FIT, HELD_OUT):  # a block has one role and group, so that its tokens need not be sorted
+            own = contexts[self.roles[contexts] == role]
+            for group in self.groups[own].unique().tolist():
+                blocks += [part.tolist() for part in own[self.groups[own] == group].split(size)]
         return self.processes.share(blocks)
 
-    def _sweep(self, number: int, sweep: _Sweep, done: int, advance: Callable[[int], None]) -> None:
+    def _sweep(self, number: int, sweep: Sweep, done: int, advance: Callable[[int], None]) -> None:
         blocks, last = self._blocks(sweep), time.monotonic()
         length = self.source.context_length
         advance(length * sum(len(block) for block in blocks[:done]))
@@ -328,7 +339,7 @@ class _Engine:
         }
         self.checkpoint.save(tensors, state)
 
-    def _pieces(self, batch: ContextBatch, site: _SiteSums, sweep: _Sweep) -> Iterator[_Piece]:
+    def _pieces(self, batch: ContextBatch, site: _SiteSums, sweep: Sweep) -> Iterator[_Piece]:
         """The measured tokens of a block at a site, by role."""
         own = batch.activations[site.hook]
         positions_kept = self._kept_positions(batch).expand(own.shape[:2])
@@ -351,6 +362,7 @@ class _Engine:
             chosen = roles == role
             yield _Piece(
                 role,
+                int(self.groups[batch.numbers[0]]),
                 {hook: _rows(batch.activations[hook], chosen, self.device) for hook in hooks},
                 batch.tokens[chosen],
                 grid_contexts[chosen],
@@ -364,9 +376,9 @@ class _Engine:
         fit = torch.rand(length, generator=generator) < self.settings.fit_fraction
         return torch.where(fit, FIT, HELD_OUT)
 
-    def _add(self, site: _SiteSums, piece: _Piece, sweep: _Sweep) -> None:
+    def _add(self, site: _SiteSums, piece: _Piece, sweep: Sweep) -> None:
         """Run the tokens of a piece through everything the sweep wants of their role."""
-        sums, x = site.linear[piece.role], piece.x[site.hook]
+        sums, errors, x = site.linear_of(piece), site.errors_of(piece), piece.x[site.hook]
         others = [self._outputs(predictor, piece.x) for predictor in site.predictors]
         v = sums.centred(x, *others)
         if piece.role in sweep.counted:
@@ -379,7 +391,7 @@ class _Engine:
                 encoded = encode(x[part])
                 error = sae_error(x[part], encoded.x_hat)
                 if piece.role in sweep.errors:
-                    sums.add_target(f"error/{sae.name}", v[part], error)
+                    errors.add_target(f"error/{sae.name}", v[part], error)
                     self._add_once(site, number, piece.role, x[part], error, encoded)
                 if scalars is not None:
                     weight, bias = self.applied[site.hook][sae.name]
@@ -387,6 +399,10 @@ class _Engine:
                     norms = norm_targets(x[part], encoded.x_hat, linear, dtype=linear.dtype)
                     scalars.add(number, part, norms, encoded.l0)
                     sums.add_target(f"norms/{sae.name}", v[part], norms)
+                    if piece.role == HELD_OUT:
+                        rest = error.to(linear.dtype) - linear
+                        columns = (error, error.double().square(), rest.double().square())
+                        site.residuals[piece.group, number] += torch.stack([column_sums(part) for part in columns])
             del encode  # an SAE that is not kept goes before the next one comes
         if scalars is not None:
             self._add_scalars(site, piece, scalars)
@@ -405,7 +421,7 @@ class _Engine:
 
     def _add_scalars(self, site: _SiteSums, piece: _Piece, scalars: _Scalars) -> None:
         columns = scalars.values  # [n, K]
-        sums = site.scalars[piece.role]
+        sums = site.scalars_of(piece)
         sums.add_predictors(columns)
         names = list(sums.blocks)
         if site.token_means:
@@ -425,11 +441,15 @@ class _Engine:
 
     def _error_maps(self, site: _SiteSums) -> dict[str, LinearMap]:
         """b* of every SAE from the fit tokens of all processes; one SAE's sums are copied at a time."""
-        maps = {}
+        maps, released = {}, self.settings.parity == "released-code"
+        parts = [site.linear[FIT], *(site.groups if released else ())]
         for sae in site.saes:
             name = f"error/{sae.name}"
-            total = site.linear[FIT].reduced(self.processes.sum, targets=[name])
-            maps[sae.name] = total.statistics(["x"], [name]).solve()
+            total = LinearSums.merged(
+                [part.reduced(self.processes.sum, targets=[name] if name in part.targets else []) for part in parts]
+            )
+            statistics = total.statistics(["x"], [name])
+            maps[sae.name] = (statistics.about_zero() if released else statistics).solve()
         return maps
 
     def _on_shifted(self, site: _SiteSums) -> dict[str, tuple[Tensor, Tensor]]:
@@ -445,6 +465,8 @@ class _Engine:
         reduce: Reduce = self.processes.sum
         left_out = reduce(site.left_out.to(self.device, copy=True)).tolist()
         extra = reduce(site.extra.clone())
+        groups = [sums.reduced(reduce) for sums in site.groups]
+        scalar_groups = [sums.reduced(reduce) for sums in site.scalar_groups]
         self.processes.wait()  # every part of the table is written
         return SiteMeasurement(
             hook=site.hook,
@@ -455,8 +477,14 @@ class _Engine:
             left_out_by_position=int(left_out[0]),
             left_out_by_norm=int(left_out[1]),
             typical_norm=site.typical_norm,
-            _linear={role: sums.reduced(reduce) for role, sums in site.linear.items()},
-            _scalars={role: sums.reduced(reduce) for role, sums in site.scalars.items()},
+            released=self.settings.parity == "released-code",
+            _linear={role: sums.reduced(reduce) for role, sums in site.linear.items()}
+            | {HELD_OUT: LinearSums.merged(groups)},
+            _scalars={role: sums.reduced(reduce) for role, sums in site.scalars.items()}
+            | {HELD_OUT: LinearSums.merged(scalar_groups)},
+            _groups=groups,
+            _scalar_groups=scalar_groups,
+            _residuals=reduce(site.residuals.clone()),
             _token_means={role: sums.reduced(reduce) for role, sums in site.token_means.items()},
             _extra=extra.cpu(),
         )

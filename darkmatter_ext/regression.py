@@ -161,6 +161,15 @@ class LinearStatistics:
         weight = weight / scale[:, None]
         return LinearMap(weight, self.mean_y - self.mean_x @ weight, rank, self.count)
 
+    def about_zero(self) -> LinearStatistics:
+        """The same tokens with moments about zero instead of the mean: `solve` then fits without a bias."""
+        n, x, y = self.count, self.mean_x, self.mean_y
+        found = LinearStatistics(self.n_predictors, self.n_targets, self.device, count=n)
+        found.moment_xx = self.moment_xx + n * torch.outer(x, x)
+        found.moment_xy = self.moment_xy + n * torch.outer(x, y)
+        found.moment_yy = self.moment_yy + n * y.square()
+        return found
+
     @torch.no_grad()
     def score(self, linear_map: LinearMap) -> LinearScore:
         """Residual and total sums of squares of *these* tokens under a map fitted on any tokens.
@@ -224,11 +233,11 @@ class SplitStatistics:
         self.train.update(x[train], y[train])
         self.test.update(x[~train], y[~train])
 
-    def fit(self) -> LinearFit:
+    def fit(self, *, bias: bool = True) -> LinearFit:
         """Solve on the train tokens, score on both. Raises ValueError when either side has fewer than 2 tokens."""
         if self.test.count < 2:
             raise ValueError(f"train: must leave at least 2 tokens held out, got {self.test.count}")
-        solution = self.train.solve()
+        solution = (self.train if bias else self.train.about_zero()).solve()
         return LinearFit(solution, self.train.score(solution), self.test.score(solution))
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from darkmatter_ext.activations import ActivationCache, activation_cache, load_tokenizer, parse_hook, tokenize_contexts
+from darkmatter_ext.activations import (
+    ActivationCache,
+    Contexts,
+    activation_caches,
+    load_tokenizer,
+    parse_hook,
+    tokenize_contexts,
+)
 from darkmatter_ext.embedded import EMBEDDED_MODEL
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.sae import load_sae
@@ -107,19 +115,39 @@ def site_plan(config: SiteConfig) -> list[str]:
     ]
 
 
-def site_activations(config: SiteConfig, stages: Stages) -> ActivationCache:
-    """The activations of the configured text at the configured site, from the cache where they are."""
+def site_contexts(config: SiteConfig, stages: Stages) -> Contexts:
+    """The configured text in contexts of tokens."""
     with stages.stage("tokenise text"):
-        contexts = tokenize_contexts(
+        return tokenize_contexts(
             load_tokenizer(config.model),
             documents(text=config.text, dataset=config.dataset),
             n_tokens=config.tokens,
             context_length=config.context_length,
         )
+
+
+def sites_activations(
+    config: SiteConfig, hooks: Sequence[str], contexts: Contexts, stages: Stages
+) -> dict[str, ActivationCache]:
+    """The activations of the contexts at every hook point, from the cache where they are."""
     with stages.stage("run the language model", contexts.tokens.numel()) as advance:
-        cache = activation_cache(config.model, config.hook, contexts, device=config.device, progress=advance)
-    require_same_tokens(contexts.tokens, cache.column("tokens"))
-    return cache
+        caches = activation_caches(config.model, hooks, contexts, device=config.device, progress=advance)
+    for cache in caches.values():
+        require_same_tokens(contexts.tokens, cache.column("tokens"))
+    return caches
+
+
+def site_selection(config: SiteConfig, cache: ActivationCache) -> TokenSelection:
+    """The role of every token; none trains SAEs where they are given. Raises ValueError when a side is empty."""
+    return select_tokens(
+        cache,
+        drop_positions=config.drop_positions,
+        max_norm_ratio=config.max_norm_ratio,
+        sae_fraction=0.0 if config.sae else config.sae_fraction,
+        fit_fraction=config.fit_fraction,
+        split=config.split,
+        seed=config.seed,
+    )
 
 
 def trained_saes(
@@ -163,16 +191,8 @@ def prepared_site(
     """Activations, the role of every token, and name -> (SAE, folder): given ones or trained here."""
     for folder in config.sae:
         load_sae(folder)  # a bad SAE is told before the model runs for minutes
-    cache = site_activations(config, stages)
-    selection = select_tokens(
-        cache,
-        drop_positions=config.drop_positions,
-        max_norm_ratio=config.max_norm_ratio,
-        sae_fraction=0.0 if config.sae else config.sae_fraction,
-        fit_fraction=config.fit_fraction,
-        split=config.split,
-        seed=config.seed,
-    )
+    cache = sites_activations(config, [config.hook], site_contexts(config, stages), stages)[config.hook]
+    selection = site_selection(config, cache)
     saes = given_saes(config, cache) if config.sae else trained_saes(config, cache, selection, stages)
     return cache, selection, saes
 

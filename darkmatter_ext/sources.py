@@ -16,8 +16,9 @@ Shapes: C contexts, c contexts of a batch, L tokens a context, d width of a hook
 from __future__ import annotations
 
 import bisect
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -25,9 +26,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from darkmatter_ext.activations import ActivationCache, check_finite, load_model, model_location, site_activations
+from darkmatter_ext.activations import (
+    CONTEXTS_PER_FORWARD,
+    ActivationCache,
+    check_finite,
+    load_model,
+    model_location,
+    site_activations,
+)
 from darkmatter_ext.contexts import ContextStore
 from darkmatter_ext.hook_points import capture, parse_hook_point
+from darkmatter_ext.storage import atomic_file, cache_dir, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -386,6 +395,65 @@ class DatasetSource:
         check_finite(found)
         tokens = rows.get("token_ids", torch.full((len(numbers), self.context_length), -1))
         return ContextBatch(list(numbers), tokens.long(), found)
+
+
+@dataclass(frozen=True)
+class SelectedContexts:
+    """Some contexts of a source, numbered from 0, with the model's loss at their tokens where it is known."""
+
+    source: Source
+    chosen: Tensor  # [m] int64, numbers in the source
+    losses: Tensor | None = None  # [m, L], see `next_token_loss`
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return self.source.widths
+
+    @property
+    def n_contexts(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def context_length(self) -> int:
+        return self.source.context_length
+
+    @property
+    def identity(self) -> str:
+        return fingerprint(source=self.source.identity, chosen=self.chosen.tolist())
+
+    @property
+    def documents(self) -> Tensor:
+        return self.source.documents[self.chosen]
+
+    def read(self, numbers: Sequence[int]) -> ContextBatch:
+        batch = self.source.read(self.chosen[list(numbers)].tolist())
+        loss = batch.loss if self.losses is None else self.losses[list(numbers)]
+        return batch._replace(numbers=list(numbers), loss=loss)
+
+
+@torch.inference_mode()
+def stored_losses(
+    model: str, tokens: Tensor, *, device: str = "cpu", progress: Callable[[int], None] | None = None
+) -> Tensor:
+    """`next_token_loss` [C, L] of a model in float32 at tokens [C, L], computed once and kept in the cache folder.
+
+    Raises ValueError for a model that cannot be loaded. Cost: one whole forward pass.
+    """
+    from safetensors.torch import load_file, save_file
+
+    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    path = cache_dir("losses") / f"{fingerprint(model=model, tokens=digest)}.safetensors"
+    if not path.exists():
+        network = load_model(model, device=device, dtype=torch.float32)
+        parts = []
+        for part in tokens.split(CONTEXTS_PER_FORWARD):
+            inputs = part.to(device)
+            parts.append(next_token_loss(network(inputs, use_cache=False).logits, inputs).cpu())
+            if progress is not None:
+                progress(part.numel())
+        with atomic_file(path) as part:
+            save_file({"loss": torch.cat(parts)}, part)
+    return load_file(path)["loss"]
 
 
 def open_cache(folders: Sequence[str | Path]) -> Source:

@@ -9,10 +9,11 @@ from measurement_cases import HOOKS, LENGTH, numbers, saes, small_sae, write_cac
 from darkmatter_ext.decomposition import Reconstruction, TokenBatch, decompose_stream
 from darkmatter_ext.error import NORM_TARGETS
 from darkmatter_ext.measurement import NORM_FIT, MeasureSettings, Predictor
-from darkmatter_ext.one_pass import context_roles, measure, tokens_to_read
+from darkmatter_ext.one_pass import measure, tokens_to_read
 from darkmatter_ext.per_token import read_tokens
 from darkmatter_ext.regression import fit_linear
 from darkmatter_ext.selection import FIT, HELD_OUT
+from darkmatter_ext.sweeps import context_roles
 
 SETTINGS = MeasureSettings(drop_positions=1, block_contexts=7, batch_tokens=40, token_means=40)
 
