@@ -217,7 +217,7 @@ def test_every_preset_has_a_plan(name, capsys):
         assert line in plan
     if name == "gemma-2-9b-l20":
         assert "download  461.5 GB" in plan  # 18.5 of the model, 443 of 15.4 million latents in float32
-        assert "sums 13.4 GB" in plan
+        assert "sums 13.5 GB" in plan
 
 
 def test_sizes_of_local_models_and_durations(workplace):
