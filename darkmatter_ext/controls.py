@@ -1,7 +1,7 @@
 """Controls that stand beside a trained SAE: what the same number of latents gives with nothing learned in them.
 
 A result that a random dictionary shares is no result of training (sanity checks, 2602.14111). Each control is a
-`Reconstruct`, used as an SAE is.
+`Reconstruct` or an `Encoder`, used as an SAE is.
 
 Shapes: d model dimension, F latents.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from darkmatter_ext.batched_pursuit import prepare_dictionary, pursuit
 from darkmatter_ext.decomposition import Reconstruct, Reconstruction, TokenBatch
-from darkmatter_ext.ops import sparse_decode
-from darkmatter_ext.sae import as_reconstruct
+from darkmatter_ext.ops import prepare_encoder, sparse_decode, topk_encode
+from darkmatter_ext.sae import Encoded, Encoder, as_reconstruct
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -40,9 +40,32 @@ def random_dictionary(mean: Tensor, n_latents: int, l0: int, *, seed: int) -> Re
     return reconstruct
 
 
-def shuffled_decoder(sae: SAE, *, seed: int) -> Reconstruct:
-    """The SAE's own codes read with its decoder rows [F, d] permuted: as sparse and as large, at the wrong places."""
+def random_directions(sae: SAE, l0: int, *, seed: int) -> Encoder:
+    """As many latents as `sae` has, with random unit directions: TopK of the tied encoder, `l0` active, about b_dec.
+
+    Its codes are as cheap as an SAE's, and poorer than those of `random_dictionary`. Raises ValueError as `topk_encode`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(sae.W_dec.shape, generator=generator)
+    rows = (rows / rows.norm(dim=1, keepdim=True)).to(sae.W_dec)
+    columns, center, no_bias = rows.mT.contiguous(), sae.b_dec.detach(), rows.new_zeros(len(rows))
+    prepared = prepare_encoder(columns, no_bias, b_dec=center)
+
+    def encode(x: Tensor) -> Encoded:
+        acts = topk_encode(x.to(rows.dtype), columns, no_bias, l0, b_dec=center, prepared=prepared)
+        return Encoded(sparse_decode(acts, rows, center).to(x.dtype), acts.l0(), acts)
+
+    return encode
+
+
+def shuffled_sae(sae: SAE, *, seed: int) -> SAE:
+    """A copy with its decoder rows [F, d] permuted: the same codes, read at the wrong places."""
     shuffled = copy.deepcopy(sae)
     order = torch.randperm(sae.cfg.d_sae, generator=torch.Generator().manual_seed(seed))
     shuffled.W_dec.data = sae.W_dec.detach()[order.to(sae.W_dec.device)].contiguous()
-    return as_reconstruct(shuffled)
+    return shuffled
+
+
+def shuffled_decoder(sae: SAE, *, seed: int) -> Reconstruct:
+    """`shuffled_sae` as the function `decompose_stream` wants."""
+    return as_reconstruct(shuffled_sae(sae, seed=seed))

@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext import many_saes
 from darkmatter_ext.activations import ActivationCache
-from darkmatter_ext.many_saes import ManySaesConfig, Measured, stamp, token_counts
+from darkmatter_ext.many_saes import (
+    Encoders,
+    ManySaesConfig,
+    Measured,
+    encoder_fields,
+    stamp,
+    token_counts,
+    with_encoders,
+)
 from darkmatter_ext.measurement import PARITIES, MeasuredSae, MeasureSettings, Predictor
 from darkmatter_ext.one_pass import measure, tokens_to_read
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result, provenance
-from darkmatter_ext.sae import as_encoder, load_sae
+from darkmatter_ext.sae import Encoder, as_encoder, load_sae
 from darkmatter_ext.selection import SAE_TRAINING, TokenSelection
 from darkmatter_ext.site import (
     SiteConfig,
@@ -137,6 +145,7 @@ def measured_family(
     hooks: Sequence[str] = (),
     predictors: Mapping[str, Callable[[dict[str, FamilySite]], MeasuredSae]] | None = None,
     targets: Sequence[str] = (),
+    encoders: Encoders | None = None,
     loss: bool = False,
     token_means: bool = False,
 ) -> Measured:
@@ -146,6 +155,7 @@ def measured_family(
         hooks: sites of the family; default --hook alone.
         predictors: name -> what makes its SAE from the sites; joins x as a predictor of the errors.
         targets: the sites whose SAEs are measured (the others serve predictors only); default all.
+        encoders: how each SAE is used, by name, instead of by its own encoder; see `many_saes.measured`.
         loss: also the model's loss at every token.
         token_means: also the baseline of the mean over a token's occurrences.
 
@@ -155,8 +165,8 @@ def measured_family(
     targets = list(targets or hooks)
     sites = family_sites(config, hooks, stages)
     source = _source(config, sites, stages, loss=loss)
-    listed = _listed([sites[hook] for hook in targets])
-    saes = [_as_measured(entry, config.device) for entry in listed]
+    listed = [entry for own in _listed([sites[hook] for hook in targets]) for entry in with_encoders(own, encoders)]
+    saes = [_as_measured(entry, config.device, encoders) for entry in listed]
     others = [Predictor(name, make(sites)) for name, make in (predictors or {}).items()]
     vocabulary = 1 + int(sites[hooks[0]].cache.column("tokens").max()) if token_means else 0
     settings = _settings(config, vocabulary)
@@ -164,6 +174,7 @@ def measured_family(
         "caches": [site.cache.folder.name for site in sites.values()],
         "files": {str(folder): stamp(folder) for site in sites.values() for _, folder in site.saes.values()},
         "targets": targets,
+        **encoder_fields(config, FamilyConfig, encoders),
         "predictors": [other.name for other in others],
         "loss": loss,
         "text": source.identity,
@@ -223,9 +234,11 @@ def _listed(sites: Sequence[FamilySite]) -> list[dict[str, Any]]:
     ]
 
 
-def _as_measured(entry: dict[str, Any], device: str) -> MeasuredSae:
-    def load() -> Any:
-        return as_encoder(load_sae(entry["folder"], device=device))
+def _as_measured(entry: dict[str, Any], device: str, encoders: Encoders | None) -> MeasuredSae:
+    make = encoders[entry["variant"]] if encoders else as_encoder
+
+    def load() -> Encoder:
+        return make(load_sae(entry["folder"], device=device))
 
     return MeasuredSae(entry["name"], entry["hook"], entry["d_sae"], load)
 
@@ -243,11 +256,11 @@ def _settings(config: FamilyConfig, vocabulary: int) -> MeasureSettings:
     )
 
 
-def measured(config: AnyConfig, stages: Stages) -> Measured:
-    """Measure the SAEs of either kind of configuration at their own sites."""
+def measured(config: AnyConfig, stages: Stages, encoders: Encoders | None = None) -> Measured:
+    """Measure the SAEs of either kind of configuration at their own sites, with their own encoders or others."""
     if isinstance(config, ManySaesConfig):
-        return many_saes.measured(config, stages)
-    return measured_family(config, stages)
+        return many_saes.measured(config, stages, encoders)
+    return measured_family(config, stages, encoders=encoders)
 
 
 def family_result(

@@ -8,10 +8,10 @@ streams: activations are never stored, a run can be stopped at any moment, and `
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -30,6 +30,9 @@ from darkmatter_ext.sae import Encoder, SaeDescription, as_encoder, describe_sae
 from darkmatter_ext.sources import LensSource, ModelSource, SelectedContexts, Source, asked_processing, open_cache
 from darkmatter_ext.storage import cache_dir, fingerprint
 from darkmatter_ext.text import documents
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
 
 DTYPES = ("float32", "bfloat16", "float16")
 BACKENDS = ("auto", "huggingface", "transformer-lens")
@@ -175,6 +178,10 @@ for _name, _model, _more in (
         seed=42,
         **_more,  # type: ignore[arg-type]
     )
+
+
+Extended = TypeVar("Extended", bound=ManySaesConfig)
+Encoders = Mapping[str, Callable[["SAE"], Encoder]]  # name -> how to use an SAE
 
 
 class _Resolved(NamedTuple):
@@ -350,19 +357,42 @@ class Measured:
         """The site of an SAE."""
         return next(self.sites[sae["hook"]] for sae in self.saes if sae["name"] == name)
 
+    def sae_numbers(self) -> dict[str, float]:
+        """`SAE/NAME` for all numbers of `Decomposition`, with `/low` and `/high` where there are intervals."""
+        numbers: dict[str, float] = {}
+        for sae in self.saes:
+            name, site = sae["name"], self.site_of(sae["name"])
+            numbers |= {f"{name}/{key}": value for key, value in site.decomposition(name).numbers().items()}
+            for key, interval in site.intervals(name).items():
+                numbers |= {f"{name}/{key}/low": interval.low, f"{name}/{key}/high": interval.high}
+        return numbers
 
-def run_folder(config: ManySaesConfig) -> Path:
+
+def run_folder(config: ManySaesConfig, encoders: Encoders | None = None) -> Path:
     """Where the run keeps its state: --checkpoint, or the cache folder by everything that decides the result."""
     if config.checkpoint:
-        return Path(config.checkpoint)
-    return cache_dir("runs") / fingerprint(**_deciding(config))
+        return Path(config.checkpoint) / "-".join(encoders or ())
+    return cache_dir("runs") / fingerprint(**_deciding(config, encoders))
 
 
-def _deciding(config: ManySaesConfig) -> dict[str, Any]:
+def extended(config: ManySaesConfig, kind: type[Extended]) -> Extended:
+    """The same settings as a configuration with more fields, these at their defaults."""
+    return kind(**{own.name: getattr(config, own.name) for own in dataclasses.fields(config)})
+
+
+def encoder_fields(config: Any, base: type, encoders: Encoders | None) -> dict[str, Any]:
+    """What decides about a measurement beside the fields of `base`: encoders, and the fields an experiment adds for them."""
+    known = {own.name for own in dataclasses.fields(base)}
+    added = {name: value for name, value in dataclasses.asdict(config).items() if name not in known}
+    return {"encoders": list(encoders), **added} if encoders else {}
+
+
+def _deciding(config: ManySaesConfig, encoders: Encoders | None) -> dict[str, Any]:
     """The configuration without what changes neither the result nor the form of its state."""
-    fields = dataclasses.asdict(config)
+    fields = {own.name: getattr(config, own.name) for own in dataclasses.fields(ManySaesConfig)}
     for name in ("checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens"):
         del fields[name]
+    fields |= encoder_fields(config, ManySaesConfig, encoders)
     local = [*config.sae, *config.predictor, *config.cache, config.model, config.text, config.dataset, config.tokenised]
     fields["files"] = {path: stamp(Path(path)) for path in local if path and Path(path).exists()}
     return fields
@@ -375,20 +405,31 @@ def stamp(path: Path) -> list[int]:
     return [sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)]
 
 
-def measured(config: ManySaesConfig, stages: Stages) -> Measured:
+def measured(config: ManySaesConfig, stages: Stages, encoders: Encoders | None = None) -> Measured:
     """Measure all SAEs of a configuration; every process of a torchrun calls it and has the same result.
+
+    With `encoders`, every SAE is measured once with each of them, as `SAE NAME`, instead of with its own.
 
     Raises ValueError for bad settings, an SAE or model that cannot be read; RuntimeError for damaged files; OSError for a
     folder that cannot be written.
     """
-    found, folder = _resolve(config), run_folder(config)
+    found, folder = _resolve(config), run_folder(config, encoders)
     folder.mkdir(parents=True, exist_ok=True)
     with processes(config.device) as own:
         source = _source(config, found, folder, own, stages)
         _check_widths(source, found)
         names = _names(found.saes)
-        saes = _as_measured(config, names, found.hooks, found.saes, own.device)
-        others = _as_measured(config, _names(found.predictors), found.predictor_hooks, found.predictors, own.device)
+        described = [
+            (entry, sae.weight_bytes)
+            for name, hook, sae in zip(names, found.hooks, found.saes, strict=True)
+            for entry in with_encoders(_listed(name, hook, sae), encoders)
+        ]
+        listed = [entry for entry, _ in described]
+        saes = [_as_measured(config, entry, size, own.device, encoders) for entry, size in described]
+        others = [
+            _as_measured(config, _listed(name, hook, sae), sae.weight_bytes, own.device)
+            for name, hook, sae in zip(_names(found.predictors), found.predictor_hooks, found.predictors, strict=True)
+        ]
         predictors = {hook: [Predictor(sae.name, sae) for sae in others] for hook in found.sites}
         vocabulary = _vocabulary(source) if config.token_means else 0
         settings = dataclasses.replace(found.settings, token_means=vocabulary)
@@ -400,13 +441,9 @@ def measured(config: ManySaesConfig, stages: Stages) -> Measured:
                 folder=folder,
                 predictors=predictors,
                 processes=own,
-                config=_deciding(config),
+                config=_deciding(config, encoders),
                 progress=advance,
             )
-    listed = [
-        {"name": name, "d_sae": sae.d_sae, "architecture": sae.architecture, "folder": sae.spec, "hook": hook}
-        for name, hook, sae in zip(names, found.hooks, found.saes, strict=True)
-    ]
     shown = dataclasses.asdict(config) | {"model": found.model, "hook": ", ".join(found.sites)}
     return Measured(
         sites,
@@ -420,16 +457,29 @@ def measured(config: ManySaesConfig, stages: Stages) -> Measured:
     )
 
 
-def _as_measured(
-    config: ManySaesConfig, names: Sequence[str], hooks: Sequence[str], saes: Sequence[SaeDescription], device: str
-) -> list[MeasuredSae]:
-    def load(spec: str) -> Encoder:
-        return as_encoder(load_spec(spec, device=device, dtype=config.sae_dtype))
+def _listed(name: str, hook: str, sae: SaeDescription) -> dict[str, Any]:
+    """What figures and tables list of an SAE."""
+    return {"name": name, "d_sae": sae.d_sae, "architecture": sae.architecture, "folder": sae.spec, "hook": hook}
 
+
+def with_encoders(entry: dict[str, Any], encoders: Encoders | None) -> list[dict[str, Any]]:
+    """A listed SAE once for each encoder, or itself where there are none."""
+    if not encoders:
+        return [entry]
     return [
-        MeasuredSae(name, hook, sae.d_sae, lambda spec=sae.spec: load(spec), sae.weight_bytes)
-        for name, hook, sae in zip(names, hooks, saes, strict=True)
+        entry | {"name": f"{entry['name']} {variant}", "sae": entry["name"], "variant": variant} for variant in encoders
     ]
+
+
+def _as_measured(
+    config: ManySaesConfig, entry: dict[str, Any], weight_bytes: int, device: str, encoders: Encoders | None = None
+) -> MeasuredSae:
+    make = encoders[entry["variant"]] if encoders else as_encoder
+
+    def load() -> Encoder:
+        return make(load_spec(entry["folder"], device=device, dtype=config.sae_dtype))
+
+    return MeasuredSae(entry["name"], entry["hook"], entry["d_sae"], load, weight_bytes)
 
 
 def _vocabulary(source: Source) -> int:

@@ -107,11 +107,9 @@ def _from_predictors(measured: Measured, sae: str) -> dict[str, float]:
 def _run_many(config: ManySaesConfig, stages: Stages) -> Result:
     """Many SAEs that exist already, streamed; in every process of a torchrun."""
     measured = many_saes.measured(config, stages)
-    numbers = dict(measured.numbers)
     with stages.stage("decompose the error"):
+        numbers = measured.numbers | measured.sae_numbers()
         for sae in measured.saes:
-            found = measured.site_of(sae["name"]).decomposition(sae["name"])
-            numbers |= {f"{sae['name']}/{key}": value for key, value in found.numbers().items()}
             numbers |= _from_predictors(measured, sae["name"])
     return Result(
         experiment="decomposition",
