@@ -266,8 +266,8 @@ class _Engine:
         length = batch.tokens.shape[1]
         positions = torch.arange(length)
         last = self.settings.last_position or length
-        if batch.loss is not None:
-            last = min(last, length - 1)  # the last token has no next one to predict
+        if batch.loss is not None or self.settings.parity == "released-code":
+            last = min(last, length - 1)  # the last token has no next one to predict; the released code never keeps it
         return (positions >= self.settings.drop_positions) & (positions < last)
 
     def _usual(self, norms: Tensor, typical: float) -> Tensor:

@@ -57,15 +57,25 @@ def write_caches(folder: Path):
     x[7, 9] *= 200
     tokens = torch.randint(0, 40, (CONTEXTS, LENGTH), generator=generator)
     for hook, values in zip(HOOKS, (x, mlp), strict=True):
-        own = folder / hook
-        own.mkdir(parents=True)
-        for number in range(3):
-            rows = slice(20 * number, 20 * number + 20)
-            documents = torch.arange(CONTEXTS)[rows] // 3
-            activations._write_shard(own, number, values[rows], tokens[rows], documents)
-        meta = {"hook": hook, "d_in": D, "n_contexts": CONTEXTS, "context_length": LENGTH, "tokens_sha256": "same"}
-        (own / "meta.json").write_text(json.dumps(meta))
+        store_activations(folder / hook, hook, values, tokens, torch.arange(CONTEXTS) // 3)
     return open_caches(folder)
+
+
+def store_activations(folder, hook, x, tokens, documents):
+    """A cache folder of activations x [C, L, d] in three shards."""
+    folder.mkdir(parents=True)
+    size = -(-len(x) // 3)
+    for number in range(3):
+        rows = slice(size * number, size * number + size)
+        activations._write_shard(folder, number, x[rows], tokens[rows], documents[rows])
+    meta = {
+        "hook": hook,
+        "d_in": x.shape[2],
+        "n_contexts": len(x),
+        "context_length": x.shape[1],
+        "tokens_sha256": "same",
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def open_caches(folder: Path) -> CacheSource:

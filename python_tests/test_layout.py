@@ -16,7 +16,7 @@ LEVELS = {
     "storage": 0, "_library": 0, "progress": 0, "sparse": 0, "packed_weights": 0,
     "_registrations": 1, "reference": 1, "soundness": 1, "ops": 2, "environment": 3, "pursuit_steps": 3,
     "pursuit_on_cuda": 4, "batched_pursuit": 5,
-    "embedded": 3, "text": 3, "error": 3, "regression": 3, "intervals": 3, "nulls": 3,
+    "embedded": 3, "text": 3, "error": 3, "regression": 3, "intervals": 3, "power_law": 4, "nulls": 3,
     "activations": 4, "decomposition": 4, "drop_in": 6,
     "selection": 5, "sae": 7, "training": 5, "results": 5, "interpretability": 5, "splicing": 6, "judges": 6,
     "site": 8, "check_sae": 8, "controls": 8, "pursuing": 8, "experiments": 9,

@@ -13,7 +13,7 @@ from darkmatter_ext.one_pass import measure, tokens_to_read
 from darkmatter_ext.per_token import read_tokens
 from darkmatter_ext.regression import fit_linear
 from darkmatter_ext.selection import FIT, HELD_OUT
-from darkmatter_ext.sweeps import context_roles
+from darkmatter_ext.sweeps import context_groups, context_roles
 
 SETTINGS = MeasureSettings(drop_positions=1, block_contexts=7, batch_tokens=40, token_means=40)
 
@@ -166,6 +166,98 @@ def test_baselines_and_latents_equal_the_tokens_own(source, tmp_path):
     torch.testing.assert_close(found.norm_map("small", "error").weight, a_star, rtol=1e-3, atol=1e-4)
 
 
+def _group_scores(found, x, roles, contexts, source, settings):
+    """FVU, FVU_nonlinear, share and R2 of every set of held-out tokens that leaves one group of contexts out."""
+    groups = context_groups(source.documents, context_roles(source.documents, settings), settings)
+    error = (x - _sae("large").forward(x)).double()
+    nonlinear = error - found.maps["large"](x)
+    x = x.double()
+    for left_out in (None, *groups[contexts[roles == HELD_OUT]].unique().tolist()):
+        kept = (roles == HELD_OUT) & (groups[contexts] != (-1 if left_out is None else left_out))
+        variance, total = ((part[kept] - part[kept].mean(0)).square().sum(0) for part in (x, error))
+        residual = nonlinear[kept].square().sum(0)
+        fvu, rest = error[kept].square().sum() / variance.sum(), residual.sum() / variance.sum()
+        yield torch.stack([fvu, rest, 1 - rest / fvu, (1 - residual / total).mean()])
+
+
+def test_intervals_leave_out_whole_groups_of_contexts(source, tmp_path):
+    settings = dataclasses.replace(SETTINGS, interval_groups=4)
+    found = measure(source, saes(), settings, folder=tmp_path)[HOOKS[0]]
+    x, roles, _, contexts, *_ = _tokens(source, HOOKS[0], settings)
+    every, *without = _group_scores(found, x, roles, contexts, source, settings)
+    without = torch.stack(without)
+    n = len(without)
+    assert n == 4
+    half = 3.1824 * ((n - 1) / n * (without - without.mean(0)).square().sum(0)).sqrt()  # t of 3 degrees of freedom
+    for i, name in enumerate(("fvu", "fvu_nonlinear", "linear_share", "r2_vec")):
+        interval = found.intervals("large")[name]
+        assert interval.value == pytest.approx(every[i].item(), rel=1e-5)
+        assert interval.value == pytest.approx(found.decomposition("large").numbers()[name], rel=1e-5)
+        assert interval.high - interval.value == pytest.approx(half[i].item(), rel=1e-3), name
+    norms = found.decomposition("large").r2_norm
+    for name, value in norms.items():
+        interval = found.intervals("large")[f"r2_norm/{name}"]
+        assert interval.value == pytest.approx(value, rel=1e-6)
+        assert interval.low < value < interval.high
+    fit = found.scalar_fit(["small/l0", "x_norm"], ["large/error_norm"])
+    interval = found.scalar_interval(["small/l0", "x_norm"], "large/error_norm")
+    assert interval.value == pytest.approx(fit.r2, rel=1e-6)
+    assert interval.low < fit.r2 < interval.high
+
+
+def test_groups_keep_documents_whole_and_one_group_has_no_interval(source, tmp_path):
+    settings = dataclasses.replace(SETTINGS, interval_groups=5)
+    roles = context_roles(source.documents, settings)
+    groups = context_groups(source.documents, roles, settings)
+    held_out = roles == HELD_OUT
+    for document in source.documents[held_out].unique():
+        assert len(groups[held_out & (source.documents == document)].unique()) == 1
+    counts = torch.bincount(groups[held_out], minlength=5)
+    assert int(counts.min()) > 0
+    assert int(counts.max() - counts.min()) <= 3  # a document
+    assert groups[~held_out].tolist() == [0] * int((~held_out).sum())
+    alone = measure(source, saes()[:1], dataclasses.replace(SETTINGS, interval_groups=1), folder=tmp_path)[HOOKS[0]]
+    interval = alone.intervals("small")["fvu"]
+    assert interval.value == pytest.approx(alone.decomposition("small").fvu)
+    assert str(interval.low) == str(interval.high) == "nan"
+
+
+def test_the_released_codes_regressions_have_no_bias_and_see_held_out_tokens(source, tmp_path):
+    """b* of the vector test on fit tokens, of the norm tests on all, FVU on all, nowhere a bias: against torch.linalg.lstsq."""
+    settings = dataclasses.replace(SETTINGS, parity="released-code")
+    found = measure(source, saes(), settings, folder=tmp_path)[HOOKS[0]]
+    x, roles, _, _, positions, _ = _tokens(source, HOOKS[0], settings)
+    kept = positions < LENGTH - 1  # it never keeps the last position
+    x, fit = x[kept].double(), (roles == FIT)[kept]
+    x_hat = _sae("large").forward(x.float()).double()
+    error = x - x_hat
+
+    def r2(target, prediction, rows):
+        rest = (target - prediction)[rows].square().sum(0)
+        return 1 - rest / (target[rows] - target[rows].mean(0)).square().sum(0)
+
+    b_star = torch.linalg.lstsq(x[fit], error[fit]).solution
+    own = found.decomposition("large")
+    assert own.r2_vec == pytest.approx(r2(error, x @ b_star, ~fit).mean().item(), rel=1e-4)
+    variance = (x - x.mean(0)).square().sum()
+    assert own.fvu == pytest.approx((error.square().sum() / variance).item(), rel=1e-5)
+    assert own.fvu_nonlinear == pytest.approx(((error - x @ b_star).square().sum() / variance).item(), rel=1e-5)
+    linear = x @ torch.linalg.lstsq(x, error).solution
+    targets = {
+        "error": error,
+        "linear": linear,
+        "nonlinear": error - linear,
+        "sae_plus_nonlinear": x_hat + error - linear,
+    }
+    for name, vector in targets.items():
+        norm = vector.square().sum(1, keepdim=True)
+        a_star = torch.linalg.lstsq(x[fit], norm[fit]).solution
+        assert own.r2_norm[name] == pytest.approx(r2(norm, x @ a_star, ~fit).item(), rel=1e-3), name
+        assert found.intervals("large")[f"r2_norm/{name}"].value == pytest.approx(own.r2_norm[name], rel=1e-6)
+    with_bias = measure(source, saes(), SETTINGS, folder=tmp_path / "paper")[HOOKS[0]].decomposition("large")
+    assert abs(with_bias.r2_norm["error"] - own.r2_norm["error"]) > 1e-3
+
+
 def test_outputs_of_other_saes_predict_every_part_of_the_error(source, tmp_path):
     """Earlier-layer predictors: b* and the linear and nonlinear part come from the same sums."""
     every = saes()
@@ -216,6 +308,9 @@ def test_a_finished_measurement_gives_its_result_at_once(source, tmp_path):
         ({"passes": 1, "split": "tokens"}, "--split: must be documents or contexts with --passes 1, got 'tokens'"),
         ({"split": "rows"}, "--split: must be documents, contexts or tokens, got 'rows'"),
         ({"fit_fraction": 1.0}, "--fit-fraction: must be between 0 and 1, got 1.0"),
+        ({"parity": "code"}, "--parity: must be one of paper, released-code, got 'code'"),
+        ({"parity": "released-code", "passes": 1}, "--passes: must be 2 with --parity released-code, got 1"),
+        ({"interval_groups": 0}, "--interval-groups: must be at least 1, got 0"),
         ({"products": "bf16"}, "--products: must be one of float64, float32, got 'bf16'"),
     ],
 )

@@ -11,6 +11,7 @@ EXPERIMENTS = {
     "error-saes": "SAEs trained on the linear and the nonlinear error: FVU, dead latents, interpretability",
     "pathology": "is Sae(x) worse for the language model than other points at the same distance from x?",
     "pursuit": "FVU and its linear part with pursuit over the SAE's dictionary instead of its encoder",
+    "scaling": "FVU, FVU_nonlinear and both prediction tests over width and L0, with the power law",
     "synthetic": "does the split into linear and nonlinear error find planted noise and ablated latents?",
 }
 

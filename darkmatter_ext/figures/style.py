@@ -43,6 +43,15 @@ def new_panels(height: float, columns: int, **options: Any) -> tuple[Figure, lis
     return figure, list(figure.subplots(1, columns, squeeze=False, **options)[0])
 
 
+def width_axis(axes: Axes, widths: Sequence[int]) -> None:
+    """Dictionary widths on a logarithmic x axis, a tick at each."""
+    places = sorted(set(widths))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [str(width) if width < 2**14 else f"{width // 2**10}k" for width in places])
+    axes.minorticks_off()
+    axes.set_xlabel("latents")
+
+
 def legend_beside(axes: Axes) -> None:
     """The legend at the right of the axes, where it can hide nothing."""
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from darkmatter_ext.error import NORM_TARGETS
-from darkmatter_ext.report import decomposition, downstream, error_saes, pathology, pursuit, synthetic
+from darkmatter_ext.report import decomposition, downstream, error_saes, pathology, pursuit, scaling, synthetic
 from darkmatter_ext.report.table import Table
 from darkmatter_ext.results import Result
 from darkmatter_ext.storage import atomic_file
@@ -22,6 +22,7 @@ VIEWS: dict[str, ModuleType] = {
     "error-saes": error_saes,
     "pathology": pathology,
     "pursuit": pursuit,
+    "scaling": scaling,
     "synthetic": synthetic,
 }
 

@@ -14,11 +14,11 @@ def reading(result: Result) -> list[str]:
     """What pursuit and the refit change against the encoder."""
     rows = sae_rows(result)
     lines = []
-    encoders = {row["folder"]: row for row in rows if row["variant"] == "encoder"}
+    encoders = {row["sae"]: row for row in rows if row["variant"] == "encoder"}
     for row in rows:
         if row["variant"] == "encoder":
             continue
-        encoder = encoders[row["folder"]]
+        encoder = encoders[row["sae"]]
         change = row["fvu"] / encoder["fvu"] - 1
         nonlinear = row["fvu_nonlinear"] / encoder["fvu_nonlinear"] - 1
         lines.append(

@@ -1,0 +1,176 @@
+"""`scaling`: planted FVU over width found again, the breakdown, and the command line against the two-pass decomposition."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from measurement_cases import store_activations
+from small_site import flags
+
+from darkmatter_ext import cli
+from darkmatter_ext.experiments import scaling
+from darkmatter_ext.experiments.scaling import at_fixed_l0, breakdown
+from darkmatter_ext.measurement import MeasuredSae, MeasureSettings
+from darkmatter_ext.one_pass import measure
+from darkmatter_ext.power_law import fit_power_law
+from darkmatter_ext.results import load_result
+from darkmatter_ext.sae import Encoded
+from darkmatter_ext.sources import CacheSource
+from darkmatter_ext.sparse import SparseActs
+
+HOOK, D = "blocks.0.hook_resid_post", 8
+WIDTHS = (64, 128, 256, 512, 1024, 2048)
+PLANTED = {"c": 0.09, "a": 1.1, "m": -0.5, "nonlinear": 0.05}
+
+
+def _planted_encoder(width):
+    """An error with a linear part beta x and a nonlinear part no linear map of standard normal x predicts, (x^2 - 1) / sqrt 2.
+
+    FVU = beta^2 + s^2 follows the planted law, FVU_nonlinear = s^2 is the same at every width.
+    """
+    s = math.sqrt(PLANTED["nonlinear"])
+    beta = math.sqrt(PLANTED["c"] + PLANTED["a"] * width ** PLANTED["m"] - s**2)
+
+    def encode(x):
+        error = beta * x + s * (x.square() - 1) / math.sqrt(2)
+        acts = SparseActs.from_dense(torch.ones(len(x), 3))
+        return Encoded(x - error, torch.full((len(x),), 3), acts)
+
+    return encode
+
+
+def test_a_planted_law_and_its_parts_are_recovered_from_activations(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 64, D, generator=generator)
+    store_activations(tmp_path / "cache", HOOK, x, torch.zeros(300, 64, dtype=torch.int64), torch.arange(300))
+    saes = [MeasuredSae(f"w{width}", HOOK, width, lambda width=width: _planted_encoder(width)) for width in WIDTHS]
+    settings = MeasureSettings(drop_positions=0, block_contexts=100, split="contexts", max_norm_ratio=0)
+    site = measure(CacheSource.open([tmp_path / "cache"]), saes, settings, folder=tmp_path / "run")[HOOK]
+    numbers = {}
+    for width in WIDTHS:
+        own, fvu = f"w{width}", PLANTED["c"] + PLANTED["a"] * width ** PLANTED["m"]
+        numbers |= {f"{own}/{key}": value for key, value in site.decomposition(own).numbers().items()}
+        intervals = site.intervals(own)
+        assert numbers[f"{own}/fvu"] == pytest.approx(fvu, rel=0.02)
+        assert numbers[f"{own}/fvu_nonlinear"] == pytest.approx(PLANTED["nonlinear"], rel=0.03)
+        assert numbers[f"{own}/r2_vec"] == pytest.approx(1 - PLANTED["nonlinear"] / fvu, abs=0.01)
+        assert intervals["fvu"].low < fvu < intervals["fvu"].high
+    listed = [{"name": f"w{width}", "d_sae": width} for width in WIDTHS]
+    law = fit_power_law(WIDTHS, [numbers[f"w{width}/fvu"] for width in WIDTHS])
+    assert law.c.value == pytest.approx(PLANTED["c"], abs=0.004)
+    assert law.m.value == pytest.approx(PLANTED["m"], abs=0.03)
+    parts = breakdown(law, listed, numbers, pursued=False)
+    assert parts["breakdown/linear"] == pytest.approx(PLANTED["c"] - PLANTED["nonlinear"], abs=0.005)
+    assert parts["w64/breakdown/absent"] == pytest.approx(PLANTED["a"] * 64 ** PLANTED["m"], abs=0.005)
+    for width in WIDTHS:  # the four parts are the curve
+        name = f"w{width}/breakdown"
+        total = parts[f"{name}/absent"] + parts["breakdown/linear"] + parts[f"{name}/encoder"] + parts[f"{name}/rest"]
+        assert total == pytest.approx(law(width))
+
+
+def test_pursuit_takes_the_encoders_part():
+    law = fit_power_law([64, 128, 256, 512], [0.3, 0.25, 0.22, 0.2])
+    listed = [{"name": "a", "d_sae": 64}, {"name": "b", "d_sae": 512}]
+    numbers = {
+        "a/fvu_nonlinear": 0.11,
+        "b/fvu_nonlinear": 0.09,
+        "a pursuit/fvu_nonlinear": 0.1,
+        "b pursuit/fvu_nonlinear": 0.07,
+    }
+    parts = breakdown(law, listed, numbers, pursued=True)
+    assert (parts["a/breakdown/encoder"], parts["b/breakdown/encoder"]) == pytest.approx((0.0, 0.03))
+    assert (parts["a/breakdown/rest"], parts["b/breakdown/rest"]) == (0.1, 0.07)
+
+
+def test_saes_at_one_l0_are_the_nearest_of_each_width():
+    saes = [
+        {"name": name, "d_sae": width} for name, width in (("a", 64), ("b", 64), ("c", 128), ("d", 256), ("dead", 512))
+    ]
+    numbers = {"a/l0": 20.0, "b/l0": 35.0, "c/l0": 41.0, "d/l0": 30.0, "dead/l0": 0.0}
+    assert [sae["name"] for sae in at_fixed_l0(saes, numbers, 32)] == ["b", "d"]
+    assert [sae["name"] for sae in at_fixed_l0(saes, numbers, 40)] == ["b", "c"]
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_the_command_measures_a_family_as_the_decomposition_does(workplace, tmp_path, capsys):
+    """Widths 24 to 64 with k 4: every number of every SAE equals the two-pass stream's, and the files are there."""
+    more = ["--widths", "24", "32", "48", "64"]
+    out = tmp_path / "scaling"
+    own = [*more, "--ks", "4", "6", "--l0", "4", "--with-pursuit", "--out", str(out)]
+    assert cli.main(flags(workplace, *own, experiment="scaling")) == 0
+    assert "FVU(W) = c + a W^m" in capsys.readouterr().out
+    assert cli.main(flags(workplace, *more, "--out", str(tmp_path / "one"))) == 0
+    found, expected = load_result(out / "scaling.json"), load_result(tmp_path / "one" / "decomposition.json")
+    for width in (24, 32, 48, 64):
+        for key in ("fvu", "fvu_nonlinear", "r2_vec", "r2_norm/error", "l0"):
+            value = found.numbers[f"topk-{width}-k4/{key}"]
+            assert value == pytest.approx(expected.numbers[f"topk-{width}/{key}"], rel=1e-4), (width, key)
+        interval = [found.numbers[f"topk-{width}-k4/fvu/{end}"] for end in ("low", "high")]
+        assert interval[0] < found.numbers[f"topk-{width}-k4/fvu"] < interval[1]
+        pursued = found.numbers[f"topk-{width}-k4 pursuit/fvu"]
+        assert 0 < pursued < 1
+        rest = found.numbers[f"topk-{width}-k4/breakdown/rest"]
+        assert rest == found.numbers[f"topk-{width}-k4 pursuit/fvu_nonlinear"]
+    assert found.series["law"] == [f"topk-{width}-k4" for width in (24, 32, 48, 64)]
+    shuffled, random = (found.numbers[f"topk-64 {name}/fvu"] for name in ("shuffled decoder", "random directions"))
+    assert min(shuffled, random) > found.numbers["topk-64-k4/fvu"]
+    names = {"scaling.json", "scaling_lines.png", "scaling_contours.png", "scaling_breakdown.png", "report.html"}
+    assert {path.name for path in out.iterdir()} == names
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_too_few_widths_at_one_l0_give_no_law_and_say_so(workplace, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(flags(workplace, "--ks", "4", "--l0", "4", "--out", str(out), experiment="scaling")) == 0
+    assert "No power law: it needs 4 widths at L0 about 4, there are 2" in " ".join(capsys.readouterr().out.split())
+    assert not any(key.startswith("law/") for key in load_result(out / "scaling.json").numbers)
+
+
+def test_the_released_codes_positions(monkeypatch):
+    """Its scaling script leaves out the first position only (and the last, as everywhere)."""
+    seen = []
+    monkeypatch.setattr(scaling.family, "measured", lambda config, _stages: seen.append(config) or 1 / 0)
+    config = dataclasses.replace(scaling.PRESETS["demo"], parity="released-code")
+    with pytest.raises(ZeroDivisionError):
+        scaling.run(config, None)
+    assert (seen[0].drop_positions, config.drop_positions) == (1, 8)
+
+
+BAD = [
+    (["--widths", "24"], "--widths: must name at least 2 widths to see how error scales, got [24]"),
+    (["--l0", "0"], "--l0: must be above 0, got 0.0"),
+    (["--ks", "4", "30"], "--ks: must be from 1 to the least of --widths (24), got 30"),
+    (["--ks", "4", "4"], "--ks: must be different numbers, got [4, 4]"),
+    (["--parity", "code"], "--parity: must be one of paper, released-code, got 'code'"),
+    (["--interval-groups", "0"], "--interval-groups: must be at least 1, got 0"),
+]
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(("more", "message"), BAD, ids=lambda value: str(value)[:30])
+def test_bad_settings_give_one_line(workplace, tmp_path, capsys, more, message):
+    assert cli.main(flags(workplace, *more, "--out", str(tmp_path), experiment="scaling")) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_given_saes_must_be_of_two_widths_and_of_the_site(workplace, tmp_path, capsys):
+    from measurement_cases import small_sae
+
+    for name, width, hook in (("a", 24, "blocks.1.hook_resid_post"), ("b", 24, "blocks.1.hook_resid_post"),
+                              ("c", 48, "blocks.0.hook_resid_post")):  # fmt: skip
+        sae = small_sae("topk", 16, width, 0, bias=0.0)
+        sae.cfg.metadata["hook_name"] = hook
+        sae.save_model(tmp_path / name)
+    for names, message in (
+        ("ab", "--sae: must be SAEs of at least 2 widths to see how error scales, got [24]"),
+        ("ac", "--sae: must be of the site blocks.1.hook_resid_post, got"),
+    ):
+        saes = ["--sae", *(str(tmp_path / name) for name in names)]
+        assert cli.main(flags(workplace, *saes, "--out", str(tmp_path / "out"), experiment="scaling")) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
