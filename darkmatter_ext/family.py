@@ -69,7 +69,7 @@ class FamilyConfig(SiteConfig):
             raise ValueError(f"--parity: must be one of {', '.join(PARITIES)}, got {self.parity!r}")
         if self.interval_groups < 1:
             raise ValueError(f"--interval-groups: must be at least 1, got {self.interval_groups}")
-        for k in self.ks:
+        for k in () if self.sae else self.ks:
             if not 1 <= k <= min(self.widths, default=k):
                 raise ValueError(f"--ks: must be from 1 to the least of --widths ({min(self.widths)}), got {k}")
         for name in ("ks", "widths"):
