@@ -351,6 +351,11 @@ class Measured:
         return next(self.sites[sae["hook"]] for sae in self.saes if sae["name"] == name)
 
 
+def sae_sites(config: ManySaesConfig) -> list[str]:
+    """The hook points of the SAEs, from their metadata. Raises ValueError when one cannot be read, or they do not fit."""
+    return _resolve(config).sites
+
+
 def run_folder(config: ManySaesConfig) -> Path:
     """Where the run keeps its state: --checkpoint, or the cache folder by everything that decides the result."""
     if config.checkpoint:

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from darkmatter_ext.figures import decomposition, downstream, error_saes, pathology, synthetic
+from darkmatter_ext.figures import baselines, decomposition, downstream, error_saes, pathology, per_token, synthetic
 from darkmatter_ext.figures.style import STYLE
 from darkmatter_ext.results import Result
 from darkmatter_ext.storage import atomic_file
 
 FIGURES: dict[str, dict[str, Callable[[Result], Any]]] = {
+    "baselines": {"r2": baselines.r2_by_layer},
     "decomposition": {
         "fvu": decomposition.fvu_by_width,
         "norm_test": decomposition.norm_test,
@@ -23,6 +24,7 @@ FIGURES: dict[str, dict[str, Callable[[Result], Any]]] = {
     "downstream": {"losses": downstream.losses, "recovered": downstream.recovered},
     "error-saes": {"fvu": error_saes.fvu, "detection": error_saes.detection},
     "pathology": {"ratios": pathology.ratios, "gap": pathology.gap, "tokens": pathology.gap_by_token},
+    "per-token": {"matrices": per_token.matrices, "curves": per_token.curves},
     "pursuit": {"fvu": decomposition.fvu_by_width},
     "synthetic": {"noise": synthetic.noise_grid, "ablation": synthetic.ablation},
 }
