@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ROOMY = 4  # cells a row that have room for an interval
-_TITLES = {"r2": "R² of the error norm of ...", "gain": "gain from the nonlinear norm, %"}
+_TITLES = {"r2": "R² of the error norm", "gain": "gain from the nonlinear norm, %"}
 
 
 def matrices(result: Result) -> Figure:
@@ -21,7 +21,7 @@ def matrices(result: Result) -> Figure:
     saes = result.series["saes"]
     figure, panels = new_panels(min(6.0, 1.2 + 0.48 * len(saes)), 2)
     for axes, (quantity, title) in zip(panels, _TITLES.items(), strict=True):
-        _matrix(axes, result, quantity, "{:.2f}" if quantity == "r2" else "{:.0f}")
+        _matrix(axes, result, quantity, "{:.3f}" if quantity == "r2" else "{:.1f}")
         axes.set_title(title)
         axes.set_xlabel("SAE predicted, latents")
     panels[0].set_ylabel("from the SAE with latents")
@@ -46,7 +46,7 @@ def _matrix(axes: Axes, result: Result, quantity: str, form: str) -> None:
             axes.text(j, i - 0.1, form.format(value), ha="center", va="center", color=colour, fontsize=9)
             low, high = (result.numbers[f"{key}/{end}"] for end in ("low", "high"))
             if last <= _ROOMY and math.isfinite(low):
-                interval = f"{form.format(low)}–{form.format(high)}"
+                interval = f"{form.format(low)} to {form.format(high)}"
                 axes.text(j, i + 0.25, interval, ha="center", va="center", color=colour, fontsize=6)
     labels = _labels(saes)
     axes.set_xticks(range(last), labels[1:], fontsize=8)
