@@ -6,7 +6,7 @@ from norm_cases import HOOK, Finished, planted_sae, r2, stored
 from small_site import flags
 
 from darkmatter_ext import cli
-from darkmatter_ext.experiments.baselines import PREDICTORS, BaselinesConfig, random_means, sae_scores
+from darkmatter_ext.experiments.baselines import PREDICTORS, BaselinesConfig, random_means, sae_numbers
 from darkmatter_ext.measurement import MeasureSettings
 from darkmatter_ext.one_pass import measure
 from darkmatter_ext.results import load_result
@@ -42,36 +42,40 @@ def planted(tmp_path_factory):
     source = SelectedContexts(stored(folder, torch.stack(columns, dim=-1), tokens), torch.arange(CONTEXTS), loss)
     settings = MeasureSettings(drop_positions=0, token_means=VOCABULARY)
     site = measure(source, saes, settings, folder=folder / "run")[HOOK]
-    return site, {name: sae_scores(site, name, loss=True, token_means=True, seed=0) for name in ("token", "loss", "l0")}
-
-
-def test_each_planted_cause_is_found_by_its_predictor_and_no_other(planted):
-    _, scores = planted
-    own = {"token": ("token_mean", 1), "loss": ("loss", FROM_LOSS**2), "l0": ("l0", 1)}
-    for name, (cause, expected) in own.items():
-        for predictor in ("token_mean", "loss", "l0"):
-            found = scores[name][f"error/{predictor}"]
-            noise = 1 / 19 if predictor == "token_mean" else 0  # of means over 200 x 31 x 0.6 / 200 = 19 fit tokens
-            wanted = expected if predictor == cause else -noise
-            assert found.value == pytest.approx(wanted, abs=0.05 if predictor == "loss" else 0.02), (name, predictor)
-            assert found.low <= found.value <= found.high
-    assert scores["loss"]["error/loss"].low < FROM_LOSS**2 < scores["loss"]["error/loss"].high
-    assert scores["l0"]["error/scalars"].value > 0.999
-    assert scores["token"]["error/probe"].value < 0.2  # a table of random numbers is not linear in the token's number
-    assert scores["loss"]["error/probe"].value > 0.999  # x itself has the loss and the rest
-    assert set(scores["token"]) == {
-        f"{part}/{name}" for part in ("error", "linear", "nonlinear") for name in PREDICTORS
+    return site, {
+        name: sae_numbers(site, name, loss=True, token_means=True, seed=0) for name in ("token", "loss", "l0")
     }
 
 
+def test_each_planted_cause_is_found_by_its_predictor_and_no_other(planted):
+    _, numbers = planted
+    own = {"token": ("token_mean", 1), "loss": ("loss", FROM_LOSS**2), "l0": ("l0", 1)}
+    for name, (cause, expected) in own.items():
+        noise = numbers[name]["random_mean_expected"]
+        assert noise == pytest.approx(-1 / 19, abs=0.01)  # means over 200 x 31 x 0.6 / 200 = 19 fit tokens
+        for predictor in ("token_mean", "loss", "l0"):
+            value, low, high = (numbers[name][f"error/{predictor}{end}"] for end in ("", "/low", "/high"))
+            wanted = expected if predictor == cause else noise if predictor == "token_mean" else 0
+            assert value == pytest.approx(wanted, abs=0.05 if predictor == "loss" else 0.02), (name, predictor)
+            assert low <= value <= high
+        chance = (
+            0.1 if name == "token" else 0.02
+        )  # 3 times 2 / sqrt(19 x 200): the drawn means may resemble the true ones
+        assert numbers[name]["error/random_mean"] == pytest.approx(noise, abs=chance), name
+        parts = ("error", "linear", "nonlinear")
+        assert {f"{part}/{predictor}" for part in parts for predictor in PREDICTORS} < set(numbers[name])
+    assert numbers["loss"]["error/loss/low"] < FROM_LOSS**2 < numbers["loss"]["error/loss/high"]
+    assert numbers["l0"]["error/scalars"] > 0.999
+    assert numbers["token"]["error/probe"] < 0.2  # a table of random numbers is not linear in the token's number
+    assert numbers["loss"]["error/probe"] > 0.999  # x itself has the loss and the rest
+
+
 def test_token_means_equal_those_of_the_sums_and_random_ones_know_nothing(planted):
-    site, scores = planted
+    site, numbers = planted
     exact = site.token_mean_r2()
-    for name, own in scores.items():
-        for part in ("error", "linear", "nonlinear"):
-            if name == "token" or part == "error":
-                assert own[f"{part}/token_mean"].value == pytest.approx(exact[f"{name}/{part}"], abs=1e-5), (name, part)
-        assert own["error/random_mean"].value == pytest.approx(-1 / 19, abs=0.02), name
+    for name, own in numbers.items():
+        for part in ("error", "nonlinear"):
+            assert own[f"{part}/token_mean"] == pytest.approx(exact[f"{name}/{part}"], abs=1e-5), (name, part)
     y, counts = torch.randn(5000, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 50, 4000])
     means = random_means(y, counts, seed=0)
     assert means[0] == y.mean()
@@ -126,7 +130,7 @@ def test_a_run_at_two_layers_equals_plain_regressions(workplace, capsys):
     for sae in result.series["saes"]:
         ends = [result.numbers[f"{sae['name']}/nonlinear/scalars{end}"] for end in ("/low", "", "/high")]
         assert ends == sorted(ends)
-        assert -0.1 < result.numbers[f"{sae['name']}/error/random_mean"] < 0.02
+        assert abs(result.numbers[f"{sae['name']}/error/random_mean"]) < 0.1
     folders = [sae["folder"] for sae in result.series["saes"]]
     again = flags(workplace, "--sae", *folders, "--out", str(workplace / "given"), experiment="baselines")
     assert cli.main(again) == 0  # each SAE at the site it names
@@ -136,7 +140,7 @@ def test_a_run_at_two_layers_equals_plain_regressions(workplace, capsys):
 @pytest.mark.usefixtures("own_cache")
 def test_without_bias_as_the_released_code(workplace):
     out = workplace / "baselines-released"
-    more = ("--widths", "24", "--parity", "released-code", "--out", str(out))
+    more = ("--layers", "1", "--widths", "24", "--parity", "released-code", "--out", str(out))
     assert cli.main(flags(workplace, *more, experiment="baselines")) == 0
     result = load_result(out / "baselines.json")
     config = BaselinesConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in result.config.items()})
@@ -151,7 +155,7 @@ def test_without_bias_as_the_released_code(workplace):
 def test_bad_settings_give_one_line(workplace, tmp_path, capsys):
     cases = [
         (("--layers", "1", "1"), "--layers: must be different numbers of at least 0, got [1, 1]"),
-        (("--layers", "7"), "blocks.7.hook_resid_post"),
+        (("--layers", "7"), "has blocks 0 to 2, got block 7"),
         (("--sae", str(tmp_path)), "--sae: must be"),
         (("--interval-groups", "0"), "--interval-groups: must be at least 1, got 0"),
     ]

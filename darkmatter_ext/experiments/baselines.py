@@ -16,7 +16,7 @@ from torch import Tensor
 from darkmatter_ext import family, many_saes
 from darkmatter_ext.family import FamilyConfig, family_result, given_hooks, measured_family
 from darkmatter_ext.hook_points import parse_hook_point
-from darkmatter_ext.intervals import Interval, r2_interval
+from darkmatter_ext.intervals import r2_interval
 from darkmatter_ext.many_saes import ManySaesConfig
 from darkmatter_ext.measurement import SiteMeasurement
 from darkmatter_ext.per_token import read_tokens
@@ -88,26 +88,30 @@ def random_means(y: Tensor, counts: Tensor, *, seed: int) -> Tensor:
     return torch.where(counts > 0, sums / counts.clamp(min=1), y.mean())
 
 
-def token_mean_scores(site: SiteMeasurement, sae: str, *, seed: int) -> dict[str, Interval]:
+def token_mean_numbers(site: SiteMeasurement, sae: str, *, seed: int) -> dict[str, float]:
     """`PART/token_mean` and `PART/random_mean`: R2 on the held-out tokens of the table, by its groups of contexts."""
     table = read_tokens(site.per_token, ["token", "group", *(f"{sae}/{part}" for part in PARTS)])
     ids, group = (torch.tensor(table[name].to_pylist()) for name in ("token", "group"))
-    scores = {}
+    numbers: dict[str, float] = {}
     for part in PARTS:
         y = torch.tensor(table[f"{sae}/{part}"].to_pylist(), dtype=torch.float64)
         mean, counts = site.token_mean(f"{sae}/{part}")
-        scores[f"{part}/token_mean"] = r2_interval(y, mean[ids], group)
-        scores[f"{part}/random_mean"] = r2_interval(y, random_means(y, counts, seed=seed)[ids], group)
-    return scores
+        numbers |= r2_interval(y, mean[ids], group).numbers(f"{part}/token_mean")
+        numbers |= r2_interval(y, random_means(y, counts, seed=seed)[ids], group).numbers(f"{part}/random_mean")
+        noise = torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)[ids].mean().item()
+        numbers["random_mean_expected"] = -noise  # the same for all parts
+    return numbers
 
 
-def sae_scores(site: SiteMeasurement, sae: str, *, loss: bool, token_means: bool, seed: int) -> dict[str, Interval]:
+def sae_numbers(site: SiteMeasurement, sae: str, *, loss: bool, token_means: bool, seed: int) -> dict[str, float]:
     """`PART/PREDICTOR`: held-out R2 for the squared norm of each part of the error, with intervals."""
-    probe = site.intervals(sae)
-    scores = {f"{part}/probe": probe[f"r2_norm/{part}"] for part in PARTS}
-    for name, used in scalar_sets(sae, loss=loss).items():
-        scores |= {f"{part}/{name}": site.scalar_interval(used, f"{sae}/{part}") for part in PARTS}
-    return scores | (token_mean_scores(site, sae, seed=seed) if token_means else {})
+    probe, numbers = site.intervals(sae), {}
+    sets = scalar_sets(sae, loss=loss)
+    for part in PARTS:
+        numbers |= probe[f"r2_norm/{part}"].numbers(f"{part}/probe")
+        for name, used in sets.items():
+            numbers |= site.scalar_interval(used, f"{sae}/{part}").numbers(f"{part}/{name}")
+    return numbers | (token_mean_numbers(site, sae, seed=seed) if token_means else {})
 
 
 def run(config: BaselinesConfig | ManySaesConfig, stages: Stages) -> Result:
@@ -128,9 +132,8 @@ def run(config: BaselinesConfig | ManySaesConfig, stages: Stages) -> Result:
             name = sae["name"]
             site = found.site_of(name)
             numbers[f"{name}/l0"] = site.decomposition(name).l0
-            scores = sae_scores(site, name, loss=loss, token_means=token_means, seed=config.seed)
-            for key, interval in scores.items():
-                numbers |= interval.numbers(f"{name}/{key}")
+            own = sae_numbers(site, name, loss=loss, token_means=token_means, seed=config.seed)
+            numbers |= {f"{name}/{key}": value for key, value in own.items()}
             advance(1)
     shown = [name for name in PREDICTORS if f"{saes[0]['name']}/error/{name}" in numbers]
     notes = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from darkmatter_ext.report.table import Table, shown, with_interval
 from darkmatter_ext.results import Result
 
+NOTHING = 0.01  # an R2 too small to speak of
 PARTS = ("error", "linear", "nonlinear")
 _HEADINGS = {
     "probe": "linear map of x",
@@ -57,11 +58,13 @@ def reading(result: Result) -> list[str]:
             f"these, intervals apart, for {ahead} of {len(names)} SAEs."
         )
     if "random_mean" in result.series["predictors"]:
+        expected = sorted(numbers[f"{name}/random_mean_expected"] for name in names)
         lines.append(
-            f"Control: the mean over as many random tokens has R² {span('error', 'random_mean')} for the error "
-            "(expected slightly below 0: the noise of means over few tokens)."
+            f"Control: the mean over as many random tokens has R² {span('error', 'random_mean')} for the error; "
+            f"{expected[0]:.2f} to {expected[-1]:.2f} is what the noise of means over few tokens makes of nothing."
         )
-    fixed = [name for name in names if abs(numbers[f"{name}/error/l0"]) < 1e-3]
-    if fixed:
-        lines.append(f"L0 says nothing where it hardly varies, as in a TopK SAE ({len(fixed)} of {len(names)} SAEs).")
+    if (fixed := sum(abs(numbers[f"{name}/error/l0"]) < NOTHING for name in names)) > 0:
+        lines.append(
+            f"L0 explains less than {NOTHING} for {fixed} of {len(names)} SAEs: in a TopK SAE it is all but constant."
+        )
     return lines
