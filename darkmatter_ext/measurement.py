@@ -18,6 +18,7 @@ What an experiment does with it:
     site.norm_map("16k", "error").weight               # a*: what the latents are compared with (latent-alignment)
     site.latents["16k"].mean_active_value              # [F]
     site.scalar_fit(["16k/error_norm"], ["65k/error_norm"]).r2     # per-token; also "loss", "x_norm", "16k/l0" (baselines)
+    site.scalar_gain(["16k/error_norm"], ["16k/nonlinear_norm"], "65k/error_norm")  # what a second scalar adds, percent
     site.token_mean_r2()                               # baseline: the mean over a token's occurrences
     site.part_fit(["mlp"], "16k", "nonlinear").r2      # error, linear, nonlinear from other SAEs' outputs (earlier-layers)
     site.intervals("16k")["fvu"]                       # with 95 % intervals; also scalar_interval, part_interval

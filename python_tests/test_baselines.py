@@ -134,7 +134,18 @@ def test_a_run_at_two_layers_equals_plain_regressions(workplace, capsys):
     folders = [sae["folder"] for sae in result.series["saes"]]
     again = flags(workplace, "--sae", *folders, "--out", str(workplace / "given"), experiment="baselines")
     assert cli.main(again) == 0  # each SAE at the site it names
-    assert [sae["layer"] for sae in load_result(workplace / "given" / "baselines.json").series["saes"]] == [0, 1]
+    given = load_result(workplace / "given" / "baselines.json")
+    assert [sae["layer"] for sae in given.series["saes"]] == [0, 1]
+    text = ("--model", str(workplace / "model"), "--text", str(workplace / "text.txt"), "--tokens", "6400")
+    many = ["run", "baselines", "--preset", "one-pass", "--sae", *folders, *text, "--out", str(workplace / "many")]
+    for more, left_out in (
+        ([], set()),
+        (["--loss", "false", "--token-means", "false"], {"loss", "token_mean", "random_mean"}),
+    ):
+        assert cli.main([*many, *more]) == 0, more
+        streamed = load_result(workplace / "many" / "baselines.json")
+        assert set(streamed.series["predictors"]) == set(PREDICTORS) - left_out
+        assert {sae["hook"] for sae in streamed.series["saes"]} == {"blocks.0.hook_resid_post", HOOK}
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -111,6 +111,12 @@ def test_a_run_regresses_every_pair(workplace, parity):
     squares = result.series["excerpt"]["squared_norms"]["topk-48"]["error"]
     shown = norms["topk-48"][tensors.places[0] == tensors.places[0][~tensors.fit][0]][: len(squares)]
     assert squares == pytest.approx(shown.square().tolist(), rel=1e-4)
+    folders = [sae["folder"] for sae in result.series["saes"]]
+    text = ("--model", str(workplace / "model"), "--text", str(workplace / "text.txt"), "--tokens", "6400")
+    many = ["run", "per-token", "--preset", "one-pass", "--sae", *folders, *text, "--parity", parity]
+    assert cli.main([*many, "--out", str(workplace / "many")]) == 0
+    streamed = load_result(workplace / "many" / "per-token.json")
+    assert [sae["d_sae"] for sae in streamed.series["saes"]] == [24, 48]
     assert any("shuffles without a seed" in note for note in result.notes) == (parity == "released-code")
 
 

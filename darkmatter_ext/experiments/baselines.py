@@ -129,7 +129,7 @@ def run(config: BaselinesConfig | ManySaesConfig, stages: Stages) -> Result:
     numbers: dict[str, float] = {}
     with stages.stage("predict the norms", len(saes)) as advance:
         for sae in saes:
-            name = sae["name"]
+            name = str(sae["name"])
             site = found.site_of(name)
             numbers[f"{name}/l0"] = site.decomposition(name).l0
             own = sae_numbers(site, name, loss=loss, token_means=token_means, seed=config.seed)

@@ -36,13 +36,15 @@ def _matrix(axes: Axes, result: Result, quantity: str, form: str) -> None:
         [result.numbers[f"{quantity}/{first}/{second}"] if j > i else math.nan for j, second in enumerate(names) if j]
         for i, first in enumerate(names[:-1])
     ]
-    image = axes.imshow(values, cmap="Blues", aspect="auto")
+    axes.imshow(values, cmap="Blues", aspect="auto")
+    finite = [value for row in values for value in row if math.isfinite(value)]
+    dark = min(finite, default=0.0) + 0.55 * (max(finite, default=0.0) - min(finite, default=0.0))
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             if not math.isfinite(value):
                 continue
             key = f"{quantity}/{names[i]}/{names[j + 1]}"
-            colour = "white" if image.norm(value) > 0.55 else "black"
+            colour = "white" if value > dark else "black"
             axes.text(j, i - 0.1, form.format(value), ha="center", va="center", color=colour, fontsize=9)
             low, high = (result.numbers[f"{key}/{end}"] for end in ("low", "high"))
             if last <= _ROOMY and math.isfinite(low):

@@ -40,8 +40,8 @@ def reading(result: Result) -> list[str]:
     numbers, names = result.numbers, [sae["name"] for sae in result.series["saes"]]
     baselines = [name for name in result.series["predictors"] if name not in ("probe", "random_mean")]
 
-    def span(part: str, predictor: str) -> str:
-        values = sorted(numbers[f"{name}/{part}/{predictor}"] for name in names)
+    def span(key: str) -> str:
+        values = sorted(numbers[f"{name}/{key}"] for name in names)
         low, high = shown(values[0], "{:.2f}"), shown(values[-1], "{:.2f}")
         return low if low == high else f"{low} to {high}"
 
@@ -51,17 +51,16 @@ def reading(result: Result) -> list[str]:
             all(numbers[f"{name}/{part}/probe/low"] > numbers[f"{name}/{part}/{other}/high"] for other in baselines)
             for name in names
         )
-        others = ", ".join(f"{_HEADINGS[other]} {span(part, other)}" for other in baselines)
+        others = ", ".join(f"{_HEADINGS[other]} {span(f'{part}/{other}')}" for other in baselines)
         what = "error" if part == "error" else f"{part} error"
         lines.append(
-            f"Squared norm of the {what}: a linear map of x has R² {span(part, 'probe')}; {others}. The map is ahead of all of "
-            f"these, intervals apart, for {ahead} of {len(names)} SAEs."
+            f"Squared norm of the {what}: a linear map of x has R² {span(f'{part}/probe')}; {others}. The map is ahead of all "
+            f"of these, intervals apart, for {ahead} of {len(names)} SAEs."
         )
     if "random_mean" in result.series["predictors"]:
-        expected = sorted(numbers[f"{name}/random_mean_expected"] for name in names)
         lines.append(
-            f"Control: the mean over as many random tokens has R² {span('error', 'random_mean')} for the error; "
-            f"{expected[0]:.2f} to {expected[-1]:.2f} is what the noise of means over few tokens makes of nothing."
+            f"Control: the mean over as many random tokens has R² {span('error/random_mean')} for the error; "
+            f"{span('random_mean_expected')} is what the noise of means over few tokens makes of nothing."
         )
     if (fixed := sum(abs(numbers[f"{name}/error/l0"]) < NOTHING for name in names)) > 0:
         lines.append(
