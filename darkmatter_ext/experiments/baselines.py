@@ -32,7 +32,7 @@ PREDICTORS = {
     "x": "the squared norm of x",
     "loss": "the model's loss",
     "l0": "the number of active latents",
-    "random_mean": "control: the mean over as many random tokens",
+    "random_mean": "the mean over as many random tokens, a control",
 }
 
 
@@ -67,7 +67,7 @@ PRESETS: dict[str, BaselinesConfig | ManySaesConfig] = {
 def plan(config: BaselinesConfig | ManySaesConfig) -> list[str]:
     """What a run would do, in lines, without doing it."""
     hooks = [] if isinstance(config, ManySaesConfig) else config.hooks
-    return [*family.plan(config, hooks), *(f"predict   from {about}" for about in PREDICTORS.values())]
+    return [*family.plan(config, hooks), *(f"predict   by {about}" for about in PREDICTORS.values())]
 
 
 def scalar_sets(sae: str, *, loss: bool) -> dict[str, list[str]]:
