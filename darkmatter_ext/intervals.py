@@ -98,6 +98,19 @@ def jackknife(sums: Tensor, statistic: Callable[[Tensor], Tensor]) -> list[Inter
     return [Interval(*row) for row in torch.stack([values, values - half, values + half], dim=1).tolist()]
 
 
+def r2_interval(y: Tensor, predicted: Tensor, groups: Tensor) -> Interval:
+    """R2 of predictions [n] of y [n], with the jackknife's interval over groups of tokens, int64 [n] of any numbers."""
+    names, inverse = groups.unique(return_inverse=True)
+    y, residual = y.double() - y.double().mean(), (y - predicted).double()
+    sums = group_sums(torch.stack([torch.ones_like(y), y, y.square(), residual.square()], dim=1), inverse, len(names))
+
+    def r2(sums: Tensor) -> Tensor:
+        n, total, square, sse = sums.unbind(-1)
+        return (1 - sse / (square - total.square() / n))[..., None]
+
+    return jackknife(sums, r2)[0]
+
+
 def seed_interval(values: Sequence[float]) -> Interval:
     """Mean of one number a seed, with Student's t interval; the interval is NaN for one seed.
 

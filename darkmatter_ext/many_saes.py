@@ -368,6 +368,11 @@ class Measured:
         return numbers
 
 
+def sae_sites(config: ManySaesConfig) -> list[str]:
+    """The hook points of the SAEs, from their metadata. Raises ValueError when one cannot be read, or they do not fit."""
+    return _resolve(config).sites
+
+
 def run_folder(config: ManySaesConfig, encoders: Encoders | None = None) -> Path:
     """Where the run keeps its state: --checkpoint, or the cache folder by everything that decides the result."""
     if config.checkpoint:

@@ -18,6 +18,7 @@ What an experiment does with it:
     site.norm_map("16k", "error").weight               # a*: what the latents are compared with (latent-alignment)
     site.latents["16k"].mean_active_value              # [F]
     site.scalar_fit(["16k/error_norm"], ["65k/error_norm"]).r2     # per-token; also "loss", "x_norm", "16k/l0" (baselines)
+    site.scalar_gain(["16k/error_norm"], ["16k/nonlinear_norm"], "65k/error_norm")  # what a second scalar adds, percent
     site.token_mean_r2()                               # baseline: the mean over a token's occurrences
     site.part_fit(["mlp"], "16k", "nonlinear").r2      # error, linear, nonlinear from other SAEs' outputs (earlier-layers)
     site.intervals("16k")["fvu"]                       # with 95 % intervals; also scalar_interval, part_interval
@@ -217,6 +218,30 @@ class SiteMeasurement:
         fit = self.scalar_fit(predictors, [target])
         groups = (sums.statistics(predictors, [target]) for sums in self._scalar_groups)
         return _r2_intervals(fit.map, groups)[0]
+
+    def scalar_gain(self, predictors: Sequence[str], more: Sequence[str], target: str) -> Interval:
+        """What `more` scalars add to `predictors`: (R2' - R2) / (1 - R2) in percent, with its interval.
+
+        That is 100 (1 - SSE' / SSE), the share of what was left that the larger regression explains.
+        """
+        sets = [list(predictors), [*predictors, *more]]
+        maps = [self.scalar_fit(names, [target]).map for names in sets]
+        rows = []
+        for sums in self._scalar_groups:
+            count = torch.tensor([sums.count], dtype=torch.float64)
+            pairs = zip(sets, maps, strict=True)
+            rows.append(
+                torch.cat([count, *(sums.statistics(names, [target]).score(own).sse.cpu() for names, own in pairs)])
+            )
+        return jackknife(_nonempty(rows), lambda sums: 100 * (1 - sums[..., 2:] / sums[..., 1:2]))[0]
+
+    def token_mean(self, name: str) -> tuple[Tensor, Tensor]:
+        """Of "SAE/error", "SAE/linear" or "SAE/nonlinear": mean over the fit tokens of each id [V], and their number [V].
+
+        An id without fit tokens has the overall mean. Raises KeyError when measured without `token_means`.
+        """
+        sums = self._token_means[self._norm_fit]
+        return sums.means[:, sums.names.index(name)].cpu(), sums.counts.long().cpu()
 
     def token_mean_r2(self) -> dict[str, float]:
         """R2 of predicting squared norms by their mean over the token's occurrences: "SAE/error" and so on.

@@ -219,6 +219,12 @@ class TokenSums:
         """The sums of all processes."""
         return TokenSums(self.names, reduce(self.counts.clone()), reduce(self.sums.clone()))
 
+    @property
+    def means(self) -> Tensor:
+        """[V, K] of every id; of one that never occurred the overall mean."""
+        overall = self.sums.sum(0) / self.counts.sum().clamp(min=1)
+        return torch.where(self.counts[:, None] > 0, self.sums / self.counts.clamp(min=1)[:, None], overall)
+
     def r2_of_means(self, held_out: TokenSums, squares: Tensor) -> dict[str, float]:
         """R2, on held-out tokens, of predicting each quantity by its mean over these tokens' same id.
 
@@ -228,10 +234,7 @@ class TokenSums:
 
         An id that never occurred here is predicted by the overall mean.
         """
-        overall = self.sums.sum(0) / self.counts.sum().clamp(min=1)
-        seen = self.counts > 0
-        mean = torch.where(seen[:, None], self.sums / self.counts.clamp(min=1)[:, None], overall)
-        n = held_out.counts[:, None]
+        mean, n = self.means, held_out.counts[:, None]
         sse = squares - 2 * (mean * held_out.sums).sum(0) + (n * mean.square()).sum(0)
         sst = squares - held_out.sums.sum(0).square() / held_out.counts.sum().clamp(min=1)
         return dict(zip(self.names, torch.where(sst > 0, 1 - sse / sst, torch.nan).tolist(), strict=True))

@@ -434,6 +434,9 @@ class _Engine:
             table = {name: columns[rows, names.index(name)].float() for name in kept}
             table |= {name: table[name].int() for name in kept if name.endswith("/l0")}
             places = {"context": piece.contexts, "position": piece.positions, "token": piece.tokens}
+            places["group"] = torch.full_like(
+                piece.contexts, piece.group
+            )  # as the intervals of `measurement.py` have it
             table |= {name: column[rows].int() for name, column in places.items()}
             self.tables[site.hook].add(table)
 

@@ -58,6 +58,7 @@ LAYER_20_LISTED = {  # of these, in SAELens' list
     "524k": (10, 48, 241),
     "1m": (11, 19, 34, 57, 101, 193),
 }
+LAYER_20_NEAR_60 = {"16k": 58, "32k": 57, "65k": 55, "131k": 62, "262k": 64, "524k": 48, "1m": 57}  # "L0 about 60"
 # Layers 0 to 39: of the 131k SAEs of SAELens' list, the L0 nearest to 60.
 ALL_LAYERS_L0 = (
     41, 56, 70, 46, 51, 51, 66, 65, 72, 75, 47, 49, 52, 54, 56, 55, 65, 64, 62, 60,
@@ -74,6 +75,9 @@ def _gemma(layer: int, width: str, l0: int, *, listed: bool) -> KnownSae:
 SAE_SETS: dict[str, tuple[KnownSae, ...]] = {
     "gemma-2-9b-l20": tuple(
         _gemma(20, width, l0, listed=l0 in LAYER_20_LISTED[width]) for width, l0s in LAYER_20_L0.items() for l0 in l0s
+    ),
+    "gemma-2-9b-l20-near-60": tuple(
+        _gemma(20, width, l0, listed=l0 in LAYER_20_LISTED[width]) for width, l0 in LAYER_20_NEAR_60.items()
     ),
     "gemma-2-9b-all-layers": tuple(_gemma(layer, "131k", l0, listed=True) for layer, l0 in enumerate(ALL_LAYERS_L0)),
     "gpt2-small": tuple(

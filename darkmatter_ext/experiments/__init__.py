@@ -6,10 +6,12 @@ import importlib
 from types import ModuleType
 
 EXPERIMENTS = {
+    "baselines": "what predicts the norm of the error: a linear probe, or token mean, loss, L0 and the activation's norm?",
     "decomposition": "how much of an SAE's error is linear in the activation (vector and norm tests, FVU)",
     "downstream": "what the linear and the nonlinear error cost the language model, in cross-entropy and KL",
     "error-saes": "SAEs trained on the linear and the nonlinear error: FVU, dead latents, interpretability",
     "pathology": "is Sae(x) worse for the language model than other points at the same distance from x?",
+    "per-token": "which tokens have large error: the error norm of one SAE predicted from another's, of several widths",
     "pursuit": "FVU and its linear part with pursuit over the SAE's dictionary instead of its encoder",
     "scaling": "FVU, FVU_nonlinear and both prediction tests over width and L0, with the power law",
     "synthetic": "does the split into linear and nonlinear error find planted noise and ablated latents?",

@@ -9,12 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from darkmatter_ext.figures import decomposition, downstream, error_saes, pathology, pursuit, scaling, synthetic
+from darkmatter_ext.figures import (
+    baselines,
+    decomposition,
+    downstream,
+    error_saes,
+    pathology,
+    per_token,
+    pursuit,
+    scaling,
+    synthetic,
+)
 from darkmatter_ext.figures.style import STYLE
 from darkmatter_ext.results import Result
 from darkmatter_ext.storage import atomic_file
 
 FIGURES: dict[str, dict[str, Callable[[Result], Any]]] = {
+    "baselines": {"r2": baselines.r2_by_layer},
     "decomposition": {
         "fvu": decomposition.fvu_by_width,
         "norm_test": decomposition.norm_test,
@@ -23,6 +34,7 @@ FIGURES: dict[str, dict[str, Callable[[Result], Any]]] = {
     "downstream": {"losses": downstream.losses, "recovered": downstream.recovered},
     "error-saes": {"fvu": error_saes.fvu, "detection": error_saes.detection},
     "pathology": {"ratios": pathology.ratios, "gap": pathology.gap, "tokens": pathology.gap_by_token},
+    "per-token": {"matrices": per_token.matrices, "curves": per_token.curves},
     "pursuit": {"widths": pursuit.by_width, "fvu": decomposition.fvu_by_width},
     "scaling": {"lines": scaling.lines, "contours": scaling.contours, "breakdown": scaling.breakdown},
     "synthetic": {"noise": synthetic.noise_grid, "ablation": synthetic.ablation},

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.error import NORM_TARGETS
-from darkmatter_ext.figures.style import BLUE, GREY, SERIES, SKY, legend_beside, new_figure, visible
+from darkmatter_ext.figures.style import BLUE, GREY, SERIES, SKY, legend_beside, new_figure, token_axis
 from darkmatter_ext.results import Result
 
 if TYPE_CHECKING:
@@ -88,9 +88,7 @@ def per_token_error(result: Result) -> Figure:
     axes.plot(
         places, nonlinear, color=GREY, linewidth=1, linestyle="--", label=f"nonlinear error,\n{widths[last]} latents"
     )
-    axes.set_xticks(places, [visible(token) for token in tokens], rotation=90, fontsize=6)
-    axes.set_xlim(0, len(tokens) - 1)
-    axes.set_ylim(bottom=0)
+    token_axis(axes, tokens)
     axes.set_ylabel("squared norm / squared norm of x")
     axes.set_title("The same tokens are hard for every width")
     legend_beside(axes)

@@ -35,12 +35,19 @@ def new_figure(height: float) -> tuple[Figure, Axes]:
     return figure, axes[0]
 
 
-def new_panels(height: float, columns: int, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of full text width with panels side by side; `options` as of `Figure.subplots`."""
+def new_panels(height: float, columns: int, *, rows: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of full text width with panels side by side, row by row; `options` as of `Figure.subplots`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False, **options)[0])
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def token_axis(axes: Axes, tokens: Sequence[str]) -> None:
+    """One place on the x axis for every token of a text, the token written at it; y from 0 on."""
+    axes.set_xticks(range(len(tokens)), [visible(token) for token in tokens], rotation=90, fontsize=6)
+    axes.set_xlim(0, len(tokens) - 1)
+    axes.set_ylim(bottom=0)
 
 
 def width_axis(axes: Axes, widths: Sequence[int]) -> None:

@@ -11,16 +11,28 @@ from pathlib import Path
 from types import ModuleType
 
 from darkmatter_ext.error import NORM_TARGETS
-from darkmatter_ext.report import decomposition, downstream, error_saes, pathology, pursuit, scaling, synthetic
+from darkmatter_ext.report import (
+    baselines,
+    decomposition,
+    downstream,
+    error_saes,
+    pathology,
+    per_token,
+    pursuit,
+    scaling,
+    synthetic,
+)
 from darkmatter_ext.report.table import Table
 from darkmatter_ext.results import Result
 from darkmatter_ext.storage import atomic_file
 
 VIEWS: dict[str, ModuleType] = {
+    "baselines": baselines,
     "decomposition": decomposition,
     "downstream": downstream,
     "error-saes": error_saes,
     "pathology": pathology,
+    "per-token": per_token,
     "pursuit": pursuit,
     "scaling": scaling,
     "synthetic": synthetic,
