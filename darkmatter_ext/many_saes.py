@@ -8,7 +8,7 @@ streams: activations are never stored, a run can be stopped at any moment, and `
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -351,11 +351,12 @@ class Measured:
         return next(self.sites[sae["hook"]] for sae in self.saes if sae["name"] == name)
 
 
-def run_folder(config: ManySaesConfig) -> Path:
+def run_folder(config: ManySaesConfig, controls: Sequence[str] = ()) -> Path:
     """Where the run keeps its state: --checkpoint, or the cache folder by everything that decides the result."""
     if config.checkpoint:
         return Path(config.checkpoint)
-    return cache_dir("runs") / fingerprint(**_deciding(config))
+    more = {"controls": list(controls)} if controls else {}
+    return cache_dir("runs") / fingerprint(**_deciding(config), **more)
 
 
 def _deciding(config: ManySaesConfig) -> dict[str, Any]:
@@ -375,13 +376,20 @@ def stamp(path: Path) -> list[int]:
     return [sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)]
 
 
-def measured(config: ManySaesConfig, stages: Stages) -> Measured:
+def measured(
+    config: ManySaesConfig,
+    stages: Stages,
+    *,
+    controls: Mapping[str, Callable[[MeasuredSae], MeasuredSae]] | None = None,
+) -> Measured:
     """Measure all SAEs of a configuration; every process of a torchrun calls it and has the same result.
+
+    `controls`: name -> what makes a further predictor out of the first of --predictor.
 
     Raises ValueError for bad settings, an SAE or model that cannot be read; RuntimeError for damaged files; OSError for a
     folder that cannot be written.
     """
-    found, folder = _resolve(config), run_folder(config)
+    found, folder = _resolve(config), run_folder(config, list(controls or ()))
     folder.mkdir(parents=True, exist_ok=True)
     with processes(config.device) as own:
         source = _source(config, found, folder, own, stages)
@@ -389,6 +397,7 @@ def measured(config: ManySaesConfig, stages: Stages) -> Measured:
         names = _names(found.saes)
         saes = _as_measured(config, names, found.hooks, found.saes, own.device)
         others = _as_measured(config, _names(found.predictors), found.predictor_hooks, found.predictors, own.device)
+        others += [make(others[0]) for make in (controls or {}).values()]
         predictors = {hook: [Predictor(sae.name, sae) for sae in others] for hook in found.sites}
         vocabulary = _vocabulary(source) if config.token_means else 0
         settings = dataclasses.replace(found.settings, token_means=vocabulary)

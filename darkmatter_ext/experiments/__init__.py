@@ -9,6 +9,7 @@ EXPERIMENTS = {
     "decomposition": "how much of an SAE's error is linear in the activation (vector and norm tests, FVU)",
     "downstream": "what the linear and the nonlinear error cost the language model, in cross-entropy and KL",
     "error-saes": "SAEs trained on the linear and the nonlinear error: FVU, dead latents, interpretability",
+    "norm-test": "how well a linear map of x predicts six squared norms, over a family of SAEs",
     "pathology": "is Sae(x) worse for the language model than other points at the same distance from x?",
     "pursuit": "FVU and its linear part with pursuit over the SAE's dictionary instead of its encoder",
     "synthetic": "does the split into linear and nonlinear error find planted noise and ablated latents?",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from darkmatter_ext.figures import decomposition, downstream, error_saes, pathology, synthetic
+from darkmatter_ext.figures import decomposition, downstream, error_saes, norm_test, pathology, synthetic
 from darkmatter_ext.figures.style import STYLE
 from darkmatter_ext.results import Result
 from darkmatter_ext.storage import atomic_file
@@ -22,6 +22,7 @@ FIGURES: dict[str, dict[str, Callable[[Result], Any]]] = {
     },
     "downstream": {"losses": downstream.losses, "recovered": downstream.recovered},
     "error-saes": {"fvu": error_saes.fvu, "detection": error_saes.detection},
+    "norm-test": {"violins": norm_test.violins, "saes": norm_test.by_sae},
     "pathology": {"ratios": pathology.ratios, "gap": pathology.gap, "tokens": pathology.gap_by_token},
     "pursuit": {"fvu": decomposition.fvu_by_width},
     "synthetic": {"noise": synthetic.noise_grid, "ablation": synthetic.ablation},

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from darkmatter_ext.error import NORM_TARGETS
-from darkmatter_ext.report import decomposition, downstream, error_saes, pathology, pursuit, synthetic
+from darkmatter_ext.report import decomposition, downstream, error_saes, norm_test, pathology, pursuit, synthetic
 from darkmatter_ext.report.table import Table
 from darkmatter_ext.results import Result
 from darkmatter_ext.storage import atomic_file
@@ -20,6 +20,7 @@ VIEWS: dict[str, ModuleType] = {
     "decomposition": decomposition,
     "downstream": downstream,
     "error-saes": error_saes,
+    "norm-test": norm_test,
     "pathology": pathology,
     "pursuit": pursuit,
     "synthetic": synthetic,
