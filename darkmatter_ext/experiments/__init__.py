@@ -8,7 +8,9 @@ from types import ModuleType
 EXPERIMENTS = {
     "decomposition": "how much of an SAE's error is linear in the activation (vector and norm tests, FVU)",
     "downstream": "what the linear and the nonlinear error cost the language model, in cross-entropy and KL",
+    "earlier-layers": "what SAE outputs of earlier sites say about the error and its linear and nonlinear part",
     "error-saes": "SAEs trained on the linear and the nonlinear error: FVU, dead latents, interpretability",
+    "latent-alignment": "do latents that predict a large error have a large mean active value?",
     "norm-test": "how well a linear map of x predicts six squared norms, over a family of SAEs",
     "pathology": "is Sae(x) worse for the language model than other points at the same distance from x?",
     "pursuit": "FVU and its linear part with pursuit over the SAE's dictionary instead of its encoder",

@@ -9,7 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from darkmatter_ext.figures import decomposition, downstream, error_saes, norm_test, pathology, synthetic
+from darkmatter_ext.figures import (
+    decomposition,
+    downstream,
+    earlier_layers,
+    error_saes,
+    latent_alignment,
+    norm_test,
+    pathology,
+    synthetic,
+)
 from darkmatter_ext.figures.style import STYLE
 from darkmatter_ext.results import Result
 from darkmatter_ext.storage import atomic_file
@@ -21,7 +30,9 @@ FIGURES: dict[str, dict[str, Callable[[Result], Any]]] = {
         "per_token": decomposition.per_token_error,
     },
     "downstream": {"losses": downstream.losses, "recovered": downstream.recovered},
+    "earlier-layers": {"parts": earlier_layers.parts},
     "error-saes": {"fvu": error_saes.fvu, "detection": error_saes.detection},
+    "latent-alignment": {"scatter": latent_alignment.scatter, "correlations": latent_alignment.correlations},
     "norm-test": {"violins": norm_test.violins, "saes": norm_test.by_sae},
     "pathology": {"ratios": pathology.ratios, "gap": pathology.gap, "tokens": pathology.gap_by_token},
     "pursuit": {"fvu": decomposition.fvu_by_width},

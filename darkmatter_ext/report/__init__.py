@@ -11,7 +11,17 @@ from pathlib import Path
 from types import ModuleType
 
 from darkmatter_ext.error import NORM_TARGETS
-from darkmatter_ext.report import decomposition, downstream, error_saes, norm_test, pathology, pursuit, synthetic
+from darkmatter_ext.report import (
+    decomposition,
+    downstream,
+    earlier_layers,
+    error_saes,
+    latent_alignment,
+    norm_test,
+    pathology,
+    pursuit,
+    synthetic,
+)
 from darkmatter_ext.report.table import Table
 from darkmatter_ext.results import Result
 from darkmatter_ext.storage import atomic_file
@@ -19,7 +29,9 @@ from darkmatter_ext.storage import atomic_file
 VIEWS: dict[str, ModuleType] = {
     "decomposition": decomposition,
     "downstream": downstream,
+    "earlier-layers": earlier_layers,
     "error-saes": error_saes,
+    "latent-alignment": latent_alignment,
     "norm-test": norm_test,
     "pathology": pathology,
     "pursuit": pursuit,
