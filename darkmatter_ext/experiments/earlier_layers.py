@@ -63,8 +63,6 @@ class EarlierLayersConfig(FamilyConfig):
             raise ValueError("--predictor: must name at least one SAE of another site with --sae, got none")
         if self.predictor and not self.sae:
             raise ValueError("--sae: must be given with --predictor, got none")
-        if not self.sae:
-            related_hooks(self.hook)
 
 
 def related_hooks(hook: str) -> dict[str, str]:

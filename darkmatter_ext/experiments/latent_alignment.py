@@ -77,7 +77,8 @@ def correlations(a: Tensor, b: Tensor, *, seed: int, resamples: int = RESAMPLES)
     NaN with fewer than MIN_LATENTS. Cost: `resamples` times O(m); ranks are made anew in every draw.
     """
     if len(a) < MIN_LATENTS:
-        return dict.fromkeys(("pearson", "spearman"), Interval(*[float("nan")] * 3))
+        unknown = float("nan")
+        return dict.fromkeys(("pearson", "spearman"), Interval(unknown, unknown, unknown))
 
     def both(weights: Tensor) -> list[float]:
         ranks = (_weighted_ranks(values, weights) for values in (a, b))
@@ -115,7 +116,7 @@ class Alignment:
     def numbers(self, *, seed: int) -> dict[str, float]:
         """Correlations over the latents that fired: "error/decoder/pearson" with its interval, and so on."""
         kept = self.fired > 0
-        numbers = {"latents": len(kept), "latents_never_fired": int((~kept).sum())}
+        numbers: dict[str, float] = {"latents": len(kept), "latents_never_fired": int((~kept).sum())}
         for target, every in self.values.items():
             for kind, own in every.items():
                 found = correlations(own[kept], self.mean_active_value[kept], seed=seed)

@@ -21,12 +21,13 @@ _ROWS = {
 def scatter(result: Result) -> Figure:
     """W_dec . a* against the mean active value, a point a latent that fired, of the widest SAE."""
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     sae = max(result.series["saes"], key=lambda sae: sae["d_sae"])
     fired = result.arrays[f"{sae['name']}/fired"]
     kept, values = fired > 0, result.arrays[f"{sae['name']}/mean_active_value"]
-    figure, panels = new_panels(2.7, len(_TARGETS))
-    norm = LogNorm(1, max(2.0, float(fired.max())))
+    figure, panels = new_panels(2.9, len(_TARGETS), sharey=True)
+    norm = LogNorm(max(1.0, float(fired[kept].min())), max(2.0, float(fired.max())))
     order = fired[kept].argsort()  # frequent latents on top
     for axes, (target, title) in zip(panels, _TARGETS.items(), strict=True):
         alignment = result.arrays[f"{sae['name']}/alignment/{target}"]
@@ -42,14 +43,15 @@ def scatter(result: Result) -> Figure:
         )
         axes.axvline(0, color="black", linewidth=0.6)
         pearson = result.numbers[f"{sae['name']}/{target}/decoder/pearson"]
-        axes.set_title(f"{title}: r = {pearson:.2f}", fontsize=8.5)
+        axes.set_title(f"{title}\nPearson {pearson:.2f}", fontsize=8.5)
         axes.set_xlabel("W_dec · a*")
         axes.set_yscale("log")
         if target == "x":
             figure.colorbar(points, ax=axes, label="tokens where active")
     panels[0].set_ylabel("mean active value")
-    for axes in panels[1:]:
-        axes.tick_params(labelleft=False)
+    panels[0].yaxis.set_major_formatter(ScalarFormatter())
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     return figure
 
 

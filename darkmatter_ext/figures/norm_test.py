@@ -53,10 +53,8 @@ def violins(result: Result) -> Figure:
         points = axes.scatter(where, heights, c=values, norm=norm, cmap="viridis", s=14, zorder=3, linewidths=0)
         if target != "x":
             baseline = numbers[f"over_saes/r2_from_norm_of_x/{target}/median"]
-            label = r"from $\|x\|^2$ alone (median)" if target == "sae" else None
-            axes.hlines(
-                baseline, place - 0.35, place + 0.35, colors="black", linestyles=":", linewidth=1.2, label=label
-            )
+            label = r"from $\|x\|^2$ alone (median)" if target == "sae" else "_"
+            axes.hlines(baseline, place - 0.35, place + 0.35, colors="black", linestyles=":", label=label)
     axes.axhline(numbers["noise_floor"], color=GREY, linewidth=0.8, linestyle="--", label="noise floor")
     axes.set_xticks(range(len(LABELS)), list(LABELS.values()))
     axes.set_xlabel("squared norm of (points from left to right: by L0)")
