@@ -36,6 +36,7 @@ ROWS = {
     "random": "control: random directions with the norms of the decoder rows",
 }
 MIN_LATENTS = 3  # a correlation of two points is 1
+BLOCK_VALUES = 1_000_000  # draws times latents at a time: 8 MB a tensor
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,24 @@ def plan(config: AnyConfig) -> list[str]:
 # ---- correlations
 
 
-def _weighted_ranks(values: Tensor, weights: Tensor) -> Tensor:
-    """Mean ranks of values [m] of which each stands there weights [m] times; equal values share a rank."""
+def weighted_ranks(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean ranks [B, m] of values [m] of which each stands there weights [B, m] times; equal values share a rank."""
     _, group = values.unique(return_inverse=True)
-    count = torch.zeros(int(group.max()) + 1, dtype=weights.dtype).index_add_(0, group, weights)
-    return (count.cumsum(0) - (count - 1) / 2)[group]
+    count = weights.new_zeros(len(weights), int(group.max()) + 1).index_add_(1, group, weights)
+    return (count.cumsum(1) - (count - 1) / 2)[:, group]
 
 
-def _pearson(a: Tensor, b: Tensor, weights: Tensor) -> float:
-    """Correlation of a and b [m] with weights [m]; NaN where one does not vary."""
-    n = weights.sum()
-    a, b = a - (weights * a).sum() / n, b - (weights * b).sum() / n
-    return ((weights * a * b).sum() / ((weights * a * a).sum() * (weights * b * b).sum()).sqrt()).item()
+def _pearson(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Correlations [B] of a and b [m] or [B, m] with weights [B, m]; NaN where one does not vary."""
+    n = weights.sum(1, keepdim=True)
+    a, b = (values - (weights * values).sum(1, keepdim=True) / n for values in (a, b))
+    return (weights * a * b).sum(1) / ((weights * a * a).sum(1) * (weights * b * b).sum(1)).sqrt()
+
+
+def _both(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Pearson and Spearman correlations [B, 2]."""
+    ranks = (weighted_ranks(values, weights) for values in (a, b))
+    return torch.stack([_pearson(a, b, weights), _pearson(*ranks, weights)], dim=1)
 
 
 def correlations(a: Tensor, b: Tensor, *, seed: int, resamples: int = RESAMPLES) -> dict[str, Interval]:
@@ -76,22 +83,18 @@ def correlations(a: Tensor, b: Tensor, *, seed: int, resamples: int = RESAMPLES)
 
     NaN with fewer than MIN_LATENTS. Cost: `resamples` times O(m); ranks are made anew in every draw.
     """
-    if len(a) < MIN_LATENTS:
+    m = len(a)
+    if m < MIN_LATENTS:
         unknown = float("nan")
         return dict.fromkeys(("pearson", "spearman"), Interval(unknown, unknown, unknown))
-
-    def both(weights: Tensor) -> list[float]:
-        ranks = (_weighted_ranks(values, weights) for values in (a, b))
-        return [_pearson(a, b, weights), _pearson(*ranks, weights)]
-
-    generator = torch.Generator().manual_seed(seed)
-    values = both(torch.ones(len(a), dtype=torch.float64))
-    draws = []
-    for _ in range(resamples):
-        drawn = torch.randint(len(a), (len(a),), generator=generator)
-        draws.append(both(torch.bincount(drawn, minlength=len(a)).double()))
+    values = _both(a, b, torch.ones(1, m, dtype=torch.float64))[0].tolist()
+    generator, draws = torch.Generator().manual_seed(seed), []
+    for part in torch.arange(resamples).split(max(1, BLOCK_VALUES // m)):
+        drawn = torch.randint(m, (len(part), m), generator=generator)
+        weights = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
+        draws.append(_both(a, b, weights))
     tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    ends = torch.tensor(draws, dtype=torch.float64).nanquantile(tails, dim=0).T.tolist()  # [2, low and high]
+    ends = torch.cat(draws).nanquantile(tails, dim=0).T.tolist()  # [2, low and high]
     pearson, spearman = (Interval(value, *own) for value, own in zip(values, ends, strict=True))
     return {"pearson": pearson, "spearman": spearman}
 
