@@ -74,8 +74,8 @@ def _pearson(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 
 def _both(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     """Pearson and Spearman correlations [B, 2]."""
-    ranks = (weighted_ranks(values, weights) for values in (a, b))
-    return torch.stack([_pearson(a, b, weights), _pearson(*ranks, weights)], dim=1)
+    spearman = _pearson(weighted_ranks(a, weights), weighted_ranks(b, weights), weights)
+    return torch.stack([_pearson(a, b, weights), spearman], dim=1)
 
 
 def correlations(a: Tensor, b: Tensor, *, seed: int, resamples: int = RESAMPLES) -> dict[str, Interval]:
