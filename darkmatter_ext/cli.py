@@ -122,7 +122,7 @@ def _command_run(arguments: Sequence[str]) -> None:
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: darkmatter run EXPERIMENT [--preset NAME] [--out FOLDER] [--dry-run] [settings]\n")
-        print("EXPERIMENT is one of:", *(f"  {name:16}{about}" for name, about in EXPERIMENTS.items()), sep="\n")
+        print("EXPERIMENT is one of:", *(f"  {name:18}{about}" for name, about in EXPERIMENTS.items()), sep="\n")
         print("\n`darkmatter run EXPERIMENT --help` lists its settings.")
         return
     name, flags = arguments[0], arguments[1:]
@@ -161,7 +161,7 @@ def _command_list(arguments: Sequence[str]) -> None:
 
     _parser("list", "The experiments and their presets.").parse_args(list(arguments))
     for name, about in EXPERIMENTS.items():
-        print(f"{name:16}{about}; presets: {', '.join(experiment(name).PRESETS)}")
+        print(f"{name:18}{about}; presets: {', '.join(experiment(name).PRESETS)}")
 
 
 def _command_figure(arguments: Sequence[str]) -> None:

@@ -53,7 +53,7 @@ class FamilyConfig(SiteConfig):
     parity: str = "paper"
     """paper, or released-code: regressions without bias, b* of the norm tests and FVU on all tokens"""
     interval_groups: int = 10
-    """groups of held-out contexts for 95 % intervals; 1: no intervals"""
+    """groups of held-out contexts that confidence intervals come from; 1: no intervals"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -84,7 +84,7 @@ class ManySaesConfig:
     parity: str = "paper"
     """paper, or released-code: regressions without bias, b* of the norm tests and FVU on all tokens (--passes 2)"""
     interval_groups: int = 10
-    """groups of held-out contexts for 95 % intervals; each keeps a Gram matrix; 1: no intervals"""
+    """groups of held-out contexts that confidence intervals come from; each keeps a Gram matrix; 1: no intervals"""
     products: str = "float64"
     """of the sums: float64, or float32 added up in float64 (half the time; R2 and FVU within 1e-5)"""
     loss: bool = False

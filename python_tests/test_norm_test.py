@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from measurement_cases import small_sae
 from planted_source import PlantedSource, coin, family_tokens, plain_map, plain_parts, plain_r2, planted_sae
 from small_site import flags
 
@@ -90,6 +91,35 @@ def test_one_sae_is_drawn_as_a_point(workplace, capsys):
     assert not result.series["violins"]
     assert (out / "norm-test_violins.png").exists()
     capsys.readouterr()
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_saes_of_several_sites_are_one_family(workplace, capsys):
+    """SAEs that exist at two layers, streamed: one violin over both, and each SAE at its own site."""
+    for number, hook in enumerate(("blocks.0.hook_resid_post", HOOK) * 2):
+        sae = small_sae("jumprelu", 16, 24, number, threshold=0.05)
+        sae.cfg.metadata.hook_name = hook
+        sae.save_model(workplace / f"sae-{number}")
+    saes = [str(workplace / f"sae-{number}") for number in range(4)]
+    out = workplace / "norm-sites"
+    arguments = ["run", "norm-test", "--preset", "one-pass", "--sae", *saes, "--model", str(workplace / "model"), "--text",
+                 str(workplace / "text.txt"), "--tokens", "8000", "--context-length", "32", "--bos", "no",
+                 "--interval-groups", "3", "--out", str(out)]  # fmt: skip
+    assert cli.main(arguments) == 0
+    result = load_result(out / "norm-test.json")
+    layers = [result.numbers[f"sae-{number}/r2_norm/x"] for number in range(4)]
+    assert layers[0] == layers[2] != layers[1] == layers[3]  # x does not depend on the SAE, but on the site
+    assert (out / "norm-test_violins.png").exists()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["norm-test", "earlier-layers", "latent-alignment"])
+@pytest.mark.parametrize("preset", ["demo", "one-pass"])
+def test_help_lists_the_settings(name, preset, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["run", name, "--preset", preset, "--help"])
+    assert stopped.value.code == 0
+    assert "--interval-groups" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

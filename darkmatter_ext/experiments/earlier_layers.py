@@ -55,7 +55,7 @@ class EarlierLayersConfig(FamilyConfig):
     widths: tuple[int, ...] = (2048,)
     """latents of the SAEs to train, at every site; the widest of a site is the predictor"""
     interval_groups: int = INTERVAL_GROUPS
-    """groups of held-out contexts for 95 % intervals, each with a Gram matrix of all predictors; 1: no intervals"""
+    """groups of held-out contexts that confidence intervals come from, each with a Gram matrix of all predictors"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -236,8 +236,9 @@ def run(config: AnyConfig, stages: Stages) -> Result:
     about = {name: CONTROLS.get(name) or f"{name}: {sites.get(name) or ', '.join(used)}" for name, used in sets.items()}
     notes = [
         "R2 is the mean over dimensions, on held-out tokens. A set of p predictors that says nothing scores about "
-        "-p / (fit tokens): see noise_floor.",
+        "-p / (fit tokens): see noise_floor (0 for x and the nonlinear error, whose map is zero).",
         f"Sae(x) = x - SaeError(x): what `{OWN}` says about the error is partly the error inside Sae(x) itself.",
+        "Tokens are left out by the rules of the measured site; those of the other sites concern the training of their SAEs.",
     ]
     if found.config["parity"] == "released-code":
         notes.append("As the released code: no bias in any regression, b* fitted on all tokens, held-out ones too.")
