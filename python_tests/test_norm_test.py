@@ -46,12 +46,13 @@ def test_the_demo_is_the_measurement_other_families_make():
 
 
 def test_median_and_range_are_over_saes():
-    numbers = {f"{sae}/noise_floor": -0.01 * sae for sae in range(3)}
+    numbers = {f"{sae}/noise_floor": -0.01 * sae for sae in range(4)}
     for kind in ("r2_norm", "r2_from_norm_of_x"):
         numbers |= {f"{sae}/{kind}/{target}": float(sae**2) for sae in range(3) for target in NORM_TARGETS}
-    found = over_saes(numbers, [{"name": str(sae)} for sae in range(3)])
+        numbers |= {f"3/{kind}/{target}": float("nan") for target in NORM_TARGETS}  # does not vary: left out
+    found = over_saes(numbers, [{"name": str(sae)} for sae in range(4)])
     assert [found[f"over_saes/r2_norm/error/{end}"] for end in ("median", "least", "greatest")] == [1, 0, 4]
-    assert found["noise_floor"] == -0.02
+    assert found["noise_floor"] == -0.03
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -7,6 +7,7 @@ A target that x says nothing about would score about -d / n with n tokens to fit
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,11 +50,15 @@ def norm_numbers(site: SiteMeasurement, sae: str) -> dict[str, float]:
 
 
 def over_saes(numbers: dict[str, float], saes: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Median, least and greatest over the SAEs of each R2: "over_saes/r2_norm/error/median" and so on."""
+    """Median, least and greatest over the SAEs of each R2: "over_saes/r2_norm/error/median" and so on.
+
+    SAEs whose norm does not vary (R2 is NaN) are left out of them.
+    """
     kinds = {"r2_norm": NORM_TARGETS, "r2_from_norm_of_x": NORM_TARGETS[1:]}
     found = {}
     for name in (f"{kind}/{target}" for kind, targets in kinds.items() for target in targets):
-        values = [numbers[f"{sae['name']}/{name}"] for sae in saes]
+        every = [numbers[f"{sae['name']}/{name}"] for sae in saes]
+        values = [value for value in every if math.isfinite(value)] or [math.nan]
         ends = {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
         found |= {f"over_saes/{name}/{end}": value for end, value in ends.items()}
     return found | {"noise_floor": min(numbers[f"{sae['name']}/noise_floor"] for sae in saes)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.figures.style import BLUE, GREEN, GREY, ORANGE, interval_bars, legend_beside, new_figure
@@ -35,6 +36,7 @@ def _layers(saes: list[dict[str, Any]]) -> list[int]:
 def violins(result: Result) -> Figure:
     """R2 of the six norms over all SAEs: violins, and every SAE as a point, coloured by width (by layer, of many sites)."""
     from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import MaxNLocator
 
     saes, numbers = result.series["saes"], result.numbers
     many_sites = len({sae["hook"] for sae in saes}) > 1
@@ -47,8 +49,9 @@ def violins(result: Result) -> Figure:
     points: Any = None
     for place, target in enumerate(LABELS):
         heights = [numbers[f"{sae['name']}/r2_norm/{target}"] for sae in saes]
-        if result.series["violins"]:
-            _violin(axes, heights, place)
+        finite = [height for height in heights if math.isfinite(height)]  # a norm that does not vary has no R2
+        if result.series["violins"] and finite:
+            _violin(axes, finite, place)
         where = [place + offset for offset in across]
         points = axes.scatter(where, heights, c=values, norm=norm, cmap="viridis", s=14, zorder=3, linewidths=0)
         if target != "x":
@@ -62,7 +65,9 @@ def violins(result: Result) -> Figure:
     axes.set_title(f"Linear prediction of squared norms from x, {len(saes)} SAE{'s' if len(saes) > 1 else ''}")
     axes.set_ylim(top=max(1.0, axes.get_ylim()[1]))
     bar = figure.colorbar(points, ax=axes, pad=0.02, label="layer" if many_sites else "latents")
-    if not many_sites:
+    if many_sites:
+        bar.locator = MaxNLocator(integer=True)
+    else:
         bar.set_ticks(sorted(set(values)), labels=[str(value) for value in sorted(set(values))])
         bar.minorticks_off()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
