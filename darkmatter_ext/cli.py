@@ -92,7 +92,7 @@ def _show(result: Result, written: Sequence[Path], seconds: float) -> None:
 
 
 def _run_experiment(name: str, config: Any, out: Path) -> None:
-    from darkmatter_ext.distributed import is_first_process, under_torchrun
+    from darkmatter_ext.distributed import is_first_process, processes, under_torchrun
     from darkmatter_ext.experiments import experiment
     from darkmatter_ext.figures import save_figures
     from darkmatter_ext.progress import Stages
@@ -107,7 +107,7 @@ def _run_experiment(name: str, config: Any, out: Path) -> None:
     start = time.perf_counter()
     wanted = sys.stderr.isatty() or bool(os.environ.get("DARKMATTER_PROGRESS"))
     stages = Stages(show=wanted and is_first_process())
-    with stages.shown():
+    with stages.shown(), processes(config.device):
         result = experiment(name).run(config, stages)
     if not is_first_process():
         return
@@ -122,7 +122,7 @@ def _command_run(arguments: Sequence[str]) -> None:
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: darkmatter run EXPERIMENT [--preset NAME] [--out FOLDER] [--dry-run] [settings]\n")
-        print("EXPERIMENT is one of:", *(f"  {name:16}{about}" for name, about in EXPERIMENTS.items()), sep="\n")
+        print("EXPERIMENT is one of:", *(f"  {name:18}{about}" for name, about in EXPERIMENTS.items()), sep="\n")
         print("\n`darkmatter run EXPERIMENT --help` lists its settings.")
         return
     name, flags = arguments[0], arguments[1:]
@@ -161,7 +161,7 @@ def _command_list(arguments: Sequence[str]) -> None:
 
     _parser("list", "The experiments and their presets.").parse_args(list(arguments))
     for name, about in EXPERIMENTS.items():
-        print(f"{name:16}{about}; presets: {', '.join(experiment(name).PRESETS)}")
+        print(f"{name:18}{about}; presets: {', '.join(experiment(name).PRESETS)}")
 
 
 def _command_figure(arguments: Sequence[str]) -> None:

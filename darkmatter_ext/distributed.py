@@ -67,7 +67,9 @@ def is_first_process() -> bool:
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """Join the other processes of a torchrun for the block; alone without one.
+    """Join the other processes of a torchrun for the block (inside another such block: for that one); alone without one.
+
+    Groups made one after another can miss each other's ports: who measures several times puts a block around all.
 
     `device` "cuda" becomes one GPU a process by LOCAL_RANK. Raises ValueError when a process has no GPU of its own.
     """
@@ -83,6 +85,9 @@ def processes(device: str) -> Iterator[Processes]:
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
+    if dist.is_initialized():
+        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+        return
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)

@@ -15,15 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext import many_saes
 from darkmatter_ext.activations import ActivationCache
-from darkmatter_ext.many_saes import (
-    Encoders,
-    ManySaesConfig,
-    Measured,
-    encoder_fields,
-    stamp,
-    token_counts,
-    with_encoders,
-)
+from darkmatter_ext.many_saes import Encoders, Measured, stamp, token_counts, variant_fields, with_encoders
+from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement import PARITIES, MeasuredSae, MeasureSettings, Predictor
 from darkmatter_ext.one_pass import measure, tokens_to_read
 from darkmatter_ext.progress import Stages
@@ -61,7 +54,7 @@ class FamilyConfig(SiteConfig):
     parity: str = "paper"
     """paper, or released-code: regressions without bias, b* of the norm tests and FVU on all tokens"""
     interval_groups: int = 10
-    """groups of held-out contexts for 95 % intervals; 1: no intervals"""
+    """groups of held-out contexts that confidence intervals come from; 1: no intervals"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,7 +167,7 @@ def measured_family(
         "caches": [site.cache.folder.name for site in sites.values()],
         "files": {str(folder): stamp(folder) for site in sites.values() for _, folder in site.saes.values()},
         "targets": targets,
-        **encoder_fields(config, FamilyConfig, encoders),
+        **variant_fields(config, FamilyConfig, list(encoders or ())),
         "predictors": [other.name for other in others],
         "loss": loss,
         "text": source.identity,

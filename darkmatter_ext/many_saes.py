@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,7 @@ from darkmatter_ext.cost_plan import PlannedSae, cost, cost_lines, known_model, 
 from darkmatter_ext.distributed import Processes, processes
 from darkmatter_ext.embedded import EMBEDDED_MODEL
 from darkmatter_ext.hook_points import parse_hook_point, translated_hook
+from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement import MeasuredSae, MeasureSettings, Predictor, SiteMeasurement
 from darkmatter_ext.one_pass import measure, tokens_to_read
 from darkmatter_ext.per_token import read_tokens
@@ -34,154 +35,11 @@ from darkmatter_ext.text import documents
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-DTYPES = ("float32", "bfloat16", "float16")
-BACKENDS = ("auto", "huggingface", "transformer-lens")
+Encoders = Mapping[str, Callable[["SAE"], Encoder]]  # name -> how to use an SAE
+
+
 DEFAULT_CONTEXT_LENGTH = 256  # where no SAE says what it was trained on
 EXCERPT_TOKENS = 60  # of the per-token figure: one line of text that can still be read
-
-
-@dataclass(frozen=True)
-class ManySaesConfig:
-    """Measure many SAEs in one pass over the tokens; nothing is stored but sums and a table of held-out tokens."""
-
-    sae: tuple[str, ...] = ()
-    """SAEs: folders in SAELens' format, or RELEASE:ID of SAELens' list (or a repository a release is from)"""
-    predictor: tuple[str, ...] = ()
-    """SAEs of other sites (as --sae) whose outputs join x as predictors of the errors, as in the earlier-layer test"""
-    model: str = ""
-    """the embedded model, a local folder, or a Hugging Face id; default: as the SAEs' metadata says"""
-    hook: str = ""
-    """site of all SAEs, as TransformerLens names it; default: each SAE's own"""
-    backend: str = "auto"
-    """huggingface, transformer-lens, or auto: transformer-lens if the SAEs ask for processed weights"""
-    cache: tuple[str, ...] = ()
-    """read activations from here instead of a model: caches of this package (one a hook), or a SAELens dataset"""
-    text: str = ""
-    """UTF-8 text file to measure on; default: the documentation installed on this machine"""
-    dataset: str = ""
-    """Hugging Face dataset (hub id or local path) with a column `text`, instead of --text"""
-    tokenised: str = ""
-    """pre-tokenised dataset with a column `input_ids` or `tokens`, instead of --text"""
-    shuffle_buffer: int = 0
-    """shuffle the streamed --dataset in a buffer of so many documents; 0: in its order"""
-    contexts_per_document: int = 0
-    """take at most so many contexts of a document; 0: all"""
-    tokens: int = 200_000
-    """tokens to measure on, first positions included (of a --cache: at most)"""
-    context_length: int = 0
-    """tokens a context, BOS included; 0: as the SAEs' metadata says (the shortest), else 256"""
-    bos: str = "auto"
-    """start every context with BOS: yes, no, or auto: as the SAEs' metadata says"""
-    drop_positions: int = 8
-    """leave out the first positions of each context"""
-    max_norm_ratio: float = 10.0
-    """leave out tokens with a norm above this many medians of the first 16 contexts; 0: keep all"""
-    split: str = "documents"
-    """what is never divided between fit and held-out: documents, contexts or tokens (as in the paper)"""
-    fit_fraction: float = 0.6
-    """share of the text that b* is fitted on"""
-    norm_fit_fraction: float = 0.5
-    """with --passes 1: share of the other text that the norm tests are fitted on; the rest is held out"""
-    passes: int = 2
-    """2: the paper's procedure, every token read twice; 1: every token read once, norm tests fitted on text of their own"""
-    parity: str = "paper"
-    """paper, or released-code: regressions without bias, b* of the norm tests and FVU on all tokens (--passes 2)"""
-    interval_groups: int = 10
-    """groups of held-out contexts for 95 % intervals; each keeps a Gram matrix; 1: no intervals"""
-    products: str = "float64"
-    """of the sums: float64, or float32 added up in float64 (half the time; R2 and FVU within 1e-5)"""
-    loss: bool = False
-    """also record the model's loss at every token (runs the whole model)"""
-    token_means: bool = False
-    """also measure how well the mean over a token's occurrences predicts its error"""
-    table_contexts: int = 1000
-    """held-out contexts whose tokens are written to the per-token table; 0: all"""
-    dtype: str = "float32"
-    """of the model: float32, bfloat16 or float16"""
-    sae_dtype: str = "float32"
-    """of the SAEs' weights: float32, bfloat16 or float16"""
-    sae_memory_gb: float = 0.0
-    """keep at most so much of SAE weights loaded, load the others once a block; 0: keep all"""
-    batch_tokens: int = 2048
-    """tokens through an SAE at a time"""
-    forward_tokens: int = 4096
-    """tokens through the model at a time"""
-    block_contexts: int = 32
-    """contexts read at a time, through all SAEs before the next"""
-    checkpoint: str = ""
-    """folder for the run's state and its per-token table; default: in the cache folder, named by the configuration"""
-    checkpoint_seconds: float = 300.0
-    """seconds between saved states"""
-    device: str = "cpu"
-    """cpu or cuda"""
-    device_map: str = ""
-    """spread the model over devices as transformers does ("auto"), instead of --device"""
-    seed: int = 0
-    """of the splits and the shuffle"""
-
-    @property
-    def shares_work(self) -> bool:
-        """Whether several processes divide the work of this configuration."""
-        return True
-
-    def __post_init__(self) -> None:
-        if self.hook:
-            parse_hook_point(self.hook)
-        choices = {"backend": BACKENDS, "dtype": DTYPES, "sae_dtype": DTYPES, "bos": ("auto", "yes", "no")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{_flag(name)}: must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        least = {"tokens": 2, "batch_tokens": 1, "forward_tokens": 1, "block_contexts": 1, "drop_positions": 0}
-        least |= dict.fromkeys(("context_length", "shuffle_buffer", "contexts_per_document", "table_contexts"), 0)
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{_flag(name)}: must be at least {minimum}, got {getattr(self, name)}")
-        given = [name for name in ("text", "dataset", "tokenised", "cache") if getattr(self, name)]
-        if len(given) > 1:
-            raise ValueError(f"{_flag(given[0])}: give one of {' and '.join(map(_flag, given))}, got both")
-        if self.device.split(":")[0] not in ("cpu", "cuda"):
-            raise ValueError(f"--device: must be cpu or cuda, got {self.device!r}")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device: must be available, got {self.device!r} on a machine without a CUDA device")
-        self.settings()  # its own checks
-
-    def settings(self) -> MeasureSettings:
-        """The part of the configuration that the measurement itself takes."""
-        names = {own.name for own in dataclasses.fields(MeasureSettings)} & {
-            own.name for own in dataclasses.fields(self)
-        }
-        own = {name: getattr(self, name) for name in names if name != "token_means"}
-        return MeasureSettings(**own, sae_memory=self.sae_memory_gb * 1e9)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-PRESETS: dict[str, ManySaesConfig] = {"one-pass": ManySaesConfig()}
-for _name, _model, _more in (
-    # Engels et al.: 300 contexts of 1024 tokens, documents long enough, positions from 200 on, split by token.
-    ("gemma-2-9b-l20", "google/gemma-2-9b", {"drop_positions": 200, "tokens": 307_200, "dtype": "bfloat16"}),
-    ("gemma-2-9b-all-layers", "google/gemma-2-9b", {"drop_positions": 200, "tokens": 307_200, "dtype": "bfloat16"}),
-    ("gpt2-small", "openai-community/gpt2", {"tokens": 300_000}),
-    ("llama-3.1-8b", "meta-llama/Llama-3.1-8B", {"drop_positions": 200, "tokens": 307_200, "dtype": "bfloat16"}),
-):
-    PRESETS[_name] = ManySaesConfig(
-        sae=tuple(sae.spec for sae in SAE_SETS[_name]),
-        model=_model,
-        dataset="monology/pile-uncopyrighted",
-        shuffle_buffer=10_000,
-        contexts_per_document=1,
-        split="tokens",
-        fit_fraction=0.61,
-        context_length=128 if _name == "gpt2-small" else 1024,
-        seed=42,
-        **_more,  # type: ignore[arg-type]
-    )
-
-
-Extended = TypeVar("Extended", bound=ManySaesConfig)
-Encoders = Mapping[str, Callable[["SAE"], Encoder]]  # name -> how to use an SAE
 
 
 class _Resolved(NamedTuple):
@@ -373,31 +231,30 @@ def sae_sites(config: ManySaesConfig) -> list[str]:
     return _resolve(config).sites
 
 
-def run_folder(config: ManySaesConfig, encoders: Encoders | None = None) -> Path:
-    """Where the run keeps its state: --checkpoint, or the cache folder by everything that decides the result."""
+def run_folder(config: ManySaesConfig, variants: Sequence[str] = ()) -> Path:
+    """Where the run keeps its state: --checkpoint, or the cache folder by everything that decides the result.
+
+    A checkpoint has a folder of its own below it for each set of `variants` (encoders, controls).
+    """
     if config.checkpoint:
-        return Path(config.checkpoint) / "-".join(encoders or ())
-    return cache_dir("runs") / fingerprint(**_deciding(config, encoders))
+        return Path(config.checkpoint) / "-".join(variants)
+    return cache_dir("runs") / fingerprint(**_deciding(config, variants))
 
 
-def extended(config: ManySaesConfig, kind: type[Extended]) -> Extended:
-    """The same settings as a configuration with more fields, these at their defaults."""
-    return kind(**{own.name: getattr(config, own.name) for own in dataclasses.fields(config)})
-
-
-def encoder_fields(config: Any, base: type, encoders: Encoders | None) -> dict[str, Any]:
-    """What decides about a measurement beside the fields of `base`: encoders, and the fields an experiment adds for them."""
+def variant_fields(config: Any, base: type, variants: Sequence[str]) -> dict[str, Any]:
+    """What decides about a measurement beside the fields of `base`: encoders and controls by name, and the fields that an
+    experiment adds for them."""
     known = {own.name for own in dataclasses.fields(base)}
     added = {name: value for name, value in dataclasses.asdict(config).items() if name not in known}
-    return {"encoders": list(encoders), **added} if encoders else {}
+    return {"variants": list(variants), **added} if variants else {}
 
 
-def _deciding(config: ManySaesConfig, encoders: Encoders | None) -> dict[str, Any]:
+def _deciding(config: ManySaesConfig, variants: Sequence[str]) -> dict[str, Any]:
     """The configuration without what changes neither the result nor the form of its state."""
     fields = {own.name: getattr(config, own.name) for own in dataclasses.fields(ManySaesConfig)}
     for name in ("checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens"):
         del fields[name]
-    fields |= encoder_fields(config, ManySaesConfig, encoders)
+    fields |= variant_fields(config, ManySaesConfig, variants)
     local = [*config.sae, *config.predictor, *config.cache, config.model, config.text, config.dataset, config.tokenised]
     fields["files"] = {path: stamp(Path(path)) for path in local if path and Path(path).exists()}
     return fields
@@ -410,15 +267,24 @@ def stamp(path: Path) -> list[int]:
     return [sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)]
 
 
-def measured(config: ManySaesConfig, stages: Stages, encoders: Encoders | None = None) -> Measured:
+def measured(
+    config: ManySaesConfig,
+    stages: Stages,
+    encoders: Encoders | None = None,
+    *,
+    controls: Mapping[str, Callable[[MeasuredSae], MeasuredSae]] | None = None,
+) -> Measured:
     """Measure all SAEs of a configuration; every process of a torchrun calls it and has the same result.
 
-    With `encoders`, every SAE is measured once with each of them, as `SAE NAME`, instead of with its own.
+    Args:
+        encoders: name -> how an SAE is used; every SAE is measured once with each, as `SAE NAME`, instead of with its own.
+        controls: name -> what makes a further predictor out of the first of --predictor.
 
     Raises ValueError for bad settings, an SAE or model that cannot be read; RuntimeError for damaged files; OSError for a
     folder that cannot be written.
     """
-    found, folder = _resolve(config), run_folder(config, encoders)
+    variants = [*(encoders or ()), *(controls or ())]
+    found, folder = _resolve(config), run_folder(config, variants)
     folder.mkdir(parents=True, exist_ok=True)
     with processes(config.device) as own:
         source = _source(config, found, folder, own, stages)
@@ -435,6 +301,7 @@ def measured(config: ManySaesConfig, stages: Stages, encoders: Encoders | None =
             _as_measured(config, _listed(name, hook, sae), sae.weight_bytes, own.device)
             for name, hook, sae in zip(_names(found.predictors), found.predictor_hooks, found.predictors, strict=True)
         ]
+        others += [make(others[0]) for make in (controls or {}).values()]
         predictors = {hook: [Predictor(sae.name, sae) for sae in others] for hook in found.sites}
         vocabulary = _vocabulary(source) if config.token_means else 0
         settings = dataclasses.replace(found.settings, token_means=vocabulary)
@@ -446,7 +313,7 @@ def measured(config: ManySaesConfig, stages: Stages, encoders: Encoders | None =
                 folder=folder,
                 predictors=predictors,
                 processes=own,
-                config=_deciding(config, encoders),
+                config=_deciding(config, variants),
                 progress=advance,
             )
     shown = dataclasses.asdict(config) | {"model": found.model, "hook": ", ".join(found.sites)}

@@ -202,8 +202,14 @@ class _Engine:
     ) -> _SiteSums:
         kept = self._kept_positions(pilot)
         norms = pilot.activations[hook].float().norm(dim=-1).cpu()
-        typical = norms[:, kept].median().item()
+        typical = norms[:, kept].median().item() if bool(kept.any()) else 0.0
         usable = kept.expand_as(norms) & self._usual(norms, typical)
+        if not bool(usable.any()):
+            settings = self.settings
+            raise ValueError(
+                "--drop-positions, --max-norm-ratio: must leave tokens to measure, got "
+                f"{settings.drop_positions} of contexts of {kept.numel()} and {settings.max_norm_ratio:g}"
+            )
         x = {name: _rows(pilot.activations[name], usable, self.device) for name in self._read_hooks(hook, predictors)}
         outputs = [self._outputs(predictor, x) for predictor in predictors]
         shift = torch.cat([x[hook], *outputs], dim=1).double().mean(0)

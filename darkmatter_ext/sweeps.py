@@ -32,11 +32,16 @@ def context_roles(documents: Tensor, settings: MeasureSettings) -> Tensor:
     if settings.split == "tokens":
         return torch.full((len(documents),), FIT)
     groups = documents if settings.split == "documents" else torch.arange(len(documents))
-    fit = train_mask(groups, fraction=settings.fit_fraction, seed=settings.seed + 1)
-    roles = torch.where(fit, FIT, HELD_OUT)
-    if settings.passes == 1:
-        rest = train_mask(groups[~fit], fraction=settings.norm_fit_fraction, seed=settings.seed + 2)
-        roles[~fit] = torch.where(rest, NORM_FIT, HELD_OUT)
+    try:
+        fit = train_mask(groups, fraction=settings.fit_fraction, seed=settings.seed + 1)
+        roles = torch.where(fit, FIT, HELD_OUT)
+        if settings.passes == 1:
+            rest = train_mask(groups[~fit], fraction=settings.norm_fit_fraction, seed=settings.seed + 2)
+            roles[~fit] = torch.where(rest, NORM_FIT, HELD_OUT)
+    except ValueError:
+        raise ValueError(
+            f"--tokens: must leave {settings.split} on every side of the split, got {len(groups.unique())} {settings.split}"
+        ) from None
     return roles
 
 

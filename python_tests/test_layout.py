@@ -22,7 +22,8 @@ LEVELS = {
     "site": 8, "check_sae": 8, "controls": 8, "pursuing": 8, "experiments": 9,
     "figures": 10, "report": 11, "cli": 12, "__main__": 13, "__init__": 13,
     "hook_points": 3, "checkpoint": 1, "distributed": 0, "per_token": 1, "presets": 0, "cost_plan": 3, "contexts": 4,
-    "moments": 4, "sources": 5, "measurement": 8, "sweeps": 8.1, "one_pass": 8.2, "many_saes": 8.5, "family": 8.7,
+    "moments": 4, "sources": 5, "measurement": 8,
+    "sweeps": 8.1, "one_pass": 8.2, "many_saes_config": 8.3, "many_saes": 8.5, "family": 8.7,
 }  # fmt: skip
 ALLOWED = {(package, package) for package in ("experiments", "figures", "report")}
 

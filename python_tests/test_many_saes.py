@@ -11,10 +11,10 @@ import torch
 from measurement_cases import small_sae
 from test_activations import WORDS, _small_model, _word_tokenizer
 
-from darkmatter_ext import cli, many_saes, presets
+from darkmatter_ext import cli, many_saes, many_saes_config, presets
 from darkmatter_ext.cost_plan import duration, known_model
 from darkmatter_ext.experiments import decomposition
-from darkmatter_ext.many_saes import ManySaesConfig
+from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.per_token import read_tokens
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import load_result
@@ -205,7 +205,7 @@ def test_the_presets_name_the_saes_of_the_paper_and_of_saelens_list():
     assert sizes == [768 * 2**i for i in range(8)]
 
 
-@pytest.mark.parametrize("name", [*many_saes.PRESETS])
+@pytest.mark.parametrize("name", [*many_saes_config.PRESETS])
 def test_every_preset_has_a_plan(name, capsys):
     assert cli.main(["run", "decomposition", "--preset", name, "--dry-run"]) == 0
     plan = capsys.readouterr().out

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from darkmatter_ext import family, many_saes
+from darkmatter_ext import family, many_saes, many_saes_config
 from darkmatter_ext.family import FamilyConfig, family_result, given_hooks, measured_family
 from darkmatter_ext.hook_points import parse_hook_point
 from darkmatter_ext.intervals import r2_interval
-from darkmatter_ext.many_saes import ManySaesConfig
+from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement import SiteMeasurement
 from darkmatter_ext.per_token import read_tokens
 from darkmatter_ext.progress import Stages
@@ -59,7 +59,7 @@ PRESETS: dict[str, BaselinesConfig | ManySaesConfig] = {
     "demo": BaselinesConfig(layers=(5, 10, 15, 20), widths=(2048,)),
     **{
         name: dataclasses.replace(config, loss=True, token_means=True, table_contexts=0)
-        for name, config in many_saes.PRESETS.items()
+        for name, config in many_saes_config.PRESETS.items()
     },
 }
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from darkmatter_ext import many_saes
+from darkmatter_ext import many_saes, many_saes_config
 from darkmatter_ext import sae as sae_module
 from darkmatter_ext.activations import ActivationCache, load_tokenizer
 from darkmatter_ext.decomposition import Decomposition, Reconstruct, TokenBatch, decompose_stream
 from darkmatter_ext.error import sae_error
-from darkmatter_ext.many_saes import ManySaesConfig, Measured
+from darkmatter_ext.many_saes import Measured
+from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result, provenance
 from darkmatter_ext.selection import HELD_OUT, UNUSED, MeasuredBatches, TokenSelection
@@ -29,7 +30,7 @@ class DecompositionConfig(SiteConfig):
 
 
 DEMO = DecompositionConfig()
-PRESETS: dict[str, DecompositionConfig | ManySaesConfig] = {"demo": DEMO, **many_saes.PRESETS}
+PRESETS: dict[str, DecompositionConfig | ManySaesConfig] = {"demo": DEMO, **many_saes_config.PRESETS}
 
 
 def plan(config: DecompositionConfig | ManySaesConfig) -> list[str]:

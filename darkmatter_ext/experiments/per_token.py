@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darkmatter_ext import family, many_saes
+from darkmatter_ext import family, many_saes, many_saes_config
 from darkmatter_ext.family import AnyConfig, FamilyConfig, family_result, given_hooks, measured_family
 from darkmatter_ext.intervals import Interval, r2_interval
-from darkmatter_ext.many_saes import ManySaesConfig, excerpt
+from darkmatter_ext.many_saes import excerpt
+from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement import SiteMeasurement
 from darkmatter_ext.nulls import other_tokens
 from darkmatter_ext.per_token import read_tokens
@@ -46,10 +47,10 @@ class PerTokenConfig(FamilyConfig):
 
 PRESETS: dict[str, AnyConfig] = {
     "demo": PerTokenConfig(),
-    **{name: config for name, config in many_saes.PRESETS.items() if name != "gemma-2-9b-all-layers"},
+    **{name: config for name, config in many_saes_config.PRESETS.items() if name != "gemma-2-9b-all-layers"},
 }
 _NEAR_60 = tuple(sae.spec for sae in SAE_SETS["gemma-2-9b-l20-near-60"])
-PRESETS["gemma-2-9b-l20"] = dataclasses.replace(many_saes.PRESETS["gemma-2-9b-l20"], sae=_NEAR_60)
+PRESETS["gemma-2-9b-l20"] = dataclasses.replace(many_saes_config.PRESETS["gemma-2-9b-l20"], sae=_NEAR_60)
 
 
 def plan(config: AnyConfig) -> list[str]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from darkmatter_ext import family, many_saes
+from darkmatter_ext import family, many_saes_config
 from darkmatter_ext.batched_pursuit import METHODS
 from darkmatter_ext.family import FamilyConfig, family_result
-from darkmatter_ext.many_saes import Encoders, ManySaesConfig
+from darkmatter_ext.many_saes import Encoders
+from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.pursuing import pursuit_encoder, refit_encoder
 from darkmatter_ext.results import Result
@@ -54,7 +55,7 @@ class ManyPursuitConfig(ManySaesConfig):
 AnyPursuitConfig = PursuitConfig | ManyPursuitConfig
 PRESETS: dict[str, AnyPursuitConfig] = {
     "demo": PursuitConfig(widths=(1024, 2048, 4096)),
-    **{name: many_saes.extended(config, ManyPursuitConfig) for name, config in many_saes.PRESETS.items()},
+    **{name: many_saes_config.extended(config, ManyPursuitConfig) for name, config in many_saes_config.PRESETS.items()},
 }
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from darkmatter_ext import family, many_saes
+from darkmatter_ext import family, many_saes, many_saes_config
 from darkmatter_ext.controls import random_directions, shuffled_sae
 from darkmatter_ext.family import KS, WIDTHS, FamilyConfig, family_result
 from darkmatter_ext.intervals import Interval
-from darkmatter_ext.many_saes import ManySaesConfig, Measured
+from darkmatter_ext.many_saes import Measured
+from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.power_law import MINIMUM_WIDTHS, PowerLaw, fit_power_law
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.pursuing import pursuit_encoder
@@ -71,7 +72,7 @@ def _check_l0(l0: float) -> None:
 AnyScalingConfig = ScalingConfig | ManyScalingConfig
 PRESETS: dict[str, AnyScalingConfig] = {
     "demo": ScalingConfig(widths=WIDTHS, ks=KS),
-    **{name: many_saes.extended(config, ManyScalingConfig) for name, config in many_saes.PRESETS.items()},
+    **{name: many_saes_config.extended(config, ManyScalingConfig) for name, config in many_saes_config.PRESETS.items()},
 }
 
 

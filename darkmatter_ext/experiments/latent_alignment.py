@@ -1,0 +1,188 @@
+"""`darkmatter run latent-alignment`: do latents that predict a large error have a large mean active value (figure 14)?
+
+a* is the linear map from x to a squared norm, ||SaeError(x)||^2 first of all (the norm prediction test). W_dec . a*, a latent's
+decoder row with a*, is what one unit of that latent adds to the predicted squared norm: in squared units of activation per
+unit of the latent's value. It is compared with the latent's mean value over the tokens where it is active (fit and held-out
+text), in units of the latent. Nothing is normalised. Controls: the decoder rows permuted among the latents, and random
+directions with the norms of the rows; neither can know which latent is large.
+
+Shapes: d width of the site, F latents, m latents that fired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext import family, many_saes_config
+from darkmatter_ext.family import AnyConfig, FamilyConfig
+from darkmatter_ext.intervals import LEVEL, RESAMPLES, Interval
+from darkmatter_ext.many_saes_config import ManySaesConfig
+from darkmatter_ext.progress import Stages
+from darkmatter_ext.results import Result
+from darkmatter_ext.sae import load_spec
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TARGETS = ("error", "nonlinear", "x")  # squared norms that a* predicts
+ROWS = {
+    "decoder": "the decoder rows",
+    "permuted": "control: the decoder rows permuted among the latents",
+    "random": "control: random directions with the norms of the decoder rows",
+}
+MIN_LATENTS = 3  # a correlation of two points is 1
+BLOCK_VALUES = 1_000_000  # draws times latents at a time: 8 MB a tensor
+
+
+@dataclass(frozen=True)
+class LatentAlignmentConfig(FamilyConfig):
+    """Compare each latent's part in predicting the norm of the error with its mean active value."""
+
+    widths: tuple[int, ...] = (2048,)
+    """latents of the SAEs to train"""
+
+
+PRESETS: dict[str, AnyConfig] = {"demo": LatentAlignmentConfig(), **many_saes_config.PRESETS}
+
+
+def plan(config: AnyConfig) -> list[str]:
+    """What a run would do, in lines, without doing it."""
+    return [*family.plan(config), "compare   decoder rows . a* with mean active values, latent by latent"]
+
+
+# ---- correlations
+
+
+def weighted_ranks(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean ranks [B, m] of values [m] of which each stands there weights [B, m] times; equal values share a rank."""
+    _, group = values.unique(return_inverse=True)
+    count = weights.new_zeros(len(weights), int(group.max()) + 1).index_add_(1, group, weights)
+    return (count.cumsum(1) - (count - 1) / 2)[:, group]
+
+
+def _pearson(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Correlations [B] of a and b [m] or [B, m] with weights [B, m]; NaN where one does not vary."""
+    n = weights.sum(1, keepdim=True)
+    a, b = (values - (weights * values).sum(1, keepdim=True) / n for values in (a, b))
+    return (weights * a * b).sum(1) / ((weights * a * a).sum(1) * (weights * b * b).sum(1)).sqrt()
+
+
+def _both(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Pearson and Spearman correlations [B, 2]."""
+    spearman = _pearson(weighted_ranks(a, weights), weighted_ranks(b, weights), weights)
+    return torch.stack([_pearson(a, b, weights), spearman], dim=1)
+
+
+def correlations(a: Tensor, b: Tensor, *, seed: int, resamples: int = RESAMPLES) -> dict[str, Interval]:
+    """Pearson and Spearman correlation of a and b, float64 [m], with percentile intervals, drawing latents again.
+
+    NaN with fewer than MIN_LATENTS. Cost: `resamples` times O(m); ranks are made anew in every draw.
+    """
+    m = len(a)
+    if m < MIN_LATENTS:
+        unknown = float("nan")
+        return dict.fromkeys(("pearson", "spearman"), Interval(unknown, unknown, unknown))
+    values = _both(a, b, torch.ones(1, m, dtype=torch.float64))[0].tolist()
+    generator, draws = torch.Generator().manual_seed(seed), []
+    for part in torch.arange(resamples).split(max(1, BLOCK_VALUES // m)):
+        drawn = torch.randint(m, (len(part), m), generator=generator)
+        weights = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
+        draws.append(_both(a, b, weights))
+    tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    ends = torch.cat(draws).nanquantile(tails, dim=0).T.tolist()  # [2, low and high]
+    pearson, spearman = (Interval(value, *own) for value, own in zip(values, ends, strict=True))
+    return {"pearson": pearson, "spearman": spearman}
+
+
+def directions(w_dec: Tensor, *, seed: int) -> dict[str, Tensor]:
+    """ROWS of a decoder [F, d]: the rows themselves and the two controls, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = w_dec.double().cpu()
+    random = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+    random *= rows.norm(dim=1, keepdim=True) / random.norm(dim=1, keepdim=True)
+    return {"decoder": rows, "permuted": rows[torch.randperm(len(rows), generator=generator)], "random": random}
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Of one SAE: what its latents add to each predicted norm, and how large and frequent they are."""
+
+    values: dict[str, dict[str, Tensor]]  # target -> row kind -> [F]
+    mean_active_value: Tensor  # [F], NaN where never active
+    fired: Tensor  # [F] tokens
+
+    def numbers(self, *, seed: int) -> dict[str, float]:
+        """Correlations over the latents that fired: "error/decoder/pearson" with its interval, and so on."""
+        kept = self.fired > 0
+        numbers: dict[str, float] = {"latents": len(kept), "latents_never_fired": int((~kept).sum())}
+        for target, every in self.values.items():
+            for kind, own in every.items():
+                found = correlations(own[kept], self.mean_active_value[kept], seed=seed)
+                for name, interval in found.items():
+                    numbers |= interval.numbers(f"{target}/{kind}/{name}")
+        return numbers
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """A value a latent: what the scatter is drawn from."""
+        columns = {"mean_active_value": self.mean_active_value, "fired": self.fired}
+        columns |= {f"alignment/{target}": every["decoder"] for target, every in self.values.items()}
+        return {name: column.cpu().numpy() for name, column in columns.items()}
+
+
+def alignment(
+    w_dec: Tensor, maps: Mapping[str, Tensor], mean_active_value: Tensor, fired: Tensor, *, seed: int
+) -> Alignment:
+    """W_dec . a* of decoder rows [F, d] for each map a* [d, 1] of `maps`, beside the latents' values and counts [F]."""
+    rows = directions(w_dec, seed=seed)
+    values = {
+        target: {kind: (own @ a_star.cpu().double()).flatten() for kind, own in rows.items()}
+        for target, a_star in maps.items()
+    }
+    return Alignment(values, mean_active_value.cpu(), fired.cpu())
+
+
+def decoder_rows(spec: str, d: int, *, dtype: str = "float32") -> tuple[Tensor, str]:
+    """W_dec [F, d] of an SAE (folder or RELEASE:ID), and how it normalises activations before encoding.
+
+    Raises ValueError when it cannot be loaded or has no decoder rows of the site's width.
+    """
+    sae: Any = load_spec(spec, dtype=dtype)
+    w_dec = getattr(sae, "W_dec", None)
+    shape = None if w_dec is None else list(w_dec.shape)
+    if w_dec is None or w_dec.ndim != 2 or w_dec.shape[1] != d:
+        raise ValueError(f"--sae: must have decoder rows W_dec of shape [latents, {d}], got {shape} in {spec}")
+    return w_dec.detach(), str(sae.cfg.normalize_activations)
+
+
+def run(config: AnyConfig, stages: Stages) -> Result:
+    """Measure the family and compare its latents.
+
+    Raises ValueError for bad settings, SAEs that do not fit or have no decoder rows; RuntimeError for damaged files.
+    """
+    found = family.measured(config, stages)
+    dtype = config.sae_dtype if isinstance(config, ManySaesConfig) else "float32"
+    numbers: dict[str, float] = {}
+    arrays: dict[str, np.ndarray] = {}
+    notes = [
+        "Correlations over the latents that fired on fit or held-out text; the others are counted and left out. Their "
+        f"intervals: 95 %, latents drawn again {RESAMPLES} times.",
+        "W_dec . a* is in squared units of activation per unit of the latent; mean active values in units of the latent.",
+    ]
+    for sae in found.saes:
+        name, site = sae["name"], found.site_of(sae["name"])
+        with stages.stage(f"align {name}"):
+            maps = {target: site.norm_map(name, target).weight for target in TARGETS}
+            w_dec, normalised = decoder_rows(sae["folder"], len(maps["error"]), dtype=dtype)
+            latents = site.latents[name]
+            own = alignment(w_dec, maps, latents.mean_active_value, latents.fired, seed=config.seed)
+            numbers |= {f"{name}/{key}": value for key, value in own.numbers(seed=config.seed).items()}
+            arrays |= {f"{name}/{key}": column for key, column in own.arrays().items()}
+        if normalised not in ("none", "None"):
+            notes.append(f"{name} normalises activations ({normalised}): its latents are in units of their own.")
+    series = {"targets": TARGETS, "rows": ROWS}
+    return family.family_result("latent-alignment", found, stages, numbers, series=series, arrays=arrays, notes=notes)
