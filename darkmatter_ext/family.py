@@ -167,6 +167,7 @@ def measured_family(
         "caches": [site.cache.folder.name for site in sites.values()],
         "files": {str(folder): stamp(folder) for site in sites.values() for _, folder in site.saes.values()},
         "targets": targets,
+        "saes": [entry["name"] for entry in listed],
         **variant_fields(config, FamilyConfig, list(encoders or ())),
         "predictors": [other.name for other in others],
         "loss": loss,

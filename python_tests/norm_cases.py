@@ -2,59 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
 
 import torch
+from measurement_cases import store_activations
+from planted_source import plain_map, plain_r2, planted_sae
 from sae_lens import SAE
 from torch import Tensor
 
-from darkmatter_ext import activations
 from darkmatter_ext.family import family_sites, measured_family
 from darkmatter_ext.measurement import MeasuredSae
 from darkmatter_ext.per_token import read_tokens
 from darkmatter_ext.progress import Stages
-from darkmatter_ext.sae import Encoded
 from darkmatter_ext.selection import SAE_TRAINING
 from darkmatter_ext.sources import CacheSource
-from darkmatter_ext.sparse import SparseActs
 
 HOOK = "blocks.1.hook_resid_post"
 
 
 def stored(folder, x: Tensor, tokens: Tensor) -> CacheSource:
     """A cache of x [C, L, d] and tokens [C, L], a document every two contexts."""
-    own = folder / HOOK
-    own.mkdir(parents=True)
-    activations._write_shard(own, 0, x, tokens, torch.arange(len(x)) // 2)
-    meta = {
-        "hook": HOOK,
-        "d_in": x.shape[2],
-        "n_contexts": len(x),
-        "context_length": x.shape[1],
-        "tokens_sha256": "same",
-    }
-    (own / "meta.json").write_text(json.dumps(meta))
-    return CacheSource.open([own])
+    store_activations(folder / HOOK, HOOK, x, tokens, torch.arange(len(x)) // 2)
+    return CacheSource.open([folder / HOOK])
 
 
-def planted_sae(name, error_of, l0_of=lambda x: torch.ones(len(x))) -> MeasuredSae:
-    """An "SAE" that errs by error_of(x) [n, d] with l0_of(x) [n] active latents."""
+def erring_sae(name, error_of, l0_of=lambda x: torch.ones(len(x))) -> MeasuredSae:
+    """An "SAE" of 64 latents that errs by error_of(x) [n, d] with l0_of(x) [n] active ones."""
 
-    def encode(x):
-        ones = torch.ones(len(x), 1)
-        acts = SparseActs.fixed(ones, torch.zeros(len(x), 1, dtype=torch.int64), 4)
-        return Encoded((x.double() - error_of(x.double())).float(), l0_of(x), acts)
+    def codes(x):
+        return (torch.arange(64) < l0_of(x)[:, None]).float()
 
-    return MeasuredSae(name, HOOK, 4, lambda: encode)
+    return planted_sae(name, HOOK, lambda x: (x.double() - error_of(x.double())).float(), codes, d_sae=64)
 
 
 def r2(given: Tensor, y: Tensor, fit: Tensor, *, bias=True) -> float:
     """Held-out R2 of least squares from given [n, p] to y [n], in plain torch."""
-    given = torch.cat([given, torch.ones(len(given), 1)], 1).double() if bias else given.double()
-    weight = torch.linalg.lstsq(given[fit], y[fit, None].double()).solution
-    residual = y[~fit] - (given[~fit] @ weight)[:, 0]
-    return (1 - residual.square().sum() / (y[~fit] - y[~fit].mean()).square().sum()).item()
+    given, y = given.double(), y[:, None].double()
+    return plain_r2(plain_map(given[fit], y[fit], bias=bias)(given[~fit]), y[~fit])
 
 
 class Finished(NamedTuple):
@@ -76,7 +60,7 @@ class Finished(NamedTuple):
         held_out = torch.tensor(read_tokens(table)["context"].to_pylist()).unique()
         chosen = (site.selection.roles != SAE_TRAINING).all(1).nonzero().flatten()
         contexts = site.cache.column("tokens")[chosen]
-        last = config.context_length - ("loss" in more)
+        last = config.context_length - ("loss" in more or config.parity == "released-code")
         kept = torch.zeros(contexts.shape, dtype=torch.bool)
         kept[:, config.drop_positions : last] = True
         context, position = kept.nonzero().unbind(1)

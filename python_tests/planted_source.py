@@ -62,9 +62,9 @@ def family_tokens(config, hooks):
     source = family._source(config, sites, Stages(show=False), loss=False)
     roles = context_roles(source.documents, family._settings(config, 0))
     batch = source.read(range(source.n_contexts))
-    drop = config.drop_positions
-    x = {hook: batch.activations[hook][:, drop:].flatten(0, 1).double() for hook in hooks}
-    fit = (roles == FIT)[:, None].expand(-1, source.context_length - drop).flatten()
+    kept = range(config.drop_positions, source.context_length - (config.parity == "released-code"))
+    x = {hook: batch.activations[hook][:, kept].flatten(0, 1).double() for hook in hooks}
+    fit = (roles == FIT)[:, None].expand(-1, len(kept)).flatten()
     return x, {hook: {name: sae for name, (sae, _) in sites[hook].saes.items()} for hook in hooks}, fit
 
 

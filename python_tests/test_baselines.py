@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from norm_cases import HOOK, Finished, planted_sae, r2, stored
+from norm_cases import HOOK, Finished, erring_sae, r2, stored
 from small_site import flags
 
 from darkmatter_ext import cli
@@ -34,9 +34,9 @@ def planted(tmp_path_factory):
         return error
 
     saes = [
-        planted_sae("token", erring(lambda x: table[x[:, 0].long()])),
-        planted_sae("loss", erring(lambda x: 8 + FROM_LOSS * (x[:, 1] - 8) + (1 - FROM_LOSS**2) ** 0.5 * x[:, 2])),
-        planted_sae("l0", erring(lambda x: 2 + x[:, 3]), lambda x: x[:, 3]),
+        erring_sae("token", erring(lambda x: table[x[:, 0].long()])),
+        erring_sae("loss", erring(lambda x: 8 + FROM_LOSS * (x[:, 1] - 8) + (1 - FROM_LOSS**2) ** 0.5 * x[:, 2])),
+        erring_sae("l0", erring(lambda x: 2 + x[:, 3]), lambda x: x[:, 3]),
     ]
     folder = tmp_path_factory.mktemp("planted")
     source = SelectedContexts(stored(folder, torch.stack(columns, dim=-1), tokens), torch.arange(CONTEXTS), loss)

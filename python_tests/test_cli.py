@@ -59,7 +59,12 @@ def test_a_second_run_gives_the_same_numbers_from_the_cache(finished, workplace,
 def test_pursuit_beside_the_encoder(finished, workplace, capsys, method):
     out = workplace / f"pursuit-{method}"
     assert cli.main(flags(workplace, "--method", method, "--out", str(out), experiment="pursuit")) == 0
-    assert {path.name for path in out.iterdir()} == {"pursuit.json", "pursuit_fvu.png", "report.html"}
+    assert {path.name for path in out.iterdir()} == {
+        "pursuit.json",
+        "pursuit_fvu.png",
+        "pursuit_widths.png",
+        "report.html",
+    }
     result, encoder = load_result(out / "pursuit.json"), load_result(finished[1] / "decomposition.json")
     for name in ("topk-24", "topk-48"):
         numbers = {v: result.numbers[f"{name} {v}/fvu"] for v in ("encoder", "pursuit", "refit")}

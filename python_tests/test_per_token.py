@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from norm_cases import HOOK, Finished, planted_sae, r2, stored
+from norm_cases import HOOK, Finished, erring_sae, r2, stored
 from small_site import flags
 
 from darkmatter_ext import cli
@@ -40,7 +40,7 @@ def planted(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("planted")
     source = stored(folder, x, torch.zeros(CONTEXTS, LENGTH, dtype=torch.int64))
-    saes = [planted_sae("one", one), planted_sae("two", two)]
+    saes = [erring_sae("one", one), erring_sae("two", two)]
     return measure(source, saes, MeasureSettings(drop_positions=0), folder=folder / "run")[HOOK]
 
 
