@@ -186,12 +186,13 @@ def given_saes(config: SiteConfig, cache: ActivationCache) -> dict[str, tuple[SA
 
 
 def prepared_site(
-    config: SiteConfig, stages: Stages
+    config: SiteConfig, stages: Stages, cache: ActivationCache | None = None
 ) -> tuple[ActivationCache, TokenSelection, dict[str, tuple[SAE, Path]]]:
-    """Activations, the role of every token, and name -> (SAE, folder): given ones or trained here."""
+    """Activations (or those given), the role of every token, and name -> (SAE, folder): given ones or trained here."""
     for folder in config.sae:
         load_sae(folder)  # a bad SAE is told before the model runs for minutes
-    cache = sites_activations(config, [config.hook], site_contexts(config, stages), stages)[config.hook]
+    if cache is None:
+        cache = sites_activations(config, [config.hook], site_contexts(config, stages), stages)[config.hook]
     selection = site_selection(config, cache)
     saes = given_saes(config, cache) if config.sae else trained_saes(config, cache, selection, stages)
     return cache, selection, saes

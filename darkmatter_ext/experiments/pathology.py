@@ -26,7 +26,15 @@ from darkmatter_ext.regression import LinearStatistics
 from darkmatter_ext.results import Result, provenance
 from darkmatter_ext.sae import as_reconstruct, load_sae
 from darkmatter_ext.selection import HeldOutContexts, MeasuredBatches, check_whole_contexts
-from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
+from darkmatter_ext.site import (
+    SiteConfig,
+    listed_saes,
+    prepared_site,
+    site_contexts,
+    site_notes,
+    site_plan,
+    sites_activations,
+)
 from darkmatter_ext.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
 
 MIXTURE_ACTIVATIONS = 1024  # more than d, so that the mixtures span what activations span
@@ -184,8 +192,10 @@ def run(config: PathologyConfig, stages: Stages) -> Result:
     numbers: dict[str, float] = {}
     listed, arrays, gaps, notes = [], {}, {}, []
     tokenizer, hashes = load_tokenizer(config.model), {}
-    for site in sites(config):
-        cache, selection, saes = prepared_site(site, stages)
+    every = sites(config)
+    caches = sites_activations(config, [site.hook for site in every], site_contexts(config, stages), stages)
+    for site in every:
+        cache, selection, saes = prepared_site(site, stages, caches[site.hook])
         contexts = HeldOutContexts.sample(cache, selection.roles, config.contexts, seed=config.seed)
         model = SplicedModel.load(config.model, site.hook, device=config.device)
         text, layer = cache.column("tokens"), model.layer
