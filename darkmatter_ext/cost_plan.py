@@ -60,6 +60,7 @@ def known_model(model: str) -> KnownModel | None:
 def cost(
     model: KnownModel | None,
     saes: Sequence[PlannedSae],
+    predictors: Sequence[PlannedSae] = (),
     *,
     depth: int,
     tokens: int,
@@ -68,15 +69,17 @@ def cost(
     sae_bytes: int,
     download_saes: bool,
 ) -> Cost:
-    """Costs by arithmetic. `depth`: blocks of the model that run; `groups`: of held-out contexts;
-    `sae_bytes`: of one weight as loaded.
+    """Costs by arithmetic. `predictors`: SAEs whose outputs join x; `depth`: blocks of the model that run; `groups`: of
+    held-out contexts; `sae_bytes`: of one weight as loaded.
     """
-    weights = [2 * sae.d_in * sae.d_sae for sae in saes]
-    sites = {sae.hook: sae.d_in for sae in saes}
+    weights = [2 * sae.d_in * sae.d_sae for sae in (*saes, *predictors)]
+    sites, more = {sae.hook: sae.d_in for sae in saes}, sum(sae.d_in for sae in predictors)
     roles = 2 if passes == 2 else 3
-    # Every role has a Gram matrix a site, held-out tokens one a group; errors are summed over fit and held-out tokens.
-    sums = 8 * ((roles + groups - 1) * sum(d * d for d in sites.values()) + 2 * sum(sae.d_in**2 for sae in saes))
-    per_token_sums = sum(d * d for d in sites.values()) + sum(2 * sae.d_in**2 for sae in saes)
+    # Every role has a Gram matrix a site, held-out tokens one a group; errors are summed over fit and held-out tokens, with
+    # predictors over each group of these.
+    grams, errors = sum((d + more) ** 2 for d in sites.values()), sum((sae.d_in + more) * sae.d_in for sae in saes)
+    sums = 8 * ((roles + groups - 1) * grams + (1 + groups if predictors else 2) * errors)
+    per_token_sums = grams + errors + sum(sae.d_in**2 for sae in saes)
     own = 0.0 if model is None else model.layer_parameters * depth
     return Cost(
         download_bytes=(0.0 if model is None else model.file_bytes) + (4 * sum(weights) if download_saes else 0),

@@ -47,10 +47,12 @@ KS = (16, 32, 64)
 
 @dataclass(frozen=True)
 class FamilyConfig(SiteConfig):
-    """Train TopK SAEs of every width with every k, and measure them all in one pass over the rest of the text."""
+    """Train TopK SAEs of several widths and k, and measure them all in one pass over the rest of the text."""
 
     ks: tuple[int, ...] = ()
-    """several values of --k: SAEs of every width are trained with each"""
+    """several values of --k: SAEs of every width are trained with each, the widest of several with the middle one only"""
+    full_grid: bool = False
+    """train the widest with every one of --ks too: it takes about as long as all the others"""
     parity: str = "paper"
     """paper, or released-code: regressions without bias, b* of the norm tests and FVU on all tokens"""
     interval_groups: int = 10
@@ -71,8 +73,12 @@ class FamilyConfig(SiteConfig):
                 raise ValueError(f"--{name}: must be different numbers, got {list(values)}")
 
     @property
-    def every_k(self) -> tuple[int, ...]:
-        return self.ks or (self.k,)
+    def widths_by_k(self) -> dict[int, tuple[int, ...]]:
+        """k -> the widths trained with it."""
+        every = sorted(self.ks) or [self.k]
+        middle, widest = every[(len(every) - 1) // 2], max(self.widths, default=0)
+        narrower = tuple(width for width in self.widths if width < widest) or self.widths
+        return {k: self.widths if k == middle or self.full_grid else narrower for k in self.ks or (self.k,)}
 
 
 AnyConfig = FamilyConfig | ManySaesConfig
@@ -82,7 +88,11 @@ def plan(config: AnyConfig, hooks: Sequence[str] = ()) -> list[str]:
     """What a run would do, in lines, without doing it; `hooks`: sites of a family, default its own."""
     if isinstance(config, ManySaesConfig):
         return many_saes.plan_lines(config)
-    parts = [dataclasses.replace(config, hook=hook, k=k) for hook in hooks or [config.hook] for k in config.every_k]
+    parts = [
+        dataclasses.replace(config, hook=hook, widths=widths, ks=(), k=k)
+        for hook in hooks or [config.hook]
+        for k, widths in config.widths_by_k.items()
+    ]
     lines = dict.fromkeys(line for part in parts for line in site_plan(part))
     return [*lines, f"measure   in one pass, intervals from {config.interval_groups} groups of contexts"]
 
@@ -124,9 +134,11 @@ def family_sites(config: FamilyConfig, hooks: Sequence[str], stages: Stages) -> 
         selection, saes = site_selection(own, caches[hook]), {}
         if config.sae:
             saes = given_saes(dataclasses.replace(own, sae=given.get(hook, ())), caches[hook])
-        for k in config.every_k if not config.sae else ():
-            found = trained_saes(dataclasses.replace(own, k=k), caches[hook], selection, stages)
-            saes |= {name if len(config.every_k) == 1 else f"{name}-k{k}": sae for name, sae in found.items()}
+        to_train = {} if config.sae else config.widths_by_k
+        for k, widths in to_train.items():
+            part = dataclasses.replace(own, widths=widths, ks=(), k=k)
+            found = trained_saes(part, caches[hook], selection, stages)
+            saes |= {f"{name}-k{k}" if len(config.ks) > 1 else name: sae for name, sae in found.items()}
         sites[hook] = FamilySite(hook, caches[hook], selection, saes)
     return sites
 
@@ -136,6 +148,7 @@ def measured_family(
     stages: Stages,
     *,
     hooks: Sequence[str] = (),
+    sites: dict[str, FamilySite] | None = None,
     predictors: Mapping[str, Callable[[dict[str, FamilySite]], MeasuredSae]] | None = None,
     targets: Sequence[str] = (),
     encoders: Encoders | None = None,
@@ -146,6 +159,7 @@ def measured_family(
 
     Args:
         hooks: sites of the family; default --hook alone.
+        sites: of `family_sites`, where the caller has them already.
         predictors: name -> what makes its SAE from the sites; joins x as a predictor of the errors.
         targets: the sites whose SAEs are measured (the others serve predictors only); default all.
         encoders: how each SAE is used, by name, instead of by its own encoder; see `many_saes.measured`.
@@ -156,7 +170,7 @@ def measured_family(
     """
     hooks = list(hooks or [config.hook])
     targets = list(targets or hooks)
-    sites = family_sites(config, hooks, stages)
+    sites = sites or family_sites(config, hooks, stages)
     source = _source(config, sites, stages, loss=loss)
     listed = [entry for own in _listed([sites[hook] for hook in targets]) for entry in with_encoders(own, encoders)]
     saes = [_as_measured(entry, config.device, encoders) for entry in listed]

@@ -417,19 +417,25 @@ def excerpt(found: Measured) -> dict[str, Any]:
     }
 
 
-def plan_lines(config: ManySaesConfig) -> list[str]:
-    """What a run would do and cost, in lines, without downloading anything; times a second of work on this device."""
+def _planned(specs: Sequence[str], hook: str) -> tuple[list[PlannedSae], list[str]]:
+    """The SAEs whose sizes are known without a download, and the others."""
     known = {sae.spec: sae for own in SAE_SETS.values() for sae in own}
     planned, unknown = [], []
-    for spec in config.sae:
+    for spec in specs:
         if spec in known:
-            planned.append(PlannedSae(spec, config.hook or known[spec].hook, known[spec].d_in, known[spec].d_sae))
+            planned.append(PlannedSae(spec, hook or known[spec].hook, known[spec].d_in, known[spec].d_sae))
         elif Path(spec).is_dir():
             sae = describe_sae(spec)
-            planned.append(PlannedSae(spec, config.hook or sae.metadata.get("hook_name") or "?", sae.d_in, sae.d_sae))
+            planned.append(PlannedSae(spec, hook or sae.metadata.get("hook_name") or "?", sae.d_in, sae.d_sae))
         else:
             unknown.append(spec)
-    sites = list(dict.fromkeys(sae.hook for sae in planned))
+    return planned, unknown
+
+
+def plan_lines(config: ManySaesConfig) -> list[str]:
+    """What a run would do and cost, in lines, without downloading anything; times a second of work on this device."""
+    planned, unknown = _planned(config.sae, config.hook)
+    predictors, unknown_predictors = _planned(config.predictor, "")
     given = config.text or config.dataset or config.tokenised or ", ".join(config.cache)
     shuffled = f", shuffled in a buffer of {config.shuffle_buffer}" if config.shuffle_buffer else ""
     lines = [
@@ -441,21 +447,25 @@ def plan_lines(config: ManySaesConfig) -> list[str]:
         f"products {config.products}",
         *(f"SAE       {sae.hook}  {sae.d_sae:8} latents  {sae.name}" for sae in planned),
         *(f"SAE       {spec} (size not known before its configuration is downloaded)" for spec in unknown),
+        *(f"predictor {sae.hook}  {sae.d_sae:8} latents  {sae.name}" for sae in predictors),
+        *(f"predictor {spec} (size not known before its configuration is downloaded)" for spec in unknown_predictors),
         f"state     {run_folder(config)}",
     ]
     if not planned:
         return lines
     model = None if config.cache else known_model(config.model)
-    depth = max((parse_hook_point(hook).layer + 1 for hook in sites if hook != "?"), default=1)
+    read = [sae.hook for sae in (*planned, *predictors) if sae.hook != "?"]
+    depth = max((parse_hook_point(hook).layer + 1 for hook in read), default=1)
     found = cost(
         model,
         planned,
+        predictors,
         depth=model.n_layers if config.loss and model else depth,
         tokens=config.tokens,
         passes=config.passes,
         groups=config.interval_groups,
         sae_bytes=4 if config.sae_dtype == "float32" else 2,
-        download_saes=any(not Path(sae.name).is_dir() for sae in planned),
+        download_saes=any(not Path(sae.name).is_dir() for sae in (*planned, *predictors)),
     )
     rates = probe(config.device, max(sae.d_in for sae in planned))
     known_here = model is not None or bool(config.cache)

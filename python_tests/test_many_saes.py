@@ -12,9 +12,10 @@ from measurement_cases import small_sae
 from test_activations import WORDS, _small_model, _word_tokenizer
 
 from darkmatter_ext import cli, many_saes, many_saes_config, presets
-from darkmatter_ext.cost_plan import duration, known_model
+from darkmatter_ext.cost_plan import PlannedSae, cost, duration, known_model
 from darkmatter_ext.experiments import decomposition
 from darkmatter_ext.many_saes_config import ManySaesConfig
+from darkmatter_ext.moments import LinearSums
 from darkmatter_ext.per_token import read_tokens
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import load_result
@@ -60,7 +61,7 @@ def _flags(workplace, *more, model="llama", saes=("a", "b")):
 
 
 def test_a_run_of_given_saes_equals_the_run_that_stores_activations(workplace, capsys):
-    """The same SAEs, text, split and positions through both routes: streaming, and a cache with the two-pass stream."""
+    """The same SAEs, text, split and positions through both routes: a model that runs as it is read, and stored activations."""
     one = workplace / "one"
     assert cli.main(_flags(workplace, "--out", str(one))) == 0
     stored = ["run", "decomposition", *_flags(workplace)[4:], "--context-length", "32", "--hook", HOOK]
@@ -231,6 +232,23 @@ def test_sizes_of_local_models_and_durations(workplace):
     assert [duration(s) for s in (30, 600, 9000, 2e6)] == ["30 s", "10.0 minutes", "2.5 hours", "23.1 days"]
 
 
+def test_planned_sums_are_what_a_measurement_allocates():
+    """With predictors every group of held-out contexts keeps errors of its own; without, only its Gram matrix."""
+    target, others = PlannedSae("a", HOOK, 100, 400), [PlannedSae("p", "other", 50, 200)]
+    options = {"depth": 1, "tokens": 10, "passes": 2, "groups": 6, "sae_bytes": 4, "download_saes": False}
+    for predictors in ([], others):
+        blocks = {"x": 100} | {sae.name: sae.d_in for sae in predictors}
+        p = sum(blocks.values())
+        allocated = [LinearSums.empty(blocks, {"error": 100}, torch.zeros(p))]  # fit tokens
+        for number in range(6):
+            targets = {"error": 100} if predictors or number == 0 else {}
+            allocated.append(LinearSums.empty(blocks, targets, torch.zeros(p)))
+        matrices = [tensor for sums in allocated for tensor in sums.tensors.values() if tensor.ndim == 2]
+        found = cost(None, [target], predictors, **options)
+        assert found.sum_bytes == sum(8 * matrix.numel() for matrix in matrices)
+        assert found.weight_bytes == 4 * 2 * (100 * 400 + sum(sae.d_in * sae.d_sae for sae in predictors))
+
+
 BAD = [
     ([], "--sae: must name at least one SAE, got none"),
     (
@@ -268,6 +286,12 @@ def test_saes_that_do_not_fit_are_refused(workplace, tmp_path, capsys):
         ([*_flags(workplace, *out)[:4], "--sae", str(workplace / "a")], "--model: must be given"),
         ([*_flags(workplace, *out), "--sae", str(tmp_path / "wide")], "--sae: must have d_in 16 as"),
         (_flags(workplace, *out, "--tokens", "900000"), "--tokens: the text gives"),
+        (_flags(workplace, *out, "--tokens", "70"), "--tokens: must leave documents on every side of the split, got 1"),
+        (
+            _flags(workplace, *out, "--drop-positions", "40"),
+            "--drop-positions, --max-norm-ratio: must leave tokens to measure, got 40 of contexts of 32 and 10",
+        ),
+        (_flags(workplace, *out, "--max-norm-ratio", "0.0001"), "must leave tokens to measure"),
         (_flags(workplace, *out, "--hook", "blocks.9.hook_resid_pre"), "has blocks 0 to 2, got block 9"),
     ]
     for flags, message in cases:

@@ -9,13 +9,17 @@ from measurement_cases import store_activations
 from small_site import flags
 
 from darkmatter_ext import cli
+from darkmatter_ext.decomposition import decompose_stream
 from darkmatter_ext.experiments import scaling
-from darkmatter_ext.experiments.scaling import at_fixed_l0, breakdown
+from darkmatter_ext.experiments.scaling import ScalingConfig, at_fixed_l0, breakdown
 from darkmatter_ext.measurement import MeasuredSae, MeasureSettings
 from darkmatter_ext.one_pass import measure
 from darkmatter_ext.power_law import fit_power_law
+from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import load_result
-from darkmatter_ext.sae import Encoded
+from darkmatter_ext.sae import Encoded, as_reconstruct
+from darkmatter_ext.selection import MeasuredBatches
+from darkmatter_ext.site import prepared_site
 from darkmatter_ext.sources import CacheSource
 from darkmatter_ext.sparse import SparseActs
 
@@ -100,12 +104,15 @@ def test_the_command_measures_a_family_as_the_decomposition_does(workplace, tmp_
     own = [*more, "--ks", "4", "6", "--l0", "4", "--with-pursuit", "--out", str(out)]
     assert cli.main(flags(workplace, *own, experiment="scaling")) == 0
     assert "FVU(W) = c + a W^m" in capsys.readouterr().out
-    assert cli.main(flags(workplace, *more, "--out", str(tmp_path / "one"))) == 0
-    found, expected = load_result(out / "scaling.json"), load_result(tmp_path / "one" / "decomposition.json")
+    found = load_result(out / "scaling.json")
+    config = ScalingConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.config.items()})
+    cache, selection, saes = prepared_site(dataclasses.replace(config, ks=(), k=4), Stages(show=False))
+    functions = {name: as_reconstruct(sae) for name, (sae, _) in saes.items()}
+    expected = decompose_stream(MeasuredBatches(cache, selection.roles), functions)
     for width in (24, 32, 48, 64):
         for key in ("fvu", "fvu_nonlinear", "r2_vec", "r2_norm/error", "l0"):
             value = found.numbers[f"topk-{width}-k4/{key}"]
-            assert value == pytest.approx(expected.numbers[f"topk-{width}/{key}"], rel=1e-4), (width, key)
+            assert value == pytest.approx(expected[f"topk-{width}"].numbers()[key], rel=1e-4), (width, key)
         interval = [found.numbers[f"topk-{width}-k4/fvu/{end}"] for end in ("low", "high")]
         assert interval[0] < found.numbers[f"topk-{width}-k4/fvu"] < interval[1]
         pursued = found.numbers[f"topk-{width}-k4 pursuit/fvu"]

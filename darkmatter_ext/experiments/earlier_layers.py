@@ -88,7 +88,7 @@ PRESETS: dict[str, AnyConfig] = {
 def plan(config: AnyConfig) -> list[str]:
     """What a run would do, in lines, without doing it."""
     if isinstance(config, ManySaesConfig):
-        return [*family.plan(config), *(f"predictor {spec}" for spec in config.predictor)]
+        return family.plan(config)
     if config.sae:
         predictors = [f"predictor {folder}" for folder in getattr(config, "predictor", ())]
         return [*family.plan(config), *predictors]

@@ -54,7 +54,7 @@ class ManyPursuitConfig(ManySaesConfig):
 
 AnyPursuitConfig = PursuitConfig | ManyPursuitConfig
 PRESETS: dict[str, AnyPursuitConfig] = {
-    "demo": PursuitConfig(widths=(1024, 2048, 4096)),
+    "demo": PursuitConfig(widths=(512, 1024, 2048)),
     **{name: many_saes_config.extended(config, ManyPursuitConfig) for name, config in many_saes_config.PRESETS.items()},
 }
 

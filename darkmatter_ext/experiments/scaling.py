@@ -130,7 +130,7 @@ def _restricted(config: AnyScalingConfig, saes: list[dict[str, Any]], numbers: d
     if isinstance(plain, ManySaesConfig) or plain.sae:
         return dataclasses.replace(plain, sae=tuple(sae["folder"] for sae in saes))
     l0 = numbers[f"{saes[0]['name']}/l0"]
-    k = min(plain.every_k, key=lambda k: abs(k - l0))
+    k = min(plain.widths_by_k, key=lambda k: abs(k - l0))
     return dataclasses.replace(plain, widths=tuple(sae["d_sae"] for sae in saes), ks=(), k=k)
 
 
