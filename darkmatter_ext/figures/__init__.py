@@ -41,7 +41,7 @@ FIGURES: dict[str, dict[str, Callable[[Result], Any]]] = {
     "norm-test": {"violins": norm_test.violins, "saes": norm_test.by_sae},
     "pathology": {"ratios": pathology.ratios, "gap": pathology.gap, "tokens": pathology.gap_by_token},
     "per-token": {"matrices": per_token.matrices, "curves": per_token.curves},
-    "pursuit": {"widths": pursuit.by_width, "fvu": decomposition.fvu_by_width},
+    "pursuit": {"widths": pursuit.by_width},
     "scaling": {"lines": scaling.lines, "contours": scaling.contours, "breakdown": scaling.breakdown},
     "synthetic": {"noise": synthetic.noise_grid, "ablation": synthetic.ablation},
 }

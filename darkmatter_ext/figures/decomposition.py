@@ -1,9 +1,9 @@
-"""Figures of `decomposition`, and of `pursuit`, which has the same numbers for more variants."""
+"""Figures of `decomposition`."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from darkmatter_ext.error import NORM_TARGETS
 from darkmatter_ext.figures.style import BLUE, GREY, SERIES, SKY, legend_beside, new_figure, token_axis
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ROOMY = 4  # bars whose labels fit side by side in full size
+_MOST_LABELLED = 7  # more have no numbers in them, and names on their side
 NORM_TARGET_LABELS = {
     "x": "x",
     "sae": "Sae(x)",
@@ -26,29 +27,30 @@ NORM_TARGET_LABELS = {
 def fvu_by_width(result: Result) -> Figure:
     """FVU of each SAE, split into the part linear in the activation and the nonlinear part."""
     saes = result.series["saes"]
-    figure, axes = new_figure(2.8)
+    crowded = len(saes) > _MOST_LABELLED
+    figure, axes = new_figure(3.8 if crowded else 2.8)
     for place, sae in enumerate(saes):
         fvu, nonlinear = (result.numbers[f"{sae['name']}/{key}"] for key in ("fvu", "fvu_nonlinear"))
         axes.bar(place, nonlinear, width=0.6, color=BLUE, label="nonlinear error" if place == 0 else None)
         axes.bar(
             place, fvu - nonlinear, width=0.6, bottom=nonlinear, color=SKY, label="linear error" if place == 0 else None
         )
+        if crowded:
+            continue
         axes.annotate(f"{fvu:.3f}", (place, fvu), ha="center", va="bottom", xytext=(0, 1), textcoords="offset points")
         share = result.numbers[f"{sae['name']}/linear_share"]
         text = f"{share:.0%}" if len(saes) > _ROOMY else f"{share:.0%} linear"
         axes.annotate(text, (place, (fvu + nonlinear) / 2), ha="center", va="center", fontsize=8)
         axes.annotate(f"{nonlinear:.3f}", (place, nonlinear / 2), ha="center", va="center", color="white")
-    labels = [f"{_place_label(sae)}\nL0 {result.numbers[sae['name'] + '/l0']:.1f}" for sae in saes]
-    axes.set_xticks(range(len(saes)), labels, fontsize=9 if len(saes) <= _ROOMY else 7)
+    labels = [f"{sae['d_sae']} latents\nL0 {result.numbers[sae['name'] + '/l0']:.1f}" for sae in saes]
+    if crowded:
+        labels = [label.replace("\n", ", ") for label in labels]
+    axes.set_xticks(range(len(saes)), labels, fontsize=9 if len(saes) <= _ROOMY else 7, rotation=90 if crowded else 0)
     axes.set_ylabel("fraction of variance unexplained")
     axes.set_title("SAE error on held-out text, by what a linear map of x explains")
     axes.margins(y=0.12)
     legend_beside(axes)
     return figure
-
-
-def _place_label(sae: dict[str, Any]) -> str:
-    return f"{sae['d_sae']} latents" + (f"\n{sae['variant']}" if "variant" in sae else "")
 
 
 def norm_test(result: Result) -> Figure:
