@@ -125,8 +125,8 @@ def family_sites(config: FamilyConfig, hooks: Sequence[str], stages: Stages) -> 
     Raises ValueError for bad settings, an SAE of another site; RuntimeError for a damaged cache.
     """
     given = given_hooks(config)
-    if stray := next((folders[0] for hook, folders in given.items() if hook not in hooks), None):
-        raise ValueError(f"--sae: must be of the site {' or '.join(hooks)}, got {stray}")
+    if stray := next((hook for hook in given if hook not in hooks), None):
+        raise ValueError(f"--sae: must be of the site {' or '.join(hooks)}, got one of {stray} in {given[stray][0]}")
     caches = sites_activations(config, hooks, site_contexts(config, stages), stages)
     sites = {}
     for hook in hooks:

@@ -61,7 +61,6 @@ def test_pursuit_beside_the_encoder(finished, workplace, capsys, method):
     assert cli.main(flags(workplace, "--method", method, "--out", str(out), experiment="pursuit")) == 0
     assert {path.name for path in out.iterdir()} == {
         "pursuit.json",
-        "pursuit_fvu.png",
         "pursuit_widths.png",
         "report.html",
     }

@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from measurement_cases import store_activations
+from measurement_cases import small_sae, store_activations
 from small_site import flags
 
 from darkmatter_ext import cli
@@ -165,8 +168,6 @@ def test_bad_settings_give_one_line(workplace, tmp_path, capsys, more, message):
 
 @pytest.mark.usefixtures("own_cache")
 def test_given_saes_must_be_of_two_widths_and_of_the_site(workplace, tmp_path, capsys):
-    from measurement_cases import small_sae
-
     for name, width, hook in (("a", 24, "blocks.1.hook_resid_post"), ("b", 24, "blocks.1.hook_resid_post"),
                               ("c", 48, "blocks.0.hook_resid_post")):  # fmt: skip
         sae = small_sae("topk", 16, width, 0, bias=0.0)
@@ -181,3 +182,28 @@ def test_given_saes_must_be_of_two_widths_and_of_the_site(workplace, tmp_path, c
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache")
+def test_two_processes_measure_several_times_and_agree_with_one(workplace, tmp_path):
+    """SAEs, pursuit and controls are three measurements: all in one process group of a torchrun."""
+    saes = []
+    for width in (24, 32, 48, 64):
+        sae = small_sae("topk", 16, width, width, bias=0.0)
+        sae.cfg.metadata["hook_name"] = "blocks.1.hook_resid_post"
+        sae.save_model(tmp_path / f"sae-{width}")
+        saes.append(str(tmp_path / f"sae-{width}"))
+    command = Path(sys.executable).with_name("darkmatter")
+    own = ["run", "scaling", "--preset", "one-pass", "--sae", *saes, "--model", str(workplace / "model"), "--text",
+           str(workplace / "text.txt"), "--tokens", "8000", "--context-length", "32", "--l0", "4",
+           "--with-pursuit"]  # fmt: skip
+    assert cli.main([*own, "--out", str(tmp_path / "one")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node=2", "--master-port=0",
+                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(command)]  # fmt: skip
+    shared = [*own, "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "two")]
+    done = subprocess.run([*torchrun, *shared], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_result(tmp_path / name / "scaling.json").numbers for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-6, abs=1e-9, nan_ok=True)
+    assert one["sae-64 pursuit/fvu"] < one["sae-64 shuffled decoder/fvu"]
