@@ -50,11 +50,11 @@ class FamilyConfig(SiteConfig):
     """Train TopK SAEs of several widths and k, and measure them all in one pass over the rest of the text."""
 
     ks: tuple[int, ...] = ()
-    """several values of --k: SAEs of every width are trained with each, the widest of several with the middle one only"""
+    """instead of --k, several: SAEs of every width are trained with each, the widest of several with the middle one only"""
     full_grid: bool = False
     """train the widest with every one of --ks too: it takes about as long as all the others"""
     parity: str = "paper"
-    """paper, or released-code: regressions without bias, b* of the norm tests and FVU on all tokens"""
+    """paper, or released-code: regressions on x without bias, b* of the norm tests and FVU on all tokens"""
     interval_groups: int = 10
     """groups of held-out contexts that confidence intervals come from; 1: no intervals"""
 
@@ -71,6 +71,11 @@ class FamilyConfig(SiteConfig):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"--{name}: must be different numbers, got {list(values)}")
+
+    @property
+    def largest_k(self) -> int:
+        """The largest k of an SAE to train."""
+        return max(self.ks or (self.k,))
 
     @property
     def widths_by_k(self) -> dict[int, tuple[int, ...]]:
@@ -184,6 +189,7 @@ def measured_family(
         "saes": [entry["name"] for entry in listed],
         **variant_fields(config, FamilyConfig, list(encoders or ())),
         "predictors": [other.name for other in others],
+        "k": config.k if others else None,  # of random predictors
         "loss": loss,
         "text": source.identity,
         "settings": dataclasses.asdict(settings),

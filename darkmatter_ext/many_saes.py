@@ -7,6 +7,7 @@ streams: activations are never stored, a run can be stopped at any moment, and `
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -407,7 +408,12 @@ def excerpt(found: Measured) -> dict[str, Any]:
     rows = table.slice(0, min(EXCERPT_TOKENS, table["context"].to_pylist().count(first)))
     ids = rows["token"].to_pylist()
     model = found.config["model"]
-    tokenizer = load_tokenizer(model) if model and min(ids) >= 0 else None
+    tokenizer = None
+    if model and min(ids) >= 0:
+        with contextlib.suppress(
+            ValueError
+        ):  # stored activations of a model that is not on this machine: ids are shown
+            tokenizer = load_tokenizer(model)
     return {
         "tokens": [str(token) if tokenizer is None else tokenizer.decode([token]) for token in ids],
         "squared_norm_x": rows["x"].to_pylist(),

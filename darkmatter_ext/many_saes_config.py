@@ -61,7 +61,7 @@ class ManySaesConfig:
     passes: int = 2
     """2: the paper's procedure, every token read twice; 1: every token read once, norm tests fitted on text of their own"""
     parity: str = "paper"
-    """paper, or released-code: regressions without bias, b* of the norm tests and FVU on all tokens (--passes 2)"""
+    """paper, or released-code: regressions on x without bias, b* of the norm tests and FVU on all tokens (--passes 2)"""
     interval_groups: int = 10
     """groups of held-out contexts that confidence intervals come from; each keeps a Gram matrix; 1: no intervals"""
     products: str = "float64"

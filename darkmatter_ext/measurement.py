@@ -68,7 +68,7 @@ class MeasureSettings:
     last_position: int = 0  # positions from here on are left out; 0: none
     max_norm_ratio: float = 10.0
     interval_groups: int = 10  # of held-out contexts; 1: no intervals
-    # released-code: no bias in any regression, the norm tests' b* fitted on held-out tokens too, FVU on all tokens
+    # released-code: no bias in regressions on x, the norm tests' b* fitted on held-out tokens too, FVU on all tokens
     parity: str = "paper"
     batch_tokens: int = 4096  # through an SAE at a time
     block_contexts: int = 16  # through the model at a time, and through all SAEs before the next
@@ -211,7 +211,7 @@ class SiteMeasurement:
     def scalar_fit(self, predictors: Sequence[str], targets: Sequence[str]) -> LinearFit:
         """Least squares between per-token scalars (see `scalar_names`), fitted and scored as the norm tests are."""
         train, test = (self._scalars[role].statistics(predictors, targets) for role in (self._norm_fit, HELD_OUT))
-        return SplitStatistics(train, test).fit(bias=not self.released)
+        return SplitStatistics(train, test).fit()
 
     def scalar_interval(self, predictors: Sequence[str], target: str) -> Interval:
         """R2 of `scalar_fit` for one target, with its interval."""
@@ -242,6 +242,16 @@ class SiteMeasurement:
         """
         sums = self._token_means[self._norm_fit]
         return sums.means[:, sums.names.index(name)].cpu(), sums.counts.long().cpu()
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the source gave the model's loss."""
+        return "loss" in self._scalars[HELD_OUT].blocks
+
+    @property
+    def has_token_means(self) -> bool:
+        """Whether means over tokens were measured."""
+        return bool(self._token_means)
 
     def token_mean_r2(self) -> dict[str, float]:
         """R2 of predicting squared norms by their mean over the token's occurrences: "SAE/error" and so on.
@@ -296,10 +306,9 @@ class SiteMeasurement:
         groups = (group.statistics(["x"], [f"norms/{sae}"]) for group in self._groups)
         norms = _r2_intervals(self.norm_fit(sae).map, groups)
         found |= {f"r2_norm/{name}": interval for name, interval in zip(NORM_TARGETS, norms, strict=True)}
-        if self.released:  # scored on all tokens there, which no group holds
-            found |= {
-                name: Interval(self.decomposition(sae).numbers()[name], *[float("nan")] * 2) for name in names[:3]
-            }
+        if self.released:  # scored on all tokens there, or with a map of its own: no group holds those sums
+            numbers = self.decomposition(sae).numbers()
+            found |= {name: Interval(numbers[name], *[float("nan")] * 2) for name in names}
         return found
 
 

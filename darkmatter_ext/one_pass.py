@@ -539,7 +539,11 @@ def measure(
         "contexts": [source.n_contexts, source.context_length, source.identity],
         **(config or {}),
     }
-    del everything["checkpoint_seconds"]  # when a state is written does not change it
+    for name in (
+        "checkpoint_seconds",
+        "sae_memory",
+    ):  # when a state is written, what stays loaded: the result is the same
+        del everything[name]
     own = processes or Processes()
     checkpoint = CheckpointFolder(folder, own.rank, own.size)
     if own.is_first:

@@ -41,13 +41,13 @@ def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encoder:
         steps = acts.l0().clamp(max=dictionary.n_atoms)
         return pursuit(x, dictionary, steps, bias=bias, method=method, nonnegative=method == "orthogonal")
 
-    return _encoder(sae, choose)
+    return _encoder(sae, dictionary.rows, choose)
 
 
 def refit_encoder(sae: SAE) -> Encoder:
     """The SAE's own choice of latents with least-squares values (not below zero). Raises as `pursuit_encoder`."""
     dictionary, bias = _dictionary(sae)
-    return _encoder(sae, lambda x, acts: refit(x, acts, dictionary, bias=bias))
+    return _encoder(sae, dictionary.rows, lambda x, acts: refit(x, acts, dictionary, bias=bias))
 
 
 def _dictionary(sae: Any) -> tuple[Any, Tensor]:
@@ -63,13 +63,14 @@ def _dictionary(sae: Any) -> tuple[Any, Tensor]:
     return prepare_dictionary(sae.W_dec), sae.b_dec.detach()
 
 
-def _encoder(sae: Any, choose: Choose) -> Encoder:
-    dictionary, bias = sae.W_dec.detach(), sae.b_dec.detach()
+def _encoder(sae: Any, rows: Tensor, choose: Choose) -> Encoder:
+    """`rows` [F, d]: the decoder in the dtype of the acts, float32 for a 16-bit SAE."""
+    bias = sae.b_dec.detach().to(rows.dtype)
 
     def encode(x: Tensor) -> Encoded:
         own = x.to(sae.dtype)
         acts = choose(own, sae.encode_sparse(own))
-        x_hat = sparse_decode(acts, dictionary, bias)
+        x_hat = sparse_decode(acts, rows, bias)
         return Encoded(x_hat.to(x.dtype), acts.l0(), acts)
 
     return encode

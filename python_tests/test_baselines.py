@@ -149,7 +149,8 @@ def test_a_run_at_two_layers_equals_plain_regressions(workplace, capsys):
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_without_bias_as_the_released_code(workplace):
+def test_the_released_codes_probe_has_no_bias(workplace):
+    """Its norm script has none in the regressions on x; those on single numbers are not in it and keep theirs."""
     out = workplace / "baselines-released"
     more = ("--layers", "1", "--widths", "24", "--parity", "released-code", "--out", str(out))
     assert cli.main(flags(workplace, *more, experiment="baselines")) == 0
@@ -157,9 +158,10 @@ def test_without_bias_as_the_released_code(workplace):
     config = BaselinesConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in result.config.items()})
     tensors = Finished.of(config, HOOK, [HOOK], loss=True, token_means=True)
     y, norm = tensors.error("topk-24").square().sum(1), tensors.x.norm(dim=1, keepdim=True)
-    found = result.numbers["topk-24/error/x_norm"]
-    assert found == pytest.approx(r2(norm, y, tensors.fit, bias=False), rel=1e-3, abs=1e-4)
-    assert abs(found - r2(norm, y, tensors.fit)) > 1e-3
+    assert result.numbers["topk-24/error/x_norm"] == pytest.approx(r2(norm, y, tensors.fit), rel=1e-3, abs=1e-4)
+    found = result.numbers["topk-24/error/probe"]
+    assert found == pytest.approx(r2(tensors.x, y, tensors.fit, bias=False), rel=1e-3, abs=1e-4)
+    assert abs(found - r2(tensors.x, y, tensors.fit)) > 1e-4
 
 
 @pytest.mark.usefixtures("own_cache")

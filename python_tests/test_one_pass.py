@@ -254,6 +254,7 @@ def test_the_released_codes_regressions_have_no_bias_and_see_held_out_tokens(sou
         a_star = torch.linalg.lstsq(x[fit], norm[fit]).solution
         assert own.r2_norm[name] == pytest.approx(r2(norm, x @ a_star, ~fit).item(), rel=1e-3), name
         assert found.intervals("large")[f"r2_norm/{name}"].value == pytest.approx(own.r2_norm[name], rel=1e-6)
+    assert found.intervals("large")["r2_vec"].value == own.r2_vec
     with_bias = measure(source, saes(), SETTINGS, folder=tmp_path / "paper")[HOOKS[0]].decomposition("large")
     assert abs(with_bias.r2_norm["error"] - own.r2_norm["error"]) > 1e-3
 

@@ -99,12 +99,12 @@ def test_a_run_regresses_every_pair(workplace, parity):
     norms = {name: tensors.error(name).norm(dim=1) for name in ("topk-24", "topk-48")}
     given = {"r2/topk-24/topk-48": ("topk-24", "topk-48"), "r2/topk-48/topk-24": ("topk-48", "topk-24")}
     for key, (first, second) in given.items():
-        expected = r2(norms[first][:, None], norms[second], tensors.fit, bias=parity == "paper")
+        expected = r2(norms[first][:, None], norms[second], tensors.fit)
         assert result.numbers[key] == pytest.approx(expected, rel=1e-4, abs=1e-5), key
-    other = r2(norms["topk-24"][:, None], norms["topk-48"], tensors.fit, bias=parity != "paper")
+    other = r2(norms["topk-24"][:, None], norms["topk-48"], tensors.fit, bias=False)
     assert abs(result.numbers["r2/topk-24/topk-48"] - other) > 1e-3  # the bias makes a difference
     x_norm = tensors.x.norm(dim=1, keepdim=True)
-    expected = r2(x_norm, norms["topk-48"], tensors.fit, bias=parity == "paper")
+    expected = r2(x_norm, norms["topk-48"], tensors.fit)
     assert result.numbers["x_norm/topk-48"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert abs(result.numbers["shuffled/topk-48"]) < 0.02
     assert result.numbers["gain/topk-24/topk-48/low"] < result.numbers["gain/topk-24/topk-48/high"]

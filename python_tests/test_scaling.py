@@ -94,7 +94,7 @@ def test_saes_at_one_l0_are_the_nearest_of_each_width():
     saes = [
         {"name": name, "d_sae": width} for name, width in (("a", 64), ("b", 64), ("c", 128), ("d", 256), ("dead", 512))
     ]
-    numbers = {"a/l0": 20.0, "b/l0": 35.0, "c/l0": 41.0, "d/l0": 30.0, "dead/l0": 0.0}
+    numbers = {"a/l0": 20.0, "b/l0": 35.0, "c/l0": 43.0, "d/l0": 30.0, "dead/l0": 0.0}
     assert [sae["name"] for sae in at_fixed_l0(saes, numbers, 32)] == ["b", "d"]
     assert [sae["name"] for sae in at_fixed_l0(saes, numbers, 40)] == ["b", "c"]
 

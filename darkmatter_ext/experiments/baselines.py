@@ -8,6 +8,7 @@ number of active latents, the norm of x. All regressions are fitted on the same 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from darkmatter_ext import family, many_saes, many_saes_config
 from darkmatter_ext.family import FamilyConfig, family_result, given_hooks, measured_family
-from darkmatter_ext.hook_points import parse_hook_point
 from darkmatter_ext.intervals import r2_interval
 from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement import SiteMeasurement
@@ -58,7 +58,8 @@ class BaselinesConfig(FamilyConfig):
 PRESETS: dict[str, BaselinesConfig | ManySaesConfig] = {
     "demo": BaselinesConfig(layers=(5, 10, 15, 20), widths=(2048,)),
     **{
-        name: dataclasses.replace(config, loss=True, token_means=True, table_contexts=0)
+        # TransformerLens' processed weights, which the SAEs of GPT-2 ask for, give no loss.
+        name: dataclasses.replace(config, loss=name != "gpt2-small", token_means=True, table_contexts=0)
         for name, config in many_saes_config.PRESETS.items()
     },
 }
@@ -103,15 +104,21 @@ def token_mean_numbers(site: SiteMeasurement, sae: str, *, seed: int) -> dict[st
     return numbers
 
 
-def sae_numbers(site: SiteMeasurement, sae: str, *, loss: bool, token_means: bool, seed: int) -> dict[str, float]:
+def sae_numbers(site: SiteMeasurement, sae: str, *, seed: int) -> dict[str, float]:
     """`PART/PREDICTOR`: held-out R2 for the squared norm of each part of the error, with intervals."""
     probe, numbers = site.intervals(sae), {}
-    sets = scalar_sets(sae, loss=loss)
+    sets = scalar_sets(sae, loss=site.has_loss)
     for part in PARTS:
         numbers |= probe[f"r2_norm/{part}"].numbers(f"{part}/probe")
         for name, used in sets.items():
             numbers |= site.scalar_interval(used, f"{sae}/{part}").numbers(f"{part}/{name}")
-    return numbers | (token_mean_numbers(site, sae, seed=seed) if token_means else {})
+    return numbers | (token_mean_numbers(site, sae, seed=seed) if site.has_token_means else {})
+
+
+def _layer(hook: str) -> int:
+    """The number in a hook point's name, of a cache too whatever it is called; 0 without one."""
+    number = re.search(r"\d+", hook)
+    return int(number[0]) if number else 0
 
 
 def run(config: BaselinesConfig | ManySaesConfig, stages: Stages) -> Result:
@@ -119,20 +126,18 @@ def run(config: BaselinesConfig | ManySaesConfig, stages: Stages) -> Result:
 
     Raises ValueError for bad settings, an SAE of another model; RuntimeError for a damaged cache or checkpoint.
     """
-    loss, token_means = True, True
     if isinstance(config, ManySaesConfig):
-        loss, token_means = config.loss, config.token_means
         found = many_saes.measured(config, stages)
     else:
         found = measured_family(config, stages, hooks=config.hooks, loss=True, token_means=True)
-    saes = [sae | {"layer": parse_hook_point(sae["hook"]).layer} for sae in found.saes]
+    saes = [sae | {"layer": _layer(sae["hook"])} for sae in found.saes]
     numbers: dict[str, float] = {}
     with stages.stage("predict the norms", len(saes)) as advance:
         for sae in saes:
             name = str(sae["name"])
             site = found.site_of(name)
             numbers[f"{name}/l0"] = site.decomposition(name).l0
-            own = sae_numbers(site, name, loss=loss, token_means=token_means, seed=config.seed)
+            own = sae_numbers(site, name, seed=config.seed)
             numbers |= {f"{name}/{key}": value for key, value in own.items()}
             advance(1)
     shown = [name for name in PREDICTORS if f"{saes[0]['name']}/error/{name}" in numbers]

@@ -76,7 +76,7 @@ def run(config: AnyConfig, stages: Stages) -> Result:
         found = family.measured_family(config, stages, sites=sites)
         more = sites[config.hook].selection.numbers()
         series["largest_norm_tokens"] = _high_norm_tokens(config.model, sites[config.hook])
-    numbers = more | found.sae_numbers()
+    numbers = more | found.numbers | found.sae_numbers()  # what was measured counts, not what was selected for it
     for sae in found.saes:
         numbers |= _from_predictors(found, sae["name"])
     series["excerpt"] = many_saes.excerpt(found)

@@ -36,7 +36,7 @@ OWN, PREVIOUS = "res", "previous res"
 CONTROLS = {
     "x": "control: the activation itself, which by construction says nothing about the nonlinear error",
     "shuffled": "control: the output of the first earlier SAE at another token",
-    "random": "control: a TopK SAE of random directions at the site of the first earlier SAE",
+    "random": "control: a TopK SAE of random directions at the site of the first earlier SAE (k as there, else --k)",
 }
 INTERVAL_GROUPS = 6  # each keeps a Gram matrix of all predictors side by side: 130 MB for seven of 576
 
@@ -145,10 +145,12 @@ def _makers(config: EarlierLayersConfig) -> tuple[str, dict[str, str], dict[str,
         if len(own) > 1:
             raise ValueError(f"--sae: must be of one site, got {own[0]} and {own[1]}")
         given = given_hooks(dataclasses.replace(config, sae=config.predictor))
+        if silent := next((own for own in config.predictor if not load_sae(own).cfg.metadata.hook_name), None):
+            raise ValueError(f"--predictor: must name its hook_name in its metadata, got {silent}")
         if own[0] in given:
             raise ValueError(f"--predictor: must be of another site than --sae ({own[0]}), got {given[own[0]][0]}")
         named = {
-            (hook if len(folders) == 1 else f"{hook} {Path(folder).resolve().name}"): (hook, folder)
+            (hook if len(folders) == 1 else f"{hook} {folder}"): (hook, folder)
             for hook, folders in given.items()
             for folder in folders
         }
@@ -223,5 +225,5 @@ def run(config: AnyConfig, stages: Stages) -> Result:
         "Tokens are left out by the rules of the measured site; those of the other sites concern the training of their SAEs.",
     ]
     if found.config["parity"] == "released-code":
-        notes.append("As the released code: no bias in any regression, b* fitted on all tokens, held-out ones too.")
+        notes.append("As the released code: no bias in any regression; b* on all tokens, as its norm script has it.")
     return family.family_result("earlier-layers", found, stages, numbers, series={"predictors": about}, notes=notes)

@@ -26,7 +26,9 @@ from darkmatter_ext.pursuing import pursuit_encoder
 from darkmatter_ext.results import Result
 from darkmatter_ext.sae import as_encoder, describe_sae
 
-L0_TOLERANCE = 1.25  # an SAE is at the L0 of the law if it is off by no more than this factor
+L0_TOLERANCE = (
+    1.3  # an SAE is at the L0 of the law if it is off by no more than this factor (the paper: 48 to 64 for 60)
+)
 CONTROLS = {
     "shuffled decoder": "control: the widest SAE with its decoder rows permuted",
     "random directions": "control: as many random directions, TopK of the tied encoder",
@@ -39,7 +41,7 @@ class ScalingConfig(FamilyConfig):
     """Train SAEs of every width and k, and see how FVU and its linear and nonlinear part go with width and L0."""
 
     l0: float = 32.0
-    """L0 of the power law: at each width the SAE nearest to it counts, if it is off by a quarter at most"""
+    """L0 of the power law: at each width the SAE nearest to it counts, if it is off by a factor of 1.3 at most"""
     with_pursuit: bool = False
     """also measure gradient pursuit over these SAEs' dictionaries: what a better encoder would remove (minutes)"""
 
@@ -55,7 +57,7 @@ class ManyScalingConfig(ManySaesConfig):
     """See how FVU and its linear and nonlinear part go with the width and L0 of SAEs that exist."""
 
     l0: float = 60.0
-    """L0 of the power law: at each width the SAE nearest to it counts, if it is off by a quarter at most"""
+    """L0 of the power law: at each width the SAE nearest to it counts, if it is off by a factor of 1.3 at most"""
     with_pursuit: bool = False
     """also measure gradient pursuit over these SAEs' dictionaries: what a better encoder would remove"""
 
@@ -101,6 +103,17 @@ def at_fixed_l0(saes: list[dict[str, Any]], numbers: dict[str, float], l0: float
     return sorted(kept, key=lambda sae: sae["d_sae"])
 
 
+def _candidates(config: AnyScalingConfig, saes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The SAEs that the law may be made of: of a family trained with several k, those of the k nearest to --l0."""
+    if isinstance(config, ManySaesConfig) or config.sae or len(config.ks) < 2:
+        return saes
+    return [sae for sae in saes if sae["name"].endswith(f"-k{_k(config, config.l0)}")]
+
+
+def _k(config: FamilyConfig, l0: float) -> int:
+    return min(config.widths_by_k, key=lambda k: abs(k - l0))
+
+
 def breakdown(
     law: PowerLaw, saes: list[dict[str, Any]], numbers: dict[str, float], *, pursued: bool
 ) -> dict[str, float]:
@@ -123,15 +136,14 @@ def breakdown(
     return found
 
 
-def _restricted(config: AnyScalingConfig, saes: list[dict[str, Any]], numbers: dict[str, float]) -> family.AnyConfig:
-    """The same measurement of some of the SAEs, all at one L0."""
+def _restricted(config: AnyScalingConfig, saes: list[dict[str, Any]]) -> family.AnyConfig:
+    """The same measurement of some of the SAEs of the law."""
     base = ManySaesConfig if isinstance(config, ManySaesConfig) else FamilyConfig
     plain = base(**{own.name: getattr(config, own.name) for own in dataclasses.fields(base)})
     if isinstance(plain, ManySaesConfig) or plain.sae:
         return dataclasses.replace(plain, sae=tuple(sae["folder"] for sae in saes))
-    l0 = numbers[f"{saes[0]['name']}/l0"]
-    k = min(plain.widths_by_k, key=lambda k: abs(k - l0))
-    return dataclasses.replace(plain, widths=tuple(sae["d_sae"] for sae in saes), ks=(), k=k)
+    widths = tuple(sae["d_sae"] for sae in saes)
+    return dataclasses.replace(plain, widths=widths, ks=(), k=_k(plain, config.l0))
 
 
 def _controls(
@@ -143,7 +155,7 @@ def _controls(
         "shuffled decoder": lambda sae: as_encoder(shuffled_sae(sae, seed=config.seed)),
         "random directions": functools.partial(random_directions, l0=l0, seed=config.seed),
     }
-    return family.measured(_restricted(config, saes[-1:], numbers), stages, controls)
+    return family.measured(_restricted(config, saes[-1:]), stages, controls)
 
 
 def _check_widths(config: AnyScalingConfig) -> None:
@@ -165,12 +177,12 @@ def run(config: AnyScalingConfig, stages: Stages) -> Result:
     if len(found.sites) > 1:
         raise ValueError(f"--sae: must be of one site to see how error scales, got {', '.join(found.sites)}")
     numbers = found.sae_numbers()
-    chosen = at_fixed_l0(found.saes, numbers, config.l0)
+    chosen = at_fixed_l0(_candidates(config, found.saes), numbers, config.l0)
     notes: list[str] = []
     series: dict[str, Any] = {"law": [], "controls": [], "about": CONTROLS, "with_pursuit": config.with_pursuit}
     if chosen:
         if config.with_pursuit:
-            own = _restricted(config, chosen, numbers)
+            own = _restricted(config, chosen)
             pursued = family.measured(own, stages, {PURSUIT: pursuit_encoder})
             numbers |= _renamed(pursued, chosen)
         controls = _controls(config, chosen, numbers, stages)
