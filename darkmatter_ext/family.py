@@ -73,9 +73,9 @@ class FamilyConfig(SiteConfig):
                 raise ValueError(f"--{name}: must be different numbers, got {list(values)}")
 
     @property
-    def largest_k(self) -> int:
-        """The largest k of an SAE to train."""
-        return max(self.ks or (self.k,))
+    def least_width(self) -> int:
+        """Of an SAE to train; with --ks, which have a rule of their own, --k does not count."""
+        return 1 if self.ks else self.k
 
     @property
     def widths_by_k(self) -> dict[int, tuple[int, ...]]:

@@ -88,16 +88,16 @@ class SiteConfig:
         if not self.sae and not self.widths:
             raise ValueError("--widths: must name at least one width when no --sae is given, got none")
         for width in self.widths:
-            if width < self.largest_k:
-                raise ValueError(f"--widths: must be at least k ({self.largest_k}), got {width}")
+            if width < self.least_width:
+                raise ValueError(f"--widths: must be at least k ({self.least_width}), got {width}")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"--device: must be cpu or cuda, got {self.device!r}")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"--device: must be available, got {self.device!r} on a machine without a CUDA device")
 
     @property
-    def largest_k(self) -> int:
-        """The largest k of an SAE to train."""
+    def least_width(self) -> int:
+        """Of an SAE to train."""
         return self.k
 
 

@@ -42,9 +42,7 @@ def planted(tmp_path_factory):
     source = SelectedContexts(stored(folder, torch.stack(columns, dim=-1), tokens), torch.arange(CONTEXTS), loss)
     settings = MeasureSettings(drop_positions=0, token_means=VOCABULARY)
     site = measure(source, saes, settings, folder=folder / "run")[HOOK]
-    return site, {
-        name: sae_numbers(site, name, loss=True, token_means=True, seed=0) for name in ("token", "loss", "l0")
-    }
+    return site, {name: sae_numbers(site, name, seed=0) for name in ("token", "loss", "l0")}
 
 
 def test_each_planted_cause_is_found_by_its_predictor_and_no_other(planted):

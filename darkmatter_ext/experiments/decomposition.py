@@ -76,7 +76,9 @@ def run(config: AnyConfig, stages: Stages) -> Result:
         found = family.measured_family(config, stages, sites=sites)
         more = sites[config.hook].selection.numbers()
         series["largest_norm_tokens"] = _high_norm_tokens(config.model, sites[config.hook])
-    numbers = more | found.numbers | found.sae_numbers()  # what was measured counts, not what was selected for it
+    # Left-out tokens are counted over the whole text; of the others what was measured counts, not what was selected.
+    measured = {name: found.numbers[f"tokens/{name}"] for name in ("fit", "norm_fit", "held_out")}
+    numbers = more | {f"tokens/{name}": count for name, count in measured.items()} | found.sae_numbers()
     for sae in found.saes:
         numbers |= _from_predictors(found, sae["name"])
     series["excerpt"] = many_saes.excerpt(found)
