@@ -1,5 +1,7 @@
 """Error norms that depend on the token, the loss or the L0 alone, and the command on a small model at two layers."""
 
+import json
+
 import pytest
 import torch
 from norm_cases import HOOK, Finished, erring_sae, r2, stored
@@ -185,3 +187,18 @@ def test_the_losses_of_the_measurement_are_cross_entropies():
         logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
     )
     torch.testing.assert_close(next_token_loss(logits, tokens)[:, :-1].flatten(), expected)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_stored_activations_have_no_loss_and_every_other_baseline(workplace, tmp_path):
+    """Of a cache there is no model to give a loss: that predictor is left out, nothing fails after the measurement."""
+    assert cli.main(flags(workplace, "--widths", "24", "--out", str(tmp_path / "first"))) == 0
+    stored = load_result(tmp_path / "first" / "decomposition.json")
+    caches = [meta.parent for meta in (workplace / "cache" / "activations").glob("*/meta.json")]
+    folder = next(path for path in caches if json.loads((path / "meta.json").read_text())["hook"] == HOOK)
+    out, sae = tmp_path / "baselines", stored.series["saes"][0]["folder"]
+    run = ["run", "baselines", "--preset", "one-pass", "--cache", str(folder), "--sae", sae, "--hook", HOOK]
+    assert cli.main([*run, "--out", str(out)]) == 0
+    predictors = load_result(out / "baselines.json").series["predictors"]
+    assert "loss" not in predictors
+    assert {"probe", "token_mean", "x_norm", "l0", "random_mean"} <= set(predictors)

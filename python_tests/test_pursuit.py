@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 import darkmatter_ext as dm
 from darkmatter_ext import batched_pursuit, pursuit_steps, reference
+from darkmatter_ext.pursuing import pursuit_encoder, refit_encoder
+from darkmatter_ext.sae import as_encoder
 
 VARIANTS = {
     "gradient": {},
@@ -290,3 +292,17 @@ def test_errors_are_one_line(arguments, options, error, message):
     with pytest.raises(error, match=f"^{message}") as caught:
         dm.pursuit(*arguments, **options)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_16_bit_sae_is_pursued_in_float32():
+    """Its decoder is widened as the pursuit's is: Sae(x) by pursuit errs less than by its own poor encoder."""
+    from measurement_cases import small_sae
+
+    sae = small_sae("topk", 16, 48, 0, bias=0.0).to(torch.bfloat16)
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
+    own, pursued, refitted = (make(sae)(x) for make in (as_encoder, pursuit_encoder, refit_encoder))
+    assert pursued.x_hat.dtype == refitted.x_hat.dtype == torch.float32
+    errors = [(x - found.x_hat).square().sum().item() for found in (own, pursued, refitted)]
+    assert errors[1] < errors[0]
+    assert errors[2] < errors[0]
+    assert int(pursued.l0.max()) <= 4
