@@ -17,7 +17,7 @@ from darkmatter_ext import many_saes
 from darkmatter_ext.activations import ActivationCache
 from darkmatter_ext.many_saes import Encoders, Measured, stamp, token_counts, variant_fields, with_encoders
 from darkmatter_ext.many_saes_config import ManySaesConfig
-from darkmatter_ext.measurement import PARITIES, MeasuredSae, MeasureSettings, Predictor
+from darkmatter_ext.measurement import MeasuredSae, MeasureSettings, Predictor
 from darkmatter_ext.one_pass import measure, tokens_to_read
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result, provenance
@@ -60,10 +60,7 @@ class FamilyConfig(SiteConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.parity not in PARITIES:
-            raise ValueError(f"--parity: must be one of {', '.join(PARITIES)}, got {self.parity!r}")
-        if self.interval_groups < 1:
-            raise ValueError(f"--interval-groups: must be at least 1, got {self.interval_groups}")
+        _settings(self, 0)  # its own checks
         for k in () if self.sae else self.ks:
             if not 1 <= k <= min(self.widths, default=k):
                 raise ValueError(f"--ks: must be from 1 to the least of --widths ({min(self.widths)}), got {k}")

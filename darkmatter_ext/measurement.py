@@ -264,6 +264,10 @@ class SiteMeasurement:
         squares = torch.stack([scalars.tensors["vv"].diagonal()[scalars.blocks[name]][0] for name in held_out.names])
         return self._token_means[self._norm_fit].r2_of_means(held_out, squares)
 
+    def l0(self, sae: str) -> float:
+        """Mean active latents a held-out token; no regression is solved for it."""
+        return self._extra[list(self.saes).index(sae), 2].item() / self.n_held_out
+
     def decomposition(self, sae: str) -> Decomposition:
         """All numbers of an SAE, as `decomposition.decompose_stream` gives them."""
         held_out = self._linear[HELD_OUT]
@@ -275,7 +279,7 @@ class SiteMeasurement:
             scored.statistics(["x"], [f"error/{sae}"]).score(error.map).sse if self.released else error.test.sse
         )
         mean_norms = held_out.tensors[f"y/norms/{sae}"] / held_out.count
-        relative, zero_tokens, l0 = self._extra[list(self.saes).index(sae)].tolist()
+        relative, zero_tokens, _ = self._extra[list(self.saes).index(sae)].tolist()
         counted = held_out.count - zero_tokens
         return Decomposition(
             fvu=squared_error / variance if variance > 0 else float("nan"),
@@ -285,7 +289,7 @@ class SiteMeasurement:
             r2_vec_train=error.train.mean_r2,
             r2_norm=dict(zip(NORM_TARGETS, norms.test.r2.tolist(), strict=True)),
             mean_squared_norm=dict(zip(NORM_TARGETS, mean_norms.tolist(), strict=True)),
-            l0=l0 / held_out.count,
+            l0=self.l0(sae),
             n_train=self.n_fit,
             n_test=held_out.count,
             rank=error.map.rank,

@@ -539,11 +539,8 @@ def measure(
         "contexts": [source.n_contexts, source.context_length, source.identity],
         **(config or {}),
     }
-    for name in (
-        "checkpoint_seconds",
-        "sae_memory",
-    ):  # when a state is written, what stays loaded: the result is the same
-        del everything[name]
+    # When a state is written and which SAEs stay loaded does not change the result.
+    del everything["checkpoint_seconds"], everything["sae_memory"]
     own = processes or Processes()
     checkpoint = CheckpointFolder(folder, own.rank, own.size)
     if own.is_first:

@@ -136,7 +136,7 @@ def run(config: BaselinesConfig | ManySaesConfig, stages: Stages) -> Result:
         for sae in saes:
             name = str(sae["name"])
             site = found.site_of(name)
-            numbers[f"{name}/l0"] = site.decomposition(name).l0
+            numbers[f"{name}/l0"] = site.l0(name)
             own = sae_numbers(site, name, seed=config.seed)
             numbers |= {f"{name}/{key}": value for key, value in own.items()}
             advance(1)

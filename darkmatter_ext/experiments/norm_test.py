@@ -45,8 +45,8 @@ def norm_numbers(site: SiteMeasurement, sae: str) -> dict[str, float]:
         if target != "x":  # ||x||^2 predicts itself
             numbers |= site.scalar_interval(["x"], f"{sae}/{target}").numbers(f"{sae}/r2_from_norm_of_x/{target}")
     numbers |= found["fvu"].numbers(f"{sae}/fvu") | found["r2_vec"].numbers(f"{sae}/r2_vec")
-    d = len(site.norm_fit(sae).map.weight)
-    return numbers | {f"{sae}/l0": site.decomposition(sae).l0, f"{sae}/noise_floor": -d / site.n_norm_fit}
+    d = len(site.maps[sae].weight)
+    return numbers | {f"{sae}/l0": site.l0(sae), f"{sae}/noise_floor": -d / site.n_norm_fit}
 
 
 def over_saes(numbers: dict[str, float], saes: Sequence[dict[str, Any]]) -> dict[str, float]:
