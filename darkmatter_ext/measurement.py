@@ -202,6 +202,11 @@ class SiteMeasurement:
             raise ValueError(f"part: must be one of {', '.join(kinds)}, got {part!r}")
         return kinds[part]
 
+    def n_columns(self, predictors: Sequence[str]) -> int:
+        """Columns of these predictors side by side: the slopes of a regression on them."""
+        blocks = self._linear[FIT].blocks
+        return sum(blocks[name].stop - blocks[name].start for name in predictors)
+
     def part_interval(self, predictors: Sequence[str], sae: str, part: str) -> Interval:
         """R2 of `part_fit` with its interval. Raises as it does; KeyError when measured without predictors."""
         fit = self.part_fit(predictors, sae, part)

@@ -173,7 +173,7 @@ def part_numbers(site: SiteMeasurement, sae: str, sets: dict[str, list[str]]) ->
     for name, used in sets.items():
         for part in PARTS:
             numbers |= site.part_interval(used, sae, part).numbers(f"{sae}/r2_from/{name}/{part}")
-        numbers[f"{sae}/noise_floor/{name}"] = -len(site.part_fit(used, sae, "error").map.weight) / site.n_fit
+        numbers[f"{sae}/noise_floor/{name}"] = -site.n_columns(used) / site.n_fit
     return numbers
 
 
