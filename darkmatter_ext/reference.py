@@ -14,25 +14,42 @@ from torch import Tensor
 from darkmatter_ext.sparse import SparseActs
 
 
-def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, b_dec: Tensor | None = None) -> Tensor:
-    """h = (x - b_dec) W_enc + b_enc in float64, rounded to the dtype of x (as torch converts): [..., F]."""
+def pre_activations(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, *, b_dec: Tensor | None = None, gain: Tensor | None = None
+) -> Tensor:
+    """h = (x - b_dec) W_enc + b_enc in float64, rounded to the dtype of x (as torch converts), times gain [F]: [..., F]."""
     centred = x.double() if b_dec is None else x.double() - b_dec.double()
-    return (centred @ W_enc.double() + b_enc.double()).to(x.dtype)
+    h = (centred @ W_enc.double() + b_enc.double()).to(x.dtype)
+    return h if gain is None else h * gain
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, b_dec: Tensor | None = None) -> SparseActs:
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    b_dec: Tensor | None = None,
+    gain: Tensor | None = None,
+) -> SparseActs:
     """The k largest pre-activations of each token, ties to the lower index, NaN largest; then relu."""
-    h = pre_activations(x, W_enc, b_enc, b_dec=b_dec)
+    h = pre_activations(x, W_enc, b_enc, b_dec=b_dec, gain=gain)
     # A stable descending sort keeps equal values in index order, and torch sorts NaN first.
     indices = h.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return SparseActs.fixed(h.gather(-1, indices).relu(), indices, W_enc.shape[1])
 
 
 def threshold_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, *, b_dec: Tensor | None = None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor | float,
+    *,
+    b_dec: Tensor | None = None,
+    gain: Tensor | None = None,
 ) -> SparseActs:
     """The pre-activations strictly above the threshold (scalar or [F]), and those that are NaN; then relu."""
-    h = pre_activations(x, W_enc, b_enc, b_dec=b_dec)
+    h = pre_activations(x, W_enc, b_enc, b_dec=b_dec, gain=gain)
     threshold = torch.as_tensor(threshold, dtype=x.dtype, device=x.device)
     flat = h.reshape(math.prod(x.shape[:-1]), W_enc.shape[1])
     token, latent = (~(flat.detach() <= threshold)).nonzero(as_tuple=True)
