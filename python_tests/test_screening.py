@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"no 8-bit dot products in use on this machine ({_C.cpu_isa()}): nothing screens",
 )
 
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_data_gives_the_exact_answer(kind, dtype):

@@ -8,16 +8,16 @@
 namespace darkmatter {
 
 // name(a, b) and its two masked forms; T is how a lane is read, x and y are the lanes of a and b.
-#define EMULATED_BINARY(name, V, T, expression)                                                                      \
-  EMULATED V _mm512_##name(V a, V b) {                                                                               \
-    return x86::make<V, T>([&](int i) {                                                                              \
-      const T x = x86::lane<T>(a, i), y = x86::lane<T>(b, i);                                                        \
-      return static_cast<T>(expression);                                                                             \
-    });                                                                                                              \
-  }                                                                                                                  \
-  EMULATED V _mm512_mask_##name(V source, x86::Mask<T, V> k, V a, V b) {                                             \
-    return x86::select<T>(k, _mm512_##name(a, b), source);                                                           \
-  }                                                                                                                  \
+#define EMULATED_BINARY(name, V, T, expression)                          \
+  EMULATED V _mm512_##name(V a, V b) {                                   \
+    return x86::make<V, T>([&](int i) {                                  \
+      const T x = x86::lane<T>(a, i), y = x86::lane<T>(b, i);            \
+      return static_cast<T>(expression);                                 \
+    });                                                                  \
+  }                                                                      \
+  EMULATED V _mm512_mask_##name(V source, x86::Mask<T, V> k, V a, V b) { \
+    return x86::select<T>(k, _mm512_##name(a, b), source);               \
+  }                                                                      \
   EMULATED V _mm512_maskz_##name(x86::Mask<T, V> k, V a, V b) { return x86::select<T>(k, _mm512_##name(a, b), V{}); }
 
 EMULATED_BINARY(add_ps, __m512, float, x + y)
@@ -59,13 +59,11 @@ EMULATED __m512i _mm512_xor_si512(__m512i a, __m512i b) { return _mm512_xor_epi3
 EMULATED __m512i _mm512_andnot_si512(__m512i a, __m512i b) { return _mm512_andnot_epi32(a, b); }
 
 // The masked forms of 256-bit instructions, on the real ones.
-#define EMULATED_MASKED(name, V, T)                                                    \
-  EMULATED V _mm256_mask_##name(V source, x86::Mask<T, V> k, V a, V b) {               \
-    return x86::select<T>(k, _mm256_##name(a, b), source);                             \
-  }                                                                                    \
-  EMULATED V _mm256_maskz_##name(x86::Mask<T, V> k, V a, V b) {                        \
-    return x86::select<T>(k, _mm256_##name(a, b), V{});                                \
-  }
+#define EMULATED_MASKED(name, V, T)                                      \
+  EMULATED V _mm256_mask_##name(V source, x86::Mask<T, V> k, V a, V b) { \
+    return x86::select<T>(k, _mm256_##name(a, b), source);               \
+  }                                                                      \
+  EMULATED V _mm256_maskz_##name(x86::Mask<T, V> k, V a, V b) { return x86::select<T>(k, _mm256_##name(a, b), V{}); }
 
 EMULATED_MASKED(add_ps, __m256, float)
 EMULATED_MASKED(sub_ps, __m256, float)
@@ -75,19 +73,19 @@ EMULATED_MASKED(sub_epi32, __m256i, int32_t)
 #undef EMULATED_MASKED
 
 // name(a) of lanes x, and name(a, count) for shifts.
-#define EMULATED_UNARY(name, V, T, expression)        \
-  EMULATED V _mm512_##name(V a) {                     \
-    return x86::make<V, T>([&](int i) {               \
-      const T x = x86::lane<T>(a, i);                 \
-      return static_cast<T>(expression);              \
-    });                                               \
+#define EMULATED_UNARY(name, V, T, expression) \
+  EMULATED V _mm512_##name(V a) {              \
+    return x86::make<V, T>([&](int i) {        \
+      const T x = x86::lane<T>(a, i);          \
+      return static_cast<T>(expression);       \
+    });                                        \
   }
-#define EMULATED_SHIFT(name, T, expression)           \
+#define EMULATED_SHIFT(name, T, expression)               \
   EMULATED __m512i _mm512_##name(__m512i a, unsigned n) { \
-    return x86::make<__m512i, T>([&](int i) {         \
-      const T x = x86::lane<T>(a, i);                 \
-      return static_cast<T>(expression);              \
-    });                                               \
+    return x86::make<__m512i, T>([&](int i) {             \
+      const T x = x86::lane<T>(a, i);                     \
+      return static_cast<T>(expression);                  \
+    });                                                   \
   }
 
 EMULATED_UNARY(abs_ps, __m512, uint32_t, x & 0x7fffffff)
@@ -106,17 +104,17 @@ EMULATED_SHIFT(srai_epi16, int16_t, x >> (n < 16 ? n : 15))
 #undef EMULATED_SHIFT
 
 // One rounding; sign_product and sign_sum are + or -.
-#define EMULATED_FMA(name, V, T, sign_product, sign_sum)                                                            \
-  EMULATED V _mm512_##name(V a, V b, V c) {                                                                         \
-    return x86::make<V, T>([&](int i) {                                                                             \
-      return std::fma(sign_product x86::lane<T>(a, i), x86::lane<T>(b, i), sign_sum x86::lane<T>(c, i));            \
-    });                                                                                                             \
-  }                                                                                                                 \
-  EMULATED V _mm512_mask_##name(V a, x86::Mask<T, V> k, V b, V c) {                                                 \
-    return x86::select<T>(k, _mm512_##name(a, b, c), a);                                                            \
-  }                                                                                                                 \
-  EMULATED V _mm512_maskz_##name(x86::Mask<T, V> k, V a, V b, V c) {                                                \
-    return x86::select<T>(k, _mm512_##name(a, b, c), V{});                                                          \
+#define EMULATED_FMA(name, V, T, sign_product, sign_sum)                                                 \
+  EMULATED V _mm512_##name(V a, V b, V c) {                                                              \
+    return x86::make<V, T>([&](int i) {                                                                  \
+      return std::fma(sign_product x86::lane<T>(a, i), x86::lane<T>(b, i), sign_sum x86::lane<T>(c, i)); \
+    });                                                                                                  \
+  }                                                                                                      \
+  EMULATED V _mm512_mask_##name(V a, x86::Mask<T, V> k, V b, V c) {                                      \
+    return x86::select<T>(k, _mm512_##name(a, b, c), a);                                                 \
+  }                                                                                                      \
+  EMULATED V _mm512_maskz_##name(x86::Mask<T, V> k, V a, V b, V c) {                                     \
+    return x86::select<T>(k, _mm512_##name(a, b, c), V{});                                               \
   }
 
 EMULATED_FMA(fmadd_ps, __m512, float, +, +)
@@ -163,15 +161,15 @@ EMULATED __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
 EMULATED __m512i _mm512_maddubs_epi16(__m512i a, __m512i b) { return x86::add_byte_products(a, b); }
 
 // AVX-512 VNNI, the same with AVX-512 VL, and AVX-VNNI.
-#define EMULATED_VNNI(name, A, B, saturate)                                                                          \
-  EMULATED __m512i _mm512_##name##_epi32(__m512i c, __m512i a, __m512i b) {                                          \
-    return x86::add_products<A, B, saturate>(c, a, b);                                                               \
-  }                                                                                                                  \
-  EMULATED __m256i _mm256_##name##_epi32(__m256i c, __m256i a, __m256i b) {                                          \
-    return x86::add_products<A, B, saturate>(c, a, b);                                                               \
-  }                                                                                                                  \
-  EMULATED __m256i _mm256_##name##_avx_epi32(__m256i c, __m256i a, __m256i b) {                                      \
-    return x86::add_products<A, B, saturate>(c, a, b);                                                               \
+#define EMULATED_VNNI(name, A, B, saturate)                                     \
+  EMULATED __m512i _mm512_##name##_epi32(__m512i c, __m512i a, __m512i b) {     \
+    return x86::add_products<A, B, saturate>(c, a, b);                          \
+  }                                                                             \
+  EMULATED __m256i _mm256_##name##_epi32(__m256i c, __m256i a, __m256i b) {     \
+    return x86::add_products<A, B, saturate>(c, a, b);                          \
+  }                                                                             \
+  EMULATED __m256i _mm256_##name##_avx_epi32(__m256i c, __m256i a, __m256i b) { \
+    return x86::add_products<A, B, saturate>(c, a, b);                          \
   }
 
 EMULATED_VNNI(dpbusd, uint8_t, int8_t, false)
@@ -232,30 +230,30 @@ EMULATED bool compare_integers(T x, T y, int predicate) {
 }  // namespace x86
 
 // name_mask(a, b, predicate) and its masked form.
-#define EMULATED_COMPARE(prefix, name, V, T, compare)                                                               \
-  EMULATED x86::Mask<T, V> prefix##_##name##_mask(V a, V b, int predicate) {                                        \
-    return x86::make_mask<T, V>(                                                                                    \
-        [&](int i) { return x86::compare(x86::lane<T>(a, i), x86::lane<T>(b, i), predicate); });                    \
-  }                                                                                                                 \
-  EMULATED x86::Mask<T, V> prefix##_mask_##name##_mask(x86::Mask<T, V> k, V a, V b, int predicate) {                \
-    return k & prefix##_##name##_mask(a, b, predicate);                                                             \
+#define EMULATED_COMPARE(prefix, name, V, T, compare)                                                \
+  EMULATED x86::Mask<T, V> prefix##_##name##_mask(V a, V b, int predicate) {                         \
+    return x86::make_mask<T, V>(                                                                     \
+        [&](int i) { return x86::compare(x86::lane<T>(a, i), x86::lane<T>(b, i), predicate); });     \
+  }                                                                                                  \
+  EMULATED x86::Mask<T, V> prefix##_mask_##name##_mask(x86::Mask<T, V> k, V a, V b, int predicate) { \
+    return k & prefix##_##name##_mask(a, b, predicate);                                              \
   }
-#define EMULATED_COMPARE_INTEGERS(suffix, T)                                                                         \
-  EMULATED_COMPARE(_mm512, cmp_##suffix, __m512i, T, compare_integers)                                               \
-  EMULATED x86::Mask<T, __m512i> _mm512_cmpeq_##suffix##_mask(__m512i a, __m512i b) {                                \
-    return _mm512_cmp_##suffix##_mask(a, b, 0);                                                                      \
-  }                                                                                                                  \
-  EMULATED x86::Mask<T, __m512i> _mm512_cmpneq_##suffix##_mask(__m512i a, __m512i b) {                               \
-    return _mm512_cmp_##suffix##_mask(a, b, 4);                                                                      \
-  }                                                                                                                  \
-  EMULATED x86::Mask<T, __m512i> _mm512_cmplt_##suffix##_mask(__m512i a, __m512i b) {                                \
-    return _mm512_cmp_##suffix##_mask(a, b, 1);                                                                      \
-  }                                                                                                                  \
-  EMULATED x86::Mask<T, __m512i> _mm512_cmpge_##suffix##_mask(__m512i a, __m512i b) {                                \
-    return _mm512_cmp_##suffix##_mask(a, b, 5);                                                                      \
-  }                                                                                                                  \
-  EMULATED x86::Mask<T, __m512i> _mm512_cmpgt_##suffix##_mask(__m512i a, __m512i b) {                                \
-    return _mm512_cmp_##suffix##_mask(a, b, 6);                                                                      \
+#define EMULATED_COMPARE_INTEGERS(suffix, T)                                           \
+  EMULATED_COMPARE(_mm512, cmp_##suffix, __m512i, T, compare_integers)                 \
+  EMULATED x86::Mask<T, __m512i> _mm512_cmpeq_##suffix##_mask(__m512i a, __m512i b) {  \
+    return _mm512_cmp_##suffix##_mask(a, b, 0);                                        \
+  }                                                                                    \
+  EMULATED x86::Mask<T, __m512i> _mm512_cmpneq_##suffix##_mask(__m512i a, __m512i b) { \
+    return _mm512_cmp_##suffix##_mask(a, b, 4);                                        \
+  }                                                                                    \
+  EMULATED x86::Mask<T, __m512i> _mm512_cmplt_##suffix##_mask(__m512i a, __m512i b) {  \
+    return _mm512_cmp_##suffix##_mask(a, b, 1);                                        \
+  }                                                                                    \
+  EMULATED x86::Mask<T, __m512i> _mm512_cmpge_##suffix##_mask(__m512i a, __m512i b) {  \
+    return _mm512_cmp_##suffix##_mask(a, b, 5);                                        \
+  }                                                                                    \
+  EMULATED x86::Mask<T, __m512i> _mm512_cmpgt_##suffix##_mask(__m512i a, __m512i b) {  \
+    return _mm512_cmp_##suffix##_mask(a, b, 6);                                        \
   }
 
 EMULATED_COMPARE(_mm512, cmp_ps, __m512, float, compare)
@@ -284,9 +282,9 @@ EMULATED T reduce(const V& v, const F& f) {
 
 }  // namespace x86
 
-#define EMULATED_REDUCE(name, V, T, expression)                                                     \
-  EMULATED T _mm512_reduce_##name(V a) {                                                            \
-    return x86::reduce<T>(a, [](T x, T y) { return static_cast<T>(expression); });                  \
+#define EMULATED_REDUCE(name, V, T, expression)                                    \
+  EMULATED T _mm512_reduce_##name(V a) {                                           \
+    return x86::reduce<T>(a, [](T x, T y) { return static_cast<T>(expression); }); \
   }
 
 EMULATED_REDUCE(add_ps, __m512, float, x + y)

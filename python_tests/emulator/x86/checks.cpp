@@ -35,8 +35,8 @@ Block bits() {
 template <typename T>
 Block numbers() {
   Block block;
-  const T special[] = {
-      T(0), T(-0.0), T(1), T(-1), T(INFINITY), T(-INFINITY), T(NAN), T(2.5), T(-3.5), T(2147483648.0), T(1e-42), T(1e30)};
+  const T special[] = {T(0),   T(-0.0), T(1),    T(-1),           T(INFINITY), T(-INFINITY),
+                       T(NAN), T(2.5),  T(-3.5), T(2147483648.0), T(1e-42),    T(1e30)};
   for (size_t i = 0; i < 64 / sizeof(T); ++i) {
     const uint64_t draw = generator();
     const T value = draw % 3 == 0 ? special[draw / 3 % 12] : T(std::normal_distribution<double>(0, 100)(generator));
@@ -79,21 +79,21 @@ void same_mask(const char* name, uint64_t mine, uint64_t expected) {
 uint64_t high_bits(__m256i v) { return static_cast<uint32_t>(_mm256_movemask_epi8(v)); }
 
 // 512 bits are two times 256 bits: CHECK2(add_ps, ...) compares _mm512_add_ps with _mm256_add_ps on both halves.
-#define HALVES(V, H, expression)                                  \
-  [&] {                                                           \
-    const auto half = [&](int h) { return H(expression); };       \
-    return x86::join<V>(half(0), half(1));                        \
+#define HALVES(V, H, expression)                            \
+  [&] {                                                     \
+    const auto half = [&](int h) { return H(expression); }; \
+    return x86::join<V>(half(0), half(1));                  \
   }()
 #define CHECK1(name, V, H, T, a) \
   ++compared, same<T>(#name, V(_mm512_##name(as<V>(a))), HALVES(V, H, _mm256_##name(as<H>(a, h))))
-#define CHECK2(name, V, H, T, a, b)                                                       \
-  ++compared, same<T>(                                                                    \
-      #name, V(_mm512_##name(as<V>(a), as<V>(b))), HALVES(V, H, _mm256_##name(as<H>(a, h), as<H>(b, h))))
-#define CHECK3(name, V, H, T, a, b, c)                                \
-  ++compared, same<T>(                                                \
-      #name, V(_mm512_##name(as<V>(a), as<V>(b), as<V>(c))),          \
-      HALVES(V, H, _mm256_##name(as<H>(a, h), as<H>(b, h), as<H>(c, h))))
-#define CHECK_BY(name, V, H, T, a, by)                                                                \
+#define CHECK2(name, V, H, T, a, b) \
+  ++compared,                       \
+      same<T>(#name, V(_mm512_##name(as<V>(a), as<V>(b))), HALVES(V, H, _mm256_##name(as<H>(a, h), as<H>(b, h))))
+#define CHECK3(name, V, H, T, a, b, c)                                   \
+  ++compared, same<T>(                                                   \
+                  #name, V(_mm512_##name(as<V>(a), as<V>(b), as<V>(c))), \
+                  HALVES(V, H, _mm256_##name(as<H>(a, h), as<H>(b, h), as<H>(c, h))))
+#define CHECK_BY(name, V, H, T, a, by) \
   ++compared, same<T>(#name, _mm512_##name(as<V>(a), by), HALVES(V, H, _mm256_##name(as<H>(a, h), by)))
 
 void floats() {
@@ -107,8 +107,7 @@ void floats() {
   CHECK3(fnmadd_ps, __m512, __m256, float, a, b, c), CHECK3(fnmadd_pd, __m512d, __m256d, double, p, q, r);
   CHECK3(fmadd_pd, __m512d, __m256d, double, p, q, r), CHECK3(fmsub_pd, __m512d, __m256d, double, p, q, r);
   const __m256 sign = _mm256_set1_ps(-0.0f);
-  same<float>(
-      "abs_ps", _mm512_abs_ps(as<__m512>(a)), HALVES(__m512, __m256, _mm256_andnot_ps(sign, as<__m256>(a, h))));
+  same<float>("abs_ps", _mm512_abs_ps(as<__m512>(a)), HALVES(__m512, __m256, _mm256_andnot_ps(sign, as<__m256>(a, h))));
   same<double>(
       "abs_pd", _mm512_abs_pd(as<__m512d>(p)),
       HALVES(__m512d, __m256d, _mm256_andnot_pd(_mm256_set1_pd(-0.0), as<__m256d>(p, h))));
@@ -118,11 +117,11 @@ void floats() {
   same<float>(
       "shuffle_ps", _mm512_shuffle_ps(as<__m512>(a), as<__m512>(b), 0x9C),
       HALVES(__m512, __m256, _mm256_shuffle_ps(as<__m256>(a, h), as<__m256>(b, h), 0x9C)));
-#define PREDICATE(p)                                                                                                   \
-  ++compared, same_mask(                                                                                               \
-      "cmp_ps " #p, _mm512_cmp_ps_mask(as<__m512>(a), as<__m512>(b), p),                                               \
-      _mm256_movemask_ps(_mm256_cmp_ps(as<__m256>(a), as<__m256>(b), p)) |                                             \
-          _mm256_movemask_ps(_mm256_cmp_ps(as<__m256>(a, 1), as<__m256>(b, 1), p)) << 8)
+#define PREDICATE(p)                                                                   \
+  ++compared, same_mask(                                                               \
+                  "cmp_ps " #p, _mm512_cmp_ps_mask(as<__m512>(a), as<__m512>(b), p),   \
+                  _mm256_movemask_ps(_mm256_cmp_ps(as<__m256>(a), as<__m256>(b), p)) | \
+                      _mm256_movemask_ps(_mm256_cmp_ps(as<__m256>(a, 1), as<__m256>(b, 1), p)) << 8)
   PREDICATE(0), PREDICATE(1), PREDICATE(2), PREDICATE(3), PREDICATE(4), PREDICATE(5), PREDICATE(6), PREDICATE(7);
   PREDICATE(8), PREDICATE(9), PREDICATE(10), PREDICATE(11), PREDICATE(12), PREDICATE(13), PREDICATE(14), PREDICATE(15);
   PREDICATE(16), PREDICATE(17), PREDICATE(21), PREDICATE(25), PREDICATE(29), PREDICATE(30), PREDICATE(31);
@@ -144,10 +143,10 @@ void integers() {
   INTEGERS(unpacklo_epi16, int8_t), INTEGERS(unpackhi_epi16, int8_t), INTEGERS(unpacklo_epi32, int8_t);
   INTEGERS(unpackhi_epi32, int8_t), INTEGERS(unpacklo_epi64, int8_t), INTEGERS(unpackhi_epi64, int8_t);
 #undef INTEGERS
-#define BITWISE(name)                                             \
-  ++compared, same<int32_t>(                                      \
-      #name, _mm512_##name##_epi32(as<__m512i>(a), as<__m512i>(b)), \
-      HALVES(__m512i, __m256i, _mm256_##name##_si256(as<__m256i>(a, h), as<__m256i>(b, h))))
+#define BITWISE(name)                                                           \
+  ++compared, same<int32_t>(                                                    \
+                  #name, _mm512_##name##_epi32(as<__m512i>(a), as<__m512i>(b)), \
+                  HALVES(__m512i, __m256i, _mm256_##name##_si256(as<__m256i>(a, h), as<__m256i>(b, h))))
   BITWISE(and), BITWISE(or), BITWISE(xor), BITWISE(andnot);
 #undef BITWISE
   CHECK1(abs_epi32, __m512i, __m256i, int32_t, a), CHECK1(abs_epi16, __m512i, __m256i, int16_t, a);
@@ -174,8 +173,8 @@ __m256i saturated(__m256i c, __m256i products) {
   const __m256i sum = _mm256_add_epi32(c, products);
   const __m256i over = _mm256_andnot_si256(_mm256_xor_si256(c, products), _mm256_xor_si256(c, sum));
   const __m256i limit = _mm256_xor_si256(_mm256_srai_epi32(c, 31), _mm256_set1_epi32(INT32_MAX));
-  return _mm256_castps_si256(_mm256_blendv_ps(
-      _mm256_castsi256_ps(sum), _mm256_castsi256_ps(limit), _mm256_castsi256_ps(over)));
+  return _mm256_castps_si256(
+      _mm256_blendv_ps(_mm256_castsi256_ps(sum), _mm256_castsi256_ps(limit), _mm256_castsi256_ps(over)));
 }
 
 void dot_products() {
@@ -189,12 +188,14 @@ void dot_products() {
   }
   const auto add = [&](__m256i products, int h) { return _mm256_add_epi32(as<__m256i>(c, h), products); };
   const auto words_of = [&](const Block& y, int h) { return _mm256_madd_epi16(as<__m256i>(a, h), as<__m256i>(y, h)); };
-#define VNNI(name, y, expression)                                                                                     \
-  ++compared, same<int32_t>(                                                                                          \
-      #name, _mm512_##name##_epi32(as<__m512i>(c), as<__m512i>(a), as<__m512i>(y)), HALVES(__m512i, __m256i, expression)); \
-  for (int h = 0; h < 2; ++h) {                                                                                       \
-    same<int32_t>(#name " 256", _mm256_##name##_epi32(as<__m256i>(c, h), as<__m256i>(a, h), as<__m256i>(y, h)), expression); \
-    same<int32_t>(                                                                                                    \
+#define VNNI(name, y, expression)                                                                                      \
+  ++compared, same<int32_t>(                                                                                           \
+                  #name, _mm512_##name##_epi32(as<__m512i>(c), as<__m512i>(a), as<__m512i>(y)),                        \
+                  HALVES(__m512i, __m256i, expression));                                                               \
+  for (int h = 0; h < 2; ++h) {                                                                                        \
+    same<int32_t>(                                                                                                     \
+        #name " 256", _mm256_##name##_epi32(as<__m256i>(c, h), as<__m256i>(a, h), as<__m256i>(y, h)), expression);     \
+    same<int32_t>(                                                                                                     \
         #name " avx", _mm256_##name##_avx_epi32(as<__m256i>(c, h), as<__m256i>(a, h), as<__m256i>(y, h)), expression); \
   }
   VNNI(dpbusd, b, add(byte_products<__m256i>(a, b, h), h))
@@ -290,11 +291,10 @@ void masks() {
   Block stored = b;
   _mm512_mask_storeu_ps(stored.bytes, k, x);
   same<float>("mask_storeu_ps", as<__m512>(stored), blend(y, x));
-  same_mask(
-      "mask_cmp_ps", _mm512_mask_cmp_ps_mask(k, x, y, _CMP_GT_OQ), k & _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ));
+  same_mask("mask_cmp_ps", _mm512_mask_cmp_ps_mask(k, x, y, _CMP_GT_OQ), k & _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ));
   const auto greater = [&](auto compare) {
-    return high_bits(compare(as<__m256i>(i), as<__m256i>(j))) |
-           high_bits(compare(as<__m256i>(i, 1), as<__m256i>(j, 1))) << 32;
+    return high_bits(compare(as<__m256i>(i), as<__m256i>(j))) | high_bits(compare(as<__m256i>(i, 1), as<__m256i>(j, 1)))
+                                                                    << 32;
   };
   const auto gt8 = [](__m256i p, __m256i q) { return _mm256_cmpgt_epi8(p, q); };
   const auto gt16 = [](__m256i p, __m256i q) { return _mm256_cmpgt_epi16(p, q); };
@@ -348,8 +348,8 @@ void permutations() {
   same<float>(
       "mask_i32gather_ps", _mm512_mask_i32gather_ps(u, k, places, x, 4), _mm512_mask_mov_ps(u, k, wide(gathered)));
   same<float>(
-      "alignr_epi32",
-      _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(v), _mm512_castps_si512(u), 5)), wide(shifted));
+      "alignr_epi32", _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(v), _mm512_castps_si512(u), 5)),
+      wide(shifted));
   same<float>("maskz_compress_ps", _mm512_maskz_compress_ps(k, u), wide(compressed));
   same<float>("maskz_expand_ps", _mm512_maskz_expand_ps(k, u), wide(expanded));
   float stored[16];

@@ -5,8 +5,10 @@
 
 namespace darkmatter {
 
-#define EMULATED_SET1(name, V, T) \
-  EMULATED V _mm512_##name(T value) { return x86::make<V, T>([&](int) { return value; }); }
+#define EMULATED_SET1(name, V, T)                       \
+  EMULATED V _mm512_##name(T value) {                   \
+    return x86::make<V, T>([&](int) { return value; }); \
+  }
 EMULATED_SET1(set1_ps, __m512, float)
 EMULATED_SET1(set1_pd, __m512d, double)
 EMULATED_SET1(set1_epi64, __m512i, int64_t)
@@ -76,33 +78,31 @@ EMULATED void masked_store(void* to, Mask<T, V> k, const V& v) {
 
 }  // namespace x86
 
-#define EMULATED_LOAD(suffix, V)                                                           \
-  EMULATED V _mm512_loadu_##suffix(const void* from) { return x86::load<V>(from); }        \
+#define EMULATED_LOAD(suffix, V)                                                    \
+  EMULATED V _mm512_loadu_##suffix(const void* from) { return x86::load<V>(from); } \
   EMULATED void _mm512_storeu_##suffix(void* to, V v) { std::memcpy(to, &v, sizeof(v)); }
-#define EMULATED_ALIGNED(suffix, V)                          \
-  EMULATED V _mm512_load_##suffix(const void* from) {        \
-    x86::aligned(from, 64);                                  \
-    return x86::load<V>(from);                               \
-  }                                                          \
-  EMULATED void _mm512_store_##suffix(void* to, V v) {       \
-    x86::aligned(to, 64);                                    \
-    std::memcpy(to, &v, sizeof(v));                          \
-  }                                                          \
+#define EMULATED_ALIGNED(suffix, V)                    \
+  EMULATED V _mm512_load_##suffix(const void* from) {  \
+    x86::aligned(from, 64);                            \
+    return x86::load<V>(from);                         \
+  }                                                    \
+  EMULATED void _mm512_store_##suffix(void* to, V v) { \
+    x86::aligned(to, 64);                              \
+    std::memcpy(to, &v, sizeof(v));                    \
+  }                                                    \
   EMULATED void _mm512_stream_##suffix(void* to, V v) { _mm512_store_##suffix(to, v); }
-#define EMULATED_MASKED_LOAD(prefix, suffix, V, T)                                                          \
-  EMULATED V prefix##_mask_loadu_##suffix(V source, x86::Mask<T, V> k, const void* from) {                  \
-    return x86::masked_load<V, T>(source, k, from);                                                         \
-  }                                                                                                         \
-  EMULATED V prefix##_maskz_loadu_##suffix(x86::Mask<T, V> k, const void* from) {                           \
-    return x86::masked_load<V, T>(V{}, k, from);                                                            \
-  }                                                                                                         \
-  EMULATED void prefix##_mask_storeu_##suffix(void* to, x86::Mask<T, V> k, V v) {                           \
-    x86::masked_store<V, T>(to, k, v);                                                                      \
-  }
-#define EMULATED_MASKED_INTEGER_LOADS(prefix, V)       \
-  EMULATED_MASKED_LOAD(prefix, epi64, V, int64_t)      \
-  EMULATED_MASKED_LOAD(prefix, epi32, V, int32_t)      \
-  EMULATED_MASKED_LOAD(prefix, epi16, V, int16_t)      \
+#define EMULATED_MASKED_LOAD(prefix, suffix, V, T)                                         \
+  EMULATED V prefix##_mask_loadu_##suffix(V source, x86::Mask<T, V> k, const void* from) { \
+    return x86::masked_load<V, T>(source, k, from);                                        \
+  }                                                                                        \
+  EMULATED V prefix##_maskz_loadu_##suffix(x86::Mask<T, V> k, const void* from) {          \
+    return x86::masked_load<V, T>(V{}, k, from);                                           \
+  }                                                                                        \
+  EMULATED void prefix##_mask_storeu_##suffix(void* to, x86::Mask<T, V> k, V v) { x86::masked_store<V, T>(to, k, v); }
+#define EMULATED_MASKED_INTEGER_LOADS(prefix, V)  \
+  EMULATED_MASKED_LOAD(prefix, epi64, V, int64_t) \
+  EMULATED_MASKED_LOAD(prefix, epi32, V, int32_t) \
+  EMULATED_MASKED_LOAD(prefix, epi16, V, int16_t) \
   EMULATED_MASKED_LOAD(prefix, epi8, V, int8_t)
 
 EMULATED_LOAD(ps, __m512)
@@ -157,21 +157,19 @@ EMULATED V expand(V source, Mask<T, V> k, V from) {
 
 }  // namespace x86
 
-#define EMULATED_CHOICES(prefix, suffix, V, T)                                                               \
+#define EMULATED_CHOICES(prefix, suffix, V, T)                                                                     \
   EMULATED V prefix##_mask_mov_##suffix(V source, x86::Mask<T, V> k, V a) { return x86::select<T>(k, a, source); } \
-  EMULATED V prefix##_maskz_mov_##suffix(x86::Mask<T, V> k, V a) { return x86::select<T>(k, a, V{}); }       \
+  EMULATED V prefix##_maskz_mov_##suffix(x86::Mask<T, V> k, V a) { return x86::select<T>(k, a, V{}); }             \
   EMULATED V prefix##_mask_blend_##suffix(x86::Mask<T, V> k, V a, V b) { return x86::select<T>(k, b, a); }
-#define EMULATED_COMPRESSIONS(prefix, suffix, V, T)                                                 \
-  EMULATED_CHOICES(prefix, suffix, V, T)                                                            \
-  EMULATED V prefix##_mask_compress_##suffix(V source, x86::Mask<T, V> k, V a) {                    \
-    return x86::compress<V, T>(source, k, a);                                                       \
-  }                                                                                                 \
-  EMULATED V prefix##_maskz_compress_##suffix(x86::Mask<T, V> k, V a) {                             \
-    return x86::compress<V, T>(V{}, k, a);                                                          \
-  }                                                                                                 \
-  EMULATED void prefix##_mask_compressstoreu_##suffix(void* to, x86::Mask<T, V> k, V a) {           \
-    x86::compress_store<V, T>(to, k, a);                                                            \
-  }                                                                                                 \
+#define EMULATED_COMPRESSIONS(prefix, suffix, V, T)                                                              \
+  EMULATED_CHOICES(prefix, suffix, V, T)                                                                         \
+  EMULATED V prefix##_mask_compress_##suffix(V source, x86::Mask<T, V> k, V a) {                                 \
+    return x86::compress<V, T>(source, k, a);                                                                    \
+  }                                                                                                              \
+  EMULATED V prefix##_maskz_compress_##suffix(x86::Mask<T, V> k, V a) { return x86::compress<V, T>(V{}, k, a); } \
+  EMULATED void prefix##_mask_compressstoreu_##suffix(void* to, x86::Mask<T, V> k, V a) {                        \
+    x86::compress_store<V, T>(to, k, a);                                                                         \
+  }                                                                                                              \
   EMULATED V prefix##_maskz_expand_##suffix(x86::Mask<T, V> k, V a) { return x86::expand<V, T>(V{}, k, a); }
 
 EMULATED_COMPRESSIONS(_mm512, ps, __m512, float)
@@ -237,17 +235,17 @@ EMULATED __m512i _mm512_broadcast_i32x4(__m128i a) {
 EMULATED __m512i _mm512_broadcast_i64x4(__m256i a) { return x86::join<__m512i>(a, a); }
 
 // Permutations. By numbers of lanes, across the whole vector:
-#define EMULATED_PERMUTATIONS(prefix, suffix, V, I, T)                                              \
-  EMULATED V prefix##_permutexvar_##suffix(I index, V a) {                                          \
-    constexpr int n = x86::kLanesOf<T, V>;                                                          \
+#define EMULATED_PERMUTATIONS(prefix, suffix, V, I, T)                                                \
+  EMULATED V prefix##_permutexvar_##suffix(I index, V a) {                                            \
+    constexpr int n = x86::kLanesOf<T, V>;                                                            \
     return x86::make<V, T>([&](int i) { return x86::lane<T>(a, x86::lane<T>(index, i) & (n - 1)); }); \
-  }                                                                                                 \
-  EMULATED V prefix##_permutex2var_##suffix(V a, I index, V b) {                                    \
-    constexpr int n = x86::kLanesOf<T, V>;                                                          \
-    return x86::make<V, T>([&](int i) {                                                             \
-      const int from = x86::lane<T>(index, i) & (2 * n - 1);                                        \
-      return from < n ? x86::lane<T>(a, from) : x86::lane<T>(b, from - n);                          \
-    });                                                                                             \
+  }                                                                                                   \
+  EMULATED V prefix##_permutex2var_##suffix(V a, I index, V b) {                                      \
+    constexpr int n = x86::kLanesOf<T, V>;                                                            \
+    return x86::make<V, T>([&](int i) {                                                               \
+      const int from = x86::lane<T>(index, i) & (2 * n - 1);                                          \
+      return from < n ? x86::lane<T>(a, from) : x86::lane<T>(b, from - n);                            \
+    });                                                                                               \
   }
 EMULATED_PERMUTATIONS(_mm512, ps, __m512, __m512i, uint32_t)
 EMULATED_PERMUTATIONS(_mm512, pd, __m512d, __m512i, uint64_t)
@@ -288,11 +286,10 @@ EMULATED __m512i _mm512_alignr_epi32(__m512i a, __m512i b, int by) {
 }
 
 // Within 128-bit parts and lane by lane: the AVX2 instruction on each half.
-#define EMULATED_BY_HALVES(name, V, H)                                                     \
-  EMULATED V _mm512_##name(V a, V b) {                                                     \
-    return x86::join<V>(                                                                   \
-        _mm256_##name(x86::half<H>(a, 0), x86::half<H>(b, 0)),                             \
-        _mm256_##name(x86::half<H>(a, 1), x86::half<H>(b, 1)));                            \
+#define EMULATED_BY_HALVES(name, V, H)                                                                                 \
+  EMULATED V _mm512_##name(V a, V b) {                                                                                 \
+    return x86::join<V>(                                                                                               \
+        _mm256_##name(x86::half<H>(a, 0), x86::half<H>(b, 0)), _mm256_##name(x86::half<H>(a, 1), x86::half<H>(b, 1))); \
   }
 EMULATED_BY_HALVES(shuffle_epi8, __m512i, __m256i)
 EMULATED_BY_HALVES(packs_epi32, __m512i, __m256i)
@@ -312,9 +309,9 @@ EMULATED_BY_HALVES(unpackhi_ps, __m512, __m256)
 #undef EMULATED_BY_HALVES
 
 // Conversions: of each half by AVX2 where it has them. V and W are to and from, H and G their halves.
-#define EMULATED_CONVERSION(name, V, H, W, G)                                                          \
-  EMULATED V _mm512_##name(W a) {                                                                      \
-    return x86::join<V>(H(_mm256_##name(x86::half<G>(a, 0))), H(_mm256_##name(x86::half<G>(a, 1))));   \
+#define EMULATED_CONVERSION(name, V, H, W, G)                                                        \
+  EMULATED V _mm512_##name(W a) {                                                                    \
+    return x86::join<V>(H(_mm256_##name(x86::half<G>(a, 0))), H(_mm256_##name(x86::half<G>(a, 1)))); \
   }
 EMULATED_CONVERSION(cvtepi32_ps, __m512, __m256, __m512i, __m256i)
 EMULATED_CONVERSION(cvtps_epi32, __m512i, __m256i, __m512, __m256)
@@ -354,8 +351,8 @@ EMULATED V narrowed(W a) {
   });
 }
 }  // namespace x86
-#define EMULATED_NARROWING(prefix, from, to, V, To, From, W)                                                    \
-  EMULATED V prefix##_cvt##from##_##to(W a) { return x86::narrowed<V, To, From, false>(a); }                    \
+#define EMULATED_NARROWING(prefix, from, to, V, To, From, W)                                 \
+  EMULATED V prefix##_cvt##from##_##to(W a) { return x86::narrowed<V, To, From, false>(a); } \
   EMULATED V prefix##_cvts##from##_##to(W a) { return x86::narrowed<V, To, From, true>(a); }
 EMULATED_NARROWING(_mm512, epi32, epi16, __m256i, int16_t, int32_t, __m512i)
 EMULATED_NARROWING(_mm512, epi32, epi8, __m128i, int8_t, int32_t, __m512i)
@@ -366,18 +363,18 @@ EMULATED_NARROWING(_mm256, epi16, epi8, __m128i, int8_t, int16_t, __m256i)
 #undef EMULATED_NARROWING
 
 // Gathers: base + index * scale bytes; lanes that are masked out are not read.
-#define EMULATED_GATHER(name, V, T, I, Index)                                                                   \
-  EMULATED V _mm512_mask_##name(V source, x86::Mask<T, V> k, I index, const void* base, int scale) {            \
-    return x86::make<V, T>([&](int i) {                                                                         \
-      T value = x86::lane<T>(source, i);                                                                        \
-      if (x86::bit(k, i)) {                                                                                     \
+#define EMULATED_GATHER(name, V, T, I, Index)                                                                         \
+  EMULATED V _mm512_mask_##name(V source, x86::Mask<T, V> k, I index, const void* base, int scale) {                  \
+    return x86::make<V, T>([&](int i) {                                                                               \
+      T value = x86::lane<T>(source, i);                                                                              \
+      if (x86::bit(k, i)) {                                                                                           \
         std::memcpy(&value, static_cast<const char*>(base) + int64_t{x86::lane<Index>(index, i)} * scale, sizeof(T)); \
-      }                                                                                                         \
-      return value;                                                                                             \
-    });                                                                                                         \
-  }                                                                                                             \
-  EMULATED V _mm512_##name(I index, const void* base, int scale) {                                              \
-    return _mm512_mask_##name(V{}, static_cast<x86::Mask<T, V>>(-1), index, base, scale);                       \
+      }                                                                                                               \
+      return value;                                                                                                   \
+    });                                                                                                               \
+  }                                                                                                                   \
+  EMULATED V _mm512_##name(I index, const void* base, int scale) {                                                    \
+    return _mm512_mask_##name(V{}, static_cast<x86::Mask<T, V>>(-1), index, base, scale);                             \
   }
 EMULATED_GATHER(i32gather_ps, __m512, float, __m512i, int32_t)
 EMULATED_GATHER(i32gather_epi32, __m512i, int32_t, __m512i, int32_t)
