@@ -367,9 +367,8 @@ void reductions() {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   const __m128 one = _mm_add_ss(two, _mm_movehdup_ps(two));
-  const auto wide = [](auto value) { return value; };
   compared += 3;
-  same<float>("reduce_add_ps", wide(_mm512_reduce_add_ps(as<__m512>(a))), _mm_cvtss_f32(one));
+  same<float>("reduce_add_ps", _mm512_reduce_add_ps(as<__m512>(a)), _mm_cvtss_f32(one));
   const __m256d half = _mm256_add_pd(as<__m256d>(p), as<__m256d>(p, 1));
   const __m128d quarter = _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
   same<double>(

@@ -259,9 +259,11 @@ EMULATED_PERMUTATIONS(_mm256, epi16, __m256i, __m256i, uint16_t)
 EMULATED __m512 _mm512_permute_ps(__m512 a, int by) {
   return x86::make<__m512, float>([&](int i) { return x86::lane<float>(a, i / 4 * 4 + (by >> i % 4 * 2 & 3)); });
 }
-EMULATED __m512i _mm512_shuffle_epi32(__m512i a, int by) {
+// A macro, because its _MM_PERM_ENUM would have the compiler's own function found beside this one.
+EMULATED __m512i shuffle_epi32(__m512i a, int by) {
   return x86::make<__m512i, int32_t>([&](int i) { return x86::lane<int32_t>(a, i / 4 * 4 + (by >> i % 4 * 2 & 3)); });
 }
+#define _mm512_shuffle_epi32(a, by) shuffle_epi32(a, by)
 EMULATED __m512 _mm512_shuffle_ps(__m512 a, __m512 b, int by) {
   return x86::make<__m512, float>(
       [&](int i) { return x86::lane<float>(i % 4 < 2 ? a : b, i / 4 * 4 + (by >> i % 4 * 2 & 3)); });
