@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -66,6 +67,41 @@ def test_each_library_needs_only_what_its_torch_has():
     if (PACKAGE / "libdarkmatter_cuda.so").exists():
         assert "libtorch_cuda.so" in needed("libdarkmatter_cuda.so")
         assert "libcudart" not in needed("libdarkmatter_cuda.so"), "the CUDA runtime is linked statically"
+
+
+WIDE = re.compile(r"^\s+[0-9a-f]+:\s+(\{\w+\} )?v[a-z]")  # AVX and later: their mnemonics begin with v
+AVX512 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b")
+# In a mangled name: the unnamed namespace, or a name of internal linkage (L and its length).
+INTERNAL = re.compile(r"12_GLOBAL__N_1|L\d+[A-Za-z]")
+
+
+def _instructions(path):
+    """Each function's mangled name and its lines of instructions."""
+    command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
+    name, functions = "", {}
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        if line.endswith(">:"):
+            name = line[line.index("<") + 1 : -2]
+        else:
+            functions.setdefault(name, []).append(line)
+    return functions
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump (binutils)")
+def test_wide_instructions_stay_in_functions_that_only_dispatch_reaches():
+    """A function that other files can call or share may run on a machine that has no such instruction.
+
+    An inline function of the standard library compiled among kernels, for one: the linker keeps one copy for everybody.
+    """
+    functions = _instructions(PACKAGE / "libdarkmatter_cpu.so")
+    if not any("12_GLOBAL__N_1" in name for name in functions):
+        pytest.skip("the library is stripped: no names to tell its functions by")
+    wide = {name for name, lines in functions.items() if any(WIDE.match(line) for line in lines)}
+    assert [name for name in wide if not INTERNAL.search(name) or name.startswith("_GLOBAL__sub_I")] == []
+    beyond = {name for name in wide if any(AVX512.search(line) for line in functions[name])}
+    assert beyond, "no AVX-512 at all: the test looks at the wrong thing"
+    assert [name for name in beyond if re.search(r"4avx2|6scalar", name)] == []
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")

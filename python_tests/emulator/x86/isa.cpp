@@ -1,0 +1,27 @@
+// The instruction set in use, at any time the one a test names: not the machine's, nor the environment's of the start.
+#include <cstring>
+
+#define __builtin_cpu_supports(feature) true
+#define active_isa isa_of_the_environment
+#include "cpu/isa.cpp"
+#undef active_isa
+
+namespace darkmatter {
+
+static Isa chosen = Isa::scalar;
+
+Isa active_isa() { return chosen; }
+
+}  // namespace darkmatter
+
+// False for a name that isa_name does not give.
+extern "C" __attribute__((visibility("default"))) bool darkmatter_emulated_isa(const char* name) {
+  using darkmatter::Isa;
+  for (int isa = 0; isa <= static_cast<int>(darkmatter::best_isa()); ++isa) {
+    if (std::strcmp(darkmatter::isa_name(static_cast<Isa>(isa)), name) == 0) {
+      darkmatter::chosen = static_cast<Isa>(isa);
+      return true;
+    }
+  }
+  return false;
+}
