@@ -37,7 +37,9 @@ class PreparedEncoder:
 
     weight: Tensor  # [F, d] contiguous rows of W_enc^T
     bias: Tensor  # [F] float64, b_enc - <b_dec, w_j>
-    codes: Tensor  # the weights rounded for screening, as bytes (CPU) or float16 (CUDA); empty where nothing is screened
+    codes: (
+        Tensor  # the weights rounded for screening, as bytes (CPU) or float16 (CUDA); empty where nothing is screened
+    )
     sums: Tensor  # [places, padded] int32; empty on CUDA
     bounds: Tensor  # [5, places, padded] float32
     groups: Tensor  # int32: which latents are equal or constant (csrc/cpu/places.h); empty on CUDA
@@ -212,9 +214,9 @@ def topk_encode(
 
     Cost: N F d multiply-adds of 8 bits with AVX-512 VNNI, of 16 bits with other AVX2 processors (on CUDA of float16), and
     for the candidates they leave d float64 ones each; elsewhere N F d in float64. Equal latents count once, latents of
-    zeros not at all. Memory beyond inputs and outputs: the packed weights unless prepared (kept for
-    the backward when x wants a gradient); on the CPU for each thread at most 256 (2 d + 4096 * 12) bytes of tokens and
-    candidates (13 MB, usually under 4; k above 1024 more) and their exact sums; on CUDA 32 MB of scores and, for each of at most 4096
+    zeros not at all. Memory beyond inputs and outputs: the packed weights unless prepared (kept for the backward when x
+    wants a gradient); on the CPU for each thread at most 256 (2 d + 4096 * 12) bytes of tokens and candidates (13 MB,
+    usually under 4; more for k above 1024) and their exact sums; on CUDA 32 MB of scores and, for each of at most 4096
     tokens at a time, 2 d + 24 K bytes. On CUDA nothing waits for the device, and only `prepare_encoder` looks for NaN.
     """
     _check_encode("topk_encode", x, W_enc, b_enc, b_dec, prepared)
