@@ -36,6 +36,11 @@ struct TypedKernels {
   void (*weighted_sum)(
       const T* rows, int64_t ld_rows, int64_t d, const int64_t* index, const double* factors, int64_t count,
       int64_t known, double* sum);
+  // out[e] = bias[e] + that sum, rounded once; `sum` [d] is room to work in. With narrow_factors, the same factors in
+  // float32, bfloat16 is summed in float32 where that provably rounds to the same; returns how many columns did not.
+  int64_t (*decode_row)(
+      const T* rows, int64_t ld_rows, int64_t d, const int64_t* index, const double* factors,
+      const float* narrow_factors, int64_t count, int64_t known, const T* bias, double* sum, T* out);
 };
 
 struct Kernels {

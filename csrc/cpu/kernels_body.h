@@ -3,6 +3,7 @@
 // (a shared inline function would be compiled for whichever set comes first).
 
 typedef double Vec8 __attribute__((vector_size(64)));
+typedef double Vec4 __attribute__((vector_size(32)));
 typedef int64_t Long8 __attribute__((vector_size(64)));
 typedef float Float8 __attribute__((vector_size(32)));
 typedef uint32_t Word8 __attribute__((vector_size(32)));
@@ -22,7 +23,20 @@ DM_INLINE V load_as(const T* from) {
   return value;
 }
 
-DM_INLINE void store(double* to, Vec8 value) { __builtin_memcpy(to, &value, sizeof(value)); }
+// Where eight doubles are two registers, gcc keeps a Vec8 that is stored whole or carried through a loop in memory and
+// moves it by general registers: store and add up its halves.
+DM_INLINE Vec4 lower(Vec8 value) { return Vec4{value[0], value[1], value[2], value[3]}; }
+DM_INLINE Vec4 upper(Vec8 value) { return Vec4{value[4], value[5], value[6], value[7]}; }
+
+DM_INLINE void store(double* to, Vec8 value) {
+#if DM_ISA >= 2
+  __builtin_memcpy(to, &value, sizeof(value));
+#else
+  const Vec4 halves[2] = {lower(value), upper(value)};
+  __builtin_memcpy(to, &halves[0], sizeof(Vec4));
+  __builtin_memcpy(to + 4, &halves[1], sizeof(Vec4));
+#endif
+}
 
 // Eight elements of any type as float64; the conversions are exact. By intrinsics where there are any: compilers split
 // the vector conversions into halves and join them again, at three times the instructions.
@@ -283,6 +297,160 @@ static void weighted_sum(
   }
 }
 
+// ---- x_hat of bfloat16: sums in float32 where a bound proves that they round as the float64 sums do
+
+// A register of float32, or of bfloat16 pairs: even columns in the lower halves of the words, odd ones in the upper.
+#if DM_ISA >= 2
+constexpr int kFloats = 16;
+#else
+constexpr int kFloats = 8;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kFloats)));
+typedef int32_t Ints __attribute__((vector_size(4 * kFloats)));
+
+constexpr int kPairs = 4;                         // registers of pairs a block: with their sums they fill the registers
+constexpr int64_t kBlock = 2 * kFloats * kPairs;  // columns a block
+constexpr int64_t kChain = 16;                    // rows summed before they are added to the rest: the sums stay small
+constexpr int64_t kFewRows = 4, kManyRows = 1 << 16;  // rows for which this is worth it, and the bound holds
+constexpr int32_t kUpper = ~0xffff;
+
+DM_INLINE Floats evens(Ints pairs) { return (Floats)(pairs << 16); }
+DM_INLINE Floats odds(Ints pairs) { return (Floats)(pairs & kUpper); }
+DM_INLINE Floats magnitude(Floats value) { return (Floats)((Ints)value & 0x7fffffff); }
+
+// By their bits, which are ordered as the numbers are, infinity and NaN above all.
+DM_INLINE Floats larger(Floats a, Floats b) { return (Floats)((Ints)a > (Ints)b ? (Ints)a : (Ints)b); }
+
+DM_INLINE Floats largest(const Floats (&sums)[kPairs][2]) {
+  Floats of_pair[kPairs];
+#pragma GCC unroll 4
+  for (int p = 0; p < kPairs; ++p) {
+    of_pair[p] = larger(magnitude(sums[p][0]), magnitude(sums[p][1]));
+  }
+  return larger(larger(of_pair[0], of_pair[1]), larger(of_pair[2], of_pair[3]));
+}
+
+// bfloat16 nearest to finite values, ties to even, in the upper halves.
+DM_INLINE Ints to_bfloat16(Floats value) {
+  const Ints bits = (Ints)value;
+  return (bits + 0x7fff + (bits >> 16 & 1)) & kUpper;
+}
+
+// Eight columns of x_hat, summed in float64.
+static void decode_eight(
+    const BFloat16* rows, int64_t ld_rows, const int64_t* index, const double* factors, int64_t count,
+    const BFloat16* bias, BFloat16* out) {
+  double sums[8];
+  Vec4 low = lower(load8(bias)), high = upper(load8(bias));
+  for (int64_t a = 0; a < count; ++a) {
+    const Vec8 row = load8(rows + index[a] * ld_rows);
+    low += factors[a] * lower(row);
+    high += factors[a] * upper(row);
+  }
+  __builtin_memcpy(sums, &low, sizeof(low));
+  __builtin_memcpy(sums + 4, &high, sizeof(high));
+  store_rounded(out, load8(sums));
+}
+
+// kBlock columns of x_hat, rounded from float32 sums. Lanes of `certain` tell which pairs of columns of each register
+// are those of the float64 sums. `ahead` [n_ahead] are the rows wanted soon.
+//
+// Products of two bfloat16 numbers are exact in float32, so the only errors are half a unit in the last place of each
+// partial sum, at most 2^-24 of its magnitude, for which the largest of the columns in its lane stands.
+DM_INLINE void decode_block(
+    const BFloat16* rows, int64_t ld_rows, const int64_t* index, const float* factors, int64_t count,
+    const BFloat16* bias, BFloat16* out, const BFloat16* ahead_rows, const int64_t* ahead, int64_t n_ahead,
+    Ints (&certain)[kPairs]) {
+  Floats total[kPairs][2], passed = {};
+#pragma GCC unroll 4
+  for (int p = 0; p < kPairs; ++p) {
+    const Ints pairs = load_as<Ints>(bias + 2 * kFloats * p);
+    total[p][0] = evens(pairs);
+    total[p][1] = odds(pairs);
+  }
+  for (int64_t begin = 0; begin < count; begin += kChain) {
+    const int64_t end = begin + kChain < count ? begin + kChain : count;
+    Floats sums[kPairs][2] = {};
+    for (int64_t a = begin; a < end; ++a) {
+      const BFloat16* row = rows + index[a] * ld_rows;
+      const char* line = reinterpret_cast<const char*>(ahead_rows + ahead[a < n_ahead ? a : 0] * ld_rows);
+#pragma GCC unroll 4
+      for (int64_t byte = 0; byte < kBlock * 2; byte += 64) {
+        __builtin_prefetch(line + byte);
+      }
+#pragma GCC unroll 4
+      for (int p = 0; p < kPairs; ++p) {
+        const Ints pairs = load_as<Ints>(row + 2 * kFloats * p);
+        sums[p][0] += factors[a] * evens(pairs);
+        sums[p][1] += factors[a] * odds(pairs);
+      }
+      passed += largest(sums);
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < kPairs; ++p) {
+      total[p][0] += sums[p][0];
+      total[p][1] += sums[p][1];
+    }
+    passed += largest(total);
+  }
+  passed += largest(total);  // for the rounding of total -+ error
+  // A little more than 2^-24: `passed` itself is rounded, and so is the float64 sum. Then what underflow can cost.
+  const Floats error = passed * 0x1.02p-24f + static_cast<float>(count) * 0x1p-125f;
+#pragma GCC unroll 4
+  for (int p = 0; p < kPairs; ++p) {
+    const Floats low[2] = {total[p][0] - error, total[p][1] - error};
+    const Floats high[2] = {total[p][0] + error, total[p][1] + error};
+    const Ints even = to_bfloat16(low[0]), odd = to_bfloat16(low[1]);
+    const Ints finite = (high[0] - low[0] < __builtin_inff()) & (high[1] - low[1] < __builtin_inff());  // nor NaN
+    certain[p] = (even == to_bfloat16(high[0])) & (odd == to_bfloat16(high[1])) & finite;
+    const Ints pairs = (Ints)((even >> 16 & 0xffff) | odd);
+    __builtin_memcpy(out + 2 * kFloats * p, &pairs, sizeof(pairs));
+  }
+}
+
+// All blocks of columns that fit; returns how many columns those are, and in `again` how many were summed twice.
+static int64_t decode_narrow(
+    const BFloat16* rows, int64_t ld_rows, int64_t d, const int64_t* index, const double* factors,
+    const float* narrow_factors, int64_t count, int64_t known, const BFloat16* bias, BFloat16* out, int64_t* again) {
+  int64_t e = 0;
+  for (; e + kBlock <= d; e += kBlock) {
+    const int64_t next = e + 2 * kBlock;  // the block wanted soon, of these rows or of the next token's
+    const bool same = next < d || known == count;
+    Ints certain[kPairs];
+    decode_block(
+        rows + e, ld_rows, index, narrow_factors, count, bias + e, out + e, rows + (next < d ? next : e & kBlock),
+        same ? index : index + count, same ? count : known - count, certain);
+    int32_t lanes[kPairs * kFloats];
+    __builtin_memcpy(lanes, certain, sizeof(lanes));
+    for (int64_t part = 0; part < kBlock; part += 8) {
+      const int32_t* four = lanes + part / 2;
+      if ((four[0] & four[1] & four[2] & four[3]) == 0) {
+        decode_eight(rows + e + part, ld_rows, index, factors, count, bias + e + part, out + e + part);
+        *again += 8;
+      }
+    }
+  }
+  return e;
+}
+
+template <typename T>
+static int64_t decode_row(
+    const T* rows, int64_t ld_rows, int64_t d, const int64_t* index, const double* factors, const float* narrow_factors,
+    int64_t count, int64_t known, const T* bias, double* sum, T* out) {
+  int64_t e = 0, again = 0;
+  if constexpr (__is_same(T, BFloat16)) {
+    if (narrow_factors != nullptr && count >= kFewRows && count <= kManyRows) {
+      e = decode_narrow(rows, ld_rows, d, index, factors, narrow_factors, count, known, bias, out, &again);
+    }
+  }
+  if (e < d) {
+    widen(bias + e, sum, d - e);
+    weighted_sum(rows + e, ld_rows, d - e, index, factors, count, known, sum);
+    round_row(sum, out + e, d - e);
+  }
+  return again;
+}
+
 // Looks at whole cache lines first: sparse acts are nearly all zero. Doubling drops the sign, so that -0 is zero.
 template <typename T>
 static int64_t nonzeros(const T* row, int64_t n, int32_t* index) {
@@ -313,7 +481,7 @@ static int64_t nonzeros(const T* row, int64_t n, int32_t* index) {
 
 template <typename T>
 static constexpr TypedKernels<T> typed() {
-  return {widen<T>, round_row<T>, dot<T>, pair_dots<T>, nonzeros<T>, weighted_sum<T>};
+  return {widen<T>, round_row<T>, dot<T>, pair_dots<T>, nonzeros<T>, weighted_sum<T>, decode_row<T>};
 }
 
 static const Kernels table = {dots, typed<float>(), typed<double>(), typed<Half>(), typed<BFloat16>()};

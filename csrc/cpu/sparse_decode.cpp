@@ -13,12 +13,14 @@ namespace darkmatter {
 constexpr int64_t kTokenGrain = 8;     // tokens a parallel part at least
 constexpr int64_t kLatentGrain = 32;   // latents a parallel part at least
 constexpr int64_t kColumnGrain = 256;  // columns of W_dec a part at least, when there are fewer tokens than threads
+constexpr int64_t kLooked = 1024;      // columns summed twice before one asks what share they are
 constexpr int64_t kGathered = 4096;    // active latents listed at a time
 
 // The nonzero active latents of tokens [begin, end) in order: relu leaves zeros in fixed-k acts, no gather for them.
 struct Used {
   std::vector<int64_t> index;
   std::vector<double> factor;
+  std::vector<float> narrow_factor;
   std::vector<int64_t> start;  // [tokens + 1]
 
   // Takes tokens from `begin` until kGathered entries or `end`; returns the token after the last taken.
@@ -26,6 +28,7 @@ struct Used {
   int64_t gather(const Active& active, const T* values, int64_t begin, int64_t end) {
     index.clear();
     factor.clear();
+    narrow_factor.clear();
     start.assign(1, 0);
     for (; begin < end && static_cast<int64_t>(index.size()) < kGathered; ++begin) {
       for (int64_t a = active.begin(begin); a < active.begin(begin + 1); ++a) {
@@ -33,6 +36,7 @@ struct Used {
         if (value != 0.0) {
           index.push_back(active.index()[a]);
           factor.push_back(value);
+          narrow_factor.push_back(static_cast<float>(value));
         }
       }
       start.push_back(static_cast<int64_t>(index.size()));
@@ -52,28 +56,29 @@ static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, 
   }
   const Active active(indices, crow, -1, W_dec.size(0));
   const Tensor weights = torch::stable::contiguous(W_dec), factors = torch::stable::contiguous(values);
+  const Tensor given_bias = b_dec ? torch::stable::contiguous(*b_dec) : W_dec;
   Tensor out = torch::stable::new_empty(W_dec, {active.n_tokens, d});
   dispatch_floating("W_dec", W_dec.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const TypedKernels<T>& kernel = kernels().of<T>();
-    std::vector<double> bias(d, 0.0);
-    if (b_dec) {
-      kernel.widen(data<T>(torch::stable::contiguous(*b_dec)), bias.data(), d);
-    }
+    const std::vector<T> no_bias(b_dec ? 0 : d);
+    const T* bias = b_dec ? data<T>(given_bias) : no_bias.data();
     // Columns [from, from + n) of tokens [begin, end). How the work is cut does not change any sum.
     const auto decode = [&](int64_t begin, int64_t end, int64_t from, int64_t n) {
       WideRows sum(1, n);
       Used used;
+      int64_t looked = 0, again = 0;  // columns; where too many are summed twice, the wide sums alone are faster
       for (int64_t token = begin; token < end;) {
         const int64_t first = token;
         token = used.gather(active, data<T>(factors), first, end);
         for (int64_t t = 0; t < token - first; ++t) {
           const int64_t start = used.start[t];
-          std::copy_n(bias.begin() + from, n, sum.data());
-          kernel.weighted_sum(
+          const bool narrow = again <= looked / 4 + kLooked;
+          again += kernel.decode_row(
               data<T>(weights) + from, d, n, used.index.data() + start, used.factor.data() + start,
-              used.start[t + 1] - start, used.start.back() - start, sum.data());
-          kernel.round_row(sum.data(), mutable_data<T>(out) + (first + t) * d + from, n);
+              narrow ? used.narrow_factor.data() + start : nullptr, used.start[t + 1] - start,
+              used.start.back() - start, bias + from, sum.data(), mutable_data<T>(out) + (first + t) * d + from);
+          looked += n;
         }
       }
     };
