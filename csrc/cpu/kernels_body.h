@@ -107,26 +107,26 @@ DM_INLINE Vec8 load_tail(const T* from, int64_t n) {
   return load8(padded);
 }
 
-DM_INLINE double reduce(Vec8 sum) {
-  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+// Eight sums of products. The same additions in the same order on every instruction set: lane by lane, then as a tree.
+#if DM_ISA >= 2
+struct Sums {
+  Vec8 all = {};
+};
+DM_INLINE void add(Sums& sums, Vec8 a, Vec8 b) { sums.all += a * b; }
+DM_INLINE Vec4 fold(const Sums& sums) { return lower(sums.all) + upper(sums.all); }
+#else
+struct Sums {
+  Vec4 low = {}, high = {};
+};
+DM_INLINE void add(Sums& sums, Vec8 a, Vec8 b) {
+  sums.low += lower(a) * lower(b);
+  sums.high += upper(a) * upper(b);
 }
+DM_INLINE Vec4 fold(const Sums& sums) { return sums.low + sums.high; }
+#endif
 
-// The same tree for eight sums at once: each step adds the halves of two vectors into one.
-DM_INLINE Vec8 reduce_eight(const Vec8 (&sums)[8]) {
-  Vec8 fours[4], twos[2];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const Vec8 a = sums[2 * i], b = sums[2 * i + 1];
-    fours[i] = DM_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + DM_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const Vec8 a = fours[2 * i], b = fours[2 * i + 1];
-    twos[i] = DM_SHUFFLE(a, b, 0, 1, 4, 5, 8, 9, 12, 13) + DM_SHUFFLE(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
-  }
-  return DM_SHUFFLE(twos[0], twos[1], 0, 2, 4, 6, 8, 10, 12, 14) +
-         DM_SHUFFLE(twos[0], twos[1], 1, 3, 5, 7, 9, 11, 13, 15);
-}
+DM_INLINE double reduce(Vec4 four) { return (four[0] + four[2]) + (four[1] + four[3]); }
+DM_INLINE double reduce(const Sums& sums) { return reduce(fold(sums)); }
 
 template <typename T>
 static void widen(const T* from, double* to, int64_t n) {
@@ -153,37 +153,42 @@ static void round_row(const double* from, T* to, int64_t n) {
   }
 }
 
-// A block of A tokens times eight latents, 8 A sums of eight lanes. 2 x 8 keeps 16 sums in registers and needs 10 loads
-// for 16 multiply-adds, so the two multiply-add ports are the limit; the eight weight rows stay in L1 while tokens
-// stream.
-template <int A>
-DM_INLINE void dot_block(const double* x, const double* w, int64_t d_padded, double* out, int64_t ld_out) {
-  Vec8 sums[A][8];
-#pragma GCC unroll 2
-  for (int a = 0; a < A; ++a) {
-#pragma GCC unroll 8
-    for (int b = 0; b < 8; ++b) {
-      sums[a][b] = Vec8{};
-    }
-  }
+// A tokens times B latents, whose rows stay in L1 while tokens stream. The two halves of the lanes one after the other:
+// 2 x 4 sums of four lanes, two tokens and a weight fit the registers of every instruction set with vectors of 32
+// bytes, and 6 loads feed 8 multiply-adds.
+template <int A, int B>
+DM_INLINE void half_block(const double* x, const double* w, int64_t d_padded, Vec4 (&sums)[A][B]) {
+  Vec4 own[A][B] = {};
   for (int64_t e = 0; e < d_padded; e += kLanes) {
-    Vec8 rows[A];
+    Vec4 rows[A];
 #pragma GCC unroll 2
     for (int a = 0; a < A; ++a) {
-      rows[a] = load8(x + a * d_padded + e);
+      rows[a] = load_as<Vec4>(x + a * d_padded + e);
     }
-#pragma GCC unroll 8
-    for (int b = 0; b < 8; ++b) {
-      const Vec8 column = load8(w + b * d_padded + e);
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+      const Vec4 column = load_as<Vec4>(w + b * d_padded + e);
 #pragma GCC unroll 2
       for (int a = 0; a < A; ++a) {
-        sums[a][b] += rows[a] * column;
+        own[a][b] += rows[a] * column;
       }
     }
   }
-#pragma GCC unroll 2
-  for (int a = 0; a < A; ++a) {
-    store(out + a * ld_out, reduce_eight(sums[a]));
+  __builtin_memcpy(sums, own, sizeof(own));
+}
+
+template <int A>
+DM_INLINE void dot_block(const double* x, const double* w, int64_t d_padded, double* out, int64_t ld_out) {
+  constexpr int B = 4;
+  for (int first = 0; first < kLanes; first += B) {
+    Vec4 low[A][B], high[A][B];
+    half_block<A, B>(x, w + first * d_padded, d_padded, low);
+    half_block<A, B>(x + 4, w + first * d_padded + 4, d_padded, high);
+    for (int a = 0; a < A; ++a) {
+      for (int b = 0; b < B; ++b) {
+        out[a * ld_out + first + b] = reduce(low[a][b] + high[a][b]);
+      }
+    }
   }
 }
 
@@ -202,15 +207,15 @@ static void dots(
 
 template <typename T>
 static double dot(const double* x, const T* w, int64_t d) {
-  Vec8 sum = {};
+  Sums sums;
   int64_t e = 0;
   for (; e + kLanes <= d; e += kLanes) {
-    sum += load8(x + e) * load8(w + e);
+    add(sums, load8(x + e), load8(w + e));
   }
   if (e < d) {
-    sum += load_tail(x + e, d - e) * load_tail(w + e, d - e);
+    add(sums, load_tail(x + e, d - e), load_tail(w + e, d - e));
   }
-  return reduce(sum);
+  return reduce(sums);
 }
 
 // Four pairs at a time: four independent chains of additions hide their latency.
@@ -218,7 +223,7 @@ template <typename T>
 static void pair_dots(const T* const* left, const T* const* right, int64_t d, int64_t n, double* out) {
   for (int64_t p = 0; p < n; p += 4) {
     const T *a[4], *b[4];
-    Vec8 sums[4] = {};
+    Sums sums[4];
     for (int i = 0; i < 4; ++i) {
       const int64_t one = p + i < n ? p + i : p;
       a[i] = left[one];
@@ -228,12 +233,12 @@ static void pair_dots(const T* const* left, const T* const* right, int64_t d, in
     for (; e + kLanes <= d; e += kLanes) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        sums[i] += load8(a[i] + e) * load8(b[i] + e);
+        add(sums[i], load8(a[i] + e), load8(b[i] + e));
       }
     }
     for (int i = 0; i < 4; ++i) {
       if (e < d) {
-        sums[i] += load_tail(a[i] + e, d - e) * load_tail(b[i] + e, d - e);
+        add(sums[i], load_tail(a[i] + e, d - e), load_tail(b[i] + e, d - e));
       }
       if (p + i < n) {
         out[p + i] = reduce(sums[i]);

@@ -12,9 +12,10 @@
 
 constexpr double kCodeNorm = 45000.0, kLargestCode = 32767.0;
 
-typedef double Wide8 __attribute__((vector_size(64)));
+typedef double Wide4 __attribute__((vector_size(32)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef int16_t Short4 __attribute__((vector_size(8)));
 typedef int32_t Int8 __attribute__((vector_size(32)));
-typedef int16_t Short8 __attribute__((vector_size(16)));
 
 #if DM_WORDS == 3
 constexpr int64_t kLanes32 = 16;  // 32-bit lanes of a vector
@@ -56,27 +57,29 @@ constexpr int kTileTokens = 6, kTileVectors = 2;
 #endif
 constexpr int64_t kGroup = kTileVectors * kLanes32, kTokensAtOnce = kTileTokens == 8 ? 8 : 12;
 
-DM_INLINE double total(Wide8 sums) {
-  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
-}
+DM_INLINE double total(Wide4 sums) { return (sums[0] + sums[2]) + (sums[1] + sums[3]); }
 
-DM_INLINE Wide8 load_wide(const double* row, int64_t n) {  // the first n of eight, the rest zero
-  Wide8 value = {};
-  __builtin_memcpy(&value, row, (n < 8 ? n : 8) * sizeof(double));
+DM_INLINE Wide4 load_wide(const double* row, int64_t n) {  // the first n of four, the rest zero
+  Wide4 value = {};
+  if (n >= 4) {
+    __builtin_memcpy(&value, row, sizeof(value));
+  } else if (n > 0) {
+    __builtin_memcpy(&value, row, n * sizeof(double));
+  }
   return value;
 }
 
 // Rounds a row to d_padded codes. Float64 sums of squares and the products v / s are off by units of 2^-52 of the
 // norms, which kOutward covers.
 static RoundedRow round_row(const double* row, int64_t d, int64_t d_padded, int16_t* codes) {
-  Wide8 squares = {}, largest = {};
-  for (int64_t e = 0; e < d; e += 8) {
-    const Wide8 v = load_wide(row + e, d - e), size = v < 0.0 ? -v : v;
+  Wide4 squares = {}, largest = {};
+  for (int64_t e = 0; e < d; e += 4) {
+    const Wide4 v = load_wide(row + e, d - e), size = v < 0.0 ? -v : v;
     squares += v * v;
     largest = size > largest ? size : largest;
   }
   double most = 0.0;
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < 4; ++i) {
     most = largest[i] > most ? largest[i] : most;
   }
   RoundedRow result{};
@@ -92,15 +95,15 @@ static RoundedRow round_row(const double* row, int64_t d, int64_t d_padded, int1
   }
   // Adding and taking away 1.5 * 2^52 rounds to the nearest integer.
   const double inverse = 1.0 / static_cast<double>(result.scale), scale = result.scale, shift = 0x1.8p52;
-  Wide8 code_squares = {}, lost_squares = {};
-  for (int64_t e = 0; e < d_padded; e += 8) {
-    const Wide8 v = e < d ? load_wide(row + e, d - e) : Wide8{};
-    Wide8 code = (v * inverse + shift) - shift;
-    code = code > kLargestCode ? Wide8{} + kLargestCode : code;
-    code = code < -kLargestCode ? Wide8{} - kLargestCode : code;
-    const Short8 narrow = __builtin_convertvector(__builtin_convertvector(code, Int8), Short8);
+  Wide4 code_squares = {}, lost_squares = {};
+  for (int64_t e = 0; e < d_padded; e += 4) {
+    const Wide4 v = load_wide(row + e, d - e);
+    Wide4 code = (v * inverse + shift) - shift;
+    code = code > kLargestCode ? Wide4{} + kLargestCode : code;
+    code = code < -kLargestCode ? Wide4{} - kLargestCode : code;
+    const Short4 narrow = __builtin_convertvector(__builtin_convertvector(code, Int4), Short4);
     __builtin_memcpy(codes + e, &narrow, sizeof(narrow));
-    const Wide8 back = code * scale, lost = v - back;
+    const Wide4 back = code * scale, lost = v - back;
     code_squares += back * back;
     lost_squares += lost * lost;
   }
