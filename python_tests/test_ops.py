@@ -65,7 +65,7 @@ def test_half_types_give_the_same_shapes(case, dtype):
     results, like = (value if isinstance(value, tuple) else (value,) for value in (results, like))
     for result, other in zip(results, like, strict=True):
         assert result.is_floating_point() == other.is_floating_point()
-        if case.op != "threshold_encode":  # a rounded pre-activation may cross the threshold
+        if "threshold_encode" not in case.op:  # a rounded pre-activation may cross the threshold
             assert result.shape == other.shape
 
 
