@@ -7,6 +7,7 @@ gives; F = d_sae latents; acts [..., F].
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from darkmatter_ext.sparse import SparseActs
 from darkmatter_ext.stepping_aside import DENSE_SHARE, Tried, try_threshold_encode, try_topk_encode
 
 _KNOWS_WHERE_SCREENING_PAYS = hasattr(ops, "try_topk_encode")
+_HAS_GAIN = "gain" in inspect.signature(ops.prepare_encoder).parameters
 
 
 class _ValueWithGradientOf(torch.autograd.Function):
@@ -40,6 +42,14 @@ def weight(sae: Any, name: str) -> Tensor:
     return getattr(sae, name) if found is None else found
 
 
+def _prepared(W_enc: Tensor, b_enc: Tensor, **options: Any) -> ops.PreparedEncoder | str:
+    try:
+        prepared = ops.prepare_encoder(W_enc, b_enc, **options)
+    except ValueError:
+        return "the encoder's weights are not finite"
+    return prepared if prepared.screens or not _KNOWS_WHERE_SCREENING_PAYS else NO_KERNEL
+
+
 class Architecture:
     """A linear encoder, selection and relu. The base class is ReLU: what is above 0."""
 
@@ -56,11 +66,7 @@ class Architecture:
 
     def prepare(self, *weights: Tensor) -> Any:
         """Packed weights, or why there are none."""
-        try:
-            prepared = ops.prepare_encoder(*weights)
-        except ValueError:
-            return "the encoder's weights are not finite"
-        return prepared if prepared.screens or not _KNOWS_WHERE_SCREENING_PAYS else NO_KERNEL
+        return _prepared(*weights)
 
     def read(self, *vectors: Tensor) -> Any:
         """What is made of `vectors` for every call, or why they cannot be used."""
@@ -177,11 +183,35 @@ class TopK(Architecture):
         k, d_sae = activation.k, weight(sae, "W_enc").shape[1]
         if type(k) is not int or not 0 <= k <= max(1, DENSE_SHARE * d_sae):
             return f"k is not from 0 to {DENSE_SHARE:.0%} of the latents"
-        return "rescale_acts_by_decoder_norm" if self.rescales(sae) else ""
+        return ""
+
+    def packed(self, sae: Any) -> tuple[Tensor, ...]:
+        weights = super().packed(sae)
+        return (*weights, weight(sae, "W_dec")) if self.rescales(sae) else weights
+
+    def prepare(self, *weights: Tensor) -> Any:
+        if len(weights) == 2:
+            return _prepared(*weights)
+        W_enc, b_enc, W_dec = weights
+        norms = W_dec.norm(dim=-1)
+        if _HAS_GAIN:
+            return _prepared(W_enc, b_enc, gain=norms)
+        return _prepared(W_enc * norms, b_enc * norms)
 
     def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
         k = sae._modules["activation_fn"].k
-        return try_topk_encode(sae_in, weight(sae, "W_enc"), weight(sae, "b_enc"), k, prepared=prepared)
+        W_enc, b_enc = weight(sae, "W_enc"), weight(sae, "b_enc")
+        if not self.rescales(sae):
+            return try_topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)
+        with torch.no_grad():
+            tried = try_topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)
+        W_dec = weight(sae, "W_dec")
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in (sae_in, W_enc, b_enc, W_dec)):
+            return tried
+        acts, latents = tried.acts, tried.acts.stored_indices
+        pre = ops.decoder_dot(sae_in, acts, W_enc.mT).reshape(latents.shape) + b_enc[latents]
+        values = _ValueWithGradientOf.apply(acts.values, pre.relu() * W_dec.norm(dim=-1)[latents])
+        return Tried(SparseActs(values, latents, acts.d_sae), tried.undecided)
 
     def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
         pre = sae_in @ sae.W_enc + sae.b_enc

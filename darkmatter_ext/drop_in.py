@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from darkmatter_ext import ops, unchecked
 from darkmatter_ext.architectures import Architecture, architecture_of, known_forwards, weight
-from darkmatter_ext.drop_in_state import Pass, Ready, State, Stats, same_pass
-from darkmatter_ext.soundness import is_hooked, transforms_active, why_not_input
+from darkmatter_ext.drop_in_state import Decoder, Pass, Ready, State, Stats, same_pass
+from darkmatter_ext.soundness import is_hooked, transforms_active, why_not_decoder, why_not_input, why_not_together
 from darkmatter_ext.sparse import SparseActs
 
 if TYPE_CHECKING:
@@ -119,24 +119,23 @@ class AcceleratedSAE:
         if torch.compiler.is_compiling():
             return super().decode(feature_acts)  # type: ignore[misc]
         state = self._fast
-        rows = self._look_at_decoder(state, feature_acts)
-        if type(rows) is not str and not (feature_acts.ndim >= 1 and feature_acts.shape[-1] == self.W_dec.shape[0]):
-            rows = "shape of the latents"
+        decoder = self._look_at_decoder(state, feature_acts, dense=True)
         support = None
-        if type(rows) is not str:
-            wants_grad = torch.is_grad_enabled() and _wants_grad(feature_acts, self.W_dec, self.b_dec)
-            acts = feature_acts
+        if type(decoder) is not str:
             support = unchecked.find_support(feature_acts.detach())
             if support.values.numel() > DECODE_DENSITY * feature_acts.numel():
-                rows = f"more than {DECODE_DENSITY:.0%} of the latents are active"
-        state.count("decode", rows if type(rows) is str else "")
-        if type(rows) is str or support is None:
+                decoder = f"more than {DECODE_DENSITY:.0%} of the latents are active"
+        state.count("decode", decoder if type(decoder) is str else "")
+        if type(decoder) is str or support is None:
             return super().decode(feature_acts)  # type: ignore[misc]
         bias = self._architecture.decoder_bias(self)
-        if wants_grad:
-            x_hat = _DenseGradDecode.apply(acts, self.W_dec, bias, rows, support)
+        scale = self._decoder_scale(decoder)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (feature_acts, self.W_dec, self.b_dec)):
+            support = support if scale is None else support.scaled(scale.detach())
+            acts = feature_acts if scale is None else feature_acts * scale
+            x_hat = _DenseGradDecode.apply(acts, self.W_dec, bias, decoder.rows, support)
         else:
-            x_hat = unchecked.sparse_decode(support, rows, bias)
+            x_hat = unchecked.sparse_decode(support if scale is None else support.scaled(scale), decoder.rows, bias)
         return self._after_decode(x_hat)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,11 +144,11 @@ class AcceleratedSAE:
             return super().forward(x)  # type: ignore[misc]
         state = self._fast
         ready = self._look(state, x, sparse=True)
-        rows = ready if type(ready) is str else self._look_at_decoder(state, None)
-        if type(rows) is str or self._is_overridden():
-            state.count("forward", rows if type(rows) is str else "forward, encode or decode is overridden")
+        decoder = ready if type(ready) is str else self._look_at_decoder(state, None)
+        if type(decoder) is str or self._is_overridden():
+            state.count("forward", decoder if type(decoder) is str else "forward, encode or decode is overridden")
             return super().forward(x)  # type: ignore[misc]
-        sae_out = self._reconstructed(self._pass(state, x, ready, "forward"), rows)
+        sae_out = self._reconstructed(self._pass(state, x, ready, "forward"), decoder)
         if _is_transcoder(self):
             skip = self._parameters.get("W_skip")
             return sae_out if skip is None else sae_out + x @ skip.T
@@ -157,7 +156,7 @@ class AcceleratedSAE:
             with torch.no_grad():
                 clean = sae_out.detach()
                 if is_hooked(self.hook_sae_input) or is_hooked(self.hook_sae_recons):
-                    clean = self._unhooked_forward(state, x, ready, rows)
+                    clean = self._unhooked_forward(state, x, ready, decoder)
                 sae_error = self.hook_sae_error(x - clean)
             sae_out = sae_out + sae_error
         return self.hook_sae_output(sae_out) if is_hooked(self._modules["hook_sae_output"]) else sae_out
@@ -186,12 +185,13 @@ class AcceleratedSAE:
         if not isinstance(acts, SparseActs):
             raise TypeError(f"acts: must be SparseActs (encode_sparse gives them), got {type(acts).__name__}")
         state = self._fast
-        rows = self._look_at_decoder(state, acts.values)
-        state.count("decode_sparse", rows if type(rows) is str else "")
-        if type(rows) is str:
+        decoder = self._look_at_decoder(state, acts.values)
+        state.count("decode_sparse", decoder if type(decoder) is str else "")
+        if type(decoder) is str:
             return super().decode(ops.to_dense(acts))  # type: ignore[misc]
-        weights = self.W_dec if torch.is_grad_enabled() and self.W_dec.requires_grad else rows
-        return self._after_decode(ops.sparse_decode(acts, weights, self._architecture.decoder_bias(self)))
+        scale = self._decoder_scale(decoder)
+        scaled = acts if scale is None else acts.scaled(scale)
+        return self._after_decode(ops.sparse_decode(scaled, self._rows(decoder), self._architecture.decoder_bias(self)))
 
     def forward_fused(self, x: Tensor) -> Tensor:
         """As forward; kept as a name for those who want to say that no dense latents shall exist.
@@ -205,65 +205,42 @@ class AcceleratedSAE:
 
     def _look(self, state: State, x: Any, *, sparse: bool = False, any_density: bool = False) -> Ready | str:
         """What is ready for the encode of x, or why SAELens answers; `sparse`: no hook may want dense latents after it."""
-        architecture, modules = self._architecture, self._modules
-        reason = why_not_input(x)
-        if reason:
-            return reason
-        if "parametrizations" in modules:
-            return "a weight is parametrised"
+        architecture = self._architecture
         weights = architecture.packed(self)
         vectors = tuple(weight(self, name) for name in architecture.vectors)
-        reason = self._why_not_shapes(x, (*weights, *vectors)) or architecture.why_not(self, x)
+        reason = (
+            why_not_input(x)
+            or why_not_together(self, x, (*weights, *vectors))
+            or architecture.why_not(self, x)
+            or self._why_not_hooks(sparse)
+            or (TOO_MANY if state.back_off.left and not any_density else "")
+        )
         if reason:
             return reason
-        if is_hooked(modules["hook_sae_acts_pre"]):
-            return "dense pre-activations are hooked (hook_sae_acts_pre)"
-        if sparse and is_hooked(modules["hook_sae_acts_post"]):
-            return "latents are hooked (hook_sae_acts_post)"
-        if state.back_off.left and not any_density:
-            return TOO_MANY
         prepared = state.encoder.get(*weights, tokens=x.numel() // max(1, self.cfg.d_in))
         if type(prepared) is str:
             return prepared
         read = state.vectors.get(*vectors) if vectors else ()
         return read if type(read) is str else Ready(prepared, read)
 
-    def _why_not_shapes(self, x: Tensor, weights: tuple[Any, ...]) -> str:
-        """Why x and the weights do not belong together; a reason also for what is not a tensor at all."""
-        dtype, device, grad = self.dtype, x.device, torch.is_grad_enabled()
-        for each in weights:
-            if not isinstance(each, Tensor):
-                return "a weight is not a plain tensor"
-            if each.dtype is not dtype:
-                return "mixed dtypes"
-            if each.device != device:
-                return "tensors on more than one device"
-            if grad and each.is_inference():
-                return "weights made in inference mode, in grad mode"
-        if not x.is_floating_point() or x.ndim < 1 or not (self.hook_z_reshaping_mode or x.shape[-1] == self.cfg.d_in):
-            return "x is not floating point of shape [..., d_in]"
-        return ""
+    def _why_not_hooks(self, sparse: bool) -> str:
+        if is_hooked(self._modules["hook_sae_acts_pre"]):
+            return "dense pre-activations are hooked (hook_sae_acts_pre)"
+        hooked = sparse and is_hooked(self._modules["hook_sae_acts_post"])
+        return "latents are hooked (hook_sae_acts_post)" if hooked else ""
 
-    def _look_at_decoder(self, state: State, acts: Any) -> Tensor | str:
-        """The decoder's rows, or why SAELens answers; acts (values or dense) None where the encoder's look has been."""
+    def _look_at_decoder(self, state: State, acts: Any, *, dense: bool = False) -> Decoder | str:
+        """What is ready for a decode, or why SAELens answers; acts (values or dense) None where the encoder's look has been."""
         W_dec, b_dec = weight(self, "W_dec"), weight(self, "b_dec")
-        if acts is not None:
-            reason = why_not_input(acts)
-            if reason:
-                return reason
-            if "parametrizations" in self._modules:
-                return "a weight is parametrised"
-            if not isinstance(W_dec, Tensor) or acts.dtype is not W_dec.dtype:
-                return "mixed dtypes"
-            if acts.device != W_dec.device:
-                return "tensors on more than one device"
-        if torch.is_grad_enabled() and (W_dec.is_inference() or b_dec.is_inference()):
-            return "weights made in inference mode, in grad mode"
-        if W_dec.dtype is not self.dtype:
-            return "mixed dtypes"
-        if self._architecture.rescales(self):
-            return "rescale_acts_by_decoder_norm"
-        return state.decoder.get(W_dec, b_dec)
+        reason = "" if acts is None else why_not_input(acts)
+        reason = reason or why_not_decoder(self, acts, W_dec, b_dec, dense=dense)
+        if reason:
+            return reason
+        rows = state.decoder.get(W_dec, b_dec)
+        if type(rows) is str or not self._architecture.rescales(self):
+            return rows if type(rows) is str else Decoder(rows, None)
+        inverses = state.decoder_norms.get(W_dec)
+        return inverses if type(inverses) is str else Decoder(rows, inverses)
 
     def _is_overridden(self) -> bool:
         attributes = self.__dict__
@@ -311,18 +288,33 @@ class AcceleratedSAE:
         sae_in = self.reshape_fn_in(x if x.dtype is self.dtype else x.to(self.dtype))
         return self.run_time_activation_norm_fn_in(sae_in) - weight(self, "b_dec")
 
-    def _reconstructed(self, found: Pass, rows: Tensor) -> Tensor:
-        """x_hat of a pass, through the hooks after the decoder; with gradients W_dec itself is read, not its packed rows."""
+    def _rows(self, decoder: Decoder) -> Tensor:
+        """W_dec itself where it wants a gradient, else its contiguous rows."""
+        W_dec = weight(self, "W_dec")
+        return W_dec if torch.is_grad_enabled() and W_dec.requires_grad else decoder.rows
+
+    def _decoder_scale(self, decoder: Decoder) -> Tensor | None:
+        """[F] what latents are multiplied with before decoding, differentiable, or None."""
+        if decoder.inverse_norms is None:
+            return None
+        W_dec = weight(self, "W_dec")
+        return 1 / W_dec.norm(dim=-1) if torch.is_grad_enabled() and W_dec.requires_grad else decoder.inverse_norms
+
+    def _reconstructed(self, found: Pass, decoder: Decoder) -> Tensor:
+        """x_hat of a pass, through the hooks after the decoder."""
         acts, undecided, dense = found
-        W_dec, bias = weight(self, "W_dec"), self._architecture.decoder_bias(self)
-        weights = W_dec if torch.is_grad_enabled() and W_dec.requires_grad else rows
-        if dense is not None and undecided.numel() == acts.n_tokens:
-            return self._after_decode(_affine(dense, W_dec, bias).reshape(*acts.batch_shape, W_dec.shape[1]))
-        x_hat = unchecked.sparse_decode(acts, weights, bias)
-        if dense is not None:
-            flat = x_hat.reshape(acts.n_tokens, x_hat.shape[-1])
-            x_hat = flat.index_copy(0, undecided, _affine(dense, W_dec, bias)).reshape(x_hat.shape)
-        return self._after_decode(x_hat)
+        bias, scale = self._architecture.decoder_bias(self), self._decoder_scale(decoder)
+        if dense is None:
+            scaled = acts if scale is None else acts.scaled(scale)
+            return self._after_decode(unchecked.sparse_decode(scaled, self._rows(decoder), bias))
+        W_dec = weight(self, "W_dec")
+        x_hat = (dense if scale is None else dense * scale) @ W_dec
+        x_hat = x_hat if bias is None else x_hat + bias
+        if undecided.numel() < acts.n_tokens:
+            scaled = acts if scale is None else acts.scaled(scale)
+            others = unchecked.sparse_decode(scaled, self._rows(decoder), bias)
+            x_hat = others.reshape(acts.n_tokens, others.shape[-1]).index_copy(0, undecided, x_hat)
+        return self._after_decode(x_hat.reshape(*acts.batch_shape, W_dec.shape[1]))
 
     def _after_decode(self, x_hat: Tensor) -> Tensor:
         """What SAELens' decode does after W_dec and b_dec; transcoders only run the hook, their output is elsewhere."""
@@ -332,11 +324,11 @@ class AcceleratedSAE:
             return x_hat
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
 
-    def _unhooked_forward(self, state: State, x: Tensor, ready: Ready, rows: Tensor) -> Tensor:
+    def _unhooked_forward(self, state: State, x: Tensor, ready: Ready, decoder: Decoder) -> Tensor:
         from sae_lens.saes.sae import _disable_hooks
 
         with _disable_hooks(self):  # type: ignore[arg-type]
-            return self._reconstructed(self._fresh_pass(state, self._input(x), ready, "error term"), rows)
+            return self._reconstructed(self._fresh_pass(state, self._input(x), ready, "error term"), decoder)
 
     def _encode_some(self, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
         numbers = _latent_numbers(latents, self.cfg.d_sae).to(self.W_enc.device)
@@ -376,15 +368,6 @@ class AcceleratedSAE:
         """As SAELens'; the packed weights are made anew."""
         self._fast.forget()
         super().fold_activation_whitening(*args, **kwargs)  # type: ignore[misc]
-
-
-def _wants_grad(*tensors: Tensor) -> bool:
-    return any(tensor.requires_grad for tensor in tensors)
-
-
-def _affine(acts: Tensor, W_dec: Tensor, bias: Tensor | None) -> Tensor:
-    """SAELens' dense decode."""
-    return acts @ W_dec if bias is None else acts @ W_dec + bias
 
 
 def _dense_acts(found: Pass) -> Tensor:

@@ -42,6 +42,13 @@ class Ready(NamedTuple):
     vectors: tuple[Tensor, ...]
 
 
+class Decoder(NamedTuple):
+    """What a decode needs that its look at the weights has found."""
+
+    rows: Tensor  # contiguous [F, d]
+    inverse_norms: Tensor | None  # [F] with rescale_acts_by_decoder_norm
+
+
 class Pass(NamedTuple):
     """The latents of a call: active ones, and dense acts [u, F] of the tokens that were handed back."""
 
@@ -61,7 +68,7 @@ class State:
         self.encoder = Packed(architecture.prepare, why_not=why_not_weights)
         self.vectors = Packed(architecture.read, why_not=why_not_weights)
         self.decoder = Packed(_decoder_rows, why_not=why_not_weights, is_view=_is_read_in_place)
-        self.norms = Packed(_decoder_norms, why_not=why_not_weights)
+        self.decoder_norms = Packed(_inverse_norms, why_not=why_not_weights)
         self.back_off = BackOff()
         self.has_second_passes = False  # SAELens has asked for an error term: keep the last pass for it
         self.last_pass: tuple[Tensor, Ready, tuple, Pass] | None = None  # input, what else decided, result
@@ -78,7 +85,7 @@ class State:
             self.handed_over += handed_over
 
     def forget(self) -> None:
-        for packed in (self.encoder, self.vectors, self.decoder, self.norms):
+        for packed in (self.encoder, self.vectors, self.decoder, self.decoder_norms):
             packed.forget()
         self.back_off = BackOff()
         self.last_pass = None
@@ -108,12 +115,10 @@ def _decoder_rows(W_dec: Tensor, *_: Tensor) -> Tensor | str:
     return W_dec.detach().contiguous() if bool(W_dec.detach().isfinite().all()) else "W_dec is not finite"
 
 
-def _decoder_norms(W_dec: Tensor) -> tuple[Tensor, Tensor] | str:
-    """The norms of the decoder's rows and their inverses, as SAELens computes them."""
-    norms = W_dec.detach().norm(dim=-1)
-    inverses = 1 / norms
-    fits = bool(norms.isfinite().all()) and bool(inverses.isfinite().all())
-    return (norms, inverses) if fits else "a decoder norm is 0 or not finite"
+def _inverse_norms(W_dec: Tensor) -> Tensor | str:
+    """1 / norm of the decoder's rows, as SAELens computes it."""
+    inverses = 1 / W_dec.detach().norm(dim=-1)
+    return inverses if bool(inverses.isfinite().all()) else "a decoder row is 0"
 
 
 def same_pass(last: tuple[Tensor, Ready, tuple, Pass], sae_in: Tensor, ready: Ready, settings: tuple) -> bool:

@@ -75,3 +75,36 @@ def why_not_weights(*weights: object) -> str:
         if tensor.dtype != first.dtype or not tensor.is_floating_point():
             return "mixed dtypes"
     return "no kernel for this device in this build" if first.is_meta or not has_kernels(first.device) else ""
+
+
+def why_not_together(sae: Any, x: Tensor, weights: tuple[Any, ...]) -> str:
+    """Why x and the encoder's weights do not belong together."""
+    if not x.is_floating_point() or x.ndim < 1 or not (sae.hook_z_reshaping_mode or x.shape[-1] == sae.cfg.d_in):
+        return "x is not floating point of shape [..., d_in]"
+    return _why_not_these(sae, x.device, weights)
+
+
+def why_not_decoder(sae: Any, acts: Tensor | None, W_dec: Any, b_dec: Any, *, dense: bool) -> str:
+    """Why acts (dense, or values) and the decoder's weights do not belong together."""
+    reason = _why_not_these(sae, None if acts is None else acts.device, (W_dec, b_dec))
+    if reason or acts is None:
+        return reason
+    if acts.dtype is not W_dec.dtype:
+        return "mixed dtypes"
+    fits = not dense or (acts.ndim >= 1 and acts.shape[-1] == W_dec.shape[0])
+    return "" if fits else "shape of the latents"
+
+
+def _why_not_these(sae: Any, device: torch.device | None, weights: tuple[Any, ...]) -> str:
+    """Why these weights are not what the SAE says, or not of the other tensors' kind. A few attributes: asked at every call."""
+    dtype, grad = sae.dtype, torch.is_grad_enabled()
+    for each in weights:
+        if type(each) not in PLAIN:
+            return "a weight is not a plain tensor"
+        if each.dtype is not dtype:
+            return "mixed dtypes"
+        if device is not None and each.device != device:
+            return "tensors on more than one device"
+        if grad and each.is_inference():
+            return "weights made in inference mode, in grad mode"
+    return "a weight is parametrised" if "parametrizations" in sae._modules else ""

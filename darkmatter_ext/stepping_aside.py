@@ -77,7 +77,7 @@ class BackOff:
 
     def after_dense(self, acts: Tensor) -> None:
         """One call less to wait; none where the tokens of dense acts [..., F] were dense and have become sparse."""
-        self.left -= 1
+        self.left = max(0, self.left - 1)
         if self._dense and median_share(acts) <= DENSE_SHARE:
             self.left = 0
 
