@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -46,10 +47,18 @@ class PreparedEncoder:
     gain: Tensor | None  # [F], multiplies the rounded pre-activations
     has_b_dec: bool
 
-    @functools.cached_property
+    @property
     def packed(self) -> tuple[Tensor | None, ...]:
         """The tensors in the order the ops take them."""
-        return self.weight, self.bias, self.codes, self.sums, self.bounds, self.groups, self.gain
+        with_codes, without, by_torch = self._arguments
+        return without if by_torch and not _torch_multiplies_in_full() else with_codes
+
+    @functools.cached_property
+    def _arguments(self) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], bool]:
+        """Arguments of the ops with and without codes; whether screening is by torch's own product (one byte of codes)."""
+        rows, terms = (self.weight, self.bias), (self.sums, self.bounds, self.groups, self.gain)
+        by_torch = self.codes.numel() == 1
+        return (*rows, self.codes, *terms), (*rows, self.codes[:0], *terms), by_torch
 
     @property
     def screens(self) -> bool:
@@ -66,6 +75,19 @@ class PreparedEncoder:
 
     def __repr__(self) -> str:
         return f"PreparedEncoder(d_in={self.d_in}, d_sae={self.d_sae}, dtype={self.weight.dtype}, device={self.weight.device})"
+
+
+def _torch_multiplies_in_full() -> bool:
+    """Whether torch multiplies float32 as such. The bound of a product in bfloat16 or TF32 would be another."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return False
+    settings = (getattr(torch.backends, "fp32_precision", "none"), _mkldnn_precision())
+    modes = (os.environ.get(name, "STRICT") for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"))
+    return all(each in ("none", "ieee") for each in settings) and all(mode.upper() == "STRICT" for mode in modes)
+
+
+def _mkldnn_precision() -> str:
+    return getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "none")
 
 
 def _check_tensor(name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor | None) -> None:

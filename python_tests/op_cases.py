@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darkmatter_ext import _C, _registrations  # noqa: F401  (the second defines torch.ops.darkmatter)
+from darkmatter_ext import _registrations  # noqa: F401  (defines torch.ops.darkmatter)
 
 N, D, F, K = 5, 7, 11, 3
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -188,9 +188,8 @@ CASES = [
     Case("to_dense", "nothing-active", _sparse_acts("none"), (0,)),
     Case("find_support", "some", _dense_acts(N)),
     Case("find_support", "no-tokens", _dense_acts(0)),
+    Case("screen_intervals", "centred", _screened()),
 ]
-if _C.cpu_isa() != "scalar":
-    CASES.append(Case("screen_intervals", "centred", _screened()))
 
 # What CUDA has no kernel for: there the host never looks at what screening left undecided, and gains have no kernel yet.
 ON_CUDA = [
@@ -204,6 +203,4 @@ def registered_ops() -> set[str]:
     """Every op in the table of csrc/ops.cpp that runs on the CPU, as torch knows them."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("darkmatter::")]
     on_cpu = [name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
-    found = {name.removeprefix("darkmatter::") for name in on_cpu}
-    # Without integer dot products there is nothing to screen, and the op can only refuse.
-    return found if _C.cpu_isa() != "scalar" else found - {"screen_intervals"}
+    return {name.removeprefix("darkmatter::") for name in on_cpu}

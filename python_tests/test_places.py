@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import darkmatter_ext as dm
-from darkmatter_ext import _C, ops, reference
+from darkmatter_ext import ops, reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-only_screening = pytest.mark.skipif(_C.cpu_isa() == "scalar", reason="the scalar instruction set does not screen")
 
 
 def _whole(shape, seed, size=3):
@@ -100,7 +99,6 @@ def test_infinite_weights_meet_the_difference_not_a_folded_bias(centred):
     assert bool(acts.values.isposinf().all())
 
 
-@only_screening
 def test_dead_and_copied_latents_take_no_place():
     W_enc, b_enc = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)), torch.zeros(1000)
     W_enc[:, :400] = 0
@@ -157,7 +155,6 @@ def _mixed(n=70, d=64, n_latents=4000):
     return x, W_enc, torch.zeros(n_latents)
 
 
-@only_screening
 def test_dense_tokens_are_left_undecided_and_the_others_are_not():
     x, W_enc, b_enc = _mixed()
     prepared = dm.prepare_encoder(W_enc, b_enc)
@@ -169,7 +166,6 @@ def test_dense_tokens_are_left_undecided_and_the_others_are_not():
     assert torch.equal(acts.col_indices, exact.col_indices[exact.crow_indices[3] :])
 
 
-@only_screening
 def test_top_k_of_near_equal_latents_is_left_undecided():
     """Latents that differ by less than any bound, but differ: only exact sums of all can tell."""
     x, W_enc, b_enc = _mixed()

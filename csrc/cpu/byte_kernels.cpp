@@ -393,8 +393,9 @@ void to_float(const double* from, float* to, int64_t n) {
   }
 }
 
-const ScreenKernels table = {kTokensAtOnce, 1,         64,   kPanel,      true,    encode_token, encode_latent,
-                             products,      intervals, hits, nth_largest, to_half, to_float,     half_dots};
+const ScreenKernels table = {kTokensAtOnce, 1,        1,         64,   kPanel,      true,    encode_token,
+                             encode_latent, products, intervals, hits, nth_largest, to_half, to_float,
+                             half_dots};
 
 }  // namespace
 

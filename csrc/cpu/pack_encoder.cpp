@@ -101,14 +101,19 @@ static void fold_bias(const Tensor& weight, const Tensor& b_enc, const std::vect
   }
 }
 
+// Bytes of all codes; one where there are none, as a sign that there are bounds.
+static int64_t code_count(const ScreenKernels& kernel, int64_t padded, int64_t d) {
+  return std::max<int64_t>(padded > 0 ? 1 : 0, padded * screen_padded(kernel, d) * kernel.weight_bytes);
+}
+
 // Codes and bounds of every place. The screen scores (x - b_dec) against w, so its bias is b_enc itself.
 template <typename T>
 static void encode_places(Packed& packed, const Tensor& b_enc) {
   const ScreenKernels& kernel = *screen_kernels();
   const int64_t d = packed.d(), n_places = packed.places.n_places, group = kernel.group;
   const int64_t d_padded = screen_padded(kernel, d), panels = screen_panels(n_places), padded = panels * kPanel;
-  const int64_t latent_bytes = d_padded * kernel.code_bytes;
-  packed.codes = torch::stable::new_zeros(packed.weight, {padded * latent_bytes}, ScalarType::Char);
+  const int64_t latent_bytes = d_padded * kernel.weight_bytes;
+  packed.codes = torch::stable::new_zeros(packed.weight, {code_count(kernel, padded, d)}, ScalarType::Char);
   packed.sums = torch::stable::new_zeros(packed.weight, {padded}, ScalarType::Int);
   packed.bounds = torch::stable::new_zeros(packed.weight, {kBoundRows, padded}, ScalarType::Float);
   parallel_ranges(ceil_div(n_places, group), 1, [&](int64_t begin, int64_t end) {
@@ -185,7 +190,7 @@ std::vector<double> wide_vector(const OptionalTensor& tensor) {
 }
 
 static bool can_screen(int64_t d, int64_t n_latents) {
-  return screen_kernels() != nullptr && d >= kMinScreenD && d <= kMaxScreenD && n_latents >= kMinScreenLatents;
+  return d >= kMinScreenD && d <= kMaxScreenD && n_latents >= kMinScreenLatents;
 }
 
 Packed packed_encoder(
@@ -194,7 +199,9 @@ Packed packed_encoder(
   const int64_t d = W_enc.size(0), n_latents = W_enc.size(1);
   if (!given.weight) {
     require(!given.bias && !given.codes, "weight: must be given with bias and codes, got them alone");
-    return pack(W_enc, b_enc, b_dec, given.gain, can_screen(d, n_latents) && n_tokens >= kMinTokensToPack);
+    // Whether torch multiplies in full precision only the caller can know, who prepares.
+    const bool screen = can_screen(d, n_latents) && screen_kernels()->products != nullptr;
+    return pack(W_enc, b_enc, b_dec, given.gain, screen && n_tokens >= kMinTokensToPack);
   }
   check_packed_rows(given, W_enc);
   require(given.groups.has_value(), "groups: must be given with weight, got weight alone");
@@ -208,7 +215,7 @@ Packed packed_encoder(
     require(given.sums && given.bounds, "sums, bounds: must be given with codes, got codes alone");
     const ScreenKernels& kernel = *screen_kernels();
     const int64_t padded = screen_panels(packed.places.n_places) * kPanel;
-    check_vector("codes", *given.codes, padded * screen_padded(kernel, d) * kernel.code_bytes);
+    check_vector("codes", *given.codes, code_count(kernel, padded, d));
     check_type("codes", *given.codes, ScalarType::Char);
     check_vector("sums", *given.sums, padded);
     check_type("sums", *given.sums, ScalarType::Int);

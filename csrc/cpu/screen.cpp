@@ -6,7 +6,10 @@
 namespace darkmatter {
 
 const ScreenKernels* screen_kernels() {
-  static const ScreenKernels* const chosen = active_isa() >= Isa::vnni ? byte_kernels() : word_kernels();
+  static const ScreenKernels* const chosen = [] {
+    const ScreenKernels* integers = active_isa() >= Isa::vnni ? byte_kernels() : word_kernels();
+    return integers != nullptr ? integers : float_kernels();
+  }();
   return chosen;
 }
 

@@ -7,11 +7,12 @@
 // certainly reached by the answer; everything else is rescored exactly, so the answer is that of the exact path to the
 // bit.
 //
-// Two kinds of codes, by what the processor multiplies fastest:
+// Three kinds of codes, by what the processor multiplies fastest:
 //   bytes (byte_kernels.cpp)   8 bits, AVX-512 VNNI: vpdpbusd does 64 multiply-adds an instruction, four times what
 //                              float32 does. The bound is wide, so a second stage (half_dots) cuts the candidates.
 //   words (word_kernels.cpp)   16 bits, everything else with AVX2: vpmaddwd does 16 (32) an instruction, up to twice
 //                              what float32 does. The bound is so narrow that hardly more than the answer is left.
+//   floats (float_kernels.cpp) elsewhere: float32 rows and the platform's BLAS through torch.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,8 @@
 
 namespace darkmatter {
 
-constexpr int64_t kPanel = 48;  // places a panel
+constexpr int64_t kScreenChunk = 256;  // tokens a task: each row of weights is read once for all of them
+constexpr int64_t kPanel = 48;         // places a panel
 constexpr int64_t kMaxScreenTokens = 12;
 constexpr int64_t kMaxScreenD = 32768;  // sums of products of codes stay below 2^31 (each kind says why)
 
@@ -51,11 +53,12 @@ struct LatentTerms {
 };
 
 struct ScreenKernels {
-  int64_t tokens;      // multiplied at a time, at most kMaxScreenTokens
-  int64_t code_bytes;  // of one code
-  int64_t align;       // d is padded to a multiple of this
-  int64_t group;       // latents whose codes are interleaved, four bytes of each in turn; divides kPanel
-  bool refines;        // whether the bound is so wide that half_dots pays
+  int64_t tokens;        // multiplied at a time, at most kMaxScreenTokens
+  int64_t code_bytes;    // of one code of a token
+  int64_t weight_bytes;  // of one code of a latent; 0: the rows themselves are multiplied
+  int64_t align;         // d is padded to a multiple of this
+  int64_t group;         // latents whose codes are interleaved, four bytes of each in turn; divides kPanel
+  bool refines;          // whether the bound is so wide that half_dots pays
 
   // Codes of the row (float64 [d]) of a token, d_padded of them, and its norms. scratch: float32 [d_padded]. `error` is
   // the absolute rounding error of exact sums with this row, per unit of ||w||.
@@ -68,6 +71,7 @@ struct ScreenKernels {
       int64_t stride, int32_t* sum, float* bounds, int64_t ld_bounds);
   // Products of `tokens` <= kScreenTokens tokens (code rows d_padded codes apart) and one panel: int32 [tokens,
   // kPanel].
+  // Null where rows are multiplied by torch.
   void (*products)(const void* x, int64_t some, const int8_t* panel, int64_t d_padded, int32_t* out);
   // The interval [score - bound, score + bound] of each place of the panel, from one token's products.
   void (*intervals)(
@@ -123,9 +127,10 @@ inline void store_bounds(
       static_cast<float>(((10 * kUnit + terms.margin) * bias + terms.tiny) * size * kOutward) + 1e-35f;
 }
 
-const ScreenKernels* screen_kernels();  // of active_isa(); null where it has none
+const ScreenKernels* screen_kernels();  // of active_isa()
 const ScreenKernels* byte_kernels();    // AVX-512 VNNI; null where they are not compiled
 const ScreenKernels* word_kernels();    // of active_isa(), AVX2 at least; null below
+const ScreenKernels* float_kernels();
 
 inline int64_t screen_padded(const ScreenKernels& kernels, int64_t d) {
   return (d + kernels.align - 1) / kernels.align * kernels.align;

@@ -16,7 +16,7 @@ static void intervals_of_task(
   const TaskTokens<T> tokens(x + task.token * weights.d, task.tokens, weights, centre);
   float score[kPanel], bound[kPanel];
   scan_panels(
-      tokens, weights, rows_between(0, task.tokens), task.begin / kPanel, ceil_div(task.end, kPanel), 1,
+      tokens, packed, weights, rows_between(0, task.tokens), task.begin / kPanel, ceil_div(task.end, kPanel), 1,
       [&](int64_t row, int64_t panel, const int32_t* products) {
         screen_kernels()->intervals(products, tokens.screened[row], weights, panel, score, bound);
         for (int64_t l = 0; l < std::min(kPanel, weights.n_places - panel * kPanel); ++l) {

@@ -15,8 +15,7 @@
 
 namespace darkmatter {
 
-constexpr int64_t kScreenChunk = 256;  // tokens a task: each row of weights is read once for all of them
-constexpr size_t kExactPairs = 32;     // exact sums done together, their rows still in the cache
+constexpr size_t kExactPairs = 32;  // exact sums done together, their rows still in the cache
 
 // Token chunks of whole tiles, ranges of whole panels.
 inline Tiling screen_tiling(int64_t n_tokens, int64_t n_places) {
@@ -146,12 +145,68 @@ inline Rows rows_between(int64_t first, int64_t last) {
   return rows;
 }
 
+// Places whose scores are made at a time where torch multiplies: 1.5 MB of them for 256 tokens.
+constexpr int64_t kPanelsAtOnce = 32;
+
+// Float32 rows [count, d] of some panels from `first` on, `step` apart: those of the weights where they lie together,
+// else copied into `storage`; beyond the last place zeros.
+template <typename T>
+const float* panel_rows(
+    const Packed& packed, int64_t first, int64_t panels, int64_t step, std::vector<float>& storage) {
+  const int64_t d = packed.d(), n_places = packed.places.n_places, start = first * kPanel,
+                end = start + panels * kPanel;
+  const int32_t* latent = packed.places.latent;
+  const T* rows = data<T>(packed.weight);
+  if constexpr (std::is_same_v<T, float>) {
+    if ((step == 1 || panels == 1) && end <= n_places && latent[end - 1] - latent[start] == end - 1 - start) {
+      return rows + latent[start] * d;
+    }
+  }
+  storage.assign(panels * kPanel * d, 0.0f);
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t l = 0; l < kPanel; ++l) {
+      const int64_t place = (first + p * step) * kPanel + l;
+      if (place < n_places) {
+        const T* row = rows + latent[place] * d;
+        std::transform(row, row + d, storage.data() + (p * kPanel + l) * d, [](T e) { return static_cast<float>(e); });
+      }
+    }
+  }
+  return storage.data();
+}
+
+// As scan_panels, by torch's matrix product.
+template <typename T, typename Visit>
+void scan_by_torch(
+    const Packed& packed, const float* x, const Rows& rows, int64_t begin, int64_t end, int64_t step,
+    const Visit& visit) {
+  const int64_t d = packed.d(), n = static_cast<int64_t>(rows.size());
+  const auto wrapped = [&](const float* from, int64_t count) {
+    return torch::stable::from_blob(
+        const_cast<float*>(from), {count, d}, {d, 1}, packed.weight.device(), ScalarType::Float);
+  };
+  const Tensor tokens = wrapped(x, n);
+  std::vector<float> storage;
+  for (int64_t first = begin; first < end; first += kPanelsAtOnce * step) {
+    const int64_t panels = std::min(kPanelsAtOnce, ceil_div(end - first, step));
+    const Tensor weights = wrapped(panel_rows<T>(packed, first, panels, step, storage), panels * kPanel);
+    const Tensor scores =
+        torch::stable::contiguous(torch::stable::matmul(tokens, torch::stable::transpose(weights, 0, 1)));
+    const auto* products = static_cast<const int32_t*>(scores.const_data_ptr());
+    for (int64_t t = 0; t < n; ++t) {
+      for (int64_t p = 0; p < panels; ++p) {
+        visit(rows[t], first + p * step, products + (t * panels + p) * kPanel);
+      }
+    }
+  }
+}
+
 // Products of each of the rows and each of the panels begin, begin + step, .. < end:
 // visit(row, panel, products), where products is int32 [kPanel].
 template <typename T, typename Visit>
 void scan_panels(
-    const TaskTokens<T>& tokens, const ScreenedWeights& weights, const Rows& rows, int64_t begin, int64_t end,
-    int64_t step, const Visit& visit) {
+    const TaskTokens<T>& tokens, const Packed& packed, const ScreenedWeights& weights, const Rows& rows, int64_t begin,
+    int64_t end, int64_t step, const Visit& visit) {
   const ScreenKernels& kernel = *screen_kernels();
   const auto n = static_cast<int64_t>(rows.size());
   if (n == 0) {
@@ -167,8 +222,11 @@ void scan_panels(
     }
     codes = together.data();
   }
+  if (kernel.products == nullptr) {
+    return scan_by_torch<T>(packed, reinterpret_cast<const float*>(codes), rows, begin, end, step, visit);
+  }
   alignas(64) int32_t products[kMaxScreenTokens * kPanel];
-  const int64_t panel_bytes = tokens.row_bytes * kPanel;
+  const int64_t panel_bytes = weights.d_padded * kernel.weight_bytes * kPanel;
   for (int64_t panel = begin; panel < end; panel += step) {
     for (int64_t tile = 0; tile < n; tile += kernel.tokens) {
       const int64_t some = std::min(kernel.tokens, n - tile);

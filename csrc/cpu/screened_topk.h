@@ -99,9 +99,10 @@ class TopKScreen {
   }
 
   void scan(const Rows& rows, int64_t begin, int64_t end) {
-    scan_panels(tokens_, weights_, rows, begin, end, 1, [&](int64_t row, int64_t panel, const int32_t* products) {
-      states_[row].scan(products, tokens_.screened[row], weights_, panel, most_found_);
-    });
+    scan_panels(
+        tokens_, packed_, weights_, rows, begin, end, 1, [&](int64_t row, int64_t panel, const int32_t* products) {
+          states_[row].scan(products, tokens_.screened[row], weights_, panel, most_found_);
+        });
   }
 
   // Guesses the limits of some tokens, and scans the panels of the sample with them. A token that already has more than
@@ -114,9 +115,10 @@ class TopKScreen {
       number[rows[i]] = static_cast<int32_t>(i);
     }
     const auto of = [&](int64_t row, int64_t p) { return products.data() + (number[row] * panels + p) * kPanel; };
-    scan_panels(tokens_, weights_, rows, first_, last_, step_, [&](int64_t row, int64_t panel, const int32_t* some) {
-      std::copy_n(some, kPanel, of(row, (panel - first_) / step_));
-    });
+    scan_panels(
+        tokens_, packed_, weights_, rows, first_, last_, step_, [&](int64_t row, int64_t panel, const int32_t* some) {
+          std::copy_n(some, kPanel, of(row, (panel - first_) / step_));
+        });
     std::vector<float> scores(panels * kPanel), lower(scores.size()), scratch(2 * scores.size() + 32);
     float bound[kPanel];
     for (const int64_t row : rows) {

@@ -131,12 +131,14 @@ class AboveThreshold {
           rows.push_back(static_cast<int32_t>(row));
         }
       }
-      scan_panels(tokens, weights, rows, begin, end, by, [&](int64_t row, int64_t panel, const int32_t* products) {
-        if (screened[row]) {
-          found[row].scan(products, tokens.screened[row], weights, panel, thresholds_.limits.data(), thresholds_.step);
-          screened[row] = found[row].count <= at_most;
-        }
-      });
+      scan_panels(
+          tokens, packed_, weights, rows, begin, end, by, [&](int64_t row, int64_t panel, const int32_t* products) {
+            if (screened[row]) {
+              found[row].scan(
+                  products, tokens.screened[row], weights, panel, thresholds_.limits.data(), thresholds_.step);
+              screened[row] = found[row].count <= at_most;
+            }
+          });
     };
     if (step > 1) {
       scan_some(first, last, step, 2 * most / step + kCandidatesAtLeast);

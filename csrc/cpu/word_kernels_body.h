@@ -308,8 +308,9 @@ static float nth_largest(const float* values, int64_t n, int64_t nth, float* scr
   return low == INT32_MIN ? -__builtin_inff() : __builtin_bit_cast(float, back);
 }
 
-static const ScreenKernels table = {kTokensAtOnce, 2,         16,   kGroup,      false,   encode_token, encode_latent,
-                                    products,      intervals, hits, nth_largest, nullptr, nullptr,      nullptr};
+static const ScreenKernels table = {kTokensAtOnce, 2,        2,         16,   kGroup,      false,   encode_token,
+                                    encode_latent, products, intervals, hits, nth_largest, nullptr, nullptr,
+                                    nullptr};
 
 #undef DM_OF
 #undef DM_INLINE
