@@ -109,7 +109,7 @@ def test_the_bound_holds_on_a_hundred_million_pairs():
 
 
 def test_intervals_are_tight_enough_to_be_of_use():
-    """In standard deviations of the scores of Gaussian data at d 768: 0.43 expected of 8 bits, 0.01 of 16, 0.0013 of float32."""
+    """In standard deviations of Gaussian scores at d 768: 0.43 expected of 8 bits, 0.01 of 16, 0.0013 of float32."""
     x, W_enc, b_enc, _ = make_data("gaussian", 64, 768, 2000, torch.float32, 0)
     found = screen_intervals(x, W_enc, b_enc)
     bound = (found.upper - found.lower).mean() / 2 / (x @ W_enc).std()
@@ -121,7 +121,7 @@ _IN_A_CHILD = """
 import screening_cases as cases
 for dtype in cases.DTYPES:
     for kind in cases.KINDS:
-        for seed, (n, d, n_latents, k) in enumerate([(21, 64, 700, 5), (9, 300, 2500, 32), (1, 40, 513, 17)]):
+        for seed, (n, d, n_latents, k) in enumerate([(21, 64, 700, 5), (9, 300, 2500, 32), (3, 40, 513, 17)]):
             cases.check_screened(kind, n, d, n_latents, k, dtype, seed, seed % 2 == 0)
         assert cases.count_violations(kind, dtype, 24, 96, 600, 3)[0] == 0, (kind, dtype)
 """
