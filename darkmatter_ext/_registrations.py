@@ -121,13 +121,13 @@ def _(*_arguments) -> None:  # everything in place
 # Gradients of the sparse ops
 
 
-def _save_decode(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def save_decode(ctx: Any, inputs: tuple, output: Tensor) -> None:
     values, indices, crow, W_dec, b_dec = inputs
     ctx.save_for_backward(values, indices, crow, W_dec)
     ctx.has_bias = b_dec is not None
 
 
-def _decode_backward(ctx: Any, grad: Tensor) -> tuple:
+def decode_backward(ctx: Any, grad: Tensor) -> tuple:
     """x_hat = sum_a value_a W_dec[index_a] + b_dec: gradients of values [N, k] or [z], W_dec [F, d], b_dec [d]."""
     values, indices, crow, W_dec = ctx.saved_tensors
     wants_values, _, _, wants_weights, wants_bias = ctx.needs_input_grad
@@ -173,11 +173,11 @@ def _outer_backward(ctx: Any, grad: Tensor) -> tuple:
     )
 
 
-def _save_to_dense(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def save_to_dense(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:3])
 
 
-def _to_dense_backward(ctx: Any, grad: Tensor) -> tuple:
+def to_dense_backward(ctx: Any, grad: Tensor) -> tuple:
     """The gradient [N, F] at the active latents."""
     indices, crow = ctx.saved_tensors
     if crow is None:
@@ -186,8 +186,8 @@ def _to_dense_backward(ctx: Any, grad: Tensor) -> tuple:
     return grad[tokens, indices], None, None, None
 
 
-register_autograd("darkmatter::to_dense", _to_dense_backward, setup_context=_save_to_dense)
-register_autograd("darkmatter::sparse_decode", _decode_backward, setup_context=_save_decode)
+register_autograd("darkmatter::to_dense", to_dense_backward, setup_context=save_to_dense)
+register_autograd("darkmatter::sparse_decode", decode_backward, setup_context=save_decode)
 register_autograd("darkmatter::sparse_dot", _dot_backward, setup_context=_save_dot)
 register_autograd("darkmatter::sparse_outer", _outer_backward, setup_context=_save_outer)
 
@@ -249,14 +249,14 @@ def _through_gain(grad: Tensor, gain: Tensor | None, indices: Tensor) -> Tensor:
     return grad if gain is None else grad * gain[indices]
 
 
-def _save_topk(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def save_topk(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, W_enc, _, b_dec, _, weight = inputs[:6]
     values, *rest = output  # indices; undecided of try_topk_encode
     ctx.mark_non_differentiable(*rest)
     ctx.save_for_backward(values, rest[0], x, W_enc, b_dec, weight, inputs[-1])
 
 
-def _topk_backward(ctx: Any, grad_values: Tensor, *_rest: Any) -> tuple:
+def topk_backward(ctx: Any, grad_values: Tensor, *_rest: Any) -> tuple:
     values, indices, x, W_enc, b_dec, weight, gain = ctx.saved_tensors
     grad = _through_gain(_relu_gradient(grad_values, values), gain, indices)
     return (
@@ -266,14 +266,14 @@ def _topk_backward(ctx: Any, grad_values: Tensor, *_rest: Any) -> tuple:
     )
 
 
-def _save_threshold(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def save_threshold(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, W_enc, _, b_dec, _, weight = inputs[:6]
     values, *rest = output  # crow, col; undecided of try_threshold_encode
     ctx.mark_non_differentiable(*rest)
     ctx.save_for_backward(values, *rest[:2], x, W_enc, b_dec, weight, inputs[-1])
 
 
-def _threshold_backward(ctx: Any, grad_values: Tensor, *_rest: Any) -> tuple:
+def threshold_backward(ctx: Any, grad_values: Tensor, *_rest: Any) -> tuple:
     values, crow, col, x, W_enc, b_dec, weight, gain = ctx.saved_tensors
     grad = _through_gain(_relu_gradient(grad_values, values), gain, col)  # the threshold itself has none (a step)
     gradients = _encoder_gradients(ctx.needs_input_grad, grad, col, crow, x, W_enc, b_dec, weight)
@@ -281,9 +281,9 @@ def _threshold_backward(ctx: Any, grad_values: Tensor, *_rest: Any) -> tuple:
 
 
 for _name in ("topk_encode", "try_topk_encode"):
-    register_autograd(f"darkmatter::{_name}", _topk_backward, setup_context=_save_topk)
+    register_autograd(f"darkmatter::{_name}", topk_backward, setup_context=save_topk)
 for _name in ("threshold_encode", "try_threshold_encode"):
-    register_autograd(f"darkmatter::{_name}", _threshold_backward, setup_context=_save_threshold)
+    register_autograd(f"darkmatter::{_name}", threshold_backward, setup_context=save_threshold)
 
 
 # vmap: a batch of tokens is more tokens. A batch of weights is not offered, and ragged results have no common shape.

@@ -54,6 +54,7 @@ class Architecture:
     vectors: tuple[str, ...] = ()  # read at every call besides the packed weights
     selects_per_latent = True  # whether latents can be left out before selecting
     hooks_acts_post = True
+    is_linear = True  # one product of x and the encoder
 
     # What it reads
 
@@ -219,6 +220,7 @@ class MatchingPursuit(Architecture):
 
     selects_per_latent = False
     hooks_acts_post = False  # SAELens runs no hook here
+    is_linear = False
 
     def packed(self, sae: Any) -> tuple[Tensor, ...]:
         return (weight(sae, "W_dec"),)

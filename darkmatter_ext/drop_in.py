@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 DECODE_DENSITY = 0.10  # active share of the latents above which SAELens' dense decode is the faster one
-SMALL_DECODE = 1 << 20  # multiply-adds of a dense decode that takes no longer than looking for the support
-SMALL = "small: SAELens' dense decode is as fast"
+# Multiply-adds of a dense product that takes no longer than what goes around the ops: looks at weights, calls.
+SMALL_DECODE = 1 << 20
+SMALL_ENCODE = 1 << 21  # twice that where a gradient may be asked for
+SMALL_FORWARD = 1 << 19
+SMALL = "small: SAELens' dense product is as fast"
 TOO_MANY = "too many latents are active, or close to it, in most tokens (tried again after some calls)"
 _STATE = "_darkmatter_state"
 _SAVES_MEMORY = "_darkmatter_saves_memory"
@@ -106,7 +109,7 @@ class AcceleratedSAE:
         if torch.compiler.is_compiling():
             return super().encode(x)  # type: ignore[misc]
         state = self._fast
-        ready = self._look(state, x)
+        ready = SMALL if self._is_small(x, SMALL_ENCODE) else self._look(state, x)
         if type(ready) is str:
             state.count("encode", ready)
             acts = super().encode(x)  # type: ignore[misc]
@@ -148,7 +151,7 @@ class AcceleratedSAE:
         if torch.compiler.is_compiling():
             return super().forward(x)  # type: ignore[misc]
         state = self._fast
-        ready = self._look(state, x, sparse=True)
+        ready = SMALL if self._is_small(x, SMALL_FORWARD) else self._look(state, x, sparse=True)
         decoder = ready if type(ready) is str else self._look_at_decoder(state, None)
         if type(decoder) is str or self._is_overridden():
             state.count("forward", decoder if type(decoder) is str else "forward, encode or decode is overridden")
@@ -207,6 +210,11 @@ class AcceleratedSAE:
         return self.forward(x)
 
     # What decides
+
+    def _is_small(self, x: Any, limit: int) -> bool:
+        """Whether SAELens' dense encoder is done with x before the looks at the weights would be."""
+        limit <<= torch.is_grad_enabled()
+        return self._architecture.is_linear and isinstance(x, Tensor) and x.numel() * self.cfg.d_sae < limit
 
     def _look(self, state: State, x: Any, *, sparse: bool = False, any_density: bool = False) -> Ready | str:
         """What is ready for the encode of x, or why SAELens answers; `sparse`: no hook may want dense latents after it."""

@@ -88,6 +88,9 @@ class TopKScreen {
   }
 
  private:
+  // Few places and narrow bounds: the certain limit is as good as a guess.
+  bool all_sampled() const { return step_ == 1 && !screen_kernels()->refines; }
+
   Rows screened_rows() const {
     Rows rows;
     for (int64_t row = 0; row < tokens_.count; ++row) {
@@ -135,7 +138,7 @@ class TopKScreen {
       if (places >= k_) {  // k latents have a value of at least the k-th largest lower bound
         states_[row].certain = twice_below(screen_kernels()->nth_largest(lower.data(), places, k_, scratch.data()));
       }
-      states_[row].limit = guess(scores.data(), places, scratch.data());
+      states_[row].limit = all_sampled() ? states_[row].certain : guess(scores.data(), places, scratch.data());
       for (int64_t p = 0; p < panels; ++p) {
         states_[row].scan(of(row, p), token, weights_, first_ + p * step_, most_found_ / step_ + 4 * k_);
       }
@@ -193,7 +196,7 @@ class TopKScreen {
   }
 
   void list_pairs(TopKState<T>& state, bool guess, std::vector<float>& scratch, Pairs& pairs) const {
-    if (guess) {
+    if (guess && !all_sampled()) {
       raise_limit(state, scratch);
     }
     const size_t before = pairs.place.size();
