@@ -23,13 +23,14 @@ from darkmatter_ext import family, many_saes, many_saes_config
 from darkmatter_ext.controls import random_directions
 from darkmatter_ext.family import AnyConfig, FamilyConfig, FamilySite, given_hooks, measured_family
 from darkmatter_ext.hook_points import parse_hook_point
+from darkmatter_ext.loading import describe_sae, load_sae
 from darkmatter_ext.many_saes import Measured
 from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement import MeasuredSae, SiteMeasurement
 from darkmatter_ext.nulls import other_tokens
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result
-from darkmatter_ext.sae import Encoded, Encoder, as_encoder, load_sae
+from darkmatter_ext.sae import Encoded, Encoder, as_encoder
 
 PARTS = ("error", "linear", "nonlinear")
 OWN, PREVIOUS = "res", "previous res"
@@ -145,7 +146,7 @@ def _makers(config: EarlierLayersConfig) -> tuple[str, dict[str, str], dict[str,
         if len(own) > 1:
             raise ValueError(f"--sae: must be of one site, got {own[0]} and {own[1]}")
         given = given_hooks(dataclasses.replace(config, sae=config.predictor))
-        if silent := next((own for own in config.predictor if not load_sae(own).cfg.metadata.hook_name), None):
+        if silent := next((own for own in config.predictor if not describe_sae(own).metadata.get("hook_name")), None):
             raise ValueError(f"--predictor: must name its hook_name in its metadata, got {silent}")
         if own[0] in given:
             raise ValueError(f"--predictor: must be of another site than --sae ({own[0]}), got {given[own[0]][0]}")
