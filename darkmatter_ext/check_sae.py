@@ -21,6 +21,7 @@ from torch import Tensor
 from darkmatter_ext.drop_in import Stats, accelerate, stats
 from darkmatter_ext.inputs import told
 from darkmatter_ext.loading import load_sae
+from darkmatter_ext.sanity import signs
 
 # Relative to the size of the sums that are compared; a few hundred roundings of the dtype.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -58,6 +59,7 @@ class Verdict:
     comparisons: list[Comparison]
     timings: list[Timing]
     stats: Stats
+    signs: list[str]  # what makes the SAE look misloaded, see `sanity.signs`
 
     @property
     def passed(self) -> bool:
@@ -225,15 +227,24 @@ def _timings(plain: Any, fast: Any, x: Tensor, rounds: int) -> list[Timing]:
 
 
 def check_sae(
-    sae: Any, given: Tensor | None = None, *, n_tokens: int = 1024, seed: int = 0, rounds: int = 5
+    sae: Any,
+    given: Tensor | None = None,
+    *,
+    n_tokens: int = 1024,
+    seed: int = 0,
+    rounds: int = 5,
+    expected_l0: float | None = None,
 ) -> Verdict:
     """Compare a SAELens SAE with its accelerated copy: active sets, values, reconstructions, gradients, times.
+
+    Beside it, whether the SAE looks misloaded: from its weights, and from activations it was made for where given.
 
     Args:
         sae: a SAELens SAE that can be accelerated; left as it is.
         given: activations [N, d_in] to compare on besides random ones, or None.
         n_tokens: random activations, and at most as many of the given ones.
         rounds: timed rounds, SAELens and accelerated in turns.
+        expected_l0: active latents a token that it was made with (`loading.describe_sae`); default its k.
 
     Raises ValueError for an SAE that cannot be accelerated, or settings below 1.
     """
@@ -252,4 +263,4 @@ def check_sae(
         data = {name: x.unsqueeze(-2) for name, x in data.items()}
     comparisons = [row for name, x in data.items() for row in _compare(plain, fast, name, x)]
     timings = _timings(plain, fast, data.get("given", data["random"]), rounds)
-    return Verdict(comparisons, timings, stats(fast))
+    return Verdict(comparisons, timings, stats(fast), signs(sae, given, expected_l0=expected_l0))

@@ -53,7 +53,7 @@ def _release_and_id(spec: str) -> tuple[str, str]:
         first, *others = FORMATS
         raise ValueError(
             f"--sae: must be a folder with {first.config_name} and {first.weights_name}, or RELEASE:ID, got {spec!r} "
-            f"(other layouts of a folder: {', '.join(known.name for known in others)})"
+            f"(no such folder; other layouts: {', '.join(known.name for known in others)})"
         )
     return release, sae_id
 
@@ -92,9 +92,9 @@ def _expected_l0(spec: str, config: dict[str, Any]) -> float | None:
     listed = get_pretrained_saes_directory().get(release)
     named = _L0.search(spec)
     found = (
-        config.get("k"),
         listed.expected_l0.get(sae_id) if listed else None,
-        named[1] if named else None,
+        named[1] if named else None,  # before its k: a wrong k is told from its id
+        config.get("k"),
         metadata.get("k"),
         training.get("k"),
         training.get("target_l0"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from darkmatter_ext.decomposition import Reconstruct, Reconstruction, TokenBatch
 from darkmatter_ext.drop_in import accelerate, is_accelerated
 from darkmatter_ext.encoders import for_flat_activations
+from darkmatter_ext.loading import load_sae  # noqa: F401  (users load an SAE and run it from one place)
 from darkmatter_ext.sparse import SparseActs
 
 if TYPE_CHECKING:
