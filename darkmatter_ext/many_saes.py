@@ -1,8 +1,8 @@
 """Many SAEs of one or more sites, measured in one go: configuration, plan and run of what experiments at scale share.
 
 Where `site.py` trains SAEs on the spot and keeps activations on disk, this takes SAEs that exist (folders, or RELEASE:ID of
-SAELens' list), follows what their metadata says about model, hook point, context length, BOS and weight processing, and
-streams: activations are never stored, a run can be stopped at any moment, and `torchrun` divides it among processes.
+SAELens' list), follows their metadata (`metadata.py`), and streams: activations are never stored, a run can be stopped at
+any moment, and `torchrun` divides it among processes.
 """
 
 from __future__ import annotations

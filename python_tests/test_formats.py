@@ -37,14 +37,21 @@ def _top(acts, k=K):
 def write_sparsify(folder, *, dtype=torch.float32, module="layers.1", **config):
     own = folder / module
     own.mkdir(parents=True)
-    weights = {"encoder.weight": _unit(F, D), "encoder.bias": _noise(F), "W_dec": _unit(F, D), "b_dec": _noise(D, seed=2)}
+    weights = {
+        "encoder.weight": _unit(F, D),
+        "encoder.bias": _noise(F),
+        "W_dec": _unit(F, D),
+        "b_dec": _noise(D, seed=2),
+    }
     save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, own / "sae.safetensors")
     full = {
         "activation": "topk", "expansion_factor": 3, "normalize_decoder": True, "num_latents": 0, "k": K,
         "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": D,
     } | config  # fmt: skip
     (own / "cfg.json").write_text(json.dumps(full))
-    (folder / "config.json").write_text(json.dumps({"model": "EleutherAI/pythia-70m", "ctx_len": 512, "dataset": "pile"}))
+    (folder / "config.json").write_text(
+        json.dumps({"model": "EleutherAI/pythia-70m", "ctx_len": 512, "dataset": "pile"})
+    )
     return own, {name: tensor.to(dtype).float() for name, tensor in weights.items()}
 
 
@@ -84,7 +91,7 @@ def test_sparsify_is_fast_and_raises_no_alarm(tmp_path):
 def test_sparsify_that_saelens_cannot_hold_is_refused(tmp_path, config, reason):
     folder, _ = write_sparsify(tmp_path / "run", **config)
     for call in (describe_sae, load_sae):
-        with pytest.raises(ValueError, match="^--sae") as caught:
+        with pytest.raises(ValueError, match=r"^--sae") as caught:
             call(str(folder))
         assert reason in str(caught.value)
 
@@ -108,7 +115,9 @@ def test_the_hook_point_of_a_module(module, model, hook):
 def test_sparsify_beside_the_library(tmp_path):
     sparsify = pytest.importorskip("sparsify")
     for dtype in (torch.float32, torch.bfloat16):
-        theirs = sparsify.SparseCoder(D, sparsify.SparseCoderConfig(expansion_factor=3, k=K), dtype=dtype).requires_grad_(False)
+        theirs = sparsify.SparseCoder(
+            D, sparsify.SparseCoderConfig(expansion_factor=3, k=K), dtype=dtype
+        ).requires_grad_(False)
         theirs.encoder.bias.copy_(_noise(F))
         theirs.b_dec.copy_(_noise(D, seed=2))
         folder = tmp_path / str(dtype) / "layers.1"
@@ -208,7 +217,7 @@ def test_dictionary_learning_that_does_not_fit_together_is_refused(tmp_path):
     wrong_k = write_dictionary(tmp_path / "k", "AutoEncoderTopK", weights, k=K + 1)
     with pytest.raises(ValueError, match=r"--sae: .* \(k of ae.pt must be that of config.json, 5, got 4\)"):
         load_sae(wrong_k)
-    with pytest.raises(ValueError, match="dict_class must be one of AutoEncoder, .* got IdentityDict"):
+    with pytest.raises(ValueError, match=r"dict_class must be one of AutoEncoder, .* got IdentityDict"):
         describe_sae(write_dictionary(tmp_path / "id", "IdentityDict", weights))
     unsaid = write_dictionary(tmp_path / "mlp", "AutoEncoderTopK", weights, k=K, submodule_name="mlp_out_layer_1")
     assert "hook_name" not in describe_sae(unsaid).metadata  # a run asks for --hook

@@ -51,7 +51,9 @@ def test_slices_that_mean_the_same_agree_and_others_need_a_flag():
     same = [described(seqpos_slice=cut) for cut in ([None], [0, None], [None, None, 1], None)]
     assert used(*same).positions == ()
     differing = described(seqpos_slice=[5, -5]), described(seqpos_slice=[4, None])
-    with pytest.raises(ValueError, match=r"--positions: must be given, the SAEs were made with \[5, -5\] and \[4, None\]"):
+    with pytest.raises(
+        ValueError, match=r"--positions: must be given, the SAEs were made with \[5, -5\] and \[4, None\]"
+    ):
         used(*differing)
     found = used(*differing, positions="5:-5")
     assert found.positions == (5, -5, 1)
@@ -76,13 +78,16 @@ def test_positions_that_are_no_slice(text):
         ({"exclude_special_tokens": "bos"}, "exclude_special_tokens must be true, false or a list of ids, got 'bos'"),
         ({"prepend_bos": "yes"}, "prepend_bos must be true or false"),
         ({"context_size": 0}, "context_size must be a number of tokens"),
-        ({"model_from_pretrained_kwargs": {"revision": "step1000"}}, "--model: must be given, sae was made on other weights"),
+        (
+            {"model_from_pretrained_kwargs": {"revision": "step1000"}},
+            "--model: must be given, sae was made on other weights",
+        ),
         ({"normalize_activations": SCALED}, "--activation-scale: must be given, sae was made on activations scaled"),
         ({"normalize_activations": WHITENED}, "--sae: must have its whitening folded in"),
     ],
 )
 def test_metadata_that_cannot_be_followed_is_refused(metadata, message):
-    with pytest.raises(ValueError, match="^--") as caught:
+    with pytest.raises(ValueError, match=r"^--") as caught:
         used(described(**metadata))
     assert message in str(caught.value)
 
@@ -107,7 +112,9 @@ def test_what_became_of_every_key_is_said():
         sequence_separator_token="eos", model_class_name="HookedMamba", dataset_path="pile", surprise=3,
         model_from_pretrained_kwargs={"center_writing_weights": True, "revision": "x", "device": "cuda"},
     )  # fmt: skip
-    found = used(sae, described(context_size=32), bos="yes", model="c/d", hook="blocks.2.hook_resid_post", backend="huggingface")
+    found = used(
+        sae, described(context_size=32), bos="yes", model="c/d", hook="blocks.2.hook_resid_post", backend="huggingface"
+    )
     assert (found.context_length, found.bos, found.special_tokens, found.processing) == (24, True, (5,), {})
     (note,) = found.notes
     for part in (
@@ -153,8 +160,10 @@ def scaled_sae(folder, kind=SCALED):
 
 def test_a_missing_factor_is_given_or_found_beside_the_weights_or_refused(tmp_path):
     sae, x = scaled_sae(tmp_path / "sae"), torch.randn(50, 16)
-    for call in (lambda own: as_encoder(own), lambda own: decompose(x, own)):
-        with pytest.raises(ValueError, match=r"sae: must have its activation scaling folded in .*, got normalize_activations"):
+    for call in (as_encoder, lambda own: decompose(x, own)):
+        with pytest.raises(
+            ValueError, match=r"sae: must have its activation scaling folded in .*, got normalize_activations"
+        ):
             call(load_sae(tmp_path / "sae"))
     right = sae(3 * x) / 3
     torch.testing.assert_close(load_sae(tmp_path / "sae", activation_scale=3.0)(x), right, rtol=1e-5, atol=1e-5)
@@ -274,7 +283,9 @@ def test_every_preset_follows_the_metadata(workplace, tmp_path):
         text = " ".join(result.notes)
         assert "Contexts of 24 tokens, without BOS" in text
         assert "weights processed by TransformerLens (center_writing_weights)" in text
-        assert "followed: context_size 24, prepend_bos False, seqpos_slice [5, -5, 2], exclude_special_tokens [4]" in text
+        assert (
+            "followed: context_size 24, prepend_bos False, seqpos_slice [5, -5, 2], exclude_special_tokens [4]" in text
+        )
         assert result.numbers["tokens/left_out_special"] > 0
         results.append(result.numbers)
     for key in ("fvu", "r2_vec", "l0"):
@@ -299,7 +310,7 @@ def test_what_the_model_cannot_take_is_told_before_it_runs(workplace, tmp_path, 
     config = ManySaesConfig(
         sae=(_saved(tmp_path / "short"),), model=str(workplace / "model"), tokenised=str(tmp_path / "rows"), tokens=192
     )
-    with pytest.raises(ValueError, match="tokens: must be ids of .*, 0 to 31, got 99"):
+    with pytest.raises(ValueError, match=r"tokens: must be ids of .*, 0 to 31, got 99"):
         many_saes.measured(config, Stages(show=False))
 
 
