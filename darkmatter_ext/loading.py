@@ -150,7 +150,7 @@ def load_sae(
     if folder is not None:
         sae = _from_folder(folder, device)
     else:
-        sae = _from_hub(str(spec), device)
+        sae = _from_hub(str(spec), device, dtype or "float32")
     for name, parameter in sae.named_parameters():
         if not bool(parameter.isfinite().all()):
             found = "NaN" if bool(parameter.isnan().any()) else "infinity"
@@ -172,7 +172,7 @@ def _from_folder(folder: Path, device: str) -> SAE:
         ) from None
 
 
-def _from_hub(spec: str, device: str) -> SAE:
+def _from_hub(spec: str, device: str, dtype: str) -> SAE:
     from sae_lens import SAE
     from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 
@@ -182,7 +182,7 @@ def _from_hub(spec: str, device: str) -> SAE:
         loader = None if converter is None else NAMED_PRETRAINED_SAE_LOADERS[converter]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are loading an SAE using the HuggingFace repo_id")
-            return SAE.from_pretrained(release, sae_id, device=device, converter=loader)
+            return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype, converter=loader)
     except Exception as error:  # hub, network and configuration errors each have their own kind
         raise ValueError(f"--sae: must be an SAE that can be loaded, got {spec} ({told(error)})") from None
 
@@ -201,8 +201,8 @@ def _fold_scaling(sae: SAE, folder: Path | None, given: float | None) -> None:
             scaler.load(folder / SCALER_NAME)
         except Exception as error:
             raise ValueError(f"--sae: {SCALER_NAME} must be as SAELens writes it, got {told(error)}") from None
-    if kind == WHITENED and scaler.whitening is not None:
-        own = scaler.whitening
+    own = getattr(scaler, "whitening", None)  # older releases of SAELens have none
+    if kind == WHITENED and own is not None:
         sae.fold_activation_whitening(own.mean, own.matrix, own.inverse_matrix)
     factor = scaler.scaling_factor if scaler.scaling_factor is not None else given
     if kind == SCALED and factor is not None:

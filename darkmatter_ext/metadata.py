@@ -227,13 +227,13 @@ class _Reading:
         return (f"The SAEs' metadata: {said}.",) if said else ()
 
 
-def _places(reading: _Reading, model: str, hook: str) -> None:
-    """Model and hook point that flags name otherwise than the metadata."""
+def _places(reading: _Reading, own: Sequence[SaeDescription], model: str, hook: str) -> None:
+    """The model of all SAEs and the hook point of `own` that flags name otherwise than the metadata."""
     for key, flag, given in (("model_name", "--model", published_name(model)), ("hook_name", "--hook", hook)):
         for sae in reading.saes:
             named = str(sae.metadata.get(key) or "")
             known = published_name(named) if key == "model_name" else translated_hook(named)
-            if given and named and known != given:
+            if given and named and known != given and (key == "model_name" or sae in own):
                 reading.overridden.append(f"{key} {named} (by {flag})")
 
 
@@ -313,6 +313,10 @@ def usage(
     if not reading.saes:
         positions = () if flags.positions == "auto" else given_positions(flags.positions)
         length = flags.context_length or DEFAULT_CONTEXT_LENGTH
+        if flags.backend == "transformer-lens":
+            raise ValueError("--backend: must be auto or huggingface without --sae, got 'transformer-lens'")
+        if flags.activation_scale:
+            raise ValueError(f"--activation-scale: must be left out without --sae, got {flags.activation_scale[0]:g}")
         return Usage(length, flags.bos != "no", positions, flags.exclude_special_tokens == "yes")
     yes_no = {"yes": True, "no": False}
     length = reading.shortest(flags.context_length)
@@ -327,7 +331,7 @@ def usage(
         default=False,
     )
     processing = reading.processing(flags.backend)
-    _places(reading, model, hook)
+    _places(reading, saes, model, hook)
     _model_options(reading, bool(model) or stored == "--cache")
     scales = _scales(reading, flags.activation_scale)
     _rest(reading)

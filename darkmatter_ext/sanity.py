@@ -28,6 +28,7 @@ from darkmatter_ext.storage import atomic_file
 
 SAMPLE_TOKENS = 512  # enough for FVU and L0 to a few percent, cheap beside loading the weights
 SAMPLE_CONTEXTS = 8
+ROWS = 8192  # latents looked at together: the widest public SAEs have a million
 FAR = 2.0  # times the L0 it was made with: another text moves L0 by a third, a lost threshold by far more
 FEW = 3.0  # latents: L0 this near what is expected is never far
 NORM_SPREAD = 1.1  # largest over least norm of decoder rows that count as normalised; rounding to bfloat16 leaves 1.01
@@ -69,7 +70,7 @@ def _weight_signs(sae: Any) -> Iterator[str]:
             )
     if not isinstance(W_dec, Tensor) or W_dec.ndim != 2:
         return
-    norms = W_dec.float().norm(dim=1)
+    norms, cosines = _decoder_rows(W_dec, W_enc if isinstance(W_enc, Tensor) else None)
     used = norms[norms > 0]
     if not len(used):
         yield "the decoder is all zeros: weights lost"
@@ -81,13 +82,26 @@ def _weight_signs(sae: Any) -> Iterator[str]:
             f"decoder rows have norms {least:.3g} to {most:.3g} where its files say they are normalised: "
             "norms folded once too often, or another tensor read as the decoder"
         )
-    if isinstance(W_enc, Tensor) and W_enc.shape == W_dec.mT.shape and "transcoder" not in sae.cfg.architecture():
-        cosine = torch.nn.functional.cosine_similarity(W_enc.mT.float(), W_dec.float(), dim=1)[norms > 0].mean().item()
+    if cosines is not None and "transcoder" not in sae.cfg.architecture():
+        cosine = cosines[norms > 0].mean().item()
         if cosine < LEAST_COSINE:
             yield (
                 f"encoder and decoder directions of a latent have cosine {cosine:.2f} in the mean: "
                 "decoder transposed, reordered, negated or of another SAE"
             )
+
+
+def _decoder_rows(W_dec: Tensor, W_enc: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Norm of each decoder row [F], and its cosine with the encoder's column; memory: some rows in float32."""
+    norms, cosines = [], []
+    paired = W_enc is not None and W_enc.shape == W_dec.mT.shape
+    for start in range(0, len(W_dec), ROWS):
+        rows = W_dec[start : start + ROWS].float()
+        norms.append(rows.norm(dim=1))
+        if W_enc is not None and paired:
+            columns = W_enc[:, start : start + ROWS].mT.float()
+            cosines.append(torch.nn.functional.cosine_similarity(columns, rows, dim=1))
+    return torch.cat(norms), torch.cat(cosines) if paired else None
 
 
 def known_l0(sae: Any) -> float | None:
@@ -164,7 +178,8 @@ def signs(
     found = list(_weight_signs(sae))
     if x is None or why_not_usable(sae) or "transcoder" in sae.cfg.architecture():
         return found
-    x, encode = x[:SAMPLE_TOKENS].float(), encode or as_encoder(sae)
+    x = x[:SAMPLE_TOKENS].float()
+    encode = encode or as_encoder(sae)
     expected = known_l0(sae) if expected_l0 is None else expected_l0
     fvu, l0 = _fvu(encode, x)
     if math.isnan(fvu):
