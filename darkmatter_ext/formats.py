@@ -45,7 +45,7 @@ class Format:
         """What SAELens' `load_from_disk` takes."""
         from sae_lens import __version__
 
-        config = self.config(Path(path)) | {"device": device} | (cfg_overrides or {})
+        config: Config = {**self.config(Path(path)), "device": device, **(cfg_overrides or {})}
         config["metadata"].setdefault("sae_lens_version", __version__)  # else it is taken for an old file again
         return config, {name: tensor.to(device) for name, tensor in self.weights(Path(path), config).items()}
 
