@@ -32,10 +32,11 @@ from darkmatter_ext.activations import ActivationCache, _write_shard, load_token
 from darkmatter_ext.contexts import text_rows, write_contexts
 from darkmatter_ext.embedded import EMBEDDED_MODEL
 from darkmatter_ext.experiments.decomposition import DEMO
+from darkmatter_ext.loading import load_sae
 from darkmatter_ext.measurement import MeasuredSae, MeasureSettings, SiteMeasurement
 from darkmatter_ext.one_pass import measure
 from darkmatter_ext.progress import Stages
-from darkmatter_ext.sae import as_encoder, load_sae
+from darkmatter_ext.sae import as_encoder
 from darkmatter_ext.site import prepared_site
 from darkmatter_ext.sources import CacheSource, ModelSource, Source
 from darkmatter_ext.storage import cache_dir

@@ -10,6 +10,7 @@ Shapes: C contexts, L tokens a context (the first is BOS where the tokenizer has
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from darkmatter_ext.embedded import EMBEDDED_MODEL, embedded_model_folder
 from darkmatter_ext.hook_points import capture, parse_hook_point, transformer_blocks
+from darkmatter_ext.inputs import told
 from darkmatter_ext.storage import atomic_file, atomic_folder, cache_dir, fingerprint
 from darkmatter_ext.text import Document, context_rows
 
@@ -29,6 +31,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int], None]  # called with the number of tokens done since the last call
+
+# Options of TransformerLens that change activations; SAELens keeps them in `model_from_pretrained_kwargs`.
+WEIGHT_PROCESSING = (
+    "fold_ln",
+    "center_writing_weights",
+    "center_unembed",
+    "fold_value_biases",
+    "refactor_factored_attn_matrices",
+)
 
 CONTEXTS_PER_SHARD = 64
 CONTEXTS_PER_FORWARD = 8  # 2048 tokens of 256: enough to fill two cores, small enough for the cache
@@ -53,8 +64,17 @@ def model_location(model: str) -> str:
     return str(embedded_model_folder()) if model == EMBEDDED_MODEL else model
 
 
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def published_name(model: str) -> str:
+    """TransformerLens' short names, which SAEs carry, as names Hugging Face knows; any other is given back."""
+    if not model or "/" in model or model == EMBEDDED_MODEL or Path(model).exists():
+        return model
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    try:
+        official = get_official_model_name(model)
+    except ValueError:
+        return model
+    return "openai-community/gpt2" if official == "gpt2" else official
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -64,7 +84,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model_location(model))
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--model: must be a causal language model, got {model!r} ({_one_line(error)})") from None
+        raise ValueError(f"--model: must be a causal language model, got {model!r} ({told(error)})") from None
 
 
 def load_model(
@@ -90,7 +110,7 @@ def load_model(
     try:
         network = AutoModelForCausalLM.from_pretrained(model_location(model), dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--model: must be a causal language model, got {model!r} ({_one_line(error)})") from None
+        raise ValueError(f"--model: must be a causal language model, got {model!r} ({told(error)})") from None
     blocks = transformer_blocks(network)
     if n_layers is not None:
         if n_layers > len(blocks):
@@ -103,12 +123,75 @@ def load_model(
     return network.eval()
 
 
+def check_fits(model: str, *, context_length: int = 0, tokens: tuple[int, int] | None = None) -> None:
+    """Whether a model takes contexts this long and these token ids (least and largest), before it runs.
+
+    Raises ValueError, one line, when it does not. A model whose configuration cannot be read is told by `load_model`.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_location(model)).get_text_config()
+    except (OSError, ValueError, KeyError):
+        return
+    positions, vocabulary = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    if positions and context_length > positions:
+        raise ValueError(
+            f"--context-length: must be at most the {positions} positions of {model}, got {context_length} "
+            "(0: as the SAEs' metadata says)"
+        )
+    if vocabulary and tokens and not 0 <= tokens[0] <= tokens[1] < vocabulary:
+        wrong = tokens[0] if tokens[0] < 0 else tokens[1]
+        raise ValueError(f"tokens: must be ids of {model}, 0 to {vocabulary - 1}, got {wrong} in the text")
+
+
+Forward = Callable[[Tensor], Mapping[str, Tensor]]  # tokens [c, L] -> hook point -> [c, L, d]
+
+
+def load_lens(
+    model: str, hooks: Sequence[str], *, processing: Mapping[str, bool], device: str, dtype: torch.dtype
+) -> Forward:
+    """TransformerLens' forward pass to the deepest of `hooks`, with weights processed as asked, heads flattened.
+
+    Uses TransformerLens' bridge, which has HookedTransformer's names, values and processing, and also loads local folders.
+
+    Raises ValueError when TransformerLens cannot load the model, or it has no such hook point.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        bridge = TransformerBridge.boot_transformers(model_location(model), device=device, dtype=dtype)
+        options: dict[str, Any] = {option: processing.get(option, False) for option in WEIGHT_PROCESSING}
+        bridge.enable_compatibility_mode(disable_warnings=True, no_processing=not processing, **options)
+    except Exception as error:  # transformers, the hub and TransformerLens each raise their own kinds
+        raise ValueError(
+            f"--model: must be a model TransformerLens can load (the SAE asks for {', '.join(processing) or 'it'}), "
+            f"got {model!r} ({told(error)})"
+        ) from None
+    missing = [hook for hook in hooks if hook not in bridge.hook_dict]
+    if missing:
+        raise ValueError(f"--hook: must be a hook point of {model} in TransformerLens, got {missing[0]!r}")
+    names, depth = list(hooks), 1 + max(map(parse_hook, hooks))
+
+    @torch.inference_mode()
+    def forward(tokens: Tensor) -> Mapping[str, Tensor]:
+        _, cache = bridge.run_with_cache(
+            tokens.to(bridge.cfg.device), names_filter=names, stop_at_layer=depth, return_type=None
+        )
+        found = {hook: cache[hook].flatten(start_dim=2) for hook in names}
+        check_finite(found)
+        return found
+
+    return forward
+
+
 def tokenize_contexts(
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[Document],
     *,
     n_tokens: int,
     context_length: int,
+    prepend_bos: bool = True,
 ) -> Contexts:
     """Cut documents into contexts of `context_length` tokens (BOS included) until `n_tokens` are reached.
 
@@ -120,7 +203,8 @@ def tokenize_contexts(
     rows: list[list[int]] = []
     numbers: list[int] = []
     digest = hashlib.sha256()
-    for number, (document, pieces) in enumerate(context_rows(tokenizer, documents, context_length=context_length)):
+    contexts = context_rows(tokenizer, documents, context_length=context_length, prepend_bos=prepend_bos)
+    for number, (document, pieces) in enumerate(contexts):
         digest.update(document.text.encode())
         rows += pieces
         numbers += [number] * len(pieces)
@@ -235,6 +319,7 @@ def activation_caches(
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    processing: Mapping[str, bool] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, ActivationCache]:
     """The activations of `contexts` at each of `hooks`, computed once and kept in the cache folder.
@@ -244,6 +329,7 @@ def activation_caches(
         hooks: hook points, see `hook_points`; those not in the cache come from one forward pass.
         contexts: see `tokenize_contexts`.
         device, dtype: of the forward pass; activations are stored in `dtype`.
+        processing: of weights, by TransformerLens (see `load_lens`); none: the model as Hugging Face has it.
         progress: called with the number of tokens done, as they are done.
 
     Raises:
@@ -254,18 +340,21 @@ def activation_caches(
     everything the content depends on, and it appears only when complete.
     """
     token_sha256 = hashlib.sha256(contexts.tokens.numpy().tobytes()).hexdigest()
-    folders = {
-        hook: cache_dir("activations") / fingerprint(model=model, hook=hook, tokens=token_sha256, dtype=str(dtype))
-        for hook in hooks
-    }
+    content: dict[str, Any] = {"model": model, "tokens": token_sha256, "dtype": str(dtype)}
+    content |= {"processing": sorted(processing)} if processing else {}
+    folders = {hook: cache_dir("activations") / fingerprint(hook=hook, **content) for hook in hooks}
     missing = {hook: folder for hook, folder in folders.items() if not (folder / "meta.json").exists()}
     if missing:
-        depth = 1 + max(map(parse_hook, missing))
-        network = load_model(model, device=device, dtype=dtype, n_layers=depth)
+        if processing:
+            forward = load_lens(model, list(missing), processing=processing, device=device, dtype=dtype)
+        else:
+            depth = 1 + max(map(parse_hook, missing))
+            network = load_model(model, device=device, dtype=dtype, n_layers=depth)
+            forward = functools.partial(site_activations, network, list(missing))
         n_contexts, context_length = contexts.tokens.shape
         with contextlib.ExitStack() as stack:
             parts = {hook: stack.enter_context(atomic_folder(folder)) for hook, folder in missing.items()}
-            widths = _fill_caches(parts, network, contexts, device, progress)
+            widths = _fill_caches(parts, forward, contexts, device, progress)
             for hook, part in parts.items():
                 meta = {
                     "model": model,
@@ -286,7 +375,7 @@ def activation_caches(
 
 @torch.inference_mode()
 def _fill_caches(
-    folders: Mapping[str, Path], network: PreTrainedModel, contexts: Contexts, device: str, progress: Progress | None
+    folders: Mapping[str, Path], forward: Forward, contexts: Contexts, device: str, progress: Progress | None
 ) -> dict[str, int]:
     """Run the model over all contexts and write the shards of each hook point; returns the widths."""
     widths: dict[str, int] = {}
@@ -295,7 +384,7 @@ def _fill_caches(
         tokens = contexts.tokens[part]
         parts: dict[str, list[Tensor]] = {hook: [] for hook in folders}
         for batch in tokens.split(CONTEXTS_PER_FORWARD):
-            found = site_activations(network, list(folders), batch.to(device))
+            found = forward(batch.to(device))
             for hook, x in found.items():
                 parts[hook].append(x.cpu())
             if progress is not None:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.drop_in import Stats, accelerate, stats
-from darkmatter_ext.sae import load_sae
+from darkmatter_ext.inputs import told
+from darkmatter_ext.loading import load_sae
+from darkmatter_ext.sanity import signs
 
 # Relative to the size of the sums that are compared; a few hundred roundings of the dtype.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -57,28 +59,17 @@ class Verdict:
     comparisons: list[Comparison]
     timings: list[Timing]
     stats: Stats
+    signs: list[str]  # what makes the SAE look misloaded, see `sanity.signs`
 
     @property
     def passed(self) -> bool:
         return all(comparison.passed for comparison in self.comparisons)
 
 
-def load_any(source: str, sae_id: str | None, dtype: str | None = None) -> Any:
-    """A folder in SAELens' format, or a release of SAELens' list (which downloads it).
-
-    Raises ValueError, one line, when it is neither.
-    """
-    if Path(source).exists() or sae_id is None:
-        sae = load_sae(source)
-    else:
-        from sae_lens import SAE
-
-        try:
-            sae = SAE.from_pretrained(source, sae_id)
-        except Exception as error:  # hub, network and configuration errors each have their own kind
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"SAE: must be a folder or a release with --sae-id, got {source} ({reason})") from None
-    return sae if dtype is None else sae.to(getattr(torch, dtype))
+def load_any(source: str, sae_id: str | None, dtype: str | None = None, activation_scale: float | None = None) -> Any:
+    """A folder, or a release of SAELens' list (which downloads it); see `loading.load_sae`, which raises its errors."""
+    spec = source if sae_id is None else f"{source}:{sae_id}"
+    return load_sae(spec, dtype=dtype, activation_scale=activation_scale)
 
 
 def read_activations(path: Path, d_in: int) -> Tensor:
@@ -98,8 +89,9 @@ def read_activations(path: Path, d_in: int) -> Tensor:
         else:
             x = torch.load(path, weights_only=True)
     except Exception as error:  # each format has its own errors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--activations: must be a .safetensors, .npy or .pt tensor, got {path} ({reason})") from None
+        raise ValueError(
+            f"--activations: must be a .safetensors, .npy or .pt tensor, got {path} ({told(error)})"
+        ) from None
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1 or x.shape[-1] != d_in or x.numel() == 0:
         given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"--activations: must be floating point of shape [..., {d_in}], got {given} in {path}")
@@ -237,15 +229,24 @@ def _timings(plain: Any, fast: Any, x: Tensor, rounds: int) -> list[Timing]:
 
 
 def check_sae(
-    sae: Any, given: Tensor | None = None, *, n_tokens: int = 1024, seed: int = 0, rounds: int = 5
+    sae: Any,
+    given: Tensor | None = None,
+    *,
+    n_tokens: int = 1024,
+    seed: int = 0,
+    rounds: int = 5,
+    expected_l0: float | None = None,
 ) -> Verdict:
     """Compare a SAELens SAE with its accelerated copy: active sets, values, reconstructions, gradients, times.
+
+    Beside it, whether the SAE looks misloaded: from its weights, and from activations it was made for where given.
 
     Args:
         sae: a SAELens SAE that can be accelerated; left as it is.
         given: activations [N, d_in] to compare on besides random ones, or None.
         n_tokens: random activations, and at most as many of the given ones.
         rounds: timed rounds, SAELens and accelerated in turns.
+        expected_l0: active latents a token that it was made with (`loading.describe_sae`); default its k.
 
     Raises ValueError for an SAE that cannot be accelerated, or settings below 1.
     """
@@ -264,4 +265,4 @@ def check_sae(
         data = {name: x.unsqueeze(-2) for name, x in data.items()}
     comparisons = [row for name, x in data.items() for row in _compare(plain, fast, name, x)]
     timings = _timings(plain, fast, data.get("given", data["random"]), rounds)
-    return Verdict(comparisons, timings, stats(fast))
+    return Verdict(comparisons, timings, stats(fast), signs(sae, given, expected_l0=expected_l0))

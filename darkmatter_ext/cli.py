@@ -203,20 +203,31 @@ def _command_env(arguments: Sequence[str]) -> None:
 
 def _command_check_sae(arguments: Sequence[str]) -> int:
     from darkmatter_ext.check_sae import check_sae, load_any, read_activations
+    from darkmatter_ext.loading import describe_sae
 
-    parser = _parser("check-sae", "One SAE, plain and accelerated, side by side: same answer? how much faster?")
-    parser.add_argument("sae", metavar="SAE", help="a folder in SAELens' format, or a release of SAELens' list")
+    about = "One SAE, plain and accelerated, side by side: same answer? how much faster? does it look misloaded?"
+    parser = _parser("check-sae", about)
+    parser.add_argument("sae", metavar="SAE", help="a folder, or a release of SAELens' list (or RELEASE:ID)")
     parser.add_argument("--sae-id", help="the SAE of the release")
     parser.add_argument("--activations", type=Path, help="a .safetensors, .npy or .pt file of activations [..., d_in]")
     parser.add_argument("--tokens", type=int, default=1024, help="random activations; at most as many of the given")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), help="convert the SAE first")
+    parser.add_argument("--activation-scale", type=float, help="for an SAE made on activations scaled by this factor")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--seed", type=int, default=0)
     parsed = parser.parse_args(list(arguments))
     _quiet_libraries()
-    sae = load_any(parsed.sae, parsed.sae_id, parsed.dtype)
+    sae = load_any(parsed.sae, parsed.sae_id, parsed.dtype, parsed.activation_scale)
+    spec = parsed.sae if parsed.sae_id is None else f"{parsed.sae}:{parsed.sae_id}"
     given = None if parsed.activations is None else read_activations(parsed.activations, sae.cfg.d_in)
-    verdict = check_sae(sae, given, n_tokens=parsed.tokens, seed=parsed.seed, rounds=parsed.rounds)
+    verdict = check_sae(
+        sae,
+        given,
+        n_tokens=parsed.tokens,
+        seed=parsed.seed,
+        rounds=parsed.rounds,
+        expected_l0=describe_sae(spec).expected_l0,
+    )
     _show_verdict(f"{sae.cfg.architecture()} {sae.cfg.d_in} -> {sae.cfg.d_sae}, {sae.cfg.dtype}", verdict)
     return 0 if verdict.passed else 1
 
@@ -236,6 +247,8 @@ def _show_verdict(title: str, verdict: Verdict) -> None:
     console.print(comparisons)
     console.print(timings)
     console.print(str(verdict.stats), highlight=False, markup=False)
+    for sign in verdict.signs:
+        console.print(f"looks misloaded: {sign}", highlight=False, markup=False, soft_wrap=True)
     console.print("same answer" if verdict.passed else "DIFFERENT ANSWER", highlight=False)
 
 

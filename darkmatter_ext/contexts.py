@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from darkmatter_ext.inputs import told
 from darkmatter_ext.storage import atomic_folder
 from darkmatter_ext.text import Document, context_rows
 
@@ -47,8 +48,7 @@ class ContextStore:
             store = cls(folder, meta["n_contexts"], meta["context_length"], meta["sha256"])
             store.tokens([0])
         except (OSError, ValueError, KeyError, IndexError) as error:
-            reason = str(error).splitlines()[0]
-            raise RuntimeError(f"contexts: {folder} is damaged ({reason}); delete it") from None
+            raise RuntimeError(f"contexts: {folder} is damaged ({told(error)}); delete it") from None
         return store
 
     def tokens(self, numbers: Iterable[int]) -> Tensor:
@@ -57,9 +57,10 @@ class ContextStore:
         return torch.from_numpy(mapped[list(numbers)].astype(np.int64))
 
     @property
-    def largest_token(self) -> int:
-        """The largest token id."""
-        return int(np.load(self.folder / "tokens.npy", mmap_mode="r").max())
+    def token_range(self) -> tuple[int, int]:
+        """The least and the largest token id."""
+        mapped = np.load(self.folder / "tokens.npy", mmap_mode="r")
+        return int(mapped.min()), int(mapped.max())
 
     @property
     def documents(self) -> Tensor:
@@ -110,8 +111,7 @@ def _dataset_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
             return load_from_disk(name)  # pyright: ignore[reportReturnType]  (a Dataset yields dicts)
         return load_dataset(name, split=split, streaming=True)  # pyright: ignore[reportReturnType]
     except Exception as error:  # datasets raises many kinds: hub, network, file and format errors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--tokenised: must be a dataset that can be loaded, got {name!r} ({reason})") from None
+        raise ValueError(f"--tokenised: must be a dataset that can be loaded, got {name!r} ({told(error)})") from None
 
 
 def write_contexts(folder: Path, rows: Rows, *, n_contexts: int, context_length: int) -> ContextStore:

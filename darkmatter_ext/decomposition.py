@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from darkmatter_ext.error import NORM_TARGETS, ErrorStatistics, norm_targets, sae_error
+from darkmatter_ext.encoders import for_flat_activations
+from darkmatter_ext.error import NORM_TARGETS, ErrorStatistics, norm_targets, sae_error, varies
 from darkmatter_ext.regression import LinearMap, SplitStatistics, train_mask
 
 
@@ -135,7 +136,7 @@ def decompose_stream(batches: Iterable[TokenBatch], saes: Mapping[str, Reconstru
         name -> Decomposition.
 
     Raises:
-        ValueError: no token, fewer than 2 tokens on a side, NaN or infinite activations or reconstructions.
+        ValueError: no token, fewer than 2 tokens on a side, a constant x, NaN or infinite activations or reconstructions.
 
     Memory: 16 d^2 (1 + S) bytes, whatever the number of tokens. Cost a token: two reconstructions an SAE and
     d^2 (2 + S) float64 multiply-adds.
@@ -145,6 +146,11 @@ def decompose_stream(batches: Iterable[TokenBatch], saes: Mapping[str, Reconstru
         raise ValueError("saes: must name at least one SAE, got none")
     first = _first_pass(batches, functions)
     test = first.regression.test
+    for side, own in (("train", first.regression.train), ("held-out", test)):
+        if not varies(own.moment_xx.diagonal().sum().item(), own.mean_x, own.count):
+            raise ValueError(
+                f"x: must vary over the {side} tokens, got a constant: shares of its variance cannot be told"
+            )
     all_errors = first.regression.fit()
     fits = [
         all_errors.targets(slice(i * test.n_predictors, (i + 1) * test.n_predictors)) for i in range(len(functions))
@@ -186,13 +192,13 @@ def _from_stored(x: Tensor, x_hat: Tensor) -> Reconstruct:
 
 def _from_sae(sae: Any) -> Reconstruct:
     """A Reconstruct from a SAELens SAE (or anything with `encode` and `decode`)."""
-    encode, decode = getattr(sae, "encode", None), getattr(sae, "decode", None)
-    if not (callable(encode) and callable(decode)):
+    if not all(callable(getattr(sae, name, None)) for name in ("encode", "decode")):
         raise TypeError(f"sae: must be a tensor Sae(x) or an SAE with encode and decode, got {type(sae).__name__}")
+    own = for_flat_activations(sae)
 
     def reconstruct(batch: TokenBatch) -> Reconstruction:
-        acts: Any = encode(batch.x)
-        x_hat: Any = decode(acts)
+        acts: Any = own.encode(batch.x)
+        x_hat: Any = own.decode(acts)
         return Reconstruction(x_hat, (acts != 0).sum(-1))
 
     return reconstruct
@@ -212,7 +218,8 @@ def decompose(
 
     Args:
         x: activations [n, d] of the site the SAE was trained on.
-        sae: a SAELens SAE (anything with `encode` and `decode`), or Sae(x) itself as a tensor [n, d].
+        sae: a SAELens SAE (anything with `encode` and `decode`), left as it is, or Sae(x) itself as a tensor [n, d];
+            an SAE on hook_z takes x with heads flattened.
         train: bool [n], tokens to fit b* on; default a seeded random split of `groups` (default: of tokens).
         train_fraction, groups, seed: of that split, see `regression.train_mask`.
         batch_size: tokens encoded at a time.
@@ -232,6 +239,9 @@ def decompose(
         train = train_mask(torch.arange(len(x)) if groups is None else groups, fraction=train_fraction, seed=seed)
     if train.dtype != torch.bool or train.shape != x.shape[:1]:
         raise ValueError(f"train: must be bool of shape [{len(x)}], got {train.dtype} {list(train.shape)}")
+    d_in = getattr(getattr(sae, "cfg", None), "d_in", x.shape[1])
+    if d_in != x.shape[1]:
+        raise ValueError(f"x: must be of shape [n, {d_in}] as the SAE's d_in, got {list(x.shape)}")
     starts = range(0, len(x), batch_size)
     batches = [TokenBatch(x[i : i + batch_size], train[i : i + batch_size], i) for i in starts]
     reconstruct = _from_stored(x, sae) if isinstance(sae, Tensor) else _from_sae(sae)

@@ -21,6 +21,14 @@ def sae_error(x: Tensor, x_hat: Tensor) -> Tensor:
     return x - x_hat
 
 
+ROUNDING = 1e-12  # variance over squared mean that rounding of float32 activations leaves of a constant, with room
+
+
+def varies(variation: float, mean: Tensor, count: int) -> bool:
+    """Whether x varies more than rounding: variation is the sum over tokens and dimensions of (x - mean x)^2."""
+    return variation > ROUNDING * count * mean.double().square().sum().item()
+
+
 @dataclass
 class ErrorStatistics:
     """Running sums that give FVU and normalised MSE of a reconstruction, in float64; mergeable by addition.

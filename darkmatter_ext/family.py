@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext import many_saes
 from darkmatter_ext.activations import ActivationCache
+from darkmatter_ext.hook_points import translated_hook
+from darkmatter_ext.loading import describe_sae, load_sae
 from darkmatter_ext.many_saes import Encoders, Measured, stamp, token_counts, variant_fields, with_encoders
 from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement import MeasuredSae, MeasureSettings, Predictor
+from darkmatter_ext.metadata import excluded_ids, narrowed, own_hook
 from darkmatter_ext.one_pass import measure, tokens_to_read
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result, provenance
-from darkmatter_ext.sae import Encoder, as_encoder, load_sae
+from darkmatter_ext.sae import Encoder, as_encoder
 from darkmatter_ext.selection import SAE_TRAINING, TokenSelection
 from darkmatter_ext.site import (
     SiteConfig,
@@ -31,6 +34,7 @@ from darkmatter_ext.site import (
     site_notes,
     site_plan,
     site_selection,
+    site_usage,
     sites_activations,
     trained_saes,
 )
@@ -60,7 +64,7 @@ class FamilyConfig(SiteConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _settings(self, 0)  # its own checks
+        MeasureSettings(interval_groups=self.interval_groups, parity=self.parity, split=self.split)  # their own checks
         for k in () if self.sae else self.ks:
             if not 1 <= k <= min(self.widths, default=k):
                 raise ValueError(f"--ks: must be from 1 to the least of --widths ({min(self.widths)}), got {k}")
@@ -116,7 +120,7 @@ def given_hooks(config: FamilyConfig) -> dict[str, tuple[str, ...]]:
     """
     found: dict[str, tuple[str, ...]] = {}
     for folder in config.sae:
-        hook = load_sae(folder).cfg.metadata.hook_name or config.hook
+        hook = translated_hook(own_hook(describe_sae(folder))) or config.hook
         found[hook] = (*found.get(hook, ()), folder)
     return found
 
@@ -135,7 +139,7 @@ def family_sites(config: FamilyConfig, hooks: Sequence[str], stages: Stages) -> 
         own = dataclasses.replace(config, hook=hook)
         selection, saes = site_selection(own, caches[hook]), {}
         if config.sae:
-            saes = given_saes(dataclasses.replace(own, sae=given.get(hook, ())), caches[hook])
+            saes = given_saes(narrowed(own, given.get(hook, ())), caches[hook])
         to_train = {} if config.sae else config.widths_by_k
         for k, widths in to_train.items():
             part = dataclasses.replace(own, widths=widths, ks=(), k=k)
@@ -175,7 +179,8 @@ def measured_family(
     sites = sites or family_sites(config, hooks, stages)
     source = _source(config, sites, stages, loss=loss)
     listed = [entry for own in _listed([sites[hook] for hook in targets]) for entry in with_encoders(own, encoders)]
-    saes = [_as_measured(entry, config.device, encoders) for entry in listed]
+    scales = dict(zip(config.sae, site_usage(config).scales, strict=False))
+    saes = [_as_measured(entry, config.device, scales.get(entry["folder"]), encoders) for entry in listed]
     others = [Predictor(name, make(sites)) for name, make in (predictors or {}).items()]
     vocabulary = 1 + int(sites[hooks[0]].cache.column("tokens").max()) if token_means else 0
     settings = _settings(config, vocabulary)
@@ -231,7 +236,7 @@ def _notes(config: FamilyConfig, sites: dict[str, FamilySite]) -> list[str]:
     return [
         f"{hook}: {note}" if len(sites) > 1 else note
         for hook, site in sites.items()
-        for note in site_notes(config, site.cache, site.selection)
+        for note in site_notes(config, site.cache, site.selection, site.saes)
     ]
 
 
@@ -245,16 +250,17 @@ def _listed(sites: Sequence[FamilySite]) -> list[dict[str, Any]]:
     ]
 
 
-def _as_measured(entry: dict[str, Any], device: str, encoders: Encoders | None) -> MeasuredSae:
+def _as_measured(entry: dict[str, Any], device: str, scale: float | None, encoders: Encoders | None) -> MeasuredSae:
     make = encoders[entry["variant"]] if encoders else as_encoder
 
     def load() -> Encoder:
-        return make(load_sae(entry["folder"], device=device))
+        return make(load_sae(entry["folder"], device=device, activation_scale=scale))
 
     return MeasuredSae(entry["name"], entry["hook"], entry["d_sae"], load)
 
 
 def _settings(config: FamilyConfig, vocabulary: int) -> MeasureSettings:
+    wanted = site_usage(config)
     return MeasureSettings(
         split=config.split,
         fit_fraction=config.fit_fraction,
@@ -263,6 +269,8 @@ def _settings(config: FamilyConfig, vocabulary: int) -> MeasureSettings:
         interval_groups=config.interval_groups,
         parity=config.parity,
         token_means=vocabulary,
+        positions=wanted.positions,
+        excluded_tokens=excluded_ids(wanted.special_tokens, config.model),
         seed=config.seed,
     )
 

@@ -1,8 +1,8 @@
 """Many SAEs of one or more sites, measured in one go: configuration, plan and run of what experiments at scale share.
 
 Where `site.py` trains SAEs on the spot and keeps activations on disk, this takes SAEs that exist (folders, or RELEASE:ID of
-SAELens' list), follows what their metadata says about model, hook point, context length, BOS and weight processing, and
-streams: activations are never stored, a run can be stopped at any moment, and `torchrun` divides it among processes.
+SAELens' list), follows their metadata (`metadata.py`), and streams: activations are never stored, a run can be stopped at
+any moment, and `torchrun` divides it among processes.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from darkmatter_ext.activations import load_tokenizer
+from darkmatter_ext.activations import check_fits, load_tokenizer, published_name
 from darkmatter_ext.contexts import ContextStore, Rows, text_rows, tokenised_rows, write_contexts
 from darkmatter_ext.cost_plan import PlannedSae, cost, cost_lines, known_model, probe
 from darkmatter_ext.distributed import Processes, processes
-from darkmatter_ext.embedded import EMBEDDED_MODEL
 from darkmatter_ext.hook_points import parse_hook_point, translated_hook
+from darkmatter_ext.loading import SaeDescription, describe_sae, load_sae
 from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement import MeasuredSae, MeasureSettings, Predictor, SiteMeasurement
+from darkmatter_ext.metadata import Usage, excluded_ids, own_hook, usage
 from darkmatter_ext.one_pass import measure, tokens_to_read
 from darkmatter_ext.per_token import read_tokens
 from darkmatter_ext.presets import SAE_SETS
 from darkmatter_ext.progress import Stages
-from darkmatter_ext.sae import Encoder, SaeDescription, as_encoder, describe_sae, load_spec
-from darkmatter_ext.sources import LensSource, ModelSource, SelectedContexts, Source, asked_processing, open_cache
+from darkmatter_ext.sae import Encoder, as_encoder
+from darkmatter_ext.sanity import RunChecks, measured_samples
+from darkmatter_ext.sources import LensSource, ModelSource, SelectedContexts, Source, open_cache
 from darkmatter_ext.storage import cache_dir, fingerprint
-from darkmatter_ext.text import documents
+from darkmatter_ext.text import bos_note, documents
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
 Encoders = Mapping[str, Callable[["SAE"], Encoder]]  # name -> how to use an SAE
 
-
-DEFAULT_CONTEXT_LENGTH = 256  # where no SAE says what it was trained on
 EXCERPT_TOKENS = 60  # of the per-token figure: one line of text that can still be read
 
 
@@ -51,9 +51,7 @@ class _Resolved(NamedTuple):
     predictors: list[SaeDescription]
     predictor_hooks: list[str]
     model: str
-    context_length: int
-    bos: bool
-    processing: dict[str, bool]  # of weights, by TransformerLens
+    usage: Usage
     settings: MeasureSettings
 
     @property
@@ -66,15 +64,6 @@ class _Resolved(NamedTuple):
         return list(dict.fromkeys([*self.hooks, *self.predictor_hooks]))
 
 
-def _agreed(flag: str, saes: Sequence[SaeDescription], values: Sequence[Any]) -> Any:
-    """The one value all SAEs name. Raises ValueError when they differ."""
-    named = {str(value): value for value in values if value is not None}
-    if len(named) > 1:
-        first, second = list(named)[:2]
-        raise ValueError(f"{flag}: must be given, the SAEs were made with {first} and {second}, got {saes[0].spec} ...")
-    return next(iter(named.values()), None)
-
-
 def _resolve(config: ManySaesConfig) -> _Resolved:
     """Raises ValueError when an SAE cannot be read, or they do not fit together."""
     if not config.sae:
@@ -82,72 +71,47 @@ def _resolve(config: ManySaesConfig) -> _Resolved:
     saes, predictors = ([describe_sae(spec) for spec in specs] for specs in (config.sae, config.predictor))
     hooks = [_hook(config, sae, config.hook) for sae in saes]
     predictor_hooks = [_hook(config, sae, "") for sae in predictors]
-    metadata = [sae.metadata for sae in (*saes, *predictors)]
-    model = config.model or _agreed("--model", saes, [own.get("model_name") for own in metadata])
+    model = published_name(config.model) or _named_model([*saes, *predictors])
     if not model and not config.cache:
         raise ValueError(f"--model: must be given, {saes[0].spec} does not say its model, got none")
-    lengths = [own["context_size"] for own in metadata if own.get("context_size")]
-    bos = config.bos == "yes"
-    if config.bos == "auto":
-        bos = _agreed("--bos", saes, [own.get("prepend_bos") for own in metadata]) is not False
-    processing = [asked_processing(own.get("model_from_pretrained_kwargs")) for own in metadata]
-    asked = {} if config.backend == "huggingface" else _agreed("--backend", saes, processing) or {}
-    first, last = _positions(config, saes)
-    return _Resolved(
-        saes,
-        hooks,
-        predictors,
-        predictor_hooks,
-        _published_name(model or ""),
-        config.context_length or (min(lengths) if lengths else DEFAULT_CONTEXT_LENGTH),
-        bos,
-        asked,
-        dataclasses.replace(config.settings(), drop_positions=first, last_position=last),
-    )
+    stored = "--cache" if config.cache else "--tokenised" if config.tokenised else ""
+    own = usage(saes, config, others=predictors, model=config.model, hook=config.hook, stored=stored)
+    excluded = excluded_ids(own.special_tokens, model)
+    settings = dataclasses.replace(config.settings(), positions=own.positions, excluded_tokens=excluded)
+    return _Resolved(saes, hooks, predictors, predictor_hooks, model, own, settings)
+
+
+def _named_model(saes: Sequence[SaeDescription]) -> str:
+    """The model all SAEs name. Raises ValueError when they differ."""
+    named = {published_name(name): name for sae in saes if (name := str(sae.metadata.get("model_name") or ""))}
+    if len(named) > 1:
+        first, second = list(named.values())[:2]
+        raise ValueError(
+            f"--model: must be given, the SAEs were made with {first} and {second}, got {saes[0].spec} ..."
+        )
+    return next(iter(named), "")
 
 
 def _hook(config: ManySaesConfig, sae: SaeDescription, given: str) -> str:
     """Where an SAE reads. Raises ValueError when that is not known, or it does not reconstruct what it reads."""
-    own = str(sae.metadata.get("hook_name") or "")
+    own = own_hook(sae)
     hook = given or (own if config.cache else translated_hook(own))
     if not hook:
         raise ValueError(f"--hook: must be given, {sae.spec} does not say where it reads, got none")
     if not config.cache:
         parse_hook_point(hook)
-    if sae.metadata.get("hook_name_out") not in (None, own) or "transcoder" in sae.architecture:
-        raise ValueError(f"--sae: must reconstruct its own input, got the {sae.architecture} {sae.spec}")
     return hook
-
-
-def _positions(config: ManySaesConfig, saes: Sequence[SaeDescription]) -> tuple[int, int]:
-    """First and last position to measure: the configuration's, within the slice the SAEs were trained on."""
-    given = _agreed("--drop-positions", saes, [sae.metadata.get("seqpos_slice") for sae in saes]) or (None,)
-    chosen = slice(*given)
-    return max(config.drop_positions, chosen.start or 0), max(0, chosen.stop or 0)
-
-
-def _published_name(model: str) -> str:
-    """TransformerLens' short names, which SAEs carry, as names Hugging Face knows."""
-    if not model or "/" in model or model == EMBEDDED_MODEL or Path(model).exists():
-        return model
-    from transformer_lens.loading_from_pretrained import get_official_model_name
-
-    try:
-        official = get_official_model_name(model)
-    except ValueError:
-        return model
-    return "openai-community/gpt2" if official == "gpt2" else official
 
 
 def _rows(config: ManySaesConfig, found: _Resolved) -> Rows:
     if config.tokenised:
-        return tokenised_rows(config.tokenised, context_length=found.context_length)
+        return tokenised_rows(config.tokenised, context_length=found.usage.context_length)
     text = documents(text=config.text, dataset=config.dataset, shuffle_buffer=config.shuffle_buffer, seed=config.seed)
     return text_rows(
         load_tokenizer(found.model),
         text,
-        context_length=found.context_length,
-        prepend_bos=found.bos,
+        context_length=found.usage.context_length,
+        prepend_bos=found.usage.bos,
         per_document=config.contexts_per_document,
     )
 
@@ -158,21 +122,29 @@ def _source(config: ManySaesConfig, found: _Resolved, folder: Path, own: Process
         missing = [hook for hook in found.read if hook not in source.widths]
         if missing:
             raise ValueError(f"--cache: must hold {missing[0]}, got {', '.join(source.widths)}")
+        if found.settings.excluded_tokens and int(source.read([0]).tokens.min()) < 0:
+            raise ValueError(
+                "--exclude-special-tokens: must be no for a --cache that holds no token ids, got auto or yes"
+            )
         wanted = max(2, config.tokens // source.context_length)
         return SelectedContexts(source, torch.arange(min(source.n_contexts, wanted)))
+    check_fits(found.model, context_length=found.usage.context_length)
     contexts = folder / "contexts"
     if own.is_first and not contexts.exists():
         with stages.stage("tokenise text"):
-            n_contexts = max(2, config.tokens // found.context_length)
-            write_contexts(contexts, _rows(config, found), n_contexts=n_contexts, context_length=found.context_length)
+            n_contexts = max(2, config.tokens // found.usage.context_length)
+            write_contexts(
+                contexts, _rows(config, found), n_contexts=n_contexts, context_length=found.usage.context_length
+            )
     own.wait()
     store, dtype = ContextStore.open(contexts), getattr(torch, config.dtype)
+    check_fits(found.model, tokens=store.token_range)
     with stages.stage("load the language model"):
-        if found.processing or config.backend == "transformer-lens":
+        if found.usage.processing or config.backend == "transformer-lens":
             if config.loss:
                 raise ValueError("--loss: must be left out with TransformerLens' processed weights, got --loss")
             return LensSource.load(
-                found.model, found.read, store, processing=found.processing, device=own.device, dtype=dtype
+                found.model, found.read, store, processing=found.usage.processing, device=own.device, dtype=dtype
             )
         return ModelSource.load(
             found.model,
@@ -291,21 +263,23 @@ def measured(
         source = _source(config, found, folder, own, stages)
         _check_widths(source, found)
         names = _names(found.saes)
+        settings = dataclasses.replace(found.settings, token_means=_vocabulary(source) if config.token_means else 0)
+        checks = RunChecks(folder, lambda: measured_samples(source, found.read, settings, own.device))
         described = [
-            (entry, sae.weight_bytes)
-            for name, hook, sae in zip(names, found.hooks, found.saes, strict=True)
+            (entry, sae, scale)
+            for name, hook, sae, scale in zip(names, found.hooks, found.saes, found.usage.scales, strict=False)
             for entry in with_encoders(_listed(name, hook, sae), encoders)
         ]
-        listed = [entry for entry, _ in described]
-        saes = [_as_measured(config, entry, size, own.device, encoders) for entry, size in described]
+        listed = [entry for entry, _, _ in described]
+        saes = [_as_measured(config, *each, own.device, checks, encoders) for each in described]
+        predicting = zip(_names(found.predictors), found.predictor_hooks, found.predictors, strict=True)
+        scales = found.usage.scales[len(found.saes) :]
         others = [
-            _as_measured(config, _listed(name, hook, sae), sae.weight_bytes, own.device)
-            for name, hook, sae in zip(_names(found.predictors), found.predictor_hooks, found.predictors, strict=True)
+            _as_measured(config, _listed(name, hook, sae), sae, scale, own.device, checks)
+            for (name, hook, sae), scale in zip(predicting, scales, strict=True)
         ]
         others += [make(others[0]) for make in (controls or {}).values()]
         predictors = {hook: [Predictor(sae.name, sae) for sae in others] for hook in found.sites}
-        vocabulary = _vocabulary(source) if config.token_means else 0
-        settings = dataclasses.replace(found.settings, token_means=vocabulary)
         with stages.stage("measure", tokens_to_read(source, settings) // own.size) as advance:
             sites = measure(
                 source,
@@ -317,13 +291,15 @@ def measured(
                 config=_deciding(config, variants),
                 progress=advance,
             )
+        if own.is_first:
+            checks.save()
     shown = dataclasses.asdict(config) | {"model": found.model, "hook": ", ".join(found.sites)}
     return Measured(
         sites,
         [sae.name for sae in others],
         listed,
         shown,
-        _notes(found, settings, source, sites),
+        _notes(config, found, source, sites) + checks.notes(),
         token_counts(sites),
         folder,
         {"tokens_sha256": source.identity},
@@ -345,21 +321,31 @@ def with_encoders(entry: dict[str, Any], encoders: Encoders | None) -> list[dict
 
 
 def _as_measured(
-    config: ManySaesConfig, entry: dict[str, Any], weight_bytes: int, device: str, encoders: Encoders | None = None
+    config: ManySaesConfig,
+    entry: dict[str, Any],
+    sae: SaeDescription,
+    scale: float | None,
+    device: str,
+    checks: RunChecks,
+    encoders: Encoders | None = None,
 ) -> MeasuredSae:
     make = encoders[entry["variant"]] if encoders else as_encoder
 
     def load() -> Encoder:
-        return make(load_spec(entry["folder"], device=device, dtype=config.sae_dtype))
+        loaded = load_sae(sae.spec, device=device, dtype=config.sae_dtype, activation_scale=scale)
+        encode = make(loaded)
+        own = None if encoders else encode
+        checks.see(entry.get("sae", entry["name"]), entry["hook"], loaded, own, sae.expected_l0)
+        return encode
 
-    return MeasuredSae(entry["name"], entry["hook"], entry["d_sae"], load, weight_bytes)
+    return MeasuredSae(entry["name"], entry["hook"], entry["d_sae"], load, sae.weight_bytes)
 
 
 def _vocabulary(source: Source) -> int:
     """One more than the largest token id, from the tokens themselves."""
     store = getattr(source, "store", None)
     if isinstance(store, ContextStore):
-        return 1 + store.largest_token
+        return 1 + store.token_range[1]
     return 1 + max(int(source.read([number]).tokens.max()) for number in range(source.n_contexts))
 
 
@@ -371,21 +357,28 @@ def token_counts(sites: dict[str, SiteMeasurement]) -> dict[str, float]:
         "tokens/norm_fit": first.n_norm_fit,
         "tokens/held_out": first.n_held_out,
         "tokens/dropped_first_positions": first.left_out_by_position,
+        "tokens/left_out_special": first.left_out_by_token,
         "tokens/left_out_high_norm": first.left_out_by_norm,
         "tokens/median_norm": first.typical_norm,
     }
 
 
-def _notes(found: _Resolved, settings: MeasureSettings, source: Source, sites: dict[str, SiteMeasurement]) -> list[str]:
-    first = next(iter(sites.values()))
+def _notes(config: ManySaesConfig, found: _Resolved, source: Source, sites: dict[str, SiteMeasurement]) -> list[str]:
+    first, settings, own = next(iter(sites.values())), found.settings, found.usage
     total = source.n_contexts * source.context_length
-    processing = f"weights processed by TransformerLens ({', '.join(found.processing)})" if found.processing else ""
+    processing = f"; weights processed by TransformerLens ({', '.join(own.processing)})" if own.processing else ""
+    special = f"{first.left_out_by_token} for being special, " if settings.excluded_tokens else ""
+    if config.cache or config.tokenised:
+        front = "BOS as they were stored"
+    else:
+        front = bos_note(load_tokenizer(found.model), own.bos)
     notes = [
-        f"{first.left_out_by_position} of {total} tokens are left out by position, {first.left_out_by_norm} by norm "
-        f"(above {settings.max_norm_ratio:g} medians of the first contexts).",
-        f"Contexts of {source.context_length} tokens, {'with' if found.bos else 'without'} BOS, split by {settings.split}; "
-        f"{settings.passes} reading{'s' if settings.passes > 1 else ''} of every token"
-        f"{'; ' + processing if processing else ''}.",
+        f"{first.left_out_by_position} of {total} tokens are left out by position, {special}{first.left_out_by_norm} by "
+        f"norm (above {settings.max_norm_ratio:g} medians of the first contexts).",
+        f"Contexts of {source.context_length} tokens, {front}, split by {settings.split}; "
+        f"{settings.passes} reading{'s' if settings.passes > 1 else ''} of every token{processing}.",
+        *own.notes,
+        *rank_notes(sites),
     ]
     widest = max(source.widths[hook] for hook in sites)
     if first.n_fit < 20 * widest:
@@ -393,6 +386,16 @@ def _notes(found: _Resolved, settings: MeasureSettings, source: Source, sites: d
             f"b* has {widest} inputs and {first.n_fit} tokens to fit them: expect overfitting (see r2_vec_train)."
         )
     return notes
+
+
+def rank_notes(sites: Mapping[str, SiteMeasurement]) -> list[str]:
+    """Sites whose activations do not span their width: b* is not unique there, and its share cannot grow with it."""
+    ranks = {hook: next(iter(site.maps.values())) for hook, site in sites.items()}
+    return [
+        f"{hook}: the activations span {b_star.rank} of {len(b_star.weight)} dimensions on the fit tokens."
+        for hook, b_star in ranks.items()
+        if b_star.rank < len(b_star.weight)
+    ]
 
 
 def excerpt(found: Measured) -> dict[str, Any]:

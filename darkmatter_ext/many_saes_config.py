@@ -10,26 +10,24 @@ import torch
 
 from darkmatter_ext.hook_points import parse_hook_point
 from darkmatter_ext.measurement import MeasureSettings
+from darkmatter_ext.metadata import InputFlags
 from darkmatter_ext.presets import SAE_SETS
 
 DTYPES = ("float32", "bfloat16", "float16")
-BACKENDS = ("auto", "huggingface", "transformer-lens")
 
 
 @dataclass(frozen=True)
-class ManySaesConfig:
+class ManySaesConfig(InputFlags):
     """Measure many SAEs in one pass over the tokens; nothing is stored but sums and a table of held-out tokens."""
 
     sae: tuple[str, ...] = ()
-    """SAEs: folders in SAELens' format, or RELEASE:ID of SAELens' list (or a repository a release is from)"""
+    """SAEs: folders (SAELens, sparsify or dictionary_learning), or RELEASE:ID of SAELens' list (or a repository of one)"""
     predictor: tuple[str, ...] = ()
     """SAEs of other sites (as --sae) whose outputs join x as predictors of the errors, as in the earlier-layer test"""
     model: str = ""
     """the embedded model, a local folder, or a Hugging Face id; default: as the SAEs' metadata says"""
     hook: str = ""
     """site of all SAEs, as TransformerLens names it; default: each SAE's own"""
-    backend: str = "auto"
-    """huggingface, transformer-lens, or auto: transformer-lens if the SAEs ask for processed weights"""
     cache: tuple[str, ...] = ()
     """read activations from here instead of a model: caches of this package (one a hook), or a SAELens dataset"""
     text: str = ""
@@ -44,10 +42,6 @@ class ManySaesConfig:
     """take at most so many contexts of a document; 0: all"""
     tokens: int = 200_000
     """tokens to measure on, first positions included (of a --cache: at most)"""
-    context_length: int = 0
-    """tokens a context, BOS included; 0: as the SAEs' metadata says (the shortest), else 256"""
-    bos: str = "auto"
-    """start every context with BOS: yes, no, or auto: as the SAEs' metadata says"""
     drop_positions: int = 8
     """leave out the first positions of each context"""
     max_norm_ratio: float = 10.0
@@ -103,12 +97,12 @@ class ManySaesConfig:
     def __post_init__(self) -> None:
         if self.hook:
             parse_hook_point(self.hook)
-        choices = {"backend": BACKENDS, "dtype": DTYPES, "sae_dtype": DTYPES, "bos": ("auto", "yes", "no")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{_flag(name)}: must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self.check_inputs()
+        for name in ("dtype", "sae_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"{_flag(name)}: must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
         least = {"tokens": 2, "batch_tokens": 1, "forward_tokens": 1, "block_contexts": 1, "drop_positions": 0}
-        least |= dict.fromkeys(("context_length", "shuffle_buffer", "contexts_per_document", "table_contexts"), 0)
+        least |= dict.fromkeys(("shuffle_buffer", "contexts_per_document", "table_contexts"), 0)
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{_flag(name)}: must be at least {minimum}, got {getattr(self, name)}")
@@ -126,7 +120,7 @@ class ManySaesConfig:
         names = {own.name for own in dataclasses.fields(MeasureSettings)} & {
             own.name for own in dataclasses.fields(self)
         }
-        own = {name: getattr(self, name) for name in names if name != "token_means"}
+        own = {name: getattr(self, name) for name in names - {"token_means", "positions"}}
         return MeasureSettings(**own, sae_memory=self.sae_memory_gb * 1e9)
 
 

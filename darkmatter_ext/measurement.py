@@ -65,7 +65,8 @@ class MeasureSettings:
     fit_fraction: float = 0.6
     norm_fit_fraction: float = 0.5  # passes=1: share of the other tokens that the norm tests are fitted on
     drop_positions: int = 8
-    last_position: int = 0  # positions from here on are left out; 0: none
+    positions: tuple[int | None, ...] = ()  # of a context to measure, as arguments of slice; (): all
+    excluded_tokens: tuple[int, ...] = ()  # ids that are not measured
     max_norm_ratio: float = 10.0
     interval_groups: int = 10  # of held-out contexts; 1: no intervals
     # released-code: no bias in regressions on x, the norm tests' b* fitted on held-out tokens too, FVU on all tokens
@@ -133,6 +134,7 @@ class SiteMeasurement:
     latents: dict[str, LatentSums]  # SAE -> firing of each latent on the fit and held-out tokens
     per_token: Path  # folder of the table of held-out tokens
     left_out_by_position: int
+    left_out_by_token: int
     left_out_by_norm: int
     typical_norm: float  # median of the first contexts
     released: bool  # the released code's choices, see MeasureSettings.parity

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from darkmatter_ext.checkpoint import CheckpointFolder
 from darkmatter_ext.distributed import Processes
-from darkmatter_ext.error import NORM_TARGETS, norm_targets, sae_error
+from darkmatter_ext.error import NORM_TARGETS, norm_targets, sae_error, varies
 from darkmatter_ext.measurement import (
     NORM_FIT,
     SAE_SCALARS,
@@ -36,7 +36,7 @@ from darkmatter_ext.moments import LatentSums, LinearSums, Reduce, TokenSums, as
 from darkmatter_ext.per_token import TokenTable
 from darkmatter_ext.regression import LinearMap
 from darkmatter_ext.sae import Encoded, Encoder
-from darkmatter_ext.selection import FIT, HELD_OUT, UNUSED
+from darkmatter_ext.selection import FIT, HELD_OUT, UNUSED, kept_positions
 from darkmatter_ext.sources import ContextBatch, Source
 from darkmatter_ext.sweeps import Sweep, context_groups, context_roles, sweeps
 
@@ -92,7 +92,7 @@ class _SiteSums:
     token_means: dict[int, TokenSums]
     latents: dict[str, LatentSums]
     extra: Tensor  # [S, 3] held-out: sum of ||e||^2 / ||x||^2, tokens with ||x|| = 0, sum of L0
-    left_out: Tensor  # [2] tokens left out by position, by norm
+    left_out: Tensor  # [3] tokens left out by position, for what they are, by norm
 
     def tensors(self) -> dict[str, Tensor]:
         """All sums by name, not copied."""
@@ -200,16 +200,12 @@ class _Engine:
     def _site(
         self, pilot: ContextBatch, hook: str, saes: tuple[MeasuredSae, ...], predictors: tuple[Predictor, ...]
     ) -> _SiteSums:
-        kept = self._kept_positions(pilot)
         norms = pilot.activations[hook].float().norm(dim=-1).cpu()
-        typical = norms[:, kept].median().item() if bool(kept.any()) else 0.0
-        usable = kept.expand_as(norms) & self._usual(norms, typical)
+        kept = self._kept_positions(pilot).expand_as(norms) & ~self._excluded(pilot)
+        typical = norms[kept].median().item() if bool(kept.any()) else 0.0
+        usable = kept & self._usual(norms, typical)
         if not bool(usable.any()):
-            settings = self.settings
-            raise ValueError(
-                "--drop-positions, --max-norm-ratio: must leave tokens to measure, got "
-                f"{settings.drop_positions} of contexts of {kept.numel()} and {settings.max_norm_ratio:g}"
-            )
+            raise ValueError(self._nothing_left(norms.shape[1]))
         x = {name: _rows(pilot.activations[name], usable, self.device) for name in self._read_hooks(hook, predictors)}
         outputs = [self._outputs(predictor, x) for predictor in predictors]
         shift = torch.cat([x[hook], *outputs], dim=1).double().mean(0)
@@ -247,7 +243,7 @@ class _Engine:
         }
         latents = {sae.name: LatentSums.empty(sae.d_sae, self.device) for sae in saes}
         extra = torch.zeros(len(saes), 3, dtype=torch.float64, device=self.device)
-        left_out = torch.zeros(2, dtype=torch.float64)
+        left_out = torch.zeros(3, dtype=torch.float64)
         return _SiteSums(
             hook,
             saes,
@@ -264,17 +260,30 @@ class _Engine:
             left_out,
         )
 
+    def _nothing_left(self, length: int) -> str:
+        settings = self.settings
+        cut = f" within {slice(*settings.positions)}" if settings.positions else ""
+        special = f" and {len(settings.excluded_tokens)} special tokens" if settings.excluded_tokens else ""
+        return (
+            "--drop-positions, --max-norm-ratio: must leave tokens to measure, got "
+            f"{settings.drop_positions} of contexts of {length}{cut} and {settings.max_norm_ratio:g}{special}"
+        )
+
     def _read_hooks(self, hook: str, predictors: Sequence[Predictor]) -> list[str]:
         return list(dict.fromkeys([hook, *(predictor.sae.hook for predictor in predictors)]))
 
     def _kept_positions(self, batch: ContextBatch) -> Tensor:
         """[L] bool: positions that are measured."""
         length = batch.tokens.shape[1]
-        positions = torch.arange(length)
-        last = self.settings.last_position or length
+        kept = torch.zeros(length, dtype=torch.bool)
+        kept[kept_positions(length, positions=self.settings.positions, first=self.settings.drop_positions)] = True
         if batch.loss is not None or self.settings.parity == "released-code":
-            last = min(last, length - 1)  # the last token has no next one to predict; the released code never keeps it
-        return (positions >= self.settings.drop_positions) & (positions < last)
+            kept[-1] = False  # the last token has no next one to predict; the released code never keeps it
+        return kept
+
+    def _excluded(self, batch: ContextBatch) -> Tensor:
+        """[c, L] bool: tokens that are left out for what they are."""
+        return torch.isin(batch.tokens, torch.tensor(self.settings.excluded_tokens, dtype=batch.tokens.dtype))
 
     def _usual(self, norms: Tensor, typical: float) -> Tensor:
         ratio = self.settings.max_norm_ratio
@@ -348,11 +357,11 @@ class _Engine:
     def _pieces(self, batch: ContextBatch, site: _SiteSums, sweep: Sweep) -> Iterator[_Piece]:
         """The measured tokens of a block at a site, by role."""
         own = batch.activations[site.hook]
-        positions_kept = self._kept_positions(batch).expand(own.shape[:2])
-        usual = self._usual(own.float().norm(dim=-1).cpu(), site.typical_norm)
+        in_place = self._kept_positions(batch).expand(own.shape[:2])
+        kept = in_place & ~self._excluded(batch)
+        used = kept & self._usual(own.float().norm(dim=-1).cpu(), site.typical_norm)
         if sweep.counted:
-            site.left_out += torch.tensor([(~positions_kept).sum(), (positions_kept & ~usual).sum()])
-        used = positions_kept & usual
+            site.left_out += torch.tensor([(~in_place).sum(), (in_place & ~kept).sum(), (kept & ~used).sum()])
         numbers = torch.tensor(batch.numbers)
         if self.settings.split == "tokens":
             roles = torch.stack([self._token_roles(number, own.shape[1]) for number in batch.numbers])
@@ -452,6 +461,9 @@ class _Engine:
         """b* of every SAE from the fit tokens of all processes; one SAE's sums are copied at a time."""
         maps, released = {}, self.settings.parity == "released-code"
         parts = [site.linear[FIT], *(site.groups if released else ())]
+        x = site.linear[FIT].reduced(self.processes.sum, targets=[]).statistics(["x"], ["x"])
+        if not varies(x.moment_yy.sum().item(), x.mean_x, x.count):
+            raise ValueError(f"activations: must vary over the fit tokens, got a constant at {site.hook}")
         for sae in site.saes:
             name = f"error/{sae.name}"
             total = LinearSums.merged(
@@ -484,7 +496,8 @@ class _Engine:
             latents={name: sums.reduced(reduce) for name, sums in site.latents.items()},
             per_token=self.tables[site.hook].folder,
             left_out_by_position=int(left_out[0]),
-            left_out_by_norm=int(left_out[1]),
+            left_out_by_token=int(left_out[1]),
+            left_out_by_norm=int(left_out[2]),
             typical_norm=site.typical_norm,
             released=self.settings.parity == "released-code",
             _linear={role: sums.reduced(reduce) for role, sums in site.linear.items()}

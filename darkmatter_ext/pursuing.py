@@ -13,6 +13,7 @@ from torch import Tensor
 
 from darkmatter_ext.batched_pursuit import METHODS, prepare_dictionary, pursuit, refit
 from darkmatter_ext.drop_in import accelerate
+from darkmatter_ext.encoders import for_flat_activations
 from darkmatter_ext.ops import sparse_decode
 from darkmatter_ext.sae import Encoded, Encoder
 from darkmatter_ext.sparse import SparseActs
@@ -27,7 +28,7 @@ def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encoder:
     """Pursuit over W_dec from zero, with as many steps at each token as the SAE has active latents there.
 
     Args:
-        sae: accelerated in place.
+        sae: left as it is; a twin on its weights is accelerated.
         method: of METHODS; orthogonal is the non-negative form.
 
     Raises ValueError for another method, or an SAE with maps that pursuit knows nothing of. Cost: see
@@ -35,6 +36,7 @@ def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encoder:
     """
     if method not in METHODS:
         raise ValueError(f"--method: must be one of {', '.join(METHODS)}, got {method!r}")
+    sae = for_flat_activations(sae)
     dictionary, bias = _dictionary(sae)
 
     def choose(x: Tensor, acts: SparseActs) -> SparseActs:
@@ -46,6 +48,7 @@ def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encoder:
 
 def refit_encoder(sae: SAE) -> Encoder:
     """The SAE's own choice of latents with least-squares values (not below zero). Raises as `pursuit_encoder`."""
+    sae = for_flat_activations(sae)
     dictionary, bias = _dictionary(sae)
     return _encoder(sae, dictionary.rows, lambda x, acts: refit(x, acts, dictionary, bias=bias))
 

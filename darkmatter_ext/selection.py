@@ -7,7 +7,7 @@ the result says how many each rule took and what it would have meant to keep the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,13 @@ from darkmatter_ext.decomposition import TokenBatch
 from darkmatter_ext.regression import train_mask
 
 UNUSED, SAE_TRAINING, FIT, HELD_OUT = range(4)  # roles of a token
+Positions = tuple[int | None, ...]  # arguments of slice; () stands for all positions
+
+
+def kept_positions(length: int, *, positions: Positions = (), first: int = 0) -> list[int]:
+    """The positions of a context that a slice keeps, ascending, those below `first` left out."""
+    chosen = sorted(range(length)[slice(*positions)]) if positions else range(length)
+    return [position for position in chosen if position >= first]
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,8 @@ class TokenSelection:
     """The role of each token of a cache, with the counts a result reports."""
 
     roles: Tensor  # [C, L] uint8
-    dropped_positions: int  # tokens at positions below drop_positions
+    dropped_positions: int  # tokens left out by position
+    special_tokens: int  # tokens left out for what they are, of the others
     high_norm_tokens: int  # tokens left out by the norm rule
     high_norm_share: float  # their share of the sum of squared norms, of the tokens that passed the position rule
     median_norm: float  # of the tokens that passed the position rule
@@ -42,6 +50,7 @@ class TokenSelection:
             "tokens/fit": self.count(FIT),
             "tokens/held_out": self.count(HELD_OUT),
             "tokens/dropped_first_positions": self.dropped_positions,
+            "tokens/left_out_special": self.special_tokens,
             "tokens/left_out_high_norm": self.high_norm_tokens,
             "tokens/high_norm_share_of_energy": self.high_norm_share,
             "tokens/median_norm": self.median_norm,
@@ -58,6 +67,8 @@ def select_tokens(
     fit_fraction: float,
     split: str,
     seed: int,
+    positions: Positions = (),
+    excluded_tokens: Sequence[int] = (),
 ) -> TokenSelection:
     """Assign every token a role.
 
@@ -68,6 +79,8 @@ def select_tokens(
         fit_fraction: share of the measured tokens (or contexts, documents) that b* is fitted on.
         split: what is never divided between fit and held-out: "documents", "contexts" or "tokens" (the paper).
         seed: of both random splits.
+        positions: leave out all positions but those of this slice.
+        excluded_tokens: leave out tokens with these ids.
 
     The SAE's training text is kept apart from the measured text by document for split="documents", else by context.
 
@@ -81,8 +94,11 @@ def select_tokens(
         raise ValueError(
             f"--drop-positions: must be from 0 to {length - 1} (context length {length}), got {drop_positions}"
         )
-    usable = torch.arange(length).expand(n_contexts, length) >= drop_positions
-    median = norms[usable].median().item()
+    in_place = torch.zeros(length, dtype=torch.bool)
+    in_place[kept_positions(length, positions=positions, first=drop_positions)] = True
+    excluded = torch.isin(cache.column("tokens"), torch.tensor(excluded_tokens, dtype=torch.int64))
+    usable = in_place & ~excluded
+    median = norms[usable].median().item() if bool(usable.any()) else 0.0
     high = usable & (norms > max_norm_ratio * median) if max_norm_ratio > 0 else torch.zeros_like(usable)
     energy = norms.double().square()
     roles = torch.full((n_contexts, length), UNUSED, dtype=torch.uint8)
@@ -106,7 +122,8 @@ def select_tokens(
             )
     return TokenSelection(
         roles=roles,
-        dropped_positions=int((~usable).sum()),
+        dropped_positions=n_contexts * int((~in_place).sum()),
+        special_tokens=int((in_place & excluded).sum()),
         high_norm_tokens=int(high.sum()),
         high_norm_share=(energy[high].sum() / energy[usable].sum()).item(),
         median_norm=median,

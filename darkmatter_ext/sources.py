@@ -28,29 +28,23 @@ from torch import Tensor
 
 from darkmatter_ext.activations import (
     CONTEXTS_PER_FORWARD,
+    WEIGHT_PROCESSING,
     ActivationCache,
+    Forward,
     check_finite,
+    load_lens,
     load_model,
-    model_location,
     site_activations,
 )
 from darkmatter_ext.contexts import ContextStore
 from darkmatter_ext.hook_points import capture, parse_hook_point
+from darkmatter_ext.inputs import told
 from darkmatter_ext.storage import atomic_file, cache_dir, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORWARD_TOKENS = 4096  # through the model at a time: bounds the memory of attention and logits
-
-# Options of TransformerLens that change activations; SAELens keeps them in `model_from_pretrained_kwargs`.
-WEIGHT_PROCESSING = (
-    "fold_ln",
-    "center_writing_weights",
-    "center_unembed",
-    "fold_value_biases",
-    "refactor_factored_attn_matrices",
-)
 
 
 class ContextBatch(NamedTuple):
@@ -196,12 +190,9 @@ def asked_processing(model_from_pretrained_kwargs: Mapping[str, Any] | None) -> 
 
 @dataclass
 class LensSource(_StoredContexts):
-    """TransformerLens on stored contexts, weights processed as asked (see `asked_processing`).
+    """TransformerLens on stored contexts, weights processed as asked (see `asked_processing`)."""
 
-    Uses TransformerLens' bridge, which has HookedTransformer's names, values and processing, and also loads local folders.
-    """
-
-    bridge: Any
+    forward: Forward
 
     @classmethod
     def load(
@@ -215,34 +206,11 @@ class LensSource(_StoredContexts):
         dtype: torch.dtype = torch.float32,
     ) -> LensSource:
         """Raises ValueError when TransformerLens cannot load the model, or it has no such hook point."""
-        from transformer_lens.model_bridge import TransformerBridge
+        return cls(tuple(hooks), store, load_lens(model, hooks, processing=processing, device=device, dtype=dtype))
 
-        try:
-            bridge = TransformerBridge.boot_transformers(model_location(model), device=device, dtype=dtype)
-            options: dict[str, Any] = {option: processing.get(option, False) for option in WEIGHT_PROCESSING}
-            bridge.enable_compatibility_mode(disable_warnings=True, no_processing=not processing, **options)
-        except Exception as error:  # transformers, the hub and TransformerLens each raise their own kinds
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"--model: must be a model TransformerLens can load (the SAE asks for {', '.join(processing) or 'it'}), "
-                f"got {model!r} ({reason})"
-            ) from None
-        missing = [hook for hook in hooks if hook not in bridge.hook_dict]
-        if missing:
-            raise ValueError(f"--hook: must be a hook point of {model} in TransformerLens, got {missing[0]!r}")
-        return cls(tuple(hooks), store, bridge)
-
-    @torch.inference_mode()
     def read(self, numbers: Sequence[int]) -> ContextBatch:
         tokens = self.store.tokens(numbers)
-        depth = 1 + max(parse_hook_point(hook).layer for hook in self.hooks)
-        names = list(self.hooks)
-        _, cache = self.bridge.run_with_cache(
-            tokens.to(self.bridge.cfg.device), names_filter=names, stop_at_layer=depth, return_type=None
-        )
-        found = {hook: cache[hook].flatten(start_dim=2) for hook in self.hooks}  # heads flattened, as elsewhere
-        check_finite(found)
-        return ContextBatch(list(numbers), tokens, found)
+        return ContextBatch(list(numbers), tokens, self.forward(tokens))
 
 
 class _Shard(NamedTuple):
@@ -266,8 +234,7 @@ class CacheSource:
                 cache = ActivationCache(folder, json.loads((folder / "meta.json").read_text()))
                 caches[cache.meta["hook"]] = cache
             except (OSError, ValueError, KeyError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"--cache: must be a folder of activations, got {folder} ({reason})") from None
+                raise ValueError(f"--cache: must be a folder of activations, got {folder} ({told(error)})") from None
         if len({cache.meta["tokens_sha256"] for cache in caches.values()}) > 1:
             raise ValueError(
                 f"--cache: must be of the same tokens, got different ones in {', '.join(map(str, folders))}"
@@ -370,9 +337,8 @@ class DatasetSource:
             self._hooks = [name for name in self._dataset.column_names if name != "token_ids"]
             shapes = {hook: self._dataset[0][hook].shape for hook in self._hooks}
         except Exception as error:  # datasets, arrow and the file system each raise their own kinds
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"--cache: must be a SAELens dataset of activations, got {self.folder} ({reason})"
+                f"--cache: must be a SAELens dataset of activations, got {self.folder} ({told(error)})"
             ) from None
         self.context_length: int = next(iter(shapes.values()))[0]
         self.widths: dict[str, int] = {hook: shape[-1] for hook, shape in shapes.items()}

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from darkmatter_ext.inputs import told
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -142,8 +144,7 @@ def dataset_documents(
         rows = load_dataset(name, split=split, streaming=True)
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else rows
     except Exception as error:  # datasets raises many kinds: hub, network, file and format errors
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--dataset: must be a dataset that can be loaded, got {name!r} ({reason})") from None
+        raise ValueError(f"--dataset: must be a dataset that can be loaded, got {name!r} ({told(error)})") from None
     for number, row in enumerate(rows):
         if column not in row:
             raise ValueError(f"--dataset: {name!r} must have a column {column!r}, got {sorted(row)}")
@@ -164,6 +165,32 @@ def documents(*, text: str = "", dataset: str = "", shuffle_buffer: int = 0, see
     return installed_documents()
 
 
+def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token in front of a context: BOS, or EOS where the tokenizer has no BOS, as TransformerLens and SAELens do."""
+    found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return None if found is None else int(found)  # pyright: ignore[reportArgumentType]
+
+
+def bos_note(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool) -> str:
+    """What stands in front of every context, in words."""
+    if not prepend_bos:
+        return "without BOS"
+    if tokenizer.bos_token_id is not None:
+        return "with BOS"
+    found = "without BOS (the tokenizer has neither BOS nor EOS)"
+    return found if bos_id(tokenizer) is None else "with EOS in front (the tokenizer has no BOS)"
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of BOS, EOS, PAD, SEP and decoder start, ascending: what SAELens leaves out for `exclude_special_tokens`.
+
+    Tokens of chat templates have no such role and stay.
+    """
+    roles = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
+    ids = (getattr(tokenizer, role, None) for role in roles)
+    return tuple(sorted({int(token) for token in ids if token is not None}))
+
+
 def context_rows(
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[Document],
@@ -177,12 +204,13 @@ def context_rows(
     A context never crosses documents; what is left at the end of a document is dropped, never padded.
 
     Args:
-        prepend_bos: start every context with the tokenizer's BOS token, if it has one.
+        prepend_bos: start every context with BOS, see `bos_id`.
         per_document: take at most so many contexts of a document; 0: all.
 
     Raises ValueError when a context has no room for a token beside BOS.
     """
-    bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
+    first = bos_id(tokenizer) if prepend_bos else None
+    bos = [] if first is None else [first]
     body = context_length - len(bos)
     if body < 1:
         raise ValueError(f"--context-length: must be at least {len(bos) + 1}, got {context_length}")

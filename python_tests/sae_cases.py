@@ -6,9 +6,9 @@ from sae_lens.saes import transcoder
 
 from darkmatter_ext import drop_in
 
-drop_in.SMALL_DECODE = drop_in.SMALL_ENCODE = drop_in.SMALL_FORWARD = (
-    0  # these SAEs are all small, and it is the sparse decode that is tested
-)
+# These SAEs are all small, and it is the fast path that is tested.
+drop_in.SMALL_DECODE = drop_in.SMALL_ENCODE = drop_in.SMALL_FORWARD = 0
+
 D_IN, D_SAE, D_OUT, K = 64, 512, 48, 8
 SAES = ("topk", "jumprelu", "standard", "gated")
 TRANSCODERS = {

@@ -70,7 +70,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["nowhere"], "must be a folder"),
-        (["nowhere", "--sae-id", "x"], "must be a folder or a release"),
+        (["nowhere", "--sae-id", "x"], "must be an SAE that can be loaded, got nowhere:x (Release nowhere not found"),
         (["{sae}", "--tokens", "0"], "--tokens: must be at least 1, got 0"),
         (["{sae}", "--activations", "{sae}/cfg.json"], "--activations: must be a .safetensors, .npy or .pt tensor"),
         (["{sae}", "--activations", "{wrong}"], f"--activations: must be floating point of shape [..., {D_IN}]"),

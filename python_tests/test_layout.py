@@ -20,10 +20,11 @@ LEVELS = {
     "embedded": 3, "text": 3, "error": 3, "regression": 3, "intervals": 3, "power_law": 4, "nulls": 3,
     "activations": 4, "decomposition": 4, "architectures": 5.2, "drop_in_state": 5.4, "drop_in": 6,
     "selection": 5, "sae": 7, "training": 5, "results": 5, "interpretability": 5, "splicing": 6, "judges": 6,
-    "site": 8, "check_sae": 8, "controls": 8, "pursuing": 8, "experiments": 9,
+    "site": 8.3, "check_sae": 8.3, "controls": 8, "pursuing": 8, "experiments": 9,
     "figures": 10, "report": 11, "cli": 12, "__main__": 13, "__init__": 13,
     "hook_points": 3, "checkpoint": 1, "distributed": 0, "per_token": 1, "presets": 0, "cost_plan": 3, "contexts": 4,
     "moments": 4, "sources": 5, "measurement": 8,
+    "inputs": 0, "encoders": 1, "formats": 2, "loading": 3, "metadata": 6, "sanity": 8.05,
     "sweeps": 8.1, "one_pass": 8.2, "many_saes_config": 8.3, "many_saes": 8.5, "family": 8.7,
 }  # fmt: skip
 ALLOWED = {(package, package) for package in ("experiments", "figures", "report")}

@@ -14,12 +14,12 @@ from test_activations import WORDS, _small_model, _word_tokenizer
 from darkmatter_ext import cli, many_saes, many_saes_config, presets
 from darkmatter_ext.cost_plan import PlannedSae, cost, duration, known_model
 from darkmatter_ext.experiments import decomposition
+from darkmatter_ext.loading import describe_sae
 from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.moments import LinearSums
 from darkmatter_ext.per_token import read_tokens
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import load_result
-from darkmatter_ext.sae import describe_sae
 
 HOOK = "blocks.1.hook_resid_post"
 

@@ -24,7 +24,7 @@ from darkmatter_ext.regression import LinearMap
 from darkmatter_ext.results import Result, provenance
 from darkmatter_ext.sae import as_reconstruct
 from darkmatter_ext.selection import FIT, HeldOutContexts, MeasuredBatches, check_whole_contexts, mean_activation
-from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
+from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, refuse_processing, site_notes, site_plan
 from darkmatter_ext.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
 
 if TYPE_CHECKING:
@@ -167,6 +167,7 @@ def run(config: DownstreamConfig, stages: Stages) -> Result:
     Raises ValueError for bad settings, an SAE of another site, stored activations that are not the model's, fewer
     held-out contexts than asked for; RuntimeError for a damaged cache.
     """
+    refuse_processing(config)
     cache, selection, saes = prepared_site(config, stages)
     contexts = HeldOutContexts.sample(cache, selection.roles, config.contexts, seed=config.seed)
     reconstruct = {name: as_reconstruct(sae) for name, (sae, _) in saes.items()}
@@ -194,7 +195,7 @@ def run(config: DownstreamConfig, stages: Stages) -> Result:
         series={"saes": listed_saes(saes), "settings": SETTINGS, "controls": CONTROLS},
         arrays=tokens.columns(),
         notes=[
-            *site_notes(config, cache, selection),
+            *site_notes(config, cache, selection, saes),
             f"Spliced at all held-out tokens of {len(contexts)} whole contexts at once; losses of {len(tokens.context)} "
             "tokens. Intervals: 95 %, contexts drawn again.",
         ],

@@ -23,13 +23,14 @@ from darkmatter_ext import family, many_saes, many_saes_config
 from darkmatter_ext.controls import random_directions
 from darkmatter_ext.family import AnyConfig, FamilyConfig, FamilySite, given_hooks, measured_family
 from darkmatter_ext.hook_points import parse_hook_point
+from darkmatter_ext.loading import describe_sae
 from darkmatter_ext.many_saes import Measured
 from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement import MeasuredSae, SiteMeasurement
 from darkmatter_ext.nulls import other_tokens
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result
-from darkmatter_ext.sae import Encoded, Encoder, as_encoder, load_sae
+from darkmatter_ext.sae import Encoded, Encoder, as_encoder
 
 PARTS = ("error", "linear", "nonlinear")
 OWN, PREVIOUS = "res", "previous res"
@@ -113,15 +114,13 @@ def shuffled(name: str, sae: MeasuredSae, *, seed: int) -> MeasuredSae:
     return MeasuredSae(name, sae.hook, sae.d_sae, load, sae.weight_bytes)
 
 
-def _of_site(name: str, hook: str, device: str, folder: str = "") -> Maker:
+def _of_site(name: str, hook: str, folder: str = "") -> Maker:
     """The SAE of a folder, or the widest at a site, as a predictor."""
 
     def make(sites: dict[str, FamilySite]) -> MeasuredSae:
-        chosen, d_sae = Path(folder), 0
-        for sae, own in sites[hook].saes.values():
-            if own == chosen or (not folder and sae.cfg.d_sae > d_sae):
-                chosen, d_sae = own, sae.cfg.d_sae
-        return MeasuredSae(name, hook, d_sae, lambda: as_encoder(load_sae(chosen, device=device)))
+        saes = [sae for sae, own in sites[hook].saes.values() if not folder or own == Path(folder)]
+        widest = max(saes, key=lambda sae: sae.cfg.d_sae)
+        return MeasuredSae(name, hook, widest.cfg.d_sae, lambda: as_encoder(widest))
 
     return make
 
@@ -145,7 +144,7 @@ def _makers(config: EarlierLayersConfig) -> tuple[str, dict[str, str], dict[str,
         if len(own) > 1:
             raise ValueError(f"--sae: must be of one site, got {own[0]} and {own[1]}")
         given = given_hooks(dataclasses.replace(config, sae=config.predictor))
-        if silent := next((own for own in config.predictor if not load_sae(own).cfg.metadata.hook_name), None):
+        if silent := next((own for own in config.predictor if not describe_sae(own).metadata.get("hook_name")), None):
             raise ValueError(f"--predictor: must name its hook_name in its metadata, got {silent}")
         if own[0] in given:
             raise ValueError(f"--predictor: must be of another site than --sae ({own[0]}), got {given[own[0]][0]}")
@@ -157,7 +156,7 @@ def _makers(config: EarlierLayersConfig) -> tuple[str, dict[str, str], dict[str,
         named = {OWN: (own[0], ""), **named}
     else:
         named = {name: (hook, "") for name, hook in related_hooks(config.hook).items()}
-    makers = {name: _of_site(name, hook, config.device, folder) for name, (hook, folder) in named.items()}
+    makers = {name: _of_site(name, hook, folder) for name, (hook, folder) in named.items()}
     first = list(named)[1]
     makers["shuffled"] = lambda sites: shuffled("shuffled", makers[first](sites), seed=config.seed)
     makers["random"] = _random_at(named[first][0], config)

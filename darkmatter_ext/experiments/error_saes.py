@@ -25,10 +25,11 @@ from darkmatter_ext.error import sae_error
 from darkmatter_ext.interpretability import DetectionSettings, Judge, WordListJudge, accuracy_by_decile, score_latents
 from darkmatter_ext.intervals import seed_interval
 from darkmatter_ext.judges import EndpointJudge, LocalJudge
+from darkmatter_ext.loading import load_sae
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.regression import LinearMap, LinearStatistics
 from darkmatter_ext.results import Result, provenance
-from darkmatter_ext.sae import as_reconstruct, load_sae
+from darkmatter_ext.sae import as_reconstruct
 from darkmatter_ext.selection import HELD_OUT, MeasuredBatches, TokenSelection
 from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
 from darkmatter_ext.sparse import SparseActs
@@ -329,7 +330,7 @@ def run(config: ErrorSaesConfig, stages: Stages) -> Result:
             numbers |= {f"{name}/detection_accuracy{end}": mean[key] for end, key in ends.items()}
     asked = {"offline": "token lists", "local": config.scorer_model or config.model}
     notes = [
-        *site_notes(config, cache, selection),
+        *site_notes(config, cache, selection, saes),
         f"FVU, L0 and dead latents (silent on all {len(held_out.linear)} held-out tokens): intervals 95 %, Student's t over "
         f"{config.training_seeds} training seeds. Detection: SAEs of the first seed, intervals 95 %, latents drawn again; "
         f"judge: {asked.get(config.scorer, f'{config.scorer_model} at {config.endpoint}')}.",

@@ -21,10 +21,10 @@ from torch import Tensor
 from darkmatter_ext import family, many_saes_config
 from darkmatter_ext.family import AnyConfig, FamilyConfig
 from darkmatter_ext.intervals import LEVEL, RESAMPLES, Interval
+from darkmatter_ext.loading import load_sae
 from darkmatter_ext.many_saes_config import ManySaesConfig
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.results import Result
-from darkmatter_ext.sae import load_spec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,7 +151,7 @@ def decoder_rows(spec: str, d: int, *, dtype: str = "float32") -> tuple[Tensor, 
 
     Raises ValueError when it cannot be loaded or has no decoder rows of the site's width.
     """
-    sae: Any = load_spec(spec, dtype=dtype)
+    sae: Any = load_sae(spec, dtype=dtype)
     w_dec = getattr(sae, "W_dec", None)
     shape = None if w_dec is None else list(w_dec.shape)
     if w_dec is None or w_dec.ndim != 2 or w_dec.shape[1] != d:

@@ -19,17 +19,21 @@ from torch import Tensor
 
 from darkmatter_ext.activations import load_tokenizer
 from darkmatter_ext.decomposition import Reconstruct, TokenBatch
+from darkmatter_ext.hook_points import translated_hook
 from darkmatter_ext.intervals import Interval, bootstrap, group_sums
+from darkmatter_ext.loading import describe_sae
+from darkmatter_ext.metadata import narrowed, own_hook
 from darkmatter_ext.nulls import NULLS, NullModels
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.regression import LinearStatistics
 from darkmatter_ext.results import Result, provenance
-from darkmatter_ext.sae import as_reconstruct, load_sae
+from darkmatter_ext.sae import as_reconstruct
 from darkmatter_ext.selection import HeldOutContexts, MeasuredBatches, check_whole_contexts
 from darkmatter_ext.site import (
     SiteConfig,
     listed_saes,
     prepared_site,
+    refuse_processing,
     site_contexts,
     site_notes,
     site_plan,
@@ -69,8 +73,8 @@ def sites(config: PathologyConfig) -> list[PathologyConfig]:
     if config.sae:
         by_hook: dict[str, list[str]] = {}
         for folder in config.sae:
-            by_hook.setdefault(load_sae(folder).cfg.metadata.hook_name or config.hook, []).append(folder)
-        return [dataclasses.replace(config, hook=hook, sae=tuple(folders)) for hook, folders in by_hook.items()]
+            by_hook.setdefault(translated_hook(own_hook(describe_sae(folder))) or config.hook, []).append(folder)
+        return [dataclasses.replace(narrowed(config, folders), hook=hook) for hook, folders in by_hook.items()]
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in config.layers] or [config.hook]
     return [dataclasses.replace(config, hook=hook) for hook in hooks]
 
@@ -189,6 +193,7 @@ def run(config: PathologyConfig, stages: Stages) -> Result:
     Raises ValueError for bad settings, an SAE of another model, stored activations that are not the model's, fewer
     held-out contexts than asked for; RuntimeError for a damaged cache.
     """
+    refuse_processing(config)
     numbers: dict[str, float] = {}
     listed, arrays, gaps, notes = [], {}, {}, []
     tokenizer, hashes = load_tokenizer(config.model), {}
@@ -214,7 +219,7 @@ def run(config: PathologyConfig, stages: Stages) -> Result:
             arrays |= {f"{name}/{key}": column for key, column in tokens.columns().items()}
             gaps[name] = gap_tables(tokens, text, lambda i: str(tokenizer.decode([i])), seed=config.seed)
             numbers[f"{name}/spliced_tokens"] = len(tokens.context)
-        notes += [f"Block {layer}: {note}" for note in site_notes(site, cache, selection)]
+        notes += [f"Block {layer}: {note}" for note in site_notes(site, cache, selection, saes)]
         hashes[site.hook] = cache.meta["text_sha256"]
     notes.append(
         f"Spliced at all held-out tokens of {config.contexts} whole contexts at once. Intervals: 95 %, contexts drawn "

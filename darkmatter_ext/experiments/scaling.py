@@ -18,13 +18,15 @@ from darkmatter_ext import family, many_saes, many_saes_config
 from darkmatter_ext.controls import random_directions, shuffled_sae
 from darkmatter_ext.family import KS, WIDTHS, FamilyConfig, family_result
 from darkmatter_ext.intervals import Interval
+from darkmatter_ext.loading import describe_sae
 from darkmatter_ext.many_saes import Measured
 from darkmatter_ext.many_saes_config import ManySaesConfig
+from darkmatter_ext.metadata import narrowed
 from darkmatter_ext.power_law import MINIMUM_WIDTHS, PowerLaw, fit_power_law
 from darkmatter_ext.progress import Stages
 from darkmatter_ext.pursuing import pursuit_encoder
 from darkmatter_ext.results import Result
-from darkmatter_ext.sae import as_encoder, describe_sae
+from darkmatter_ext.sae import as_encoder
 
 L0_TOLERANCE = (
     1.3  # an SAE is at the L0 of the law if it is off by no more than this factor (the paper: 48 to 64 for 60)
@@ -141,7 +143,7 @@ def _restricted(config: AnyScalingConfig, saes: list[dict[str, Any]]) -> family.
     base = ManySaesConfig if isinstance(config, ManySaesConfig) else FamilyConfig
     plain = base(**{own.name: getattr(config, own.name) for own in dataclasses.fields(base)})
     if isinstance(plain, ManySaesConfig) or plain.sae:
-        return dataclasses.replace(plain, sae=tuple(sae["folder"] for sae in saes))
+        return narrowed(plain, [sae["folder"] for sae in saes])
     widths = tuple(sae["d_sae"] for sae in saes)
     return dataclasses.replace(plain, widths=widths, ks=(), k=_k(plain, config.l0))
 

@@ -248,7 +248,7 @@ def run(config: SyntheticConfig, stages: Stages) -> Result:
         numbers=numbers,
         series={"saes": listed_saes(saes), "grids": grids, "planted": PLANTED, "estimated": ESTIMATED},
         notes=[
-            *site_notes(config, cache, selection),
+            *site_notes(config, cache, selection, saes),
             f"Synthetic: {_token_plan(config)}. Levels are standard deviations; energies are in units of level 1. "
             "Intervals: 95 %, Student's t over draws of the noises.",
         ],
