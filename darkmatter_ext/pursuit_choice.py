@@ -1,13 +1,14 @@
 """The atom a step of pursuit takes: the argmax of float64 products, screened in the dictionary's dtype and certified.
 
 The residual is float64, and its products with float32 atoms are not the float32 scores that `topk_encode` ranks. But they
-lie near them: a few atoms ranked highest, their products summed in float64, and a bound on what any other atom can reach
-decide nearly every token; the few left take more atoms, at last all of them.
+lie near them: the two best scores and a bound on their errors decide nearly every token. Elsewhere the products of the
+atoms ranked highest are summed in float64 and bound what any other atom can reach: of 2, of 64, at last of all.
 
 The bound, for residual r of norm |r|, its rounding q, atoms of norm at most M, unit roundoff u (2^-24, or 2^-53):
 |<r - q, d_j>| <= u |r| M; the sum of d terms errs by at most d 2^-53 |r| M; the score is rounded by u |score|, at most
 u (1 + u) |r| M. An atom j that is not among those ranked has score_j <= score_K, the least ranked, so <r, d_j> is at most
 <r, d_K> and twice all that, 4 u |r| M + d 2^-51 |r| M; taken is half as much again, and the least float32 for underflow.
+(Scores are cut off at 0: where the best is negative they decide nothing.)
 
 Shapes: n tokens, d model dimension, F atoms.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from darkmatter_ext import ops
 from darkmatter_ext.reference import PURSUIT_NOISE
 
-_RANKED = (2, 64)  # atoms looked at by each try; then all
+_RANKED = (2, 64)  # atoms looked at by the first tries; then all
 _LARGEST = 1e37  # residuals and products beyond may overflow in float32: no certificate
 _BLOCK = 1 << 22  # products, or numbers of atoms widened, at a time where all atoms are looked at: 32 MB
 
@@ -63,10 +64,8 @@ class PreparedDictionary:
         return (6 * unit + d * 2.0**-50) * self.largest_norm, 4 * least * (1 + math.sqrt(d) * self.largest_norm)
 
 
-def best_atoms(
-    residual: Tensor, noise: Tensor, dictionary: PreparedDictionary, *, either_sign: bool = False
-) -> tuple[Tensor, Tensor]:
-    """For each residual [n, d] float64 the atom [n] of the largest product, and that product [n] float64.
+def best_atoms(residual: Tensor, noise: Tensor, dictionary: PreparedDictionary, *, either_sign: bool = False) -> Tensor:
+    """The atom [n] of the largest product with each residual [n, d], float64.
 
     Products that fall short of the largest by at most `noise` [n] are equal to it, and the lowest index is taken.
     either_sign: the largest absolute product.
@@ -74,59 +73,72 @@ def best_atoms(
     Cost: `topk_encode` with k = 2 (twice for either sign); n F d float64 multiply-adds for tokens with more near-ties
     than 64 (a dictionary of copies, or residuals orthogonal to all atoms).
     """
-    atoms, products, certified = _best_ranked(residual, noise, dictionary, _RANKED[0], either_sign)
-    for ranked in (*_RANKED[1:], None):
+    scores, ranked = _ranked(residual, dictionary, _RANKED[0], either_sign)
+    atoms, certified = _by_scores(scores, ranked, residual, noise, dictionary)
+    for k in (*_RANKED, dictionary.n_atoms):
         left = (~certified).nonzero()[:, 0]
         if len(left) == 0:
             break
-        if ranked is None:
-            atoms[left], products[left] = _best_of_all(residual[left], noise[left], dictionary, either_sign)
-        else:
-            found = _best_ranked(residual[left], noise[left], dictionary, ranked, either_sign)
-            atoms[left], products[left], certified[left] = found
-    return atoms, products
+        part = residual[left], noise[left], dictionary, either_sign
+        if k == dictionary.n_atoms:
+            atoms[left] = _best_of_all(*part)
+            break
+        some = ranked[left] if k == _RANKED[0] else _ranked(part[0], dictionary, k, either_sign)[1]
+        atoms[left], certified[left] = _by_products(some, *part)
+    return atoms
 
 
-def _best_ranked(
-    residual: Tensor, noise: Tensor, dictionary: PreparedDictionary, ranked: int, either_sign: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of the atoms ranked highest, its product, and whether no other atom can be chosen instead: each [n]."""
-    rows, ranked = dictionary.rows, min(ranked, dictionary.n_atoms)
-    rounded = residual.to(rows.dtype)
+def _ranked(residual: Tensor, dictionary: PreparedDictionary, k: int, either_sign: bool) -> tuple[Tensor, Tensor]:
+    """Scores (not below 0) and numbers of the k atoms that rank highest [n, k]; either sign: of each sign [n, 2 k]."""
+    rounded, k = residual.to(dictionary.rows.dtype), min(k, dictionary.n_atoms)
     sides = (rounded, -rounded) if either_sign else (rounded,)
-    ranks = [
-        ops.topk_encode(side, rows.mT, dictionary.no_bias, ranked, prepared=dictionary.packed).indices for side in sides
-    ]
-    atoms = torch.cat(ranks, 1) if either_sign else ranks[0]
-    products = ops.wide_dot(residual, atoms, rows)
-    least = products[:, :ranked].amin(1)
-    if either_sign:
-        least = torch.maximum(least, (-products[:, ranked:]).amin(1))
-    scores = products.abs() if either_sign else products
-    best = scores.amax(1)
-    size, (factor, constant) = residual.norm(dim=1), dictionary.reach
-    certified = least + (factor * size + constant) < best - noise
-    if ranked == dictionary.n_atoms:
-        certified = torch.ones_like(certified)
-    certified &= torch.maximum(size, size * dictionary.largest_norm) < _LARGEST
-    atom = atoms.masked_fill(scores < (best - noise)[:, None], dictionary.n_atoms).amin(1)
-    place = (atoms == atom[:, None]).to(torch.uint8).argmax(1, keepdim=True)
-    return atom, products.gather(1, place)[:, 0], certified
+    columns, no_bias, packed = dictionary.rows.mT, dictionary.no_bias, dictionary.packed
+    found = [ops.topk_encode(side, columns, no_bias, k, prepared=packed) for side in sides]
+    return torch.cat([acts.values for acts in found], 1), torch.cat([acts.indices for acts in found], 1)
 
 
-def _best_of_all(
-    residual: Tensor, noise: Tensor, dictionary: PreparedDictionary, either_sign: bool
+def _by_scores(
+    scores: Tensor, ranked: Tensor, residual: Tensor, noise: Tensor, dictionary: PreparedDictionary
 ) -> tuple[Tensor, Tensor]:
+    """The atom of the highest score, and whether no other can be chosen: it leads by more than errors and noise."""
+    if scores.shape[1] == 1:  # one atom
+        return ranked[:, 0], torch.ones_like(ranked[:, 0], dtype=torch.bool)
+    top, place = scores.double().topk(2, dim=1)
+    reach, bounded = _reach(residual, dictionary)
+    return ranked.gather(1, place[:, :1])[:, 0], (top[:, 0] - top[:, 1] > reach + noise) & bounded
+
+
+def _by_products(
+    ranked: Tensor, residual: Tensor, noise: Tensor, dictionary: PreparedDictionary, either_sign: bool
+) -> tuple[Tensor, Tensor]:
+    """The atom of the largest product among those ranked, and whether none not ranked can be chosen instead."""
+    products = ops.wide_dot(residual, ranked, dictionary.rows)
+    if either_sign:
+        positive, negative = products.chunk(2, 1)
+        least, scores = torch.maximum(positive.amin(1), (-negative).amin(1)), products.abs()
+    else:
+        least, scores = products.amin(1), products
+    enough = scores.amax(1) - noise
+    reach, bounded = _reach(residual, dictionary)
+    certified = (least + reach < enough) & bounded
+    return ranked.masked_fill(scores < enough[:, None], dictionary.n_atoms).amin(1), certified
+
+
+def _reach(residual: Tensor, dictionary: PreparedDictionary) -> tuple[Tensor, Tensor]:
+    """How far the product of an atom may exceed that of one of no lower score [n], and where the bound holds [n]."""
+    size, (factor, constant) = residual.norm(dim=1), dictionary.reach
+    return factor * size + constant, size * max(1.0, dictionary.largest_norm) < _LARGEST
+
+
+def _best_of_all(residual: Tensor, noise: Tensor, dictionary: PreparedDictionary, either_sign: bool) -> Tensor:
     """The same by all products in float64."""
     n_atoms, d = dictionary.rows.shape
     found = []
     for some, own in zip(*(t.split(max(1, _BLOCK // n_atoms)) for t in (residual, noise)), strict=True):
         blocks = dictionary.rows.split(max(1, _BLOCK // d))
         products = torch.cat([some @ block.double().mT for block in blocks], 1)
-        scores = products.abs() if either_sign else products
-        atom = lowest_of_the_best(scores, own)
-        found.append((atom, products.gather(1, atom[:, None])[:, 0]))
-    return torch.cat([atom for atom, _ in found]), torch.cat([product for _, product in found])
+        found.append(lowest_of_the_best(products.abs() if either_sign else products, own))
+    return torch.cat(found)
 
 
 def lowest_of_the_best(scores: Tensor, noise: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from darkmatter_ext import ops
 from darkmatter_ext.pursuit_choice import PreparedDictionary, best_atoms, lowest_of_the_best, noise_of
-from darkmatter_ext.sparse import SparseActs
 
 GRAM_ATOMS = 1024  # at most: a step then works on products of atoms alone (measured: benchmarks/README.md)
 DEPENDENT = 1e-10  # share of an atom's squared norm outside the span of those chosen below which it adds nothing
@@ -98,6 +97,10 @@ class Chunk:
         """<rows, atom> at each of the first `width` places: [n, width]."""
         return ops.wide_dot(rows, self.atoms[:, :width], self.dictionary.rows)
 
+    def product(self, atom: Tensor) -> Tensor:
+        """<residual, atom> for an atom of each token: [n]."""
+        return ops.wide_dot(self.residual, atom[:, None], self.dictionary.rows)[:, 0]
+
     def widen_gram(self, atom: Tensor, place: Tensor, width: int) -> None:
         """Products of an atom [n], at its place, with the atoms chosen and with the target."""
         rows, tokens = self.dictionary.rows[atom].double(), _all_rows(atom)
@@ -116,8 +119,7 @@ def _all_rows(tensor: Tensor) -> Tensor:
 
 def _gradient_step(chunk: Chunk, rules: Rules) -> Tensor:
     """One step along the gradient of the squared residual in the support's weights; returns which tokens are done."""
-    atom, _ = best_atoms(chunk.residual, chunk.noise, chunk.dictionary)
-    place, _ = chunk.choose(atom)
+    place, _ = chunk.choose(best_atoms(chunk.residual, chunk.noise, chunk.dictionary))
     width = chunk.used()
     gradient = chunk.products(chunk.residual, width).masked_fill(~chunk.support(place, width, rules), 0)
     direction = chunk.decode(gradient)
@@ -169,7 +171,8 @@ def _gram_gradient_step(chunk: Chunk, rules: Rules) -> Tensor:
 
 def _matching_step(chunk: Chunk, rules: Rules) -> Tensor:
     """The whole of the best atom's product goes to its weight; nothing else changes."""
-    atom, value = best_atoms(chunk.residual, chunk.noise, chunk.dictionary)
+    atom = best_atoms(chunk.residual, chunk.noise, chunk.dictionary)
+    value = chunk.product(atom)
     converged = value <= chunk.noise  # no atom is left to add
     value = value.masked_fill(converged, 0)
     place, new = chunk.choose(atom)
@@ -180,8 +183,8 @@ def _matching_step(chunk: Chunk, rules: Rules) -> Tensor:
 
 def _orthogonal_step(chunk: Chunk, rules: Rules) -> Tensor:
     """The best atom joins, then all weights are those of least squares (or non-negative least squares)."""
-    atom, value = best_atoms(chunk.residual, chunk.noise, chunk.dictionary, either_sign=not rules.nonnegative)
-    value = value if rules.nonnegative else value.abs()
+    atom = best_atoms(chunk.residual, chunk.noise, chunk.dictionary, either_sign=not rules.nonnegative)
+    value = chunk.product(atom) if rules.nonnegative else chunk.product(atom).abs()
     before = chunk.rows(_all_rows(atom))
     place, new = chunk.choose(atom)
     width = chunk.used()
@@ -264,7 +267,7 @@ def run_chunk(target: Tensor, l0: Tensor, dictionary: PreparedDictionary, rules:
     for step in range(1, int(l0.max()) + 1):
         if bool(done.any()):
             if part is not chunk:
-                chunk.put(numbers, part)
+                chunk.put(numbers[done], part.rows(done))
             numbers, part = numbers[~done], part.rows(~done)
         if len(numbers) == 0:
             return chunk

@@ -7,6 +7,7 @@ dense [N, F] pre-activations, so they are for checking, not for use at size. All
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -75,36 +76,59 @@ def pursuit(
     rows = (x.double() if bias is None else x.double() - bias.double()).reshape(-1, D.shape[1])
     steps = torch.as_tensor(l0).expand(x.shape[:-1]).reshape(-1).tolist()
     weights = torch.zeros(len(rows), len(D), dtype=torch.float64)
-    largest_norm = D.norm(dim=1).max()
     for target, w, own in zip(rows, weights, steps, strict=True):
-        chosen: list[int] = []
-        noise = PURSUIT_NOISE * target.norm() * largest_norm
-        for _ in range(own):
-            residual = target - w @ D
-            products = D @ residual
-            scores = products.abs() if method == "orthogonal" and not nonnegative else products
-            best = int((~(scores < scores.max() - noise)).nonzero()[0])
-            new, before = best not in chosen, w.clone()
-            chosen += [best] * new
-            if method == "gradient":
-                done = not _gradient_update(D, residual, products, w, chosen if keep_chosen else [best], noise)
-            elif bool(scores[best] <= noise):
-                done = True
-            elif method == "matching":
-                w[best] += products[best]
-                done = stop_on_duplicate and not new
-            else:
-                done = not new or not _refit(D, target, w, chosen, nonnegative)
-            if done and method == "orthogonal":
-                w.copy_(before)
-            if done or (residual_threshold > 0 and (target - w @ D).norm() < residual_threshold):
-                break
+        for after in pursuit_path(
+            target,
+            D,
+            own,
+            method=method,
+            keep_chosen=keep_chosen,
+            nonnegative=nonnegative,
+            residual_threshold=residual_threshold,
+            stop_on_duplicate=stop_on_duplicate,
+        ):
+            w.copy_(after)
     return weights.reshape(*x.shape[:-1], len(D))
 
 
-def _gradient_update(
-    D: Tensor, residual: Tensor, products: Tensor, w: Tensor, extra: list[int], noise: Tensor
-) -> bool:
+def pursuit_path(
+    target: Tensor,
+    D: Tensor,
+    l0: int,
+    *,
+    method: str = "gradient",
+    keep_chosen: bool = False,
+    nonnegative: bool = False,
+    residual_threshold: float = 0.0,
+    stop_on_duplicate: bool = False,
+) -> Iterator[Tensor]:
+    """The weights [F] of one target [d] after each of its steps, until it stops; both in float64. One tensor, changed."""
+    w, chosen = target.new_zeros(len(D)), []
+    noise = PURSUIT_NOISE * target.norm() * D.norm(dim=1).max()
+    for _ in range(l0):
+        residual = target - w @ D
+        products = D @ residual
+        scores = products.abs() if method == "orthogonal" and not nonnegative else products
+        best = int((~(scores < scores.max() - noise)).nonzero()[0])
+        new, before = best not in chosen, w.clone()
+        chosen += [best] * new
+        if method == "gradient":
+            done = not _gradient_update(D, residual, products, w, chosen if keep_chosen else [best], noise)
+        elif bool(scores[best] <= noise):
+            done = True
+        elif method == "matching":
+            w[best] += products[best]
+            done = stop_on_duplicate and not new
+        else:
+            done = not new or not _refit(D, target, w, chosen, nonnegative)
+        if done and method == "orthogonal":
+            w.copy_(before)
+        yield w
+        if done or (residual_threshold > 0 and (target - w @ D).norm() < residual_threshold):
+            return
+
+
+def _gradient_update(D: Tensor, residual: Tensor, products: Tensor, w: Tensor, extra: list[int], noise: Tensor) -> bool:
     """w = max(0, w + step g), g the gradient on the support of w and `extra`; False where g is 0, up to noise."""
     support = w != 0
     support[extra] = True

@@ -116,6 +116,17 @@ def _outer(form: str) -> Callable:
     return make
 
 
+def _wide_decode(dtype: torch.dtype) -> tuple[Any, ...]:
+    indices, _ = _active("fixed")
+    values = gaussian(*indices.shape, seed=6, dtype=torch.float64)
+    values[1] = 0  # atoms that have left
+    return values, indices, gaussian(F, D, seed=7, dtype=dtype)
+
+
+def _wide_dot(dtype: torch.dtype) -> tuple[Any, ...]:
+    return _x(torch.float64), _active("fixed")[0], gaussian(F, D, seed=7, dtype=dtype)
+
+
 def _pack(centred: bool, transposed: bool) -> Callable:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         W_enc, b_enc, b_dec = encoder(dtype)
@@ -167,6 +178,8 @@ CASES = [
     Case("sparse_dot", "ragged", _dot("ragged"), (0, 3)),
     Case("sparse_outer", "fixed", _outer("fixed"), (0, 3)),
     Case("sparse_outer", "ragged", _outer("ragged"), (0, 3)),
+    Case("sparse_decode_wide", "fixed", _wide_decode),
+    Case("sparse_dot_wide", "fixed", _wide_dot),
     Case("to_dense", "fixed", _sparse_acts("fixed"), (0,)),
     Case("to_dense", "ragged", _sparse_acts("ragged"), (0,)),
     Case("to_dense", "nothing-active", _sparse_acts("none"), (0,)),
@@ -175,6 +188,9 @@ CASES = [
 ]
 if _C.cpu_isa() == "avx512_vnni":
     CASES.append(Case("screen_intervals", "centred", _screened))
+
+
+CPU_ONLY = {"sparse_decode_wide", "sparse_dot_wide"}
 
 
 def registered_ops() -> set[str]:

@@ -186,10 +186,33 @@ static void dots(
   }
 }
 
+// With AVX2 a sum of eight lanes goes through memory at every addition (measured: eight times as long as in two
+// halves).
+#if DM_ISA == 1
+typedef double Vec4 __attribute__((vector_size(32)));
+DM_INLINE Vec4 load4(const double* from) { return load_as<Vec4>(from); }
+DM_INLINE Vec4 load4(const float* from) { return (Vec4)_mm256_cvtps_pd(_mm_loadu_ps(from)); }
+DM_INLINE Vec4 load4(const BFloat16* from) {
+  const __m128i words = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)from));
+  return (Vec4)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(words, 16)));
+}
+DM_INLINE Vec4 load4(const Half* from) {
+  return (Vec4)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)from)));
+}
+#endif
+
 template <typename T>
 static double dot(const double* x, const T* w, int64_t d) {
   Vec8 sum = {};
   int64_t e = 0;
+#if DM_ISA == 1
+  Vec4 low = {}, high = {};
+  for (; e + kLanes <= d; e += kLanes) {
+    low += load4(x + e) * load4(w + e);
+    high += load4(x + e + 4) * load4(w + e + 4);
+  }
+  sum = Vec8{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]};
+#endif
   for (; e + kLanes <= d; e += kLanes) {
     sum += load8(x + e) * load8(w + e);
   }

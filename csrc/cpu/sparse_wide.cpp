@@ -9,7 +9,14 @@
 
 namespace darkmatter {
 
-constexpr int64_t kWideTokens = 4;  // tokens a parallel part at least
+constexpr int64_t kWideTokens = 4;    // tokens a parallel part at least
+constexpr int64_t kWideAhead = 1024;  // bytes of the next row fetched ahead: rows lie anywhere, each start is a miss
+
+inline void fetch_ahead(const void* row) {
+  for (int64_t byte = 0; byte < kWideAhead; byte += 64) {
+    __builtin_prefetch(static_cast<const char*>(row) + byte);
+  }
+}
 
 static Tensor sparse_decode_wide(Tensor values, Tensor indices, Tensor W_dec) {
   check_dim("W_dec", W_dec, 2);
@@ -19,9 +26,13 @@ static Tensor sparse_decode_wide(Tensor values, Tensor indices, Tensor W_dec) {
   const Active active(indices, std::nullopt, -1, W_dec.size(0));
   const Tensor weights = torch::stable::contiguous(W_dec), factors = torch::stable::contiguous(values);
   Tensor out = torch::stable::new_empty(factors, {active.n_tokens, d});
+  const double* given = data<double>(factors);
+  const int64_t* atoms = active.index();
+  double* sums = mutable_data<double>(out);
   dispatch_floating("W_dec", W_dec.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const TypedKernels<T>& kernel = kernels().of<T>();
+    const T* all = data<T>(weights);
     parallel_ranges(active.n_tokens, kWideTokens, [&](int64_t begin, int64_t end) {
       std::vector<int64_t> index;  // of the nonzero values: those of atoms that have left cost no gather
       std::vector<double> factor;
@@ -29,15 +40,15 @@ static Tensor sparse_decode_wide(Tensor values, Tensor indices, Tensor W_dec) {
         index.clear();
         factor.clear();
         for (int64_t a = active.begin(token); a < active.begin(token + 1); ++a) {
-          if (const double value = data<double>(factors)[a]; value != 0.0) {
-            index.push_back(active.index()[a]);
+          if (const double value = given[a]; value != 0.0) {
+            index.push_back(atoms[a]);
             factor.push_back(value);
           }
         }
         const auto count = static_cast<int64_t>(index.size());
-        double* sum = mutable_data<double>(out) + token * d;
+        double* sum = sums + token * d;
         std::fill_n(sum, d, 0.0);
-        kernel.weighted_sum(data<T>(weights), d, d, index.data(), factor.data(), count, count, sum);
+        kernel.weighted_sum(all, d, d, index.data(), factor.data(), count, count, sum);
       }
     });
   });
@@ -53,14 +64,22 @@ static Tensor sparse_dot_wide(Tensor rows, Tensor indices, Tensor W_dec) {
   const Active active(indices, std::nullopt, rows.size(0), W_dec.size(0));
   const Tensor weights = torch::stable::contiguous(W_dec), left = torch::stable::contiguous(rows);
   Tensor out = torch::stable::new_empty(left, {active.n_tokens, indices.size(1)});
+  const double* given = data<double>(left);  // once: each call goes through torch's C interface
+  const int64_t* atoms = active.index();
+  double* products = mutable_data<double>(out);
   dispatch_floating("W_dec", W_dec.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const TypedKernels<T>& kernel = kernels().of<T>();
+    const T* all = data<T>(weights);
     parallel_ranges(active.n_tokens, kWideTokens, [&](int64_t begin, int64_t end) {
+      const int64_t last = active.begin(end) - 1;
       for (int64_t token = begin; token < end; ++token) {
-        const double* row = data<double>(left) + token * d;
+        const double* row = given + token * d;
         for (int64_t a = active.begin(token); a < active.begin(token + 1); ++a) {
-          mutable_data<double>(out)[a] = kernel.dot(row, data<T>(weights) + active.index()[a] * d, d);
+          if (a < last) {
+            fetch_ahead(all + atoms[a + 1] * d);
+          }
+          products[a] = kernel.dot(row, all + atoms[a] * d, d);
         }
       }
     });
