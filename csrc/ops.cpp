@@ -41,6 +41,10 @@ STABLE_TORCH_LIBRARY(darkmatter, m) {
   // sum over the tokens of value * rows_i for each latent, [F, d]. rows is [N, d].
   m.def("sparse_dot(Tensor rows, Tensor indices, Tensor? crow, Tensor W_dec) -> Tensor");
   m.def("sparse_outer(Tensor values, Tensor indices, Tensor? crow, Tensor rows, int n_latents) -> Tensor");
+  // sparse_decode and sparse_dot of float64 values [N, k] or rows [N, d] with W_dec of any dtype: float64, not rounded.
+  // CPU only, for pursuit; float64 weights need them nowhere.
+  m.def("sparse_decode_wide(Tensor values, Tensor indices, Tensor W_dec) -> Tensor");
+  m.def("sparse_dot_wide(Tensor rows, Tensor indices, Tensor W_dec) -> Tensor");
   // crow [N + 1], col [z] of the nonzero entries (NaN is one, -0 is not) of dense acts [N, F].
   m.def("find_support(Tensor acts) -> (Tensor, Tensor)");
   // The inverse: dense acts [N, F] of the active latents.
@@ -50,7 +54,7 @@ STABLE_TORCH_LIBRARY(darkmatter, m) {
       "screen_intervals(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor? weight, Tensor? bias,"
       " Tensor? codes, Tensor? sums, Tensor? bounds, Tensor? groups, Tensor? gain=None) -> (Tensor, Tensor, Tensor)");
   // One step of gradient pursuit for tokens [N] after their atoms `choice` are chosen, in place; steps l0 and after
-  // leave a token as it is. atoms, weights [N, s]; done is int32. CUDA only: on the CPU the ops above do it as fast.
+  // leave a token as it is. atoms, weights [N, s]; done is int32. CUDA only: on the CPU the wide sums do it as fast.
   m.def(
       "pursuit_step(Tensor target, Tensor dictionary, Tensor choice, Tensor l0, int step, bool keep_chosen,"
       " float residual_threshold, Tensor(a!) residual, Tensor(b!) atoms, Tensor(c!) weights, Tensor(d!) n_chosen,"

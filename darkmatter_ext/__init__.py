@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         threshold_encode,
         topk_encode,
     )
-    from darkmatter_ext.pursuit_steps import PreparedDictionary
+    from darkmatter_ext.pursuit_choice import PreparedDictionary
     from darkmatter_ext.regression import LinearFit, fit_linear
     from darkmatter_ext.sparse import SparseActs
 
@@ -54,7 +54,7 @@ __all__ = [
 _HOME = {
     "Decomposition": "decomposition",
     "LinearFit": "regression",
-    "PreparedDictionary": "pursuit_steps",
+    "PreparedDictionary": "pursuit_choice",
     "PreparedEncoder": "ops",
     "SparseActs": "sparse",
     "Stats": "drop_in",

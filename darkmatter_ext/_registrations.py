@@ -113,6 +113,16 @@ def _(values, indices, crow, rows, n_latents) -> Tensor:
     return rows.new_empty(n_latents, rows.shape[1])
 
 
+@register_fake("darkmatter::sparse_decode_wide")
+def _(values, indices, W_dec) -> Tensor:
+    return values.new_empty(values.shape[0], W_dec.shape[1])
+
+
+@register_fake("darkmatter::sparse_dot_wide")
+def _(rows, indices, W_dec) -> Tensor:
+    return rows.new_empty(indices.shape)
+
+
 @register_fake("darkmatter::pursuit_step")
 def _(*_arguments) -> None:  # everything in place
     return None

@@ -1,8 +1,8 @@
 """Batched sparse pursuit over a dictionary: gradient, matching and orthogonal pursuit, exact, without an [N, F] array.
 
-Every step chooses one atom a token with a screened, certified argmax (`topk_encode` of the residuals, k = 1: the float64 dot
-products of the given numbers decide, ties go to the lower index) and then works on the chosen atoms alone. Definitions:
-`reference.pursuit` says the same with dense float64 products.
+Every step chooses one atom a token with a screened, certified argmax (`pursuit_choice`) and then works on the chosen atoms
+alone. Definition: `reference.pursuit` says the same with dense float64 products. The atoms and the order they are chosen in
+are the reference's for every dtype, for residuals and weights are float64 from step to step.
 
 Sources: gradient pursuit, Blumensath and Davies 2008, in the variant of Smith, "Improving SAEs by using gradient pursuit"
 (2024), and of Engels et al. 2024; matching pursuit, Mallat and Zhang 1993, as SAELens' matching_pursuit; orthogonal matching
@@ -14,7 +14,7 @@ Shapes: N tokens, d model dimension, F atoms, S steps (the largest l0), x [..., 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from darkmatter_ext import ops
 from darkmatter_ext._library import has_kernels
+from darkmatter_ext.pursuit_choice import PreparedDictionary
 from darkmatter_ext.pursuit_on_cuda import run_gradient_on_cuda
-from darkmatter_ext.pursuit_steps import PreparedDictionary, Rules, nonnegative, run_chunk
+from darkmatter_ext.pursuit_steps import Rules, nonnegative, run_chunk
 from darkmatter_ext.sparse import SparseActs
 
 METHODS = ("gradient", "matching", "orthogonal")
@@ -37,9 +38,11 @@ _GATHERED = 1 << 22  # elements of atoms gathered at once by refit: 32 MB in flo
 def prepare_dictionary(dictionary: Tensor) -> PreparedDictionary:
     """Pack a dictionary [F, d] once. It is a copy: after an edit prepare again. 16-bit atoms are widened to float32.
 
+    On CUDA all are widened to float64: its kernels take atoms and residuals of one dtype.
+
     Raises TypeError / ValueError: not a floating-point matrix on a device with kernels, no atoms, or not finite.
 
-    Cost: a few passes over the dictionary; memory F d elements, and a quarter of that for its 8-bit codes.
+    Cost: a few passes over the dictionary; memory F d elements, and F d bytes for its 8-bit codes (CUDA: 2 F d).
     """
     if not isinstance(dictionary, Tensor) or not dictionary.is_floating_point() or dictionary.layout != torch.strided:
         given = dictionary.dtype if isinstance(dictionary, Tensor) else type(dictionary).__name__
@@ -50,11 +53,11 @@ def prepare_dictionary(dictionary: Tensor) -> PreparedDictionary:
         raise ValueError(f"dictionary: must be on a device with kernels in this build, got {dictionary.device}")
     if not bool(dictionary.isfinite().all()):
         raise ValueError(f"dictionary: must be finite, got NaN or Inf in shape {list(dictionary.shape)}")
-    rows = dictionary.detach()
-    rows = (rows if rows.dtype == torch.float64 else rows.float()).contiguous()
+    dtype = torch.promote_types(dictionary.dtype, torch.float32)
+    rows = dictionary.detach().to(torch.float64 if dictionary.is_cuda else dtype).contiguous()
     no_bias = rows.new_zeros(len(rows))
     packed = ops.prepare_encoder(rows.mT, no_bias)
-    return PreparedDictionary(packed.weight, no_bias, packed)
+    return PreparedDictionary(packed.weight, no_bias, packed, dtype)
 
 
 def _as_prepared(dictionary: Tensor | PreparedDictionary) -> PreparedDictionary:
@@ -68,7 +71,7 @@ def _as_prepared(dictionary: Tensor | PreparedDictionary) -> PreparedDictionary:
 
 
 def _checked(x: Any, dictionary: PreparedDictionary, bias: Any) -> Tensor:
-    """x - bias as rows [N, d] in the dtype of the dictionary."""
+    """x as rows [N, d], in its own dtype."""
     d = dictionary.rows.shape[1]
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is None and name == "bias":
@@ -88,8 +91,12 @@ def _checked(x: Any, dictionary: PreparedDictionary, bias: Any) -> Tensor:
     rows = x.detach().reshape(math.prod(x.shape[:-1]), d)
     if not bool(rows.isfinite().all()):
         raise ValueError(f"x: must be finite, got NaN or Inf in shape {list(x.shape)}")
-    rows = rows.to(dictionary.rows.dtype)
-    return rows if bias is None else rows - bias.detach().to(rows.dtype)
+    return rows
+
+
+def _target(rows: Tensor, bias: Tensor | None) -> Tensor:
+    """rows - bias in float64."""
+    return rows.double() if bias is None else rows.double() - bias.detach().double()
 
 
 def _checked_l0(l0: Any, shape: tuple[int, ...], n_atoms: int) -> Tensor:
@@ -148,50 +155,54 @@ def pursuit(
 
     Returns:
         ragged SparseActs [..., F] of the nonzero weights, in the order chosen; float32, or float64 for a float64 dictionary.
-        A token whose line search is 0 / 0, or whose next atom adds nothing, has converged and stops.
+        The support is that of `reference.pursuit`, whatever the dtype. A token with nothing left to add but rounding (2^-40 of
+        its norm) has converged and stops.
 
     Raises:
         TypeError, ValueError: one line naming the argument, the rule and the value; also when x or the dictionary requires a
         gradient, which pursuit does not have.
 
     Cost: a step is N F d 8-bit multiply-adds (AVX-512 VNNI; else float64) and about 4 N s d on the s atoms chosen so far.
-    Memory: 1024 tokens at a time, 8 (4 d + 5 S) bytes each, "orthogonal" 24 S^2 more; nothing grows with F but the dictionary.
+    Memory: 1024 tokens at a time, 8 (6 d + 8 S) bytes each, "orthogonal" 24 S^2 more; nothing grows with F but the dictionary,
+        and where a token has more near-ties than 64 its products with all atoms (64 MB at a time).
         Small dictionaries (F at most 1024, "gradient") use their Gram matrix, 8 F^2 bytes and 24 F a token.
     """
     rules = _checked_rules(Rules(method, keep_chosen, nonnegative, residual_threshold, stop_on_duplicate))
     dictionary = _as_prepared(dictionary)
-    targets = _checked(x, dictionary, bias)
+    rows = _checked(x, dictionary, bias)
     with torch.no_grad():
-        steps = _checked_l0(l0, tuple(x.shape[:-1]), dictionary.n_atoms).to(targets.device)
+        steps = _checked_l0(l0, tuple(x.shape[:-1]), dictionary.n_atoms).to(rows.device)
         parts = []
-        size = CUDA_CHUNK_TOKENS if targets.is_cuda else CHUNK_TOKENS
-        run = run_gradient_on_cuda if targets.is_cuda and rules.method == "gradient" else _run_in_steps
-        for target, atoms, weights in run(targets.split(size), steps.split(size), dictionary, rules):
-            parts.append((weights != 0, atoms, weights.to(target.dtype)))
+        size = CUDA_CHUNK_TOKENS if rows.is_cuda else CHUNK_TOKENS
+        run = run_gradient_on_cuda if rows.is_cuda and rules.method == "gradient" else _run_in_steps
+        targets = (_target(some, bias) for some in rows.split(size))
+        for n, atoms, weights in run(targets, steps.split(size), dictionary, rules):
+            parts.append((atoms, weights.to(dictionary.dtype)))
             if progress is not None:
-                progress(len(target))
-    return _as_ragged(parts, targets, dictionary, tuple(x.shape[:-1]))
+                progress(n)
+    return _as_ragged(parts, dictionary, tuple(x.shape[:-1]))
 
 
 def _run_in_steps(
-    targets: Sequence[Tensor], steps: Sequence[Tensor], dictionary: PreparedDictionary, rules: Rules
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Target, atoms and weights of each chunk."""
+    targets: Iterable[Tensor], steps: Sequence[Tensor], dictionary: PreparedDictionary, rules: Rules
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Number of tokens, atoms and weights of each chunk."""
     for target, own in zip(targets, steps, strict=True):
         if len(target):
             chunk = run_chunk(target, own, dictionary, rules)
-            yield target, chunk.atoms, chunk.weights
+            yield len(target), chunk.atoms, chunk.weights
 
 
 def _as_ragged(
-    parts: list[tuple[Tensor, Tensor, Tensor]], targets: Tensor, dictionary: PreparedDictionary, shape: tuple[int, ...]
+    parts: list[tuple[Tensor, Tensor]], dictionary: PreparedDictionary, shape: tuple[int, ...]
 ) -> SparseActs:
-    """From chunks of (which places count, atoms, weights), each [n, s]."""
-    counts = [kept.sum(1) for kept, _, _ in parts]
-    none = targets.new_zeros(1, dtype=torch.int64)
-    crow = torch.cat([none, *counts]).cumsum(0)
-    atoms = torch.cat([none[:0], *(atoms[kept] for kept, atoms, _ in parts)])
-    values = torch.cat([targets.new_zeros(0), *(weights[kept] for kept, _, weights in parts)])
+    """The nonzero weights, from chunks of (atoms, weights), each [n, s]."""
+    kept = [weights != 0 for _, weights in parts]
+    none = dictionary.rows.new_zeros(1, dtype=torch.int64)
+    crow = torch.cat([none, *(some.sum(1) for some in kept)]).cumsum(0)
+    atoms = torch.cat([none[:0], *(atoms[some] for some, (atoms, _) in zip(kept, parts, strict=True))])
+    values = [weights[some] for some, (_, weights) in zip(kept, parts, strict=True)]
+    values = torch.cat([none[:0].to(dictionary.dtype), *values])
     return SparseActs.ragged(crow, atoms, values, dictionary.n_atoms, shape)
 
 
@@ -213,20 +224,19 @@ def refit(
     Cost: L0^2 d multiply-adds a token, and L0^3 float64 ones for each atom that leaves.
     """
     dictionary = _as_prepared(dictionary)
-    targets = _checked(x, dictionary, bias)
+    rows = _checked(x, dictionary, bias)
     if acts.shape != (*x.shape[:-1], dictionary.n_atoms):
         raise ValueError(f"acts: must have shape {[*x.shape[:-1], dictionary.n_atoms]}, got {list(acts.shape)}")
     with torch.no_grad():
         values, atoms, counts = _positive_places(acts)
         parts = []
-        for target, start, own, count in zip(
-            *(t.split(CHUNK_TOKENS) for t in (targets, values, atoms, counts)), strict=True
+        for some, start, own, count in zip(
+            *(t.split(CHUNK_TOKENS) for t in (rows, values, atoms, counts)), strict=True
         ):
-            weights = _refit_chunk(
-                target, start, own, torch.arange(own.shape[1], device=own.device) < count[:, None], dictionary
-            )
-            parts.append((weights != 0, own, weights))
-    return _as_ragged(parts, targets, dictionary, tuple(x.shape[:-1]))
+            real = torch.arange(own.shape[1], device=own.device) < count[:, None]
+            weights = _refit_chunk(_target(some, bias), start, own, real, dictionary)
+            parts.append((own, weights.to(dictionary.dtype)))
+    return _as_ragged(parts, dictionary, tuple(x.shape[:-1]))
 
 
 def _positive_places(acts: SparseActs) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,11 +256,11 @@ def _refit_chunk(
 ) -> Tensor:
     """Non-negative least squares on the places `chosen` [n, s]; a few tokens at a time, for their atoms are gathered."""
     if atoms.numel() == 0:
-        return start.to(target.dtype)
+        return start.double()
     weights = []
     few = max(1, _GATHERED // max(1, atoms.shape[1] * target.shape[1]))
     for x, w, own, real in zip(*(t.split(few) for t in (target, start, atoms, chosen)), strict=True):
         rows = dictionary.rows[own].double() * real[:, :, None]  # [few, s, d]
-        gram, right = rows @ rows.mT, (rows @ x.double()[:, :, None])[:, :, 0]
-        weights.append(nonnegative(gram, right, real, w.double() * real).to(target.dtype))
+        gram, right = rows @ rows.mT, (rows @ x[:, :, None])[:, :, 0]
+        weights.append(nonnegative(gram, right, real, w.double() * real))
     return torch.cat(weights)

@@ -461,6 +461,23 @@ def screen_intervals(
     return ScreenIntervals(*_call(_ops.screen_intervals, _rows(x), W_enc, b_enc, b_dec, *prepared.packed))
 
 
+def wide_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """Sum over k of values [N, k] times W_dec[indices]: `sparse_decode` in float64, not rounded to the dtype of W_dec.
+
+    values are float64; W_dec [F, d] of any dtype on the CPU, float64 on CUDA. Cost as `sparse_decode`; no gradient.
+    """
+    if W_dec.dtype == torch.float64:
+        return _call(_ops.sparse_decode, values, indices, None, W_dec, None)
+    return _call(_ops.sparse_decode_wide, values, indices, W_dec)
+
+
+def wide_dot(rows: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """<rows_i, W_dec_j> [N, k] for j in indices [N, k], in float64 and not rounded; dtypes and cost as `wide_decode`."""
+    if W_dec.dtype == torch.float64:
+        return _call(_ops.sparse_dot, rows, indices, None, W_dec)
+    return _call(_ops.sparse_dot_wide, rows, indices, W_dec)
+
+
 def pursuit_step(
     target: Tensor,
     dictionary: Tensor,

@@ -43,14 +43,14 @@ def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encoder:
         steps = acts.l0().clamp(max=dictionary.n_atoms)
         return pursuit(x, dictionary, steps, bias=bias, method=method, nonnegative=method == "orthogonal")
 
-    return _encoder(sae, dictionary.rows, choose)
+    return _encoder(sae, dictionary.rows.to(dictionary.dtype), choose)
 
 
 def refit_encoder(sae: SAE) -> Encoder:
     """The SAE's own choice of latents with least-squares values (not below zero). Raises as `pursuit_encoder`."""
     sae = for_flat_activations(sae)
     dictionary, bias = _dictionary(sae)
-    return _encoder(sae, dictionary.rows, lambda x, acts: refit(x, acts, dictionary, bias=bias))
+    return _encoder(sae, dictionary.rows.to(dictionary.dtype), lambda x, acts: refit(x, acts, dictionary, bias=bias))
 
 
 def _dictionary(sae: Any) -> tuple[Any, Tensor]:

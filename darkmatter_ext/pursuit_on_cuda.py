@@ -2,17 +2,22 @@
 
 All tokens of a chunk take all steps; a token that is done, or has had its own l0 steps, stays as it is inside the kernel.
 That costs the screen of tokens already done, and saves asking the device which they are.
+
+Residuals, weights and atoms are float64, so the choices are those of `reference.pursuit`, but for one thing: only equal
+products tie, not those equal up to rounding (exact ties behind different arithmetic may go to the higher index).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from darkmatter_ext import ops
-from darkmatter_ext.pursuit_steps import PreparedDictionary, Rules
+from darkmatter_ext.pursuit_choice import PreparedDictionary
+from darkmatter_ext.pursuit_steps import Rules
+from darkmatter_ext.reference import PURSUIT_NOISE
 
 GRAPH_CHUNKS = 3  # chunks of one shape from which recording a graph pays
 
@@ -36,6 +41,7 @@ class _Chunk:
         for tensor in (self.atoms, self.weights, self.n_chosen, self.done):
             tensor.zero_()
         rows, no_bias, packed = self.dictionary.rows, self.dictionary.no_bias, self.dictionary.packed
+        smallest = PURSUIT_NOISE * self.target.norm(dim=1)
         state = (self.residual, self.atoms, self.weights, self.n_chosen, self.done)
         for step in range(self.steps):
             choice = ops.topk_encode(self.residual, rows.mT, no_bias, 1, prepared=packed).indices[:, 0].contiguous()
@@ -49,6 +55,7 @@ class _Chunk:
                 keep_chosen=rules.keep_chosen,
                 residual_threshold=rules.residual_threshold,
             )
+            self.done |= self.residual.norm(dim=1) <= smallest  # no product can be more than rounding
 
 
 def _recorded(chunk: _Chunk, rules: Rules) -> Callable[[], None]:
@@ -65,14 +72,14 @@ def _recorded(chunk: _Chunk, rules: Rules) -> Callable[[], None]:
 
 
 def run_gradient_on_cuda(
-    targets: Sequence[Tensor], steps: Sequence[Tensor], dictionary: PreparedDictionary, rules: Rules
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Target, atoms [n, s] and weights [n, s] of each chunk; s is the largest l0 of all, asked of the device once.
+    targets: Iterable[Tensor], steps: Sequence[Tensor], dictionary: PreparedDictionary, rules: Rules
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Number of tokens, atoms [n, s] and weights [n, s] of each chunk; s is the largest l0 of all, asked of the device once.
 
-    Memory: the state of one chunk, 8 (d + s) bytes a token and more, beside what topk_encode takes.
+    Memory: the state of one chunk, 24 (d + s) bytes a token and more, beside what topk_encode takes.
     """
     most = max((int(own.max()) for own in steps if len(own)), default=0)
-    full = sum(len(target) == len(targets[0]) for target in targets)
+    full = sum(len(own) == len(steps[0]) for own in steps)
     chunk: _Chunk | None = None
     run: Callable[[], None] | None = None
     for target, own in zip(targets, steps, strict=True):
@@ -82,10 +89,10 @@ def run_gradient_on_cuda(
             chunk, run = _Chunk(len(target), most, dictionary), None
         chunk.target.copy_(target)
         chunk.l0.copy_(own)
-        if run is None and most and target.is_cuda and full >= GRAPH_CHUNKS and len(target) == len(targets[0]):
+        if run is None and most and target.is_cuda and full >= GRAPH_CHUNKS and len(target) == len(steps[0]):
             run = _recorded(chunk, rules)
         if run is None:
             chunk.run(rules)
         else:
             run()
-        yield target, chunk.atoms.clone(), chunk.weights.clone()
+        yield len(target), chunk.atoms.clone(), chunk.weights.clone()

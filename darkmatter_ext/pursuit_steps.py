@@ -5,7 +5,6 @@ Shapes: n tokens of a chunk, d model dimension, F atoms, s places for chosen ato
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +13,9 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext import ops
-from darkmatter_ext.sparse import SparseActs
+from darkmatter_ext.pursuit_choice import PreparedDictionary, best_atoms, lowest_of_the_best, noise_of
 
 GRAM_ATOMS = 1024  # at most: a step then works on products of atoms alone (measured: benchmarks/README.md)
-_TIE = 1e-12  # Gram form: products closer than this share of a token's largest are equal, the lower index wins
 DEPENDENT = 1e-10  # share of an atom's squared norm outside the span of those chosen below which it adds nothing
 
 
@@ -32,47 +30,33 @@ class Rules:
     stop_on_duplicate: bool = False
 
 
-@dataclass(frozen=True)
-class PreparedDictionary:
-    """A dictionary packed once, for many calls of `pursuit`: see `prepare_dictionary`."""
-
-    rows: Tensor  # [F, d] contiguous, float32 or float64
-    no_bias: Tensor  # [F] zeros
-    packed: ops.PreparedEncoder
-
-    @property
-    def n_atoms(self) -> int:
-        return self.rows.shape[0]
-
-    @functools.cached_property
-    def gram(self) -> Tensor:
-        """<D_i, D_j> [F, F] float64, made when first asked for."""
-        rows = self.rows.double()
-        return rows @ rows.mT
-
-
 class Chunk:
-    """The state of some tokens: chosen atoms, their weights, the residual. A place in the list is filled once for good."""
+    """The state of some tokens: chosen atoms, their weights, the residual. A place in the list is filled once for good.
+
+    All in float64, whatever the dtype of the dictionary: a residual rounded to float32 in every step leaves the path of
+    the float64 definition after a few near-ties.
+    """
 
     _CHANGING = ("residual", "atoms", "weights", "n_chosen", "gram", "right", "scores")
 
     def __init__(self, target: Tensor, steps: int, dictionary: PreparedDictionary, *, needs_gram: bool) -> None:
         self.dictionary = dictionary
-        self.target = target  # [n, d]
-        self.residual = target.clone()  # written to; the target is the caller's
+        self.target = target  # [n, d] float64
+        self.noise = noise_of(target, dictionary)  # [n]
+        self.residual = target.clone()  # written to; the target may be the caller's
         self.atoms = target.new_zeros(len(target), steps, dtype=torch.int64)
         self.weights = target.new_zeros(len(target), steps)
         self.n_chosen = target.new_zeros(len(target), dtype=torch.int64)
         n_gram = steps if needs_gram else 0
-        self.scores = target.new_zeros(len(target), 0, dtype=torch.float64)  # Gram form: <residual, atom> for all atoms
-        self.gram = target.new_zeros(len(target), n_gram, n_gram, dtype=torch.float64)  # products of the atoms chosen
-        self.right = target.new_zeros(len(target), n_gram, dtype=torch.float64)  # and of these with the target
+        self.scores = target.new_zeros(len(target), 0)  # Gram form: <residual, atom> for all atoms
+        self.gram = target.new_zeros(len(target), n_gram, n_gram)  # products of the atoms chosen
+        self.right = target.new_zeros(len(target), n_gram)  # and of these with the target
 
     def rows(self, numbers: Tensor) -> Chunk:
         """A copy of some tokens."""
         part = object.__new__(Chunk)
         part.dictionary = self.dictionary
-        for name in ("target", *self._CHANGING):
+        for name in ("target", "noise", *self._CHANGING):
             setattr(part, name, getattr(self, name)[numbers])
         return part
 
@@ -80,12 +64,6 @@ class Chunk:
         """Write a changed copy back."""
         for name in self._CHANGING:
             getattr(self, name)[numbers] = getattr(part, name)
-
-    def best_atom(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """For each token the atom of the largest <residual, atom> [n], the lowest of equals, and relu of that value."""
-        prepared = self.dictionary
-        acts = ops.topk_encode(residual, prepared.rows.mT, prepared.no_bias, 1, prepared=prepared.packed)
-        return acts.indices[:, 0], acts.values[:, 0]
 
     def choose(self, atom: Tensor) -> tuple[Tensor, Tensor]:
         """The place [n] of an atom in each token's list, appended where it is new; and whether it is new [n]."""
@@ -101,16 +79,9 @@ class Chunk:
         """Places any token uses: the width of the support-only work."""
         return int(self.n_chosen.max())
 
-    def decode(self, values: Tensor) -> Tensor:
-        """Sum over the places of values [n, s] times their atoms: [n, d]."""
-        rows = self.dictionary.rows
-        acts = SparseActs.fixed(values.to(rows.dtype), self.atoms[:, : values.shape[1]], self.dictionary.n_atoms)
-        return ops.sparse_decode(acts, rows)
-
     def use_gram_form(self) -> None:
-        """Hold the residual as its products with all atoms, and weights in float64."""
-        self.scores = self.target.double() @ self.dictionary.rows.double().mT
-        self.weights = self.weights.double()
+        """Hold the residual as its products with all atoms."""
+        self.scores = self.target @ self.dictionary.rows.double().mT
 
     def support(self, place: Tensor, width: int, rules: Rules) -> Tensor:
         """Which of the first `width` places a gradient step moves [n, width]: the atom just chosen and those in use."""
@@ -118,21 +89,28 @@ class Chunk:
         in_use = places < self.n_chosen[:, None] if rules.keep_chosen else self.weights[:, :width] != 0
         return in_use | (places == place[:, None])
 
+    def decode(self, values: Tensor) -> Tensor:
+        """Sum over the places of values [n, s] times their atoms: [n, d]."""
+        return ops.wide_decode(values, self.atoms[:, : values.shape[1]], self.dictionary.rows)
+
     def products(self, rows: Tensor, width: int) -> Tensor:
         """<rows, atom> at each of the first `width` places: [n, width]."""
-        acts = SparseActs.fixed(self.weights[:, :width], self.atoms[:, :width], self.dictionary.n_atoms)
-        return ops.decoder_dot(rows, acts, self.dictionary.rows).reshape(-1, width)
+        return ops.wide_dot(rows, self.atoms[:, :width], self.dictionary.rows)
+
+    def product(self, atom: Tensor) -> Tensor:
+        """<residual, atom> for an atom of each token: [n]."""
+        return ops.wide_dot(self.residual, atom[:, None], self.dictionary.rows)[:, 0]
 
     def widen_gram(self, atom: Tensor, place: Tensor, width: int) -> None:
         """Products of an atom [n], at its place, with the atoms chosen and with the target."""
-        rows, tokens = self.dictionary.rows[atom], _all_rows(atom)
-        column = self.products(rows, width).double()
+        rows, tokens = self.dictionary.rows[atom].double(), _all_rows(atom)
+        column = self.products(rows, width)
         self.gram[tokens, place, :width] = column
         self.gram[tokens, :width, place] = column
-        self.right[tokens, place] = (rows.double() * self.target.double()).sum(1)
+        self.right[tokens, place] = (rows * self.target).sum(1)
 
     def refresh_residual(self, width: int) -> None:
-        self.residual = self.target - self.decode(self.weights[:, :width].contiguous())
+        self.residual = self.target - self.decode(self.weights[:, :width])
 
 
 def _all_rows(tensor: Tensor) -> Tensor:
@@ -141,51 +119,50 @@ def _all_rows(tensor: Tensor) -> Tensor:
 
 def _gradient_step(chunk: Chunk, rules: Rules) -> Tensor:
     """One step along the gradient of the squared residual in the support's weights; returns which tokens are done."""
-    place, _ = chunk.choose(chunk.best_atom(chunk.residual)[0])
+    place, _ = chunk.choose(best_atoms(chunk.residual, chunk.noise, chunk.dictionary))
     width = chunk.used()
-    weights = chunk.weights[:, :width]
     gradient = chunk.products(chunk.residual, width).masked_fill(~chunk.support(place, width, rules), 0)
     direction = chunk.decode(gradient)
-    energy = torch.linalg.vecdot(direction, direction)
-    converged = energy == 0  # the released code divides 0 by 0 here
-    step = torch.linalg.vecdot(direction, chunk.residual) / energy.masked_fill(converged, 1)
-    step = step.masked_fill(converged, 0)[:, None]
-    moved = weights + step * gradient
-    if bool((moved < 0).any()):  # a clamped weight: the residual is not what the line search left
-        chunk.weights[:, :width] = moved.relu()
-        chunk.refresh_residual(width)
-    else:
-        chunk.weights[:, :width] = moved
-        chunk.residual = chunk.residual - step * direction
+    step, converged = _line_search(gradient, direction.norm(dim=1).square(), chunk.noise)
+    moved = chunk.weights[:, :width] + step * gradient
+    chunk.weights[:, :width] = moved.clamp(min=0)
+    chunk.residual = torch.addcmul(chunk.residual, step, direction, value=-1)
+    clamped = (moved < 0).any(1).nonzero()[:, 0]
+    if len(clamped):  # there the weights did not move along the gradient
+        part = ops.wide_decode(chunk.weights[clamped, :width], chunk.atoms[clamped, :width], chunk.dictionary.rows)
+        chunk.residual[clamped] = chunk.target[clamped] - part
     return converged
+
+
+def _line_search(gradient: Tensor, energy: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The step [n, 1] along c = gradient D, <c, r> / <c, c>, where <c, r> is <gradient, gradient>; and who has converged.
+
+    The released code divides 0 by 0 there; a gradient of mere rounding is 0.
+    """
+    converged = (gradient.abs().amax(1) <= noise) | (energy <= 0)
+    step = gradient.square().sum(1) / energy.masked_fill(converged, 1)
+    return step.masked_fill(converged, 0)[:, None], converged
 
 
 def _gram_gradient_step(chunk: Chunk, rules: Rules) -> Tensor:
     """The gradient step of a small dictionary: with h = <r, D> at hand nothing of length d is touched.
 
-    g = h on the support, <c, r> = <g, g>, <c, c> = <g, (g G) on the support>, and h changes by (w - w') G. In float64, so
-    that the error of the running h stays far below that of one float32 product.
+    g = h on the support, <c, c> = <g, (g G) on the support>, and h changes by (w - w') G.
     """
-    top = chunk.scores.amax(1, keepdim=True)
-    near = chunk.scores >= top - _TIE * chunk.scores.abs().amax(1, keepdim=True)
-    place, _ = chunk.choose(near.to(torch.uint8).argmax(1))
+    place, _ = chunk.choose(lowest_of_the_best(chunk.scores, chunk.noise))
     width = chunk.used()
     weights, atoms = chunk.weights[:, :width], chunk.atoms[:, :width]
     gradient = chunk.scores.gather(1, atoms).masked_fill(~chunk.support(place, width, rules), 0)
-    gram, n_atoms = chunk.dictionary.gram, chunk.dictionary.n_atoms
-    change = ops.sparse_decode(SparseActs.fixed(gradient, atoms, n_atoms), gram)
-    energy = torch.linalg.vecdot(gradient, change.gather(1, atoms))
-    converged = energy <= 0
-    step = torch.linalg.vecdot(gradient, gradient) / energy.masked_fill(converged, 1)
-    step = step.masked_fill(converged, 0)[:, None]
+    gram = chunk.dictionary.gram
+    change = ops.wide_decode(gradient, atoms, gram)
+    step, converged = _line_search(gradient, torch.linalg.vecdot(gradient, change.gather(1, atoms)), chunk.noise)
     moved = weights + step * gradient
-    change = change.mul_(step)
-    clamped = (moved < 0).any(1)
-    moved = moved.relu_()
-    if bool(clamped.any()):  # there the weights did not move along the gradient
-        acts = SparseActs.fixed((moved - weights)[clamped], atoms[clamped], n_atoms)
-        change[clamped] = ops.sparse_decode(acts, gram)
-    chunk.scores -= change
+    clamped = (moved < 0).any(1).nonzero()[:, 0]
+    moved = moved.clamp_(min=0)
+    if len(clamped):  # there the weights did not move along the gradient
+        change[clamped] = ops.wide_decode((moved - weights)[clamped], atoms[clamped], gram)
+        step[clamped] = 1
+    chunk.scores.addcmul_(change, step, value=-1)
     chunk.weights[:, :width] = moved
     if rules.residual_threshold > 0:
         chunk.refresh_residual(width)
@@ -194,22 +171,20 @@ def _gram_gradient_step(chunk: Chunk, rules: Rules) -> Tensor:
 
 def _matching_step(chunk: Chunk, rules: Rules) -> Tensor:
     """The whole of the best atom's product goes to its weight; nothing else changes."""
-    atom, value = chunk.best_atom(chunk.residual)
+    atom = best_atoms(chunk.residual, chunk.noise, chunk.dictionary)
+    value = chunk.product(atom)
+    converged = value <= chunk.noise  # no atom is left to add
+    value = value.masked_fill(converged, 0)
     place, new = chunk.choose(atom)
-    tokens = _all_rows(atom)
-    chunk.weights[tokens, place] += value
-    chunk.residual = chunk.residual - value[:, None] * chunk.dictionary.rows[atom]
-    return ~new | (value == 0) if rules.stop_on_duplicate else torch.zeros_like(atom, dtype=torch.bool)
+    chunk.weights[_all_rows(atom), place] += value
+    chunk.residual = torch.addcmul(chunk.residual, value[:, None], chunk.dictionary.rows[atom].double(), value=-1)
+    return converged | ~new if rules.stop_on_duplicate else converged
 
 
 def _orthogonal_step(chunk: Chunk, rules: Rules) -> Tensor:
     """The best atom joins, then all weights are those of least squares (or non-negative least squares)."""
-    atom, value = chunk.best_atom(chunk.residual)
-    if not rules.nonnegative:
-        other, other_value = chunk.best_atom(-chunk.residual)
-        lower = (other_value == value) & (other < atom)  # of equals the lower index, as everywhere
-        atom = torch.where((other_value > value) | lower, other, atom)
-        value = torch.maximum(value, other_value)
+    atom = best_atoms(chunk.residual, chunk.noise, chunk.dictionary, either_sign=not rules.nonnegative)
+    value = chunk.product(atom) if rules.nonnegative else chunk.product(atom).abs()
     before = chunk.rows(_all_rows(atom))
     place, new = chunk.choose(atom)
     width = chunk.used()
@@ -218,13 +193,11 @@ def _orthogonal_step(chunk: Chunk, rules: Rules) -> Tensor:
     chosen = torch.arange(width, device=atom.device) < chunk.n_chosen[:, None]
     weights, dependent = _least_squares(gram, right, chosen)
     if rules.nonnegative:
-        weights = nonnegative(gram, right, chosen, chunk.weights[:, :width].double())
-    chunk.weights[:, :width] = weights.to(chunk.weights.dtype)
+        weights = nonnegative(gram, right, chosen, chunk.weights[:, :width])
+    chunk.weights[:, :width] = weights
     chunk.refresh_residual(width)
-    # The residual is orthogonal to the atoms chosen: choosing one again, one in their span, or one that does not make the
-    # residual smaller means that nothing is left to gain.
-    grown = chunk.residual.double().norm(dim=1) > before.residual.double().norm(dim=1)
-    stuck = ~new | (value == 0) | dependent | grown
+    # The residual is orthogonal to the atoms chosen: choosing one again, or one in their span, means that nothing is left.
+    stuck = ~new | (value <= chunk.noise) | dependent
     chunk.put(stuck, before.rows(stuck))
     return stuck
 
@@ -289,15 +262,18 @@ def run_chunk(target: Tensor, l0: Tensor, dictionary: PreparedDictionary, rules:
     if rules.method == "gradient" and dictionary.n_atoms <= GRAM_ATOMS:
         chunk.use_gram_form()
         step_of = _gram_gradient_step
-    alive = (l0 > 0).nonzero()[:, 0]
+    part, numbers = chunk, _all_rows(l0)
+    done = l0 <= 0
     for step in range(1, int(l0.max()) + 1):
-        if len(alive) == 0:
-            break
-        part = chunk if len(alive) == len(l0) else chunk.rows(alive)
-        done = step_of(part, rules)
-        if part is not chunk:
-            chunk.put(alive, part)
+        if bool(done.any()):
+            if part is not chunk:
+                chunk.put(numbers[done], part.rows(done))
+            numbers, part = numbers[~done], part.rows(~done)
+        if len(numbers) == 0:
+            return chunk
+        done = step_of(part, rules) | (l0[numbers] <= step)
         if rules.residual_threshold > 0:
             done = done | (part.residual.norm(dim=1) < rules.residual_threshold)
-        alive = alive[~done & (l0[alive] > step)]
+    if part is not chunk:
+        chunk.put(numbers, part)
     return chunk

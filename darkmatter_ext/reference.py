@@ -7,11 +7,14 @@ dense [N, F] pre-activations, so they are for checking, not for use at size. All
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from darkmatter_ext.sparse import SparseActs
+
+PURSUIT_NOISE = 2.0**-40  # of |target| times the largest atom's norm: what pursuit takes for rounding
 
 
 def pre_activations(
@@ -75,41 +78,80 @@ def pursuit(
     residual_threshold: float = 0.0,
     stop_on_duplicate: bool = False,
 ) -> Tensor:
-    """Dense weights [..., F] in float64 of `darkmatter_ext.pursuit`, token by token and step by step."""
+    """Dense weights [..., F] in float64 of `darkmatter_ext.pursuit`, token by token and step by step.
+
+    The definition, for any dtype: all numbers given are taken as they are and widened to float64, x - bias too, and
+    every residual, product and weight is float64; nothing is rounded between steps. Rounding may decide nothing, or two
+    correct implementations would part at each tie. With noise = 2^-40 |x - bias| max_j |d_j|:
+
+    - The atom of a step is the one of the largest product with the residual ("orthogonal" without `nonnegative`: absolute
+      product); products within noise of the largest are equal to it, and the lowest index wins.
+    - A product, or gradient, of at most noise is 0. A token has converged and stops where nothing but 0 is left to add:
+      "gradient": on its whole support (the released code divides 0 by 0); "matching", "orthogonal": of the best atom.
+    """
     D = dictionary.double()
     rows = (x.double() if bias is None else x.double() - bias.double()).reshape(-1, D.shape[1])
     steps = torch.as_tensor(l0).expand(x.shape[:-1]).reshape(-1).tolist()
     weights = torch.zeros(len(rows), len(D), dtype=torch.float64)
     for target, w, own in zip(rows, weights, steps, strict=True):
-        chosen: list[int] = []
-        for _ in range(own):
-            residual = target - w @ D
-            products = D @ residual
-            scores = products.abs() if method == "orthogonal" and not nonnegative else products
-            best = int((scores == scores.max()).nonzero()[0])
-            new, before = best not in chosen, w.clone()
-            chosen += [best] * new
-            if method == "matching":
-                w[best] += products[best].clamp(min=0)
-                done = stop_on_duplicate and (not new or bool(products[best] <= 0))
-            elif method == "orthogonal":
-                done = not new or bool(scores[best] <= 0) or not _refit(D, target, w, chosen, nonnegative)
-            else:
-                done = not _gradient_update(D, residual, products, w, chosen if keep_chosen else [best])
-            if done and method == "orthogonal":
-                w.copy_(before)
-            if done or (residual_threshold > 0 and (target - w @ D).norm() < residual_threshold):
-                break
+        for after in pursuit_path(
+            target,
+            D,
+            own,
+            method=method,
+            keep_chosen=keep_chosen,
+            nonnegative=nonnegative,
+            residual_threshold=residual_threshold,
+            stop_on_duplicate=stop_on_duplicate,
+        ):
+            w.copy_(after)
     return weights.reshape(*x.shape[:-1], len(D))
 
 
-def _gradient_update(D: Tensor, residual: Tensor, products: Tensor, w: Tensor, extra: list[int]) -> bool:
-    """w = max(0, w + step g), g the gradient on the support of w and `extra`; False where the line search is 0 / 0."""
+def pursuit_path(
+    target: Tensor,
+    D: Tensor,
+    l0: int,
+    *,
+    method: str = "gradient",
+    keep_chosen: bool = False,
+    nonnegative: bool = False,
+    residual_threshold: float = 0.0,
+    stop_on_duplicate: bool = False,
+) -> Iterator[Tensor]:
+    """The weights [F] of one target [d] after each of its steps, until it stops; both in float64. One tensor, changed."""
+    w, chosen = target.new_zeros(len(D)), []
+    noise = PURSUIT_NOISE * target.norm() * D.norm(dim=1).max()
+    for _ in range(l0):
+        residual = target - w @ D
+        products = D @ residual
+        scores = products.abs() if method == "orthogonal" and not nonnegative else products
+        best = int((~(scores < scores.max() - noise)).nonzero()[0])
+        new, before = best not in chosen, w.clone()
+        chosen += [best] * new
+        if method == "gradient":
+            done = not _gradient_update(D, residual, products, w, chosen if keep_chosen else [best], noise)
+        elif bool(scores[best] <= noise):
+            done = True
+        elif method == "matching":
+            w[best] += products[best]
+            done = stop_on_duplicate and not new
+        else:
+            done = not new or not _refit(D, target, w, chosen, nonnegative)
+        if done and method == "orthogonal":
+            w.copy_(before)
+        yield w
+        if done or (residual_threshold > 0 and (target - w @ D).norm() < residual_threshold):
+            return
+
+
+def _gradient_update(D: Tensor, residual: Tensor, products: Tensor, w: Tensor, extra: list[int], noise: Tensor) -> bool:
+    """w = max(0, w + step g), g the gradient on the support of w and `extra`; False where g is 0, up to noise."""
     support = w != 0
     support[extra] = True
     gradient = torch.where(support, products, 0.0)
     direction = gradient @ D
-    if not direction.any():
+    if not bool((gradient.abs() > noise).any()) or not direction.any():
         return False
     w.copy_((w + (direction @ residual) / (direction @ direction) * gradient).clamp(min=0))
     return True

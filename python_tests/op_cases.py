@@ -116,6 +116,17 @@ def _outer(form: str) -> Callable:
     return make
 
 
+def _wide_decode(dtype: torch.dtype) -> tuple[Any, ...]:
+    indices, _ = _active("fixed")
+    values = gaussian(*indices.shape, seed=6, dtype=torch.float64)
+    values[1] = 0  # atoms that have left
+    return values, indices, gaussian(F, D, seed=7, dtype=dtype)
+
+
+def _wide_dot(dtype: torch.dtype) -> tuple[Any, ...]:
+    return _x(torch.float64), _active("fixed")[0], gaussian(F, D, seed=7, dtype=dtype)
+
+
 def _pack(centred: bool, transposed: bool) -> Callable:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         W_enc, b_enc, b_dec = encoder(dtype)
@@ -183,6 +194,8 @@ CASES = [
     Case("sparse_dot", "ragged", _dot("ragged"), (0, 3)),
     Case("sparse_outer", "fixed", _outer("fixed"), (0, 3)),
     Case("sparse_outer", "ragged", _outer("ragged"), (0, 3)),
+    Case("sparse_decode_wide", "fixed", _wide_decode),
+    Case("sparse_dot_wide", "fixed", _wide_dot),
     Case("to_dense", "fixed", _sparse_acts("fixed"), (0,)),
     Case("to_dense", "ragged", _sparse_acts("ragged"), (0,)),
     Case("to_dense", "nothing-active", _sparse_acts("none"), (0,)),
@@ -191,12 +204,9 @@ CASES = [
     Case("screen_intervals", "centred", _screened()),
 ]
 
-# What CUDA has no kernel for: there the host never looks at what screening left undecided, and gains have no kernel yet.
-ON_CUDA = [
-    case
-    for case in CASES
-    if case.op not in ("pack_rows", "try_topk_encode", "try_threshold_encode") and case.name != "gains"
-]
+# What CUDA has no kernel for: the host never looks there at what screening left undecided; gains have no kernel yet.
+CPU_ONLY = {"pack_rows", "try_topk_encode", "try_threshold_encode", "sparse_decode_wide", "sparse_dot_wide"}
+ON_CUDA = [case for case in CASES if case.op not in CPU_ONLY and case.name != "gains"]
 
 
 def registered_ops() -> set[str]:

@@ -196,15 +196,14 @@ def test_gradient_pursuit(emulated_ops, keep_chosen, dtype):
     """The fused steps against the dense twin: the same atoms, the weights to rounding; own l0 of each token."""
     torch.manual_seed(3)
     x, dictionary = torch.randn(7, 36).to(dtype), torch.randn(1100, 36).to(dtype)
-    x[2], dictionary[5] = 0.0, 0.0
+    x[2], dictionary[5], x[4] = 0.0, 0.0, dictionary[8] * 3
     l0 = torch.tensor([0, 1, 4, 12, 7, 12, 3])
     expected = reference.pursuit(x, dictionary, l0, keep_chosen=keep_chosen)
-    prepared = dm.prepare_dictionary(dictionary)
+    prepared = dm.prepare_dictionary(dictionary.double())  # as it is on CUDA
     rules = Rules("gradient", keep_chosen=keep_chosen)
-    ((_, atoms, weights),) = run_gradient_on_cuda([x], [l0], prepared, rules)
+    ((_, atoms, weights),) = run_gradient_on_cuda([x.double()], [l0], prepared, rules)
     found = torch.zeros(7, 1100, dtype=torch.float64).scatter_add(1, atoms, weights.double())
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert ((found != 0).sum(1) <= l0).all()
 
 
@@ -212,7 +211,8 @@ def test_pursuit_stops_at_a_small_residual(emulated_ops):
     torch.manual_seed(4)
     x, dictionary = torch.randn(4, 36), torch.randn(1100, 36)
     rules = Rules("gradient", residual_threshold=4.0)
-    ((_, atoms, weights),) = run_gradient_on_cuda([x], [torch.full((4,), 9)], dm.prepare_dictionary(dictionary), rules)
+    prepared = dm.prepare_dictionary(dictionary.double())
+    ((_, atoms, weights),) = run_gradient_on_cuda([x.double()], [torch.full((4,), 9)], prepared, rules)
     expected = reference.pursuit(x, dictionary, 9, residual_threshold=4.0)
     found = torch.zeros(4, 1100, dtype=torch.float64).scatter_add(1, atoms, weights.double())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -10,7 +10,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import darkmatter_ext as dm
 from darkmatter_ext import _library, ops, pursuit_on_cuda
-from darkmatter_ext.pursuit_steps import PreparedDictionary, Rules
+from darkmatter_ext.pursuit_choice import PreparedDictionary
+from darkmatter_ext.pursuit_steps import Rules
 
 N, D, F = 8, 40, 1500
 

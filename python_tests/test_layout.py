@@ -15,7 +15,7 @@ PACKAGE = ROOT / "darkmatter_ext"
 LEVELS = {
     "storage": 0, "_library": 0, "progress": 0, "sparse": 0, "packed_weights": 0,
     "_registrations": 1, "reference": 1, "soundness": 1, "ops": 2, "unchecked": 2.1, "row_layout": 0,
-    "stepping_aside": 2.2, "environment": 3, "pursuit_steps": 3,
+    "stepping_aside": 2.2, "environment": 3, "pursuit_choice": 3, "pursuit_steps": 3.5,
     "pursuit_on_cuda": 4, "batched_pursuit": 5,
     "embedded": 3, "text": 3, "error": 3, "regression": 3, "intervals": 3, "power_law": 4, "nulls": 3,
     "activations": 4, "decomposition": 4, "architectures": 5.2, "drop_in_state": 5.4, "drop_in": 6,

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import darkmatter_ext as dm
-from darkmatter_ext import batched_pursuit, pursuit_steps, reference
+from darkmatter_ext import batched_pursuit, pursuit_choice, pursuit_steps, reference
 from darkmatter_ext.pursuing import pursuit_encoder, refit_encoder
 from darkmatter_ext.sae import as_encoder
 
@@ -44,7 +44,8 @@ def _zero_atoms(n, d):
 
 
 def _correlated(n, d):
-    return torch.nn.functional.normalize(unit(n, d) * 0.2 + unit(1, d, seed=1), dim=1)
+    """A cosine of about 0.8 between any two."""
+    return torch.nn.functional.normalize(unit(n, d) * 0.5 + unit(1, d, seed=1), dim=1)
 
 
 def _any_norm(n, d):
@@ -58,6 +59,30 @@ def targets(n, d, seed=5):
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x[0] = 0  # converged from the start
     return x
+
+
+def made_of(D, n, active=6, seed=6):
+    """Targets that a few atoms of D add up to, with a little noise: near-ties and small residuals in many steps."""
+    g = torch.Generator().manual_seed(seed)
+    weights = torch.rand(n, len(D), generator=g, dtype=torch.float64)
+    weights = weights * (torch.rand(n, len(D), generator=g) < active / len(D))
+    return weights @ D + 0.02 * torch.randn(n, D.shape[1], generator=g, dtype=torch.float64)
+
+
+def assert_same_support(acts, twin):
+    """The same atoms for every token, and the weights up to their rounding."""
+    found = acts.to_dense()
+    assert torch.equal(found != 0, twin != 0)
+    torch.testing.assert_close(found, twin.to(found.dtype), rtol=1e-6, atol=1e-6)
+
+
+def assert_the_path_of_the_twin(x, D, steps, options):
+    """Own l0 of each token, and the same support after every step as `reference.pursuit_path`."""
+    paths = [[w.clone() for w in reference.pursuit_path(row.double(), D.double(), steps, **options)] for row in x]
+    for l0 in range(1, steps + 1):
+        own = torch.arange(len(x)) % 2 * (steps - l0) + l0  # every other token goes on to the end
+        twin = torch.stack([path[min(len(path), int(n)) - 1] for path, n in zip(paths, own, strict=True)])
+        assert_same_support(dm.pursuit(x, D, own, **options), twin)
 
 
 @pytest.fixture(params=["products", "gram"], autouse=True)
@@ -95,17 +120,36 @@ def test_as_many_steps_as_atoms(options):
 
 
 @each_variant
+@pytest.mark.parametrize("make", DICTIONARIES, ids=lambda make: make.__name__.strip("_"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_step_has_the_support_of_the_twin_in_lower_precision(options, make, dtype):
+    D = make(300, 40).to(dtype)
+    x = torch.cat([targets(6, 40), made_of(make(300, 40), 6)]).to(dtype)
+    assert_the_path_of_the_twin(x, D, 8, options)
+
+
+@pytest.mark.slow
+@each_variant
+@pytest.mark.parametrize("make", [unit, _correlated], ids=["random", "correlated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_lower_precision_up_to_near_ties(options, dtype):
-    D = unit(600, 48).to(dtype)
-    x = targets(50, 48).to(dtype)
-    ours = dm.pursuit(x, D, 6, **options)
-    assert ours.values.dtype == torch.float32
-    twin = reference.pursuit(x, D, 6, **options)
-    error = (ours.to_dense() - twin).abs().amax(1)
-    assert (error < 1e-4).float().mean() >= 0.96  # a near-tie may send a token another way
-    residual = [(x.double() - w.double() @ D.double()).norm(dim=1) for w in (ours.to_dense(), twin)]
-    torch.testing.assert_close(*residual, rtol=0.2, atol=1e-3)
+def test_two_thousand_rows_have_the_supports_of_the_twin(options, make, dtype, form):
+    """A cosine of about 0.8 between atoms; targets of noise, of a few atoms, and of many."""
+    D, n = make(1100, 64).to(dtype) if form == "products" else make(300, 64).to(dtype), 2000
+    parts = targets(n // 2, 64), made_of(D.double(), n // 4), made_of(D.double(), n // 4, active=40)
+    x = torch.cat(parts).to(dtype)
+    assert_the_path_of_the_twin(x, D, 12, options)
+    assert_the_path_of_the_twin(
+        x[::8], D, 12, options | {"residual_threshold": float(x.double().norm(dim=1).median()) / 2}
+    )
+
+
+@each_variant
+def test_dtypes_are_not_mixed_by_rounding(options):
+    """x and bias finer than the dictionary: the difference is not rounded to float32 on the way in."""
+    D, bias = _correlated(300, 40).float(), torch.linspace(-300, 300, 40, dtype=torch.float64)
+    x = made_of(_correlated(300, 40), 12) + bias
+    ours = dm.pursuit(x, D, 8, bias=bias, residual_threshold=0.1, **options)
+    assert_same_support(ours, reference.pursuit(x, D, 8, bias=bias, residual_threshold=0.1, **options))
 
 
 @each_variant
@@ -136,6 +180,46 @@ def test_stop_by_residual(options):
     torch.testing.assert_close(ours.to_dense(), twin, rtol=1e-6, atol=1e-7)
     free = dm.pursuit(x, D, 30, **options)
     assert int(ours.l0().sum()) < int(free.l0().sum())
+
+
+# The choice of an atom
+
+
+def near_ties(n_atoms, d, near, apart, dtype, seed=0):
+    """Atoms [F, d] of dtype and residuals [n, d] float64 with `near` products within about `apart` of the largest."""
+    D = unit(n_atoms, d, seed).to(dtype)
+    g = torch.Generator().manual_seed(seed + 1)
+    residuals = []
+    for _ in range(20):
+        atoms = D[torch.randperm(n_atoms, generator=g)[:near]].double()
+        wanted = 1 + apart * torch.rand(near, generator=g, dtype=torch.float64)
+        residuals.append(torch.linalg.lstsq(atoms, wanted[:, None]).solution[:, 0])  # least norm
+    return D, torch.stack(residuals)
+
+
+@pytest.mark.parametrize("either_sign", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e-42, 1e37, -1.0])
+@pytest.mark.parametrize(("near", "apart"), [(2, 1e-3), (2, 1e-9), (40, 1e-8), (90, 1e-9), (90, 1e-16)])
+def test_the_choice_is_that_of_all_float64_products(near, apart, scale, either_sign):
+    D, residual = near_ties(400, 128, near, apart, torch.float32)
+    residual = residual * scale
+    dictionary = dm.prepare_dictionary(D)
+    noise = pursuit_choice.noise_of(residual, dictionary)
+    found = pursuit_choice.best_atoms(residual, noise, dictionary, either_sign=either_sign)
+    every = residual @ D.double().mT
+    expected = pursuit_choice.lowest_of_the_best(every.abs() if either_sign else every, noise)
+    assert torch.equal(found, expected)
+    if (near, apart, scale, either_sign) == (2, 1e-9, 1.0, False):  # ranks of rounded residuals would not do
+        ranked = dm.topk_encode(residual.float(), D.mT, dictionary.no_bias, 1).indices[:, 0]
+        assert not torch.equal(ranked, expected)
+
+
+def test_a_dictionary_whose_steps_diverge_ends():
+    """Matching pursuit over long atoms doubles the residual and more in every step, beyond float32."""
+    D, x = unit(300, 40).float() * 100, targets(5, 40).float()
+    weights = dm.pursuit(x.double(), D.double(), 60, method="matching").values
+    assert weights.abs().max() > 1e100
+    dm.pursuit(x, D, 120, method="matching")
 
 
 # By hand
