@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,8 +62,9 @@ class Stats:
 
 @dataclass
 class _State:
-    """What an accelerated SAE carries besides its SAELens attributes. Copies and pickles start afresh."""
+    """What an accelerated SAE carries besides its SAELens attributes. It belongs to one object: copies make their own."""
 
+    owner: weakref.ref[Any]
     kind: Kind
     encoder: Packed[Any]  # PreparedEncoder or PreparedDictionary; None where the weights cannot be packed
     decoder: Packed[Tensor | None]
@@ -73,10 +75,14 @@ class _State:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def fresh(cls, kind: Kind) -> _State:
+    def of(cls, sae: Any) -> _State:
+        kind = _kind_of(_plain_class(type(sae)))
         prepare = prepare_dictionary if kind is PURSUIT else ops.prepare_encoder
         decoder = Packed(_decoder_rows, is_view=Tensor.is_contiguous)
-        return cls(kind, Packed(lambda *weights: _or_none(prepare, *weights)), decoder)
+        return cls(weakref.ref(sae), kind, Packed(lambda *weights: _or_none(prepare, *weights)), decoder)
+
+    def __reduce__(self) -> tuple:
+        return _no_state, ()  # a copy of an object's attributes leaves it out
 
     def count(self, method: str, reason: str = "") -> None:
         with self.lock:
@@ -87,8 +93,9 @@ class _State:
         self.decoder.forget()
         self.last_pass = self.density = None
 
-    def __reduce__(self) -> tuple:
-        return _State.fresh, (self.kind,)
+
+def _no_state() -> None:
+    return None
 
 
 def _or_none(prepare: Callable[..., Any], *weights: Tensor) -> Any:
@@ -154,9 +161,19 @@ class AcceleratedSAE:
     @property
     def _fast(self) -> _State:
         state = self.__dict__.get(_STATE)
-        if state is None:  # an object built from the class of an accelerated one, as type(sae)(cfg) is
-            state = self.__dict__[_STATE] = _State.fresh(_kind_of(_plain_class(type(self))))
+        if state is None or state.owner() is not self:  # built as type(sae)(cfg), or by copying the attributes of another
+            state = self.__dict__[_STATE] = _State.of(self)
         return state
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """For copies and pickles: everything but the packed weights and counts, which an object has for itself."""
+        rebuild, arguments, attributes, *rest = super().__reduce_ex__(protocol)
+        assert isinstance(attributes, dict)
+        attributes = {name: value for name, value in attributes.items() if name != _STATE}
+        plain = _plain_class(type(self))
+        if type(self) is _classes.get(plain):  # not importable by name
+            rebuild, arguments = _new_accelerated, (plain,)
+        return (rebuild, arguments, attributes, *rest)
 
     # SAELens' methods
 
@@ -510,6 +527,23 @@ def _kind_of(plain: type) -> Kind:
     raise ValueError(f"sae: must be an SAE that can be accelerated, got {plain.__name__} ({why})")
 
 
+def _accelerated_class(plain: type) -> type:
+    """The subclass of a SAELens class that `accelerate` gives its objects."""
+    if plain not in _classes:
+        # Loading through the class of an accelerated object gives plain objects, as loading through SAE does.
+        plain_lookup = classmethod(lambda cls, architecture: plain.get_sae_class_for_architecture(architecture))
+        members: dict[str, Any] = {"get_sae_class_for_architecture": plain_lookup, "__module__": plain.__module__}
+        _classes[plain] = types.new_class(
+            plain.__name__, (AcceleratedSAE, plain), exec_body=lambda n: n.update(members)
+        )
+    return _classes[plain]
+
+
+def _new_accelerated(plain: type) -> Any:
+    cls = _accelerated_class(plain)
+    return cls.__new__(cls)
+
+
 def accelerate(sae: SAE) -> SAE:
     """Make a SAELens SAE answer through this package's ops, in place.
 
@@ -537,16 +571,8 @@ def accelerate(sae: SAE) -> SAE:
     if is_accelerated(sae):
         return sae
     plain = type(sae)
-    kind = _kind_of(plain)
-    if plain not in _classes:
-        # Loading through the class of an accelerated object gives plain objects, as loading through SAE does.
-        plain_lookup = classmethod(lambda cls, architecture: plain.get_sae_class_for_architecture(architecture))
-        members: dict[str, Any] = {"get_sae_class_for_architecture": plain_lookup, "__module__": plain.__module__}
-        _classes[plain] = types.new_class(
-            plain.__name__, (AcceleratedSAE, plain), exec_body=lambda n: n.update(members)
-        )
-    vars(sae)[_STATE] = _State.fresh(kind)
-    sae.__class__ = _classes[plain]
+    _kind_of(plain)
+    sae.__class__ = _accelerated_class(plain)
     return sae
 
 
