@@ -158,7 +158,7 @@ def half_and_double(sae, draw):
 
 @edit()
 def device(sae, draw):
-    return draw.choice((lambda: sae.to("cpu"), lambda: sae.cpu(), lambda: sae.to(torch.zeros(1, dtype=sae.dtype))))()
+    return draw.choice((lambda: sae.to("cpu"), sae.cpu, lambda: sae.to(torch.zeros(1, dtype=sae.dtype))))()
 
 
 @edit()
@@ -299,6 +299,22 @@ def dimension_zeroed(sae, draw):
 
 
 @edit(2)
+def dimension_then_latent(sae, draw):
+    """After a call without a dimension, latents are taken out: parts of them are zero before and after."""
+    if "W_enc" in sae._parameters:
+        place = draw.randrange(sae.cfg.d_in)
+        sae.W_enc.data[place] = 0
+        with torch.no_grad():
+            sae.encode(draw.normal(8, 4, sae.cfg.d_in // 4).to(sae.dtype).reshape(_shape_of_x(sae)))
+        sae.W_enc.data[:, place :: draw.choice((1, sae.cfg.d_in, sae.cfg.d_in))] = 0
+
+
+def _shape_of_x(sae):
+    reshapes = sae.hook_z_reshaping_mode and not hasattr(sae.cfg, "d_out")
+    return (8, 4, sae.cfg.d_in // 4) if reshapes else (8, sae.cfg.d_in)
+
+
+@edit(2)
 def latents_equal(sae, draw):
     same = draw.some(sae.cfg.d_sae)
     if "W_enc" in sae._parameters:
@@ -375,7 +391,10 @@ def fold_whitening(sae, draw):
 @edit(2)
 def cfg_changed(sae, draw):
     """SAELens reads these at every call."""
-    cfg, name = sae.cfg, draw.choice(("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "max_iterations", "residual"))
+    cfg, name = (
+        sae.cfg,
+        draw.choice(("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "max_iterations", "residual")),
+    )
     if name == "residual" and hasattr(cfg, "residual_threshold"):
         cfg.residual_threshold = draw.choice((0.0, 0.01, 3.0))
         cfg.stop_on_duplicate_support = draw.random() < 0.5

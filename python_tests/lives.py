@@ -38,13 +38,18 @@ class Config:
     def drawn(cls, draw):
         architecture = draw.choice(ARCHITECTURES)
         options = {"dtype": draw.choice(("float32",) * 4 + ("bfloat16", "float16", "float64"))}
-        norms = ("none",) * 4 + ("expected_average_only_in", "layer_norm", "constant_norm_rescale", "covariance_whitening")
+        norms = ("none",) * 4 + (
+            "expected_average_only_in",
+            "layer_norm",
+            "constant_norm_rescale",
+            "covariance_whitening",
+        )
         options["normalize_activations"] = draw.choice(norms)
         if architecture in TRANSCODERS:
             options |= {"apply_b_dec_to_input": False, "d_out": draw.choice((24, 48))}
         else:
             options["apply_b_dec_to_input"] = draw.random() < 0.7
-            options["reshape_activations"] = draw.choice(("none", "none", "none", "hook_z"))
+        options["reshape_activations"] = draw.choice(("none", "none", "none", "hook_z"))
         if "topk" in architecture:
             options |= {"k": draw.choice((4, 8)), "rescale_acts_by_decoder_norm": draw.random() < 0.5}
         if architecture == "matching_pursuit":
@@ -80,7 +85,8 @@ def tokens(sae, draw, *shape, dtype=None):
 
 
 def _shaped(sae, x):
-    return x.unflatten(-1, (HEADS, -1)) if sae.hook_z_reshaping_mode else x
+    reshapes = sae.hook_z_reshaping_mode and sae.cfg.architecture() not in TRANSCODERS  # which ignore the option
+    return x.unflatten(-1, (HEADS, -1)) if reshapes else x
 
 
 def odd_tokens(sae, draw):
@@ -209,7 +215,9 @@ def same_acts(sae, sae_in, theirs, ours):
         require_within("encode", theirs, ours, 30 * slack, ~rows[:, None])
     else:
         wrong = differ & ~_on_a_border(sae, sae_in, slack)
-        require(not bool(wrong.any()), f"encode: {int(wrong.sum())} of {wrong.numel()} latents differ away from any border")
+        require(
+            not bool(wrong.any()), f"encode: {int(wrong.sum())} of {wrong.numel()} latents differ away from any border"
+        )
         require_within("encode", theirs, ours, 2 * slack, ~differ)
     same = finite.clone()
     same[finite] = ~differ.any(-1)
@@ -219,7 +227,9 @@ def same_acts(sae, sae_in, theirs, ours):
 def require_within(what, theirs, ours, slack, where=True):
     """Equal up to slack; where that is no number, the pattern of NaN is all that is compared."""
     same = (theirs == ours) | (theirs.isnan() & ours.isnan())
-    error = torch.where(same | torch.logical_not(torch.as_tensor(where)), 0.0, (theirs - ours).abs().nan_to_num(float("inf")))
+    error = torch.where(
+        same | torch.logical_not(torch.as_tensor(where)), 0.0, (theirs - ours).abs().nan_to_num(float("inf"))
+    )
     slack = slack.nan_to_num(float("inf"))
     if not bool((error <= slack).all()):
         raise DifferenceError(f"{what}: differs by {float((error / slack).max()):.3g} of what rounding may do")
@@ -279,7 +289,7 @@ def same_output(what, sae, x, acts, size, theirs, ours, *, rows=None):
         bound = bound + flat_x.abs() @ sae.W_skip.detach().double().abs().T
     bound = (bound.reshape(-1, bound.shape[-1]) + 1e-30) * 10 * TOLERANCE[sae.dtype] * _hooked_scale(sae)
     theirs, ours = (each.detach().double().reshape(bound.shape) for each in (theirs, ours))
-    kept = bound.isfinite().all(-1) & (torch.ones(len(bound), dtype=torch.bool) if rows is None else rows)
+    kept = torch.ones(len(bound), dtype=torch.bool) if rows is None else rows
     _require_same_nan(what, theirs[kept], ours[kept])
     require_within(what, theirs[kept], ours[kept], bound[kept])
 
@@ -362,7 +372,8 @@ class Twins:
             (plain, their_error), (fast, our_error) = (answer(edit, sae, Draw(seed)) for sae in before)
         same = type(their_error) is type(our_error)
         require(same, f"accelerated {_told(fast, our_error)}, plain {_told(plain, their_error)}")
-        self.plain, self.fast = plain or self.plain, dm.accelerate(fast or self.fast)
+        self.plain = self.plain if plain is None else plain
+        self.fast = self.fast if fast is None else dm.accelerate(fast)
         if self.plain is not before[0] and self.fast is not before[1]:
             self.others = [*self.others[-2:], before]
 
@@ -429,7 +440,8 @@ def replay(config, edits):
             twins.edit(name, seed)
             twins.check(seed)
         except Exception as error:
-            raise LifeError(f"edit {number} ({name}): {type(error).__name__}: {error}") from error
+            told = str(error).splitlines()[0]
+            raise LifeError(f"edit {number} ({name}): {type(error).__name__}: {told}") from error
     return twins
 
 
