@@ -127,7 +127,9 @@ def _pre_activations(sae: Any, sae_in: Tensor, tokens: Tensor, latents: Tensor) 
     """float64 pre-activations of some (token, latent) pairs, and the size of their sums."""
     bias = sae.b_enc if getattr(sae, "b_enc", None) is not None else sae.b_gate
     x, w, b = sae_in[tokens].double(), sae.W_enc.mT[latents].double(), bias[latents].double()
-    return (x * w).sum(-1) + b, x.norm(dim=-1) * w.norm(dim=-1) + b.abs()
+    rescaled = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+    unit = sae.W_dec[latents].double().norm(dim=-1) if rescaled else 1.0
+    return ((x * w).sum(-1) + b) * unit, (x.norm(dim=-1) * w.norm(dim=-1) + b.abs()) * unit
 
 
 @torch.no_grad()

@@ -8,107 +8,26 @@ and `stats` tells why. Latents L = [..., d_sae] are dense where SAELens' methods
 
 from __future__ import annotations
 
-import threading
+import functools
 import types
-import weakref
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from darkmatter_ext import ops
-from darkmatter_ext.batched_pursuit import prepare_dictionary, pursuit
-from darkmatter_ext.packed_weights import Packed
-from darkmatter_ext.soundness import (
-    DECODE_DENSITY,
-    ENCODE_DENSITY,
-    GATED,
-    JUMPRELU,
-    PURSUIT,
-    TOPK,
-    Kind,
-    is_hooked,
-    known_methods,
-    transforms_active,
-    why_not_activation,
-    why_not_pursuit,
-    why_not_tensors,
-)
+from darkmatter_ext import ops, unchecked
+from darkmatter_ext.architectures import Architecture, architecture_of, known_forwards, weight
+from darkmatter_ext.drop_in_state import Decoder, Pass, Ready, State, Stats, same_pass
+from darkmatter_ext.soundness import is_hooked, transforms_active, why_not_decoder, why_not_input, why_not_together
 from darkmatter_ext.sparse import SparseActs
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-PROBE_TOKENS = 4
+DECODE_DENSITY = 0.10  # active share of the latents above which SAELens' dense decode is the faster one
+TOO_MANY = "too many latents are active, or close to it, in most tokens (tried again after some calls)"
 _STATE = "_darkmatter_state"
-
-
-@dataclass(frozen=True)
-class Stats:
-    """How the calls of an accelerated SAE were answered, by method."""
-
-    fast: dict[str, int]
-    fallback: dict[str, dict[str, int]]  # method -> reason -> calls
-
-    def __str__(self) -> str:
-        lines = [f"{method}: {count} fast" for method, count in self.fast.items()]
-        for method, reasons in self.fallback.items():
-            lines += [f"{method}: {count} by SAELens: {reason}" for reason, count in reasons.items()]
-        return "\n".join(lines) or "no calls"
-
-
-@dataclass
-class _State:
-    """What an accelerated SAE carries besides its SAELens attributes. It belongs to one object: copies make their own."""
-
-    owner: weakref.ref[Any]
-    kind: Kind
-    encoder: Packed[Any]  # PreparedEncoder or PreparedDictionary; None where the weights cannot be packed
-    decoder: Packed[Tensor | None]
-    calls: Counter[tuple[str, str]] = field(default_factory=Counter)  # (method, reason or "")
-    density: float | None = None  # active share of the latents, last seen
-    has_second_passes: bool = False  # SAELens has asked for an error term: keep the last pass for it
-    last_pass: tuple[Tensor, tuple, SparseActs] | None = None  # input, what else decided, result
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @classmethod
-    def of(cls, sae: Any) -> _State:
-        kind = _kind_of(_plain_class(type(sae)))
-        prepare = prepare_dictionary if kind is PURSUIT else ops.prepare_encoder
-        decoder = Packed(_decoder_rows, is_view=Tensor.is_contiguous)
-        return cls(weakref.ref(sae), kind, Packed(lambda *weights: _or_none(prepare, *weights)), decoder)
-
-    def __reduce__(self) -> tuple:
-        return _no_state, ()  # a copy of an object's attributes leaves it out
-
-    def count(self, method: str, reason: str = "") -> None:
-        with self.lock:
-            self.calls[method, reason] += 1
-
-    def forget(self) -> None:
-        self.encoder.forget()
-        self.decoder.forget()
-        self.last_pass = self.density = None
-
-
-def _no_state() -> None:
-    return None
-
-
-def _or_none(prepare: Callable[..., Any], *weights: Tensor) -> Any:
-    """Packed encoder weights; None where they hold NaN, or a dictionary Inf."""
-    try:
-        return prepare(*weights)
-    except ValueError:
-        return None
-
-
-def _decoder_rows(W_dec: Tensor) -> Tensor | None:
-    """Contiguous rows of W_dec (itself if it is); None where they are not finite, for 0 times Inf is NaN only if dense."""
-    return W_dec.detach().contiguous() if bool(W_dec.isfinite().all()) else None
 
 
 class _DenseGradDecode(torch.autograd.Function):
@@ -139,30 +58,22 @@ class _DenseGradDecode(torch.autograd.Function):
         )
 
 
-class _ValueWithGradientOf(torch.autograd.Function):
-    """The first argument's value, the second's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, source: Tensor) -> Tensor:  # type: ignore[override]
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
-        return None, grad
-
-
 class AcceleratedSAE:
     """The methods an accelerated SAE puts before SAELens' own. Made by `accelerate`, never by hand."""
+
+    _architecture: Architecture
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
 
     @property
-    def _fast(self) -> _State:
+    def _fast(self) -> State:
         state = self.__dict__.get(_STATE)
-        if state is None or state.owner() is not self:  # built as type(sae)(cfg), or by copying the attributes of another
-            state = self.__dict__[_STATE] = _State.of(self)
+        if (
+            state is None or state.owner() is not self
+        ):  # built as type(sae)(cfg), or by copying the attributes of another
+            state = self.__dict__[_STATE] = State(self, self._architecture)
         return state
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -190,41 +101,65 @@ class AcceleratedSAE:
             return self._encode_some(x, latents)
         if torch.compiler.is_compiling():
             return super().encode(x)  # type: ignore[misc]
-        reason = self._why_not_encode(x)
-        self._fast.count("encode", reason)
-        if reason:
-            return self._dense_encode(x)
-        acts = ops.to_dense(self._sparse_pass(x))
-        return acts if self._fast.kind is PURSUIT else self.hook_sae_acts_post(acts)  # SAELens' pursuit runs no hook
+        state = self._fast
+        ready = self._look(state, x)
+        if type(ready) is str:
+            state.count("encode", ready)
+            acts = super().encode(x)  # type: ignore[misc]
+            if state.back_off.left and type(acts) is Tensor and not transforms_active():
+                state.back_off.after_dense(acts)
+            return acts
+        acts = _dense_acts(self._pass(state, x, ready, "encode"))
+        if self._architecture.hooks_acts_post and is_hooked(self._modules["hook_sae_acts_post"]):
+            return self.hook_sae_acts_post(acts)
+        return acts
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction of feature_acts [..., d_sae], as SAELens' decode, reading only the rows of active latents."""
         if torch.compiler.is_compiling():
             return super().decode(feature_acts)  # type: ignore[misc]
-        reason = self._why_not_decode(feature_acts)
+        state = self._fast
+        decoder = self._look_at_decoder(state, feature_acts, dense=True)
         support = None
-        if not reason:
-            support = ops.find_support(feature_acts.detach())
+        if type(decoder) is not str:
+            support = unchecked.find_support(feature_acts.detach())
             if support.values.numel() > DECODE_DENSITY * feature_acts.numel():
-                reason = f"more than {DECODE_DENSITY:.0%} of the latents are active"
-        self._fast.count("decode", reason)
-        if reason or support is None:
+                decoder = f"more than {DECODE_DENSITY:.0%} of the latents are active"
+        state.count("decode", decoder if type(decoder) is str else "")
+        if type(decoder) is str or support is None:
             return super().decode(feature_acts)  # type: ignore[misc]
-        rows, bias = self._decoder_rows(), self._decoder_bias()
-        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (feature_acts, self.W_dec, self.b_dec))
-        if wants_grad:
-            x_hat = _DenseGradDecode.apply(feature_acts, self.W_dec, bias, rows, support)
+        bias = self._architecture.decoder_bias(self)
+        scale = self._decoder_scale(decoder)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (feature_acts, self.W_dec, self.b_dec)):
+            support = support if scale is None else support.scaled(scale.detach())
+            acts = feature_acts if scale is None else feature_acts * scale
+            x_hat = _DenseGradDecode.apply(acts, self.W_dec, bias, decoder.rows, support)
         else:
-            x_hat = ops.sparse_decode(support, rows, bias)
+            x_hat = unchecked.sparse_decode(support if scale is None else support.scaled(scale), decoder.rows, bias)
         return self._after_decode(x_hat)
 
     def forward(self, x: Tensor) -> Tensor:
         """SAELens' forward; latents stay sparse in between unless a hook wants them dense."""
         if torch.compiler.is_compiling():
             return super().forward(x)  # type: ignore[misc]
-        reason = self._why_not_fused(x)
-        self._fast.count("forward", reason)
-        return super().forward(x) if reason else self._fused(x)  # type: ignore[misc]
+        state = self._fast
+        ready = self._look(state, x, sparse=True)
+        decoder = ready if type(ready) is str else self._look_at_decoder(state, None)
+        if type(decoder) is str or self._is_overridden():
+            state.count("forward", decoder if type(decoder) is str else "forward, encode or decode is overridden")
+            return super().forward(x)  # type: ignore[misc]
+        sae_out = self._reconstructed(self._pass(state, x, ready, "forward"), decoder)
+        if _is_transcoder(self):
+            skip = self._parameters.get("W_skip")
+            return sae_out if skip is None else sae_out + x @ skip.T
+        if self.use_error_term:
+            with torch.no_grad():
+                clean = sae_out.detach()
+                if is_hooked(self.hook_sae_input) or is_hooked(self.hook_sae_recons):
+                    clean = self._unhooked_forward(state, x, ready, decoder)
+                sae_error = self.hook_sae_error(x - clean)
+            sae_out = sae_out + sae_error
+        return self.hook_sae_output(sae_out) if is_hooked(self._modules["hook_sae_output"]) else sae_out
 
     # For those who opt in
 
@@ -234,9 +169,13 @@ class AcceleratedSAE:
         hook_sae_input runs. If hook_sae_acts_pre or _post is hooked, or the fast path is not sound, SAELens' encode gives
         the dense acts of which these are the nonzero entries.
         """
-        reason = self._why_not_sparse(x)
-        self._fast.count("encode_sparse", reason)
-        return ops.find_support(self.encode(x)) if reason else self._sparse_pass(x)
+        state = self._fast
+        ready = self._look(state, x, sparse=True)
+        if type(ready) is str:
+            state.count("encode_sparse", ready)
+            return ops.find_support(self.encode(x))
+        found = self._pass(state, x, ready, "encode_sparse")
+        return found.acts if found.dense is None else ops.find_support(_dense_acts(found))
 
     def decode_sparse(self, acts: SparseActs) -> Tensor:
         """Reconstruction from SparseActs, as decode of their dense form; differentiable in acts.values.
@@ -245,9 +184,14 @@ class AcceleratedSAE:
         """
         if not isinstance(acts, SparseActs):
             raise TypeError(f"acts: must be SparseActs (encode_sparse gives them), got {type(acts).__name__}")
-        reason = self._why_not_decode(acts.values, sparse=True)
-        self._fast.count("decode_sparse", reason)
-        return super().decode(ops.to_dense(acts)) if reason else self._after_decode(self._sparse_decode(acts))  # type: ignore[misc]
+        state = self._fast
+        decoder = self._look_at_decoder(state, acts.values)
+        state.count("decode_sparse", decoder if type(decoder) is str else "")
+        if type(decoder) is str:
+            return super().decode(ops.to_dense(acts))  # type: ignore[misc]
+        scale = self._decoder_scale(decoder)
+        scaled = acts if scale is None else acts.scaled(scale)
+        return self._after_decode(ops.sparse_decode(scaled, self._rows(decoder), self._architecture.decoder_bias(self)))
 
     def forward_fused(self, x: Tensor) -> Tensor:
         """As forward; kept as a name for those who want to say that no dense latents shall exist.
@@ -259,192 +203,145 @@ class AcceleratedSAE:
 
     # What decides
 
-    def _why_not_encode(self, x: object, *, any_density: bool = False) -> str:
-        kind = self._fast.kind
-        weights = [getattr(self, name, None) for name in (*kind.packed, *kind.others)]
-        reason = why_not_tensors(self, x, weights)
+    def _look(self, state: State, x: Any, *, sparse: bool = False, any_density: bool = False) -> Ready | str:
+        """What is ready for the encode of x, or why SAELens answers; `sparse`: no hook may want dense latents after it."""
+        architecture = self._architecture
+        weights = architecture.packed(self)
+        vectors = tuple(weight(self, name) for name in architecture.vectors)
+        reason = (
+            why_not_input(x)
+            or why_not_together(self, x, (*weights, *vectors))
+            or architecture.why_not(self, x)
+            or self._why_not_hooks(sparse)
+            or (TOO_MANY if state.back_off.left and not any_density else "")
+        )
         if reason:
             return reason
-        assert isinstance(x, Tensor)
-        reason = why_not_activation(self, kind, x)
+        prepared = state.encoder.get(*weights, tokens=x.numel() // max(1, self.cfg.d_in))
+        if type(prepared) is str:
+            return prepared
+        read = state.vectors.get(*vectors) if vectors else ()
+        return read if type(read) is str else Ready(prepared, read)
+
+    def _why_not_hooks(self, sparse: bool) -> str:
+        if is_hooked(self._modules["hook_sae_acts_pre"]):
+            return "dense pre-activations are hooked (hook_sae_acts_pre)"
+        hooked = sparse and is_hooked(self._modules["hook_sae_acts_post"])
+        return "latents are hooked (hook_sae_acts_post)" if hooked else ""
+
+    def _look_at_decoder(self, state: State, acts: Any, *, dense: bool = False) -> Decoder | str:
+        """What is ready for a decode, or why SAELens answers; acts (values or dense) None where the encoder's look has been."""
+        W_dec, b_dec = weight(self, "W_dec"), weight(self, "b_dec")
+        reason = "" if acts is None else why_not_input(acts)
+        reason = reason or why_not_decoder(self, acts, W_dec, b_dec, dense=dense)
         if reason:
             return reason
-        if kind is PURSUIT and (reason := why_not_pursuit(self, x)):
-            return reason
-        if self._fast.encoder.get(*self._encoder_weights()) is None:
-            return "the encoder's weights are not finite"
-        return "" if any_density else self._why_too_dense(x)
+        rows = state.decoder.get(W_dec, b_dec)
+        if type(rows) is str or not self._architecture.rescales(self):
+            return rows if type(rows) is str else Decoder(rows, None)
+        inverses = state.decoder_norms.get(W_dec)
+        return inverses if type(inverses) is str else Decoder(rows, inverses)
 
-    def _why_not_sparse(self, x: object, *, any_density: bool = False) -> str:
-        """Why no sparse latents may be made: a hook after them wants them dense."""
-        hooked = "latents are hooked (hook_sae_acts_post)" if is_hooked(self.hook_sae_acts_post) else ""
-        return self._why_not_encode(x, any_density=any_density) or hooked
-
-    def _why_too_dense(self, x: Tensor) -> str:
-        """Where most latents are active, a dense encode is the right one. Known from the last call, else probed."""
-        state = self._fast
-        if state.kind in (TOPK, PURSUIT) or x.numel() == 0:
-            return ""
-        if state.density is None:
-            state.density = self._probed_density(x)
-        return f"more than {ENCODE_DENSITY:.0%} of the latents are active" if state.density > ENCODE_DENSITY else ""
-
-    @torch.no_grad()
-    def _probed_density(self, x: Tensor) -> float:
-        """Active share of the latents of a few tokens, without hooks or normalisation: a guess decides only the path."""
-        rows = x.detach().reshape(-1, self.W_enc.shape[0])
-        rows = rows[torch.linspace(0, len(rows) - 1, min(PROBE_TOKENS, len(rows))).long()].to(self.W_enc.dtype)
-        if self.cfg.apply_b_dec_to_input:
-            rows = rows - self.b_dec
-        threshold = self.threshold.clamp(min=0) if self._fast.kind is JUMPRELU else 0
-        scores = rows @ self.W_enc + getattr(self, self._fast.kind.packed[1])
-        return (scores > threshold).float().mean().item()
-
-    def _why_not_decode(self, acts: object, *, sparse: bool = False) -> str:
-        reason = why_not_tensors(self, acts, (self.W_dec, self.b_dec))
-        if reason:
-            return reason
-        assert isinstance(acts, Tensor)
-        if acts.dtype != self.W_dec.dtype:
-            return "mixed dtypes"
-        if not sparse and (acts.ndim < 1 or acts.shape[-1] != self.W_dec.shape[0]):
-            return "shape of the latents"
-        if getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
-            return "rescale_acts_by_decoder_norm"
-        return "W_dec is not finite" if self._fast.decoder.get(self.W_dec) is None else ""
-
-    def _why_not_fused(self, x: object) -> str:
-        plain = _plain_class(type(self))
-        if plain.forward not in known_methods()[2] or {"encode", "decode"} & self.__dict__.keys():
-            return "forward, encode or decode is overridden"
-        return self._why_not_sparse(x) or self._why_not_decode(self.W_dec, sparse=True)
+    def _is_overridden(self) -> bool:
+        attributes = self.__dict__
+        forward = _plain_class(type(self)).forward  # type: ignore[attr-defined]
+        return forward not in known_forwards() or "encode" in attributes or "decode" in attributes
 
     # The fast path
 
-    def _sparse_pass(self, x: Tensor) -> SparseActs:
-        """The active latents of x, which `_why_not_encode` let pass; reused where SAELens computes them a second time."""
-        state = self._fast
-        sae_in = self.process_sae_in(x)
-        prepared = state.encoder.latest(*self._encoder_weights())
-        deciding = (prepared, *self._deciding_values())
-        clean = type(self.hook_sae_acts_post) is nn.Identity  # SAELens' second pass for the error term, hooks disabled
+    def _pass(self, state: State, x: Tensor, ready: Ready, method: str) -> Pass:
+        """The latents of x, for which `_look` has found all ready; reused where SAELens computes them a second time."""
+        sae_in = self._input(x)
+        settings = self._architecture.settings(self)
+        clean = type(self._modules["hook_sae_acts_post"]) is nn.Identity  # SAELens' second pass, hooks disabled
         last, state.last_pass = state.last_pass, None
-        if clean and last is not None and _same_pass(last, sae_in, deciding):
-            return last[2]
-        acts = self._encode_on_ops(sae_in, prepared)
-        if state.kind not in (TOPK, PURSUIT) and acts.n_tokens:
-            state.density = acts.values.numel() / (acts.n_tokens * acts.d_sae)
+        if clean and last is not None and same_pass(last, sae_in, ready, settings):
+            state.count(method)
+            return last[3]
+        found = self._fresh_pass(state, sae_in, ready, method)
         if clean:
             state.has_second_passes = True
         elif state.has_second_passes:
-            copies = tuple(value.clone() if isinstance(value, Tensor) else value for value in deciding)
-            state.last_pass = sae_in.detach().clone(), copies, acts.detach()
-        return acts
+            state.last_pass = sae_in.detach().clone(), ready, settings, found.detach()
+        return found
 
-    def _encoder_weights(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in self._fast.kind.packed)
+    def _fresh_pass(self, state: State, sae_in: Tensor, ready: Ready, method: str) -> Pass:
+        acts, undecided = self._architecture.encode(self, sae_in, *ready)
+        handed_over, tokens = undecided.numel(), acts.n_tokens
+        state.back_off.after_trying(tokens, handed_over)
+        if not handed_over:
+            state.count(method)
+            return Pass(acts, undecided, None)
+        rows = sae_in.reshape(tokens, sae_in.shape[-1])
+        dense = self._architecture.dense(self, rows if handed_over == tokens else rows[undecided])
+        mostly = 2 * handed_over > tokens
+        state.back_off.was_dense(dense)
+        state.count(method, TOO_MANY if mostly else "", 0 if mostly else handed_over)
+        return Pass(acts, undecided, dense)
 
-    def _deciding_values(self) -> tuple[Any, ...]:
-        """What besides the packed weights decides the result: k, thresholds, magnitude parameters."""
-        if self._fast.kind is TOPK:
-            return (self.activation_fn.k,)
-        if self._fast.kind is PURSUIT:
-            return self.cfg.max_iterations, self.cfg.residual_threshold, self.cfg.stop_on_duplicate_support
-        return tuple(getattr(self, name).detach() for name in self._fast.kind.others)
+    def _input(self, x: Tensor) -> Tensor:
+        """process_sae_in, without its steps that do nothing."""
+        cls = type(self)
+        known = cls.process_sae_in is _sae_lens_input() and "process_sae_in" not in self.__dict__  # type: ignore[attr-defined]
+        if not known or self.cfg.apply_b_dec_to_input is not True or is_hooked(self._modules["hook_sae_input"]):
+            return self.process_sae_in(x)
+        sae_in = self.reshape_fn_in(x if x.dtype is self.dtype else x.to(self.dtype))
+        return self.run_time_activation_norm_fn_in(sae_in) - weight(self, "b_dec")
 
-    def _encode_on_ops(self, sae_in: Tensor, prepared: Any) -> SparseActs:
-        kind = self._fast.kind
-        if kind is PURSUIT:
-            return pursuit(
-                sae_in,
-                prepared,
-                self.cfg.max_iterations or self.cfg.d_in,
-                method="matching",
-                residual_threshold=max(0.0, self.cfg.residual_threshold),
-                stop_on_duplicate=self.cfg.stop_on_duplicate_support,
-            )
-        if kind is TOPK:
-            return ops.topk_encode(sae_in, self.W_enc, self.b_enc, self.activation_fn.k, prepared=prepared)
-        if kind is GATED:
-            return self._gated_on_ops(sae_in, prepared)
-        # relu comes before the strict threshold, so a negative threshold keeps what relu keeps
-        threshold = self.threshold.detach().clamp(min=0) if kind is JUMPRELU else 0.0
-        return ops.threshold_encode(sae_in, self.W_enc, self.b_enc, threshold, prepared=prepared)
+    def _rows(self, decoder: Decoder) -> Tensor:
+        """W_dec itself where it wants a gradient, else its contiguous rows."""
+        W_dec = weight(self, "W_dec")
+        return W_dec if torch.is_grad_enabled() and W_dec.requires_grad else decoder.rows
 
-    def _gated_on_ops(self, sae_in: Tensor, prepared: ops.PreparedEncoder) -> SparseActs:
-        """The gate's support, and the magnitudes there: relu(<x, w_j> exp(r_mag_j) + b_mag_j). The gate has no gradient."""
-        gate = ops.threshold_encode(sae_in, self.W_enc, self.b_gate.detach(), 0.0, prepared=prepared)
-        products = ops.decoder_dot(sae_in.detach(), gate, prepared.weight)
-        if gate.values.requires_grad:
-            products = _ValueWithGradientOf.apply(products, gate.values)
-        magnitudes = (products * self.r_mag.exp()[gate.col_indices] + self.b_mag[gate.col_indices]).relu()
-        return SparseActs.ragged(gate.crow_indices, gate.col_indices, magnitudes, gate.d_sae, gate.batch_shape)
+    def _decoder_scale(self, decoder: Decoder) -> Tensor | None:
+        """[F] what latents are multiplied with before decoding, differentiable, or None."""
+        if decoder.inverse_norms is None:
+            return None
+        W_dec = weight(self, "W_dec")
+        return 1 / W_dec.norm(dim=-1) if torch.is_grad_enabled() and W_dec.requires_grad else decoder.inverse_norms
 
-    def _dense_encode(self, x: Tensor) -> Tensor:
-        """SAELens' own encode; a look at some tokens of the result tells whether the next call can be sparse."""
-        acts = super().encode(x)  # type: ignore[misc]
-        if self._fast.density is not None and type(acts) is Tensor and acts.numel() and not transforms_active():
-            rows = acts.detach().reshape(-1, acts.shape[-1])
-            rows = rows[torch.linspace(0, len(rows) - 1, min(16, len(rows))).long()]
-            self._fast.density = rows.count_nonzero().item() / rows.numel()
-        return acts
-
-    def _encode_some(self, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
-        numbers = _latent_numbers(latents, self.cfg.d_sae).to(self.W_enc.device)
-        kind = self._fast.kind
-        reason = self._why_not_sparse(x, any_density=True)
-        self._fast.count("encode(latents)", reason)
-        if reason:
-            return self.encode(x)[..., numbers]
-        if kind in (TOPK, GATED, PURSUIT):
-            return self._sparse_pass(x).dense_columns(numbers)
-        threshold = self.threshold.detach().clamp(min=0)[numbers] if kind is JUMPRELU else 0.0
-        some = ops.threshold_encode(self.process_sae_in(x), self.W_enc[:, numbers], self.b_enc[numbers], threshold)
-        return ops.to_dense(some)
-
-    def _sparse_decode(self, acts: SparseActs) -> Tensor:
-        """W_dec itself where it wants a gradient, else its contiguous copy."""
-        wants_grad = self.W_dec.requires_grad and torch.is_grad_enabled()
-        return ops.sparse_decode(acts, self.W_dec if wants_grad else self._decoder_rows(), self._decoder_bias())
-
-    def _decoder_bias(self) -> Tensor | None:
-        """SAELens' matching pursuit adds b_dec only where it subtracted it."""
-        return None if self._fast.kind is PURSUIT and not self.cfg.apply_b_dec_to_input else self.b_dec
-
-    def _decoder_rows(self) -> Tensor:
-        rows = self._fast.decoder.latest(self.W_dec)
-        assert rows is not None  # _why_not_decode has looked
-        return rows
+    def _reconstructed(self, found: Pass, decoder: Decoder) -> Tensor:
+        """x_hat of a pass, through the hooks after the decoder."""
+        acts, undecided, dense = found
+        bias, scale = self._architecture.decoder_bias(self), self._decoder_scale(decoder)
+        if dense is None:
+            scaled = acts if scale is None else acts.scaled(scale)
+            return self._after_decode(unchecked.sparse_decode(scaled, self._rows(decoder), bias))
+        W_dec = weight(self, "W_dec")
+        x_hat = (dense if scale is None else dense * scale) @ W_dec
+        x_hat = x_hat if bias is None else x_hat + bias
+        if undecided.numel() < acts.n_tokens:
+            scaled = acts if scale is None else acts.scaled(scale)
+            others = unchecked.sparse_decode(scaled, self._rows(decoder), bias)
+            x_hat = others.reshape(acts.n_tokens, others.shape[-1]).index_copy(0, undecided, x_hat)
+        return self._after_decode(x_hat.reshape(*acts.batch_shape, W_dec.shape[1]))
 
     def _after_decode(self, x_hat: Tensor) -> Tensor:
         """What SAELens' decode does after W_dec and b_dec; transcoders only run the hook, their output is elsewhere."""
-        x_hat = self.hook_sae_recons(x_hat)
+        if is_hooked(self._modules["hook_sae_recons"]):
+            x_hat = self.hook_sae_recons(x_hat)
         if _is_transcoder(self):
             return x_hat
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
 
-    def _sparse_forward(self, x: Tensor) -> Tensor:
-        return self._after_decode(self._sparse_decode(self._sparse_pass(x)))
-
-    def _fused(self, x: Tensor) -> Tensor:
-        sae_out = self._sparse_forward(x)
-        if _is_transcoder(self):
-            skip = self._parameters.get("W_skip")
-            return sae_out if skip is None else sae_out + x @ skip.T
-        if self.use_error_term:
-            with torch.no_grad():
-                clean = sae_out.detach()
-                if is_hooked(self.hook_sae_input) or is_hooked(self.hook_sae_recons):
-                    clean = self._unhooked_forward(x)
-                sae_error = self.hook_sae_error(x - clean)
-            sae_out = sae_out + sae_error
-        return self.hook_sae_output(sae_out)
-
-    def _unhooked_forward(self, x: Tensor) -> Tensor:
+    def _unhooked_forward(self, state: State, x: Tensor, ready: Ready, decoder: Decoder) -> Tensor:
         from sae_lens.saes.sae import _disable_hooks
 
         with _disable_hooks(self):  # type: ignore[arg-type]
-            return self._sparse_forward(x)
+            return self._reconstructed(self._fresh_pass(state, self._input(x), ready, "error term"), decoder)
+
+    def _encode_some(self, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
+        numbers = _latent_numbers(latents, self.cfg.d_sae).to(self.W_enc.device)
+        state = self._fast
+        ready = self._look(state, x, sparse=True, any_density=True)
+        if type(ready) is str:
+            state.count("encode(latents)", ready)
+            return self.encode(x)[..., numbers]
+        if self._architecture.selects_per_latent:
+            state.count("encode(latents)")
+            return ops.to_dense(self._architecture.encode_some(self, self._input(x), numbers, ready.vectors))
+        found = self._pass(state, x, ready, "encode(latents)")
+        return found.acts.dense_columns(numbers) if found.dense is None else _dense_acts(found)[..., numbers]
 
     # What changes weights in ways no look can see
 
@@ -473,14 +370,15 @@ class AcceleratedSAE:
         super().fold_activation_whitening(*args, **kwargs)  # type: ignore[misc]
 
 
-def _same_pass(last: tuple[Tensor, tuple, SparseActs], sae_in: Tensor, deciding: tuple) -> bool:
-    """Whether the last pass had this input (bit for bit) and these weights and settings."""
-    if not torch.equal(last[0], sae_in) or len(last[1]) != len(deciding):
-        return False
-    return all(
-        torch.equal(old, new) if isinstance(new, Tensor) else old is new or old == new
-        for old, new in zip(last[1], deciding, strict=True)
-    )
+def _dense_acts(found: Pass) -> Tensor:
+    """Dense acts [..., F] of a pass."""
+    acts, undecided, dense = found
+    if dense is None:
+        return unchecked.to_dense(acts)
+    if undecided.numel() == acts.n_tokens:
+        return dense.reshape(acts.shape)
+    flat = ops.to_dense(acts).reshape(acts.n_tokens, acts.d_sae)
+    return flat.index_copy(0, undecided, dense).reshape(acts.shape)
 
 
 def _latent_numbers(latents: Tensor | Sequence[int], d_sae: int) -> Tensor:
@@ -494,10 +392,15 @@ def _latent_numbers(latents: Tensor | Sequence[int], d_sae: int) -> Tensor:
     return numbers.long()
 
 
-def _is_transcoder(sae: object) -> bool:
-    from sae_lens.saes.transcoder import Transcoder
+@functools.cache
+def _sae_lens_input() -> Any:
+    from sae_lens import SAE
 
-    return isinstance(sae, Transcoder)
+    return SAE.process_sae_in
+
+
+def _is_transcoder(sae: Any) -> bool:
+    return sae._writes_elsewhere
 
 
 # The public functions
@@ -510,29 +413,19 @@ def _plain_class(cls: type) -> type:
     return next(base for base in cls.__mro__ if not issubclass(base, AcceleratedSAE))
 
 
-def _kind_of(plain: type) -> Kind:
-    """What the encode of a SAELens class computes; raises ValueError, with the reason, where it cannot be accelerated."""
-    from sae_lens.saes.sae import TrainingSAE
-    from sae_lens.saes.temporal_sae import TemporalSAE
-
-    encoders, decoders, _ = known_methods()
-    if issubclass(plain, TrainingSAE):
-        why = "a training class, whose weights change at every step and whose losses need dense pre-activations"
-    elif issubclass(plain, TemporalSAE):
-        why = "its codes depend on the tokens before, through attention, not on one token's latents"
-    elif plain.encode not in encoders or plain.decode not in decoders:  # type: ignore[attr-defined]
-        why = "its encode or decode is not one of SAELens' own inference classes that are known here"
-    else:
-        return encoders[plain.encode]  # type: ignore[attr-defined]
-    raise ValueError(f"sae: must be an SAE that can be accelerated, got {plain.__name__} ({why})")
-
-
 def _accelerated_class(plain: type) -> type:
     """The subclass of a SAELens class that `accelerate` gives its objects."""
+    from sae_lens.saes.transcoder import Transcoder
+
     if plain not in _classes:
         # Loading through the class of an accelerated object gives plain objects, as loading through SAE does.
         plain_lookup = classmethod(lambda cls, architecture: plain.get_sae_class_for_architecture(architecture))
-        members: dict[str, Any] = {"get_sae_class_for_architecture": plain_lookup, "__module__": plain.__module__}
+        members: dict[str, Any] = {
+            "get_sae_class_for_architecture": plain_lookup,
+            "__module__": plain.__module__,
+            "_architecture": architecture_of(plain),
+            "_writes_elsewhere": issubclass(plain, Transcoder),
+        }
         _classes[plain] = types.new_class(
             plain.__name__, (AcceleratedSAE, plain), exec_body=lambda n: n.update(members)
         )
@@ -570,9 +463,7 @@ def accelerate(sae: SAE) -> SAE:
         raise TypeError(f"sae: must be a SAELens SAE, got {type(sae).__name__}")
     if is_accelerated(sae):
         return sae
-    plain = type(sae)
-    _kind_of(plain)
-    sae.__class__ = _accelerated_class(plain)
+    sae.__class__ = _accelerated_class(type(sae))
     return sae
 
 
@@ -589,7 +480,7 @@ def is_accelerated(sae: object) -> bool:
     return isinstance(sae, AcceleratedSAE)
 
 
-def _accelerated_state(sae: object) -> _State:
+def _accelerated_state(sae: object) -> State:
     if not isinstance(sae, AcceleratedSAE):
         raise TypeError(f"sae: must be accelerated (darkmatter_ext.accelerate), got {type(sae).__name__}")
     return sae._fast
@@ -609,12 +500,4 @@ def stats(sae: SAE) -> Stats:
 
     Raises TypeError when sae is not accelerated.
     """
-    state = _accelerated_state(sae)
-    with state.lock:
-        calls = dict(state.calls)
-    fast = {method: count for (method, reason), count in calls.items() if not reason}
-    fallback: dict[str, dict[str, int]] = {}
-    for (method, reason), count in calls.items():
-        if reason:
-            fallback.setdefault(method, {})[reason] = count
-    return Stats(fast, fallback)
+    return _accelerated_state(sae).stats()

@@ -8,25 +8,43 @@ Vectors are compared whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-Derived = TypeVar("Derived")
+PLAIN = (Tensor, nn.Parameter)
+CHANGING = "the weights change at every call (they are packed again once they stay)"
+NO_KERNEL = "no fast kernel for this processor or this size"  # whatever the weights hold: not looked into again
+_RENEWALS_IN_A_ROW = 4  # then the tokens must be many for packing to pay
+_TOKENS_TO_PAY = 256
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_LINE = 64  # bytes in a cache line
 
 
-def _identity(tensor: Tensor) -> tuple:
-    version = None if tensor.is_inference() else tensor._version
-    return id(tensor), tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def _looked_at(tensor: Tensor) -> Iterator[Tensor]:
+    """Views, as integers because NaN equals itself then: all of a vector; of a matrix, stairs through all rows and columns.
 
-
-def _places(rows: int, columns: int) -> Tensor:
-    """Positions in a [rows, columns] matrix that touch every row and every column once or more, a long diagonal."""
-    steps = torch.arange(max(rows, columns))
-    return torch.stack([steps % rows, steps % columns]) if rows and columns else torch.zeros(2, 0, dtype=torch.int64)
+    A step is a cache line wide where the longer side lies along memory, for its elements cost one read; else one element.
+    """
+    bits = tensor.detach().view(_BITS[tensor.element_size()])
+    if bits.ndim != 2 or bits.numel() == 0:
+        yield bits
+        return
+    wide = bits if bits.shape[0] <= bits.shape[1] else bits.mT
+    rows, columns = wide.shape
+    down, along = wide.stride()
+    width = _LINE // bits.element_size() if along == 1 else 1
+    while columns < rows * width:  # else the stairs would end before the last row
+        width //= 2
+    flight = rows * width  # columns of one staircase from the first row to the last
+    whole, rest = divmod(columns, flight)
+    start = wide.storage_offset()
+    yield wide.as_strided((whole, rows, width), (flight * along, down + width * along, along), start)
+    if rest:  # the last columns, as the end of one more staircase
+        start += (columns - flight) * along
+        yield wide.as_strided((rows, width), (down + width * along, along), start)
 
 
 class _Watched:
@@ -34,53 +52,74 @@ class _Watched:
 
     def __init__(self, tensor: Tensor, *, look_inside: bool) -> None:
         self.tensor = tensor  # held, so that its id and address are not given to another
-        self.identity = _identity(tensor)
-        self.look_inside = look_inside
-        if not look_inside:
-            return
-        self.places = tuple(_places(*tensor.shape).to(tensor.device)) if tensor.ndim == 2 else None
-        self.sample = self._read(tensor).clone()
-
-    def _read(self, tensor: Tensor) -> Tensor:
-        read = tensor.detach() if self.places is None else tensor.detach()[self.places]
-        return read.contiguous().view(_BITS[read.element_size()])  # NaN equals itself
+        self.address = tensor.data_ptr()
+        self.version = None if tensor.is_inference() else tensor._version
+        self.form = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        self.views = tuple((view, view.clone()) for view in _looked_at(tensor)) if look_inside else ()
 
     def unchanged(self, tensor: Tensor) -> bool:
-        same = _identity(tensor) == self.identity
-        return same and (not self.look_inside or torch.equal(self._read(tensor), self.sample))
+        if tensor is not self.tensor or tensor.data_ptr() != self.address:
+            return False
+        if self.version is not None and tensor._version != self.version:
+            return False
+        if (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) != self.form:
+            return False
+        return all(torch.equal(view, sample) for view, sample in self.views)
 
 
-class Packed(Generic[Derived]):
+class Packed:
     """A value computed from weights, computed anew when they are seen to have changed.
 
     Cost of a look: one random read for each row or column of every matrix, one pass over every vector; on CUDA the host
     waits for the answer.
     """
 
-    def __init__(self, derive: Callable[..., Derived], *, is_view: Callable[[Tensor], bool] = lambda _: False) -> None:
-        """`is_view` tells of which weights `derive` keeps no copy: of these only the identity is looked at."""
-        self._derive = derive
-        self._is_view = is_view
-        self._state: tuple[list[_Watched], Derived] | None = None  # replaced as one: threads see the old or the new
+    def __init__(
+        self,
+        derive: Callable[..., Any],
+        *,
+        why_not: Callable[..., str] = lambda *_: "",
+        is_view: Callable[[Tensor], bool] = lambda _: False,
+    ) -> None:
+        """`derive` gives the value, or a str that says why there is none; `why_not` does before anything is read.
 
-    def get(self, *weights: Tensor) -> Derived:
-        """The derived value of these weights; raises what deriving raises, and remembers nothing then."""
+        `is_view` tells of which weights `derive` keeps no copy: of these only the identity is looked at.
+        """
+        self._derive, self._why_not, self._is_view = derive, why_not, is_view
+        self._state: tuple[list[_Watched], Any] | None = None  # replaced as one: threads see the old or the new
+        self._renewals = 0  # without a look in between that found everything as it was
+
+    def get(self, *weights: Tensor, tokens: int = 1) -> Any:
+        """The derived value of these weights, or why there is none (a str)."""
         state = self._state
-        if state is not None and all(w.unchanged(weight) for w, weight in zip(state[0], weights, strict=True)):
-            return state[1]
+        if state is not None and len(state[0]) == len(weights):
+            for watched, weight in zip(state[0], weights, strict=True):
+                if not watched.unchanged(weight):
+                    break
+            else:
+                if state[1] is CHANGING:
+                    return self._renew(weights, derive=True)
+                self._renewals = 0
+                return state[1]
+        self._renewals += 1
+        return self._renew(weights, derive=self._renewals <= _RENEWALS_IN_A_ROW or tokens >= _TOKENS_TO_PAY)
+
+    def _renew(self, weights: tuple[Tensor, ...], *, derive: bool) -> Any:
+        reason = self._why_not(*weights)
+        if reason:
+            self._state = None
+            return reason
         with torch.inference_mode(False), torch.no_grad():
-            watched = [
-                _Watched(weight, look_inside=not self._is_view(weight)) for weight in weights
-            ]  # before deriving: an edit meanwhile is then seen
-            value = self._derive(*weights)
+            # before deriving: an edit meanwhile is then seen
+            watched = [_Watched(weight, look_inside=not self._is_view(weight)) for weight in weights]
+            value = self._derive(*weights) if derive else CHANGING
+        if value is NO_KERNEL:
+            for each in watched:
+                each.views = ()
         self._state = (watched, value)
         return value
-
-    def latest(self, *weights: Tensor) -> Derived:
-        """What `get` gave last, without another look: for the rest of a call that has looked."""
-        state = self._state
-        return self.get(*weights) if state is None else state[1]
 
     def forget(self) -> None:
         """Derive anew at the next look, whatever the weights look like."""
         self._state = None
+        self._renewals = 0

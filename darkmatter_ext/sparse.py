@@ -144,6 +144,10 @@ class SparseActs:
         counts = torch.zeros(self.n_tokens, dtype=torch.int64, device=self.values.device)
         return counts.index_add_(0, self.token_numbers(), nonzero.long()).reshape(self.batch_shape)
 
+    def scaled(self, scale: Tensor) -> SparseActs:
+        """Every latent times its own number: scale [F]. Differentiable."""
+        return dataclasses.replace(self, values=self.values * scale[self.stored_indices])
+
     def detach(self) -> SparseActs:
         return dataclasses.replace(self, values=self.values.detach())
 

@@ -8,7 +8,7 @@ import torch
 from sae_cases import ARCHITECTURES, D_IN, activations, make_sae
 from safetensors.torch import save_file
 
-from darkmatter_ext import ops
+from darkmatter_ext import architectures
 from darkmatter_ext.check_sae import check_sae
 from darkmatter_ext.cli import main
 
@@ -28,21 +28,27 @@ def test_an_sae_is_the_same_accelerated(architecture, dtype):
     assert all(timing.plain_ms > 0 and timing.fast_ms > 0 for timing in verdict.timings)
 
 
-def _scaled(original):
-    return lambda *a, **k: dataclasses.replace(acts := original(*a, **k), values=acts.values * 1.001)
+def _scaled(acts):
+    return dataclasses.replace(acts, values=acts.values * 1.001)
 
 
-def _one_latent_wrong(original):
-    def encode(*a, **k):
-        acts = original(*a, **k)
-        return dataclasses.replace(acts, stored_indices=(acts.stored_indices + 1) % acts.d_sae)
+def _one_latent_wrong(acts):
+    return dataclasses.replace(acts, stored_indices=(acts.stored_indices + 1) % acts.d_sae)
 
-    return encode
+
+def _break(monkeypatch, name, fault):
+    original = getattr(architectures, name)
+
+    def encode(*arguments, **options):
+        tried = original(*arguments, **options)
+        return tried._replace(acts=fault(tried.acts))
+
+    monkeypatch.setattr(architectures, name, encode)
 
 
 @pytest.mark.parametrize("fault", [_scaled, _one_latent_wrong])
 def test_a_wrong_answer_is_noticed(monkeypatch, fault):
-    monkeypatch.setattr(ops, "topk_encode", fault(ops.topk_encode))
+    _break(monkeypatch, "try_topk_encode", fault)
     assert not check_sae(make_sae("topk").requires_grad_(False), n_tokens=20, rounds=1).passed
 
 
@@ -55,7 +61,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     for name in ("x.npy", "x.safetensors", "x.pt"):
         assert main([*common, "--activations", str(tmp_path / name)]) == 0
     assert "same answer" in capsys.readouterr().out
-    monkeypatch.setattr(ops, "threshold_encode", _scaled(ops.threshold_encode))
+    _break(monkeypatch, "try_threshold_encode", _scaled)
     assert main(common) == 1
     assert "DIFFERENT ANSWER" in capsys.readouterr().out
 

@@ -84,11 +84,41 @@ def test_hook_z_reshaping(architecture):
     assert fast_calls(fast) == 3
 
 
-def test_rescale_by_decoder_norm_stays_with_saelens():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_rescale_by_decoder_norm(dtype):
+    plain, fast = pair("topk", dtype, rescale_acts_by_decoder_norm=True)
+    x = activations(50, dtype=dtype)
+    with torch.no_grad():
+        for sae in (plain, fast):  # norms from 0.5 to 2: the flag decides which latents are the largest
+            sae.W_dec.mul_(torch.linspace(0.5, 2, D_SAE)[:, None])
+    theirs, ours = plain.encode(x), fast.encode(x)
+    assert ((theirs > 0) == (ours > 0)).float().mean() > (0.99 if dtype == torch.bfloat16 else 0.9999)
+    assert_close(plain.decode(ours.detach()), fast.decode(ours), scale=10)
+    same = ((theirs > 0) == (ours > 0)).all(-1)
+    assert_close(theirs[same], ours[same], scale=10)
+    assert_close(plain(x[same]), fast(x[same]), scale=10)
+    assert dm.stats(fast).fast == {"encode": 1, "decode": 1, "forward": 1}
+
+
+def test_rescale_reads_the_decoder_at_every_call():
     plain, fast = pair("topk", rescale_acts_by_decoder_norm=True)
-    x = activations(5)
-    assert torch.equal(plain(x), fast(x))
-    assert dm.stats(fast).fallback["forward"] == {"rescale_acts_by_decoder_norm": 1}
+    x = activations(20)
+    before = fast(x)
+    for sae in (plain, fast):
+        sae.W_dec.data[::3] *= 4
+    assert_close(plain(x), fast(x), scale=10)
+    assert not torch.allclose(before, fast(x))
+    for sae in (plain, fast):
+        sae.fold_W_dec_norm()
+    assert_close(plain(x), fast(x), scale=10)
+    for sae in (plain, fast):
+        sae.cfg.rescale_acts_by_decoder_norm = False
+    assert_close(plain(x), fast(x), scale=10)
+    assert not dm.stats(fast).fallback
+    for sae in (plain, fast):
+        sae.cfg.rescale_acts_by_decoder_norm = True
+        sae.W_dec.data[5] = 0  # SAELens divides by its norm
+    torch.testing.assert_close(plain(x), fast(x), equal_nan=True)
 
 
 HOOKS = ["hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons", "hook_sae_output"]
@@ -100,7 +130,7 @@ def test_a_hook_that_changes_what_it_sees(architecture, name):
     plain, fast = pair(architecture)
     x = activations(6)
     results = [
-        sae.run_with_hooks(x, fwd_hooks=[(name, lambda tensor, hook: tensor * 1.5 + 0.01)]) for sae in (plain, fast)
+        sae.run_with_hooks(x, fwd_hooks=[(name, lambda tensor, hook: tensor * 0.9 + 0.01)]) for sae in (plain, fast)
     ]
     assert_close(*results, scale=20)
     assert_close(plain(x), fast(x), scale=10)  # and the hook is gone
@@ -149,12 +179,15 @@ def test_error_term(architecture, hook):
         torch.testing.assert_close(results[1], x)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+RESCALED = ("topk", {"rescale_acts_by_decoder_norm": True})
+
+
+@pytest.mark.parametrize(("architecture", "options"), [*((name, {}) for name in ARCHITECTURES), RESCALED])
 @pytest.mark.parametrize("route", ["forward", "encode-decode", "acts"])
-def test_gradients(architecture, route):
+def test_gradients(architecture, options, route):
     x = activations(9)
     found = []
-    for sae in pair(architecture):
+    for sae in pair(architecture, **options):
         own = x.clone().requires_grad_()
         acts = None
         if route == "forward":
@@ -175,11 +208,11 @@ def test_gradients(architecture, route):
             torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("architecture", SAES)
-def test_second_gradients(architecture):
+@pytest.mark.parametrize(("architecture", "options"), [*((name, {}) for name in SAES), RESCALED])
+def test_second_gradients(architecture, options):
     x = activations(4, dtype=torch.float64)
     found = []
-    for sae in pair(architecture, torch.float64):
+    for sae in pair(architecture, torch.float64, **options):
         own = x.clone().requires_grad_()
         loss = sae.decode(sae.encode(own)).square().sum()
         (first,) = torch.autograd.grad(loss, own, create_graph=True)
@@ -239,6 +272,51 @@ def test_dense_latents_go_to_saelens(architecture):
     assert torch.equal(plain(x), fast(x))
     assert not dm.stats(fast).fast
     assert "latents are active" in str(dm.stats(fast))
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "standard", "gated"])
+@pytest.mark.parametrize("tokens", [2, 3, 8, 64])
+def test_a_sink_among_few_tokens_is_handed_over_and_the_others_are_fast(architecture, tokens):
+    plain, fast = pair(architecture)
+    x = activations(tokens)
+    x[tokens // 2] *= 300
+    assert_close(plain.encode(x), fast.encode(x), scale=100)
+    assert_close(plain(x), fast(x), scale=1000)
+    acts = fast.encode_sparse(x)
+    assert_close(plain.encode(x), acts.to_dense(), scale=100)
+    assert_close(plain.encode(x)[:, [4, 9]], fast.encode(x, latents=[4, 9]), scale=100)
+    assert dm.stats(fast).fast == {"encode": 1, "forward": 1, "encode_sparse": 1, "encode(latents)": 1}
+    assert dm.stats(fast).tokens_handed_over >= 3
+    assert "many candidates" in str(dm.stats(fast))
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "standard", "gated"])
+@pytest.mark.parametrize("route", ["forward", "encode"])
+def test_gradients_with_a_token_handed_over(architecture, route):
+    found = []
+    for sae in pair(architecture, torch.float64):
+        x = activations(5, dtype=torch.float64)
+        x[1] *= 30
+        x.requires_grad_()
+        out = getattr(sae, route)(x)
+        (out * torch.linspace(0.5, 1.5, out.numel()).reshape(out.shape)).sum().backward()
+        found.append({name: p.grad for name, p in sae.named_parameters() if p.grad is not None} | {"x": x.grad})
+    assert dm.stats(sae).tokens_handed_over == 1
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+
+
+def test_after_a_call_of_dense_tokens_saelens_answers_and_it_is_tried_again():
+    _, fast = pair("jumprelu")
+    x = activations(10) * 20
+    waits = []
+    for _ in range(59):
+        before = dm.stats(fast).fallback.get("encode", {})
+        fast.encode(x)
+        waits.append(fast._fast.back_off.left)
+        assert dm.stats(fast).fallback["encode"] != before
+    assert [left for left, before in zip(waits, [0, *waits], strict=False) if before == 0] == [8, 16, 32]
 
 
 def test_after_dense_tokens_sparse_ones_are_fast_again():

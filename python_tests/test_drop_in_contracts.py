@@ -15,6 +15,7 @@ from sae_lens.registry import get_sae_training_class
 from transformer_lens import HookedTransformerConfig
 
 import darkmatter_ext as dm
+from darkmatter_ext import architectures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -148,6 +149,20 @@ def test_copies_and_files(architecture, tmp_path):
         assert_close(plain(x), loaded(x), scale=10)
     assert plain.state_dict().keys() == fast.state_dict().keys()
     assert plain.cfg.to_dict() == fast.cfg.to_dict()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, lambda sae: copy.deepcopy(copy.deepcopy(sae))])
+def test_a_copy_answers_as_its_original_and_is_fast(architecture, how):
+    plain, fast = pair(architecture)
+    x = activations(5)
+    fast(x)
+    copied = how(fast)
+    for sae in (copied, fast):
+        assert_close(plain.encode(x), sae.encode(x), scale=10)
+        assert_close(plain(x), sae(x), scale=10)
+    assert dm.stats(copied).fast == {"encode": 1, "forward": 1}
+    assert dm.stats(fast).fast == {"encode": 1, "forward": 2}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -415,12 +430,10 @@ def test_in_a_hooked_transformer(model, architecture, use_error_term):
 def test_the_error_term_costs_one_encode(monkeypatch):
     from sae_lens.saes.sae import _disable_hooks
 
-    from darkmatter_ext import ops
-
     _, fast = pair("jumprelu")
     encodes = []
-    original = ops.threshold_encode
-    monkeypatch.setattr(ops, "threshold_encode", lambda *a, **k: encodes.append(1) or original(*a, **k))
+    original = architectures.try_threshold_encode
+    monkeypatch.setattr(architectures, "try_threshold_encode", lambda *a, **k: encodes.append(1) or original(*a, **k))
 
     def with_error_term(x):
         acts = fast.encode(x)

@@ -1,0 +1,81 @@
+"""The ops of a small call without their argument checks: for callers that have looked at the tensors already.
+
+What must hold: plain strided tensors of one floating-point dtype on one device with kernels, `prepared` made of these
+weights, shapes as in `ops.py`, no functorch transform and no dispatch mode. Values are those of `ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext import ops
+from darkmatter_ext.sparse import SparseActs
+
+_topk = torch.ops.darkmatter.topk_encode.default
+_threshold = torch.ops.darkmatter.threshold_encode.default
+_decode = torch.ops.darkmatter.sparse_decode.default
+_to_dense = torch.ops.darkmatter.to_dense.default
+_find_support = torch.ops.darkmatter.find_support.default
+
+
+def _run(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Straight to the kernel where no gradient can be asked for: the registered gradients are Python."""
+    if torch.is_grad_enabled():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, prepared: ops.PreparedEncoder) -> SparseActs:
+    """As `ops.topk_encode`."""
+    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    values, indices = _run(_topk, rows, W_enc, b_enc, None, k, *prepared.packed)
+    if x.ndim != 2:
+        shape = (*x.shape[:-1], k)
+        values, indices = values.reshape(shape), indices.reshape(shape)
+    return SparseActs(values, indices, W_enc.shape[1])
+
+
+def threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, prepared: ops.PreparedEncoder
+) -> SparseActs:
+    """As `ops.threshold_encode`; threshold [] or [F], without a gradient."""
+    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    values, crow, col = _run(_threshold, rows, W_enc, b_enc, None, threshold, *prepared.packed)
+    return SparseActs(values, col, W_enc.shape[1], crow, tuple(x.shape[:-1]))
+
+
+def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """As `ops.sparse_decode`."""
+    values, indices, crow = acts.values, acts.stored_indices, acts.crow
+    batch_shape = acts.batch_shape
+    if crow is None and values.ndim != 2:
+        shape = (acts.n_tokens, values.shape[-1])
+        values, indices = values.reshape(shape), indices.reshape(shape)
+    x_hat = _run(_decode, values, indices, crow, W_dec, b_dec)
+    return x_hat if len(batch_shape) == 1 else x_hat.reshape(*batch_shape, W_dec.shape[1])
+
+
+def to_dense(acts: SparseActs) -> Tensor:
+    """As `ops.to_dense`."""
+    values, indices = acts.values, acts.stored_indices
+    if acts.crow is None and values.ndim != 2:
+        shape = (acts.n_tokens, values.shape[-1])
+        values, indices = values.reshape(shape), indices.reshape(shape)
+    dense = _run(_to_dense, values, indices, acts.crow, acts.d_sae)
+    return dense if len(acts.batch_shape) == 1 else dense.reshape(acts.shape)
+
+
+def find_support(acts: Tensor) -> SparseActs:
+    """As `ops.find_support`, without a gradient."""
+    flat = acts if acts.ndim == 2 else acts.reshape(acts.shape[:-1].numel(), acts.shape[-1])
+    crow, col = _run(_find_support, flat)
+    if len(flat) == 1:
+        values = flat[0, col]
+    else:
+        values = flat[torch.repeat_interleave(crow.diff(), output_size=col.shape[0]), col]
+    return SparseActs(values, col, acts.shape[-1], crow, tuple(acts.shape[:-1]))
