@@ -294,25 +294,30 @@ def same_output(what, sae, x, acts, size, theirs, ours, *, rows=None):
     require_within(what, theirs[kept], ours[kept], bound[kept])
 
 
+def _gradients(sae, x):
+    """Latents, and the gradients of a sum over decode(encode(x)) by name."""
+    own = x.detach().clone().requires_grad_()
+    acts = sae.encode(own)
+    out = sae.decode(acts)
+    weights = torch.linspace(0.5, 1.5, out.numel()).reshape(out.shape).to(out.dtype)
+    wanted = {"x": own} | {name: p for name, p in sae.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad((out * weights).sum(), list(wanted.values()), allow_unused=True)
+    return acts.detach().to_dense(), dict(zip(wanted, found, strict=True))
+
+
 def same_gradients(plain, fast, x):
-    """Of a sum over decode(encode(x)), where the twins have the same latents."""
-    found = []
-    for sae in (plain, fast):
-        own = x.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            acts = sae.encode(own)
-            out = sae.decode(acts)
-            weights = torch.linspace(0.5, 1.5, out.numel()).reshape(out.shape).to(out.dtype)
-            names = [name for name, p in sae.named_parameters() if p.requires_grad]
-            wanted = [own, *(sae.get_parameter(name) for name in names)]
-            found.append((acts.detach(), torch.autograd.grad((out * weights).sum(), wanted, allow_unused=True), names))
-    (theirs, their_grads, names), (ours, our_grads, _) = found
-    if not torch.equal(theirs != 0, ours != 0):
+    """Of the parameters and of x, where the twins have the same latents."""
+    (theirs, their_error), (ours, our_error) = answer(_gradients, plain, x), answer(_gradients, fast, x)
+    told = f"gradients: accelerated {_told(ours, our_error)}, plain {_told(theirs, their_error)}"
+    require(type(their_error) is type(our_error), told)
+    if their_error is not None or not torch.equal(theirs[0] != 0, ours[0] != 0):
         return
-    for name, one, other in zip(["x", *names], their_grads, our_grads, strict=True):
+    require(theirs[1].keys() == ours[1].keys(), "other gradients")
+    for name, one in theirs[1].items():
+        other = ours[1][name]
         require((one is None) == (other is None), f"gradient of {name}: None on one side")
         if one is not None and bool(one.isfinite().all()):
-            slack = 300 * TOLERANCE[sae.dtype] * one.double().abs().max() + 1e-30
+            slack = 300 * TOLERANCE[plain.dtype] * one.double().abs().max() + 1e-30
             require_within(f"gradient of {name}", one.double(), other.double(), slack)
 
 
@@ -329,6 +334,10 @@ def excuse(sae, x, acts):
     rules = (
         (sae.cfg.architecture() in NEVER_FAST, NEVER_FAST.get(sae.cfg.architecture())),
         (not finite, "weights are not finite"),
+        (
+            torch.is_grad_enabled() and any(p.is_inference() for p in sae.parameters()),
+            "inference tensors and gradients",
+        ),
         ({p.dtype for p in sae.parameters()} != {sae.dtype}, "mixed dtypes"),
         (bool(sae.hook_sae_acts_pre._forward_hooks), "hook_sae_acts_pre"),
         (bool(sae.hook_sae_acts_post._forward_hooks), "hook_sae_acts_post"),
