@@ -101,9 +101,16 @@ inline void check_encoder_weights(const Tensor& W_enc, const Tensor& b_enc, cons
   }
 }
 
+inline void check_gain(const OptionalTensor& gain, const Tensor& W_enc) {
+  if (gain) {
+    check_vector("gain", *gain, W_enc.size(1));
+    check_type("gain", *gain, W_enc.scalar_type());
+  }
+}
+
 // What pack_encoder made, as it comes into an op: all given, or none.
 struct PackedArguments {
-  OptionalTensor weight, bias, codes, sums, bounds;
+  OptionalTensor weight, bias, codes, sums, bounds, groups, gain;
 };
 
 // weight and bias, which every backend packs alike.
@@ -115,6 +122,7 @@ inline void check_packed_rows(const PackedArguments& given, const Tensor& W_enc)
   check_type("weight", *given.weight, W_enc.scalar_type());
   check_vector("bias", *given.bias, W_enc.size(1));
   check_type("bias", *given.bias, ScalarType::Double);
+  check_gain(given.gain, W_enc);
 }
 
 }  // namespace darkmatter

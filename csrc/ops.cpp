@@ -7,17 +7,34 @@
 
 STABLE_TORCH_LIBRARY(darkmatter, m) {
   // weight: W_enc^T as contiguous rows [F, d]; bias: b_enc with b_dec folded in, float64 [F]; codes, sums, bounds: what
-  // screening needs (csrc/cpu/screen.h), empty where the machine cannot screen.
-  m.def("pack_encoder(Tensor W_enc, Tensor b_enc, Tensor? b_dec) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // values [N, k], indices [N, k]; weight ... bounds as pack_encoder gives them, or absent (then packed in the call).
+  // screening needs (csrc/cpu/screen.h), empty where the machine cannot screen; groups: which latents are equal or
+  // need no screening (csrc/cpu/places.h), empty on CUDA. gain [F] multiplies the rounded pre-activations (CPU only).
+  m.def(
+      "pack_encoder(Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor? gain=None)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The same without weight, from rows [F, d] that are there already (CPU only).
+  m.def(
+      "pack_rows(Tensor rows, Tensor b_enc, Tensor? b_dec, Tensor? gain=None) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
+  // values [N, k], indices [N, k]; weight ... groups as pack_encoder gives them, or absent (then packed in the call).
   m.def(
       "topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, int k, Tensor? weight, Tensor? bias,"
-      " Tensor? codes, Tensor? sums, Tensor? bounds) -> (Tensor, Tensor)");
+      " Tensor? codes, Tensor? sums, Tensor? bounds, Tensor? groups, Tensor? gain=None) -> (Tensor, Tensor)");
   // values [z], crow [N + 1], col [z]; threshold is a scalar tensor or [F]. (The floating-point output comes first
   // because opcheck adds up all outputs in place.)
   m.def(
       "threshold_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor threshold, Tensor? weight,"
-      " Tensor? bias, Tensor? codes, Tensor? sums, Tensor? bounds) -> (Tensor, Tensor, Tensor)");
+      " Tensor? bias, Tensor? codes, Tensor? sums, Tensor? bounds, Tensor? groups, Tensor? gain=None)"
+      " -> (Tensor, Tensor, Tensor)");
+  // The same for tokens that screening helps; the others (`undecided`, [u] token numbers) are left empty, so that the
+  // caller can do them with a dense product, the faster way then. CPU only.
+  m.def(
+      "try_topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, int k, Tensor? weight, Tensor? bias,"
+      " Tensor? codes, Tensor? sums, Tensor? bounds, Tensor? groups, Tensor? gain=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "try_threshold_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor threshold, Tensor? weight,"
+      " Tensor? bias, Tensor? codes, Tensor? sums, Tensor? bounds, Tensor? groups, Tensor? gain=None)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
   // x_hat [N, d] = sum over the active latents of value * W_dec[index], + b_dec.
   m.def("sparse_decode(Tensor values, Tensor indices, Tensor? crow, Tensor W_dec, Tensor? b_dec) -> Tensor");
   // The two gradients of sparse_decode: <rows_i, W_dec[index]> for each active latent, in the shape of indices, and
@@ -31,7 +48,7 @@ STABLE_TORCH_LIBRARY(darkmatter, m) {
   // lower [N, F], upper [N, F], float32: what screening knows of each pre-activation; screened [N]: whether it is used.
   m.def(
       "screen_intervals(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor? weight, Tensor? bias,"
-      " Tensor? codes, Tensor? sums, Tensor? bounds) -> (Tensor, Tensor, Tensor)");
+      " Tensor? codes, Tensor? sums, Tensor? bounds, Tensor? groups, Tensor? gain=None) -> (Tensor, Tensor, Tensor)");
   // One step of gradient pursuit for tokens [N] after their atoms `choice` are chosen, in place; steps l0 and after
   // leave a token as it is. atoms, weights [N, s]; done is int32. CUDA only: on the CPU the ops above do it as fast.
   m.def(

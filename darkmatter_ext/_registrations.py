@@ -20,27 +20,34 @@ from darkmatter_ext import _library  # noqa: F401  (defines torch.ops.darkmatter
 
 _ops = torch.ops.darkmatter
 _BOUND_ROWS = 5  # kBoundRows of csrc/screening.h
-_NO_PACKED_GRADIENTS = (None,) * 5  # weight, bias, codes, sums, bounds: derived from W_enc, b_enc, b_dec
+# weight, bias, codes, sums, bounds, groups are derived from W_enc, b_enc, b_dec; gain has no gradient
+_NO_PACKED_GRADIENTS = (None,) * 7
 
 
 # Fakes
 
 
 @register_fake("darkmatter::pack_encoder")
-def _(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> tuple[Tensor, ...]:
-    d, n_latents = W_enc.shape
+def _(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, gain: Tensor | None = None) -> tuple[Tensor, ...]:
+    return W_enc.new_empty(W_enc.shape[::-1]), *_pack_rows_fake(W_enc.mT, b_enc, b_dec, gain)
+
+
+@register_fake("darkmatter::pack_rows")
+def _pack_rows_fake(rows: Tensor, b_enc: Tensor, b_dec: Tensor | None, gain: Tensor | None = None) -> tuple[Tensor, ...]:
+    n_latents, d = rows.shape
     # What is stored for screening depends on the machine that runs, so its sizes are unknown here.
-    n_codes, padded = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
-    if W_enc.is_cuda:
-        codes, n_sums = W_enc.new_empty(padded, -(-d // 64) * 64, dtype=torch.float16), 0  # screen_padded of screen.cuh
+    n_codes, padded, n_groups = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
+    if rows.is_cuda:
+        codes = rows.new_empty(padded, -(-d // 64) * 64, dtype=torch.float16)  # screen_padded of screen.cuh
+        n_sums = n_groups = 0
     else:
-        codes, n_sums = W_enc.new_empty(n_codes, dtype=torch.int8), padded
+        codes, n_sums = rows.new_empty(n_codes, dtype=torch.int8), padded
     return (
-        W_enc.new_empty(n_latents, d),
-        W_enc.new_empty(n_latents, dtype=torch.float64),
+        rows.new_empty(n_latents, dtype=torch.float64),
         codes,
-        W_enc.new_empty(n_sums, dtype=torch.int32),
-        W_enc.new_empty(_BOUND_ROWS, padded, dtype=torch.float32),
+        rows.new_empty(n_sums, dtype=torch.int32),
+        rows.new_empty(_BOUND_ROWS, padded, dtype=torch.float32),
+        rows.new_empty(n_groups, dtype=torch.int32),
     )
 
 
@@ -54,6 +61,20 @@ def _(x, W_enc, b_enc, b_dec, threshold, *packed) -> tuple[Tensor, Tensor, Tenso
     n_active = torch.library.get_ctx().new_dynamic_size()
     crow = x.new_empty(x.shape[0] + 1, dtype=torch.int64)
     return x.new_empty(n_active), crow, x.new_empty(n_active, dtype=torch.int64)
+
+
+@register_fake("darkmatter::try_topk_encode")
+def _(x, W_enc, b_enc, b_dec, k, *packed) -> tuple[Tensor, Tensor, Tensor]:
+    undecided = torch.library.get_ctx().new_dynamic_size()
+    values, indices = x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64)
+    return values, indices, x.new_empty(undecided, dtype=torch.int64)
+
+
+@register_fake("darkmatter::try_threshold_encode")
+def _(x, W_enc, b_enc, b_dec, threshold, *packed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_active, undecided = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
+    crow, col = (x.new_empty(size, dtype=torch.int64) for size in (x.shape[0] + 1, n_active))
+    return x.new_empty(n_active), crow, col, x.new_empty(undecided, dtype=torch.int64)
 
 
 @register_fake("darkmatter::find_support")
@@ -221,16 +242,21 @@ def _relu_gradient(grad: Tensor, values: Tensor) -> Tensor:
     return grad.masked_fill(values <= 0, 0)
 
 
-def _save_topk(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _through_gain(grad: Tensor, gain: Tensor | None, indices: Tensor) -> Tensor:
+    """The gradient of the pre-activations before they are multiplied with their gains."""
+    return grad if gain is None else grad * gain[indices]
+
+
+def _save_topk(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, W_enc, _, b_dec, _, weight = inputs[:6]
-    values, indices = output
-    ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(values, indices, x, W_enc, b_dec, weight)
+    values, *rest = output  # indices; undecided of try_topk_encode
+    ctx.mark_non_differentiable(*rest)
+    ctx.save_for_backward(values, rest[0], x, W_enc, b_dec, weight, inputs[-1])
 
 
-def _topk_backward(ctx: Any, grad_values: Tensor, _grad_indices: Any) -> tuple:
-    values, indices, x, W_enc, b_dec, weight = ctx.saved_tensors
-    grad = _relu_gradient(grad_values, values)
+def _topk_backward(ctx: Any, grad_values: Tensor, *_rest: Any) -> tuple:
+    values, indices, x, W_enc, b_dec, weight, gain = ctx.saved_tensors
+    grad = _through_gain(_relu_gradient(grad_values, values), gain, indices)
     return (
         *_encoder_gradients(ctx.needs_input_grad, grad, indices, None, x, W_enc, b_dec, weight),
         None,
@@ -238,22 +264,24 @@ def _topk_backward(ctx: Any, grad_values: Tensor, _grad_indices: Any) -> tuple:
     )
 
 
-def _save_threshold(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_threshold(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, W_enc, _, b_dec, _, weight = inputs[:6]
-    values, crow, col = output
-    ctx.mark_non_differentiable(crow, col)
-    ctx.save_for_backward(values, crow, col, x, W_enc, b_dec, weight)
+    values, *rest = output  # crow, col; undecided of try_threshold_encode
+    ctx.mark_non_differentiable(*rest)
+    ctx.save_for_backward(values, *rest[:2], x, W_enc, b_dec, weight, inputs[-1])
 
 
-def _threshold_backward(ctx: Any, grad_values: Tensor, _grad_crow: Any, _grad_col: Any) -> tuple:
-    values, crow, col, x, W_enc, b_dec, weight = ctx.saved_tensors
-    grad = _relu_gradient(grad_values, values)  # the threshold itself has no gradient (a step)
+def _threshold_backward(ctx: Any, grad_values: Tensor, *_rest: Any) -> tuple:
+    values, crow, col, x, W_enc, b_dec, weight, gain = ctx.saved_tensors
+    grad = _through_gain(_relu_gradient(grad_values, values), gain, col)  # the threshold itself has none (a step)
     gradients = _encoder_gradients(ctx.needs_input_grad, grad, col, crow, x, W_enc, b_dec, weight)
     return (*gradients, None, *_NO_PACKED_GRADIENTS)
 
 
-register_autograd("darkmatter::topk_encode", _topk_backward, setup_context=_save_topk)
-register_autograd("darkmatter::threshold_encode", _threshold_backward, setup_context=_save_threshold)
+for _name in ("topk_encode", "try_topk_encode"):
+    register_autograd(f"darkmatter::{_name}", _topk_backward, setup_context=_save_topk)
+for _name in ("threshold_encode", "try_threshold_encode"):
+    register_autograd(f"darkmatter::{_name}", _threshold_backward, setup_context=_save_threshold)
 
 
 # vmap: a batch of tokens is more tokens. A batch of weights is not offered, and ragged results have no common shape.

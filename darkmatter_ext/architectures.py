@@ -6,6 +6,7 @@ gives; F = d_sae latents; acts [..., F].
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from darkmatter_ext import ops
 from darkmatter_ext.batched_pursuit import prepare_dictionary, pursuit
 from darkmatter_ext.packed_weights import NO_KERNEL
+from darkmatter_ext.row_layout import shares_rows
 from darkmatter_ext.soundness import is_hooked
 from darkmatter_ext.sparse import SparseActs
 from darkmatter_ext.stepping_aside import DENSE_SHARE, Tried, try_threshold_encode, try_topk_encode
@@ -47,7 +49,9 @@ def _prepared(W_enc: Tensor, b_enc: Tensor, **options: Any) -> ops.PreparedEncod
         prepared = ops.prepare_encoder(W_enc, b_enc, **options)
     except ValueError:
         return "the encoder's weights are not finite"
-    return prepared if prepared.screens or not _KNOWS_WHERE_SCREENING_PAYS else NO_KERNEL
+    if not prepared.screens and _KNOWS_WHERE_SCREENING_PAYS:
+        return NO_KERNEL
+    return dataclasses.replace(prepared, weight=W_enc.detach().mT) if shares_rows(W_enc) else prepared
 
 
 class Architecture:
@@ -196,7 +200,7 @@ class TopK(Architecture):
         norms = W_dec.norm(dim=-1)
         if _HAS_GAIN:
             return _prepared(W_enc, b_enc, gain=norms)
-        return _prepared(W_enc * norms, b_enc * norms)
+        return _prepared((W_enc * norms).contiguous(), b_enc * norms)
 
     def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
         k = sae._modules["activation_fn"].k

@@ -70,6 +70,7 @@ class State:
         self.decoder = Packed(_decoder_rows, why_not=why_not_weights, is_view=_is_read_in_place)
         self.decoder_norms = Packed(_inverse_norms, why_not=why_not_weights)
         self.back_off = BackOff()
+        self.refused: int | None = None  # address of a W_enc that somebody else holds too: its layout stays
         self.has_second_passes = False  # SAELens has asked for an error term: keep the last pass for it
         self.last_pass: tuple[Tensor, Ready, tuple, Pass] | None = None  # input, what else decided, result
         self.calls: Counter[tuple[str, str]] = Counter()  # (method, reason or "")

@@ -12,6 +12,7 @@ dtypes: float16, bfloat16, float32, float64, one for all floating-point argument
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from numbers import Integral
@@ -26,7 +27,7 @@ from darkmatter_ext.sparse import SparseActs
 
 _ops = torch.ops.darkmatter
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_NOT_PACKED = (None,) * 5
+_NOT_PACKED = (None,) * 7
 _MIN_TOKENS_TO_PACK = 64  # kMinTokensToPack of csrc/cpu/pack_encoder.cpp
 
 
@@ -36,15 +37,17 @@ class PreparedEncoder:
 
     weight: Tensor  # [F, d] contiguous rows of W_enc^T
     bias: Tensor  # [F] float64, b_enc - <b_dec, w_j>
-    codes: Tensor  # the weights rounded for screening, int8 (CPU) or float16 (CUDA); empty where nothing is screened
-    sums: Tensor  # [F padded] int32; empty on CUDA
-    bounds: Tensor  # [5, F padded] float32
+    codes: Tensor  # the weights rounded for screening, as bytes (CPU) or float16 (CUDA); empty where nothing is screened
+    sums: Tensor  # [places, padded] int32; empty on CUDA
+    bounds: Tensor  # [5, places, padded] float32
+    groups: Tensor  # int32: which latents are equal or constant (csrc/cpu/places.h); empty on CUDA
+    gain: Tensor | None  # [F], multiplies the rounded pre-activations
     has_b_dec: bool
 
-    @property
-    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    @functools.cached_property
+    def packed(self) -> tuple[Tensor | None, ...]:
         """The tensors in the order the ops take them."""
-        return self.weight, self.bias, self.codes, self.sums, self.bounds
+        return self.weight, self.bias, self.codes, self.sums, self.bounds, self.groups, self.gain
 
     @property
     def screens(self) -> bool:
@@ -141,26 +144,44 @@ def _check_encode(
 
 
 @torch.no_grad()
-def prepare_encoder(W_enc: Tensor, b_enc: Tensor, *, b_dec: Tensor | None = None) -> PreparedEncoder:
+def prepare_encoder(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    *,
+    b_dec: Tensor | None = None,
+    gain: Tensor | None = None,
+    share_rows: bool = False,
+) -> PreparedEncoder:
     """Pack encoder weights once for many calls of topk_encode / threshold_encode.
 
     Args:
         W_enc: [d, F], any strides.
         b_enc: [F].
         b_dec: [d], subtracted from x before encoding (SAELens' apply_b_dec_to_input), or None.
+        gain: [F] or None. Pre-activations are rounded, multiplied with it and rounded again before anything is selected
+            (SAELens' rescale_acts_by_decoder_norm, with the norms of the decoder's rows). It has no gradient. CPU only.
+        share_rows: where W_enc is the transpose of contiguous rows (`W_enc.mT.is_contiguous()`) and on the CPU, keep
+            those rows instead of a copy: for a caller who prepares again after every edit.
 
     Returns:
-        PreparedEncoder. It is a copy: after an edit of the weights prepare again, calls with the old one give the old
-        answer. Gradients still go to the W_enc, b_enc and b_dec of the call.
+        PreparedEncoder. Unless rows are shared it is a copy: after an edit of the weights prepare again, calls with the
+        old one give the old answer. Gradients still go to the W_enc, b_enc and b_dec of the call.
 
     Raises:
         TypeError, ValueError: wrong types, shapes, dtypes, devices; NaN in a weight.
 
-    Cost: one pass over W_enc; memory F d elements and 8 F bytes.
+    Cost: a few passes over W_enc. Memory: F d elements unless shared, and for screening F d bytes with AVX-512 VNNI, 2 F d
+    bytes with other AVX2 processors; latents that are equal or zero count once.
     """
     _check_weights("prepare_encoder", W_enc, b_enc, b_dec)
-    packed = _call(_ops.pack_encoder, W_enc, b_enc, b_dec)
-    return PreparedEncoder(*packed, has_b_dec=b_dec is not None)
+    if gain is not None:
+        _check_tensor("gain", gain, (W_enc.shape[1],), W_enc)
+    if share_rows and W_enc.device.type == "cpu" and W_enc.mT.is_contiguous():
+        rows = W_enc.detach().mT
+        bias, *codes = _call(_ops.pack_rows, rows, b_enc, b_dec, gain)
+    else:
+        rows, bias, *codes = _call(_ops.pack_encoder, W_enc, b_enc, b_dec, gain)
+    return PreparedEncoder(rows, bias, *codes, gain, has_b_dec=b_dec is not None)
 
 
 def topk_encode(
@@ -189,10 +210,11 @@ def topk_encode(
     Raises:
         TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
 
-    Cost: with AVX-512 VNNI N F d 8-bit multiply-adds (on CUDA float16 ones) and, for the candidates they leave, d float64
-    ones each; elsewhere N F d in float64. Memory beyond inputs and outputs: the packed weights unless prepared (kept for
+    Cost: N F d multiply-adds of 8 bits with AVX-512 VNNI, of 16 bits with other AVX2 processors (on CUDA of float16), and
+    for the candidates they leave d float64 ones each; elsewhere N F d in float64. Equal latents count once, latents of
+    zeros not at all. Memory beyond inputs and outputs: the packed weights unless prepared (kept for
     the backward when x wants a gradient); on the CPU for each thread at most 256 (2 d + 4096 * 12) bytes of tokens and
-    candidates (13 MB, usually under 4) and their exact sums; on CUDA 32 MB of scores and, for each of at most 4096
+    candidates (13 MB, usually under 4; k above 1024 more) and their exact sums; on CUDA 32 MB of scores and, for each of at most 4096
     tokens at a time, 2 d + 24 K bytes. On CUDA nothing waits for the device, and only `prepare_encoder` looks for NaN.
     """
     _check_encode("topk_encode", x, W_enc, b_enc, b_dec, prepared)
@@ -252,17 +274,54 @@ def threshold_encode(
     number of kept entries; tokens that keep more than about a thousand latents take the exact path, which is slow.
     """
     _check_encode("threshold_encode", x, W_enc, b_enc, b_dec, prepared)
-    if isinstance(threshold, int | float) and not isinstance(threshold, bool):
-        threshold = torch.tensor(threshold, dtype=x.dtype, device=x.device)
-    if isinstance(threshold, Tensor) and threshold.ndim == 0:
-        _check_tensor("threshold", threshold, (), W_enc)
-    else:
-        _check_tensor("threshold", threshold, (W_enc.shape[1],), W_enc)
-    if isinstance(threshold, Tensor) and threshold.requires_grad and torch.is_grad_enabled():
-        threshold = threshold.detach()
+    threshold = _checked_threshold(threshold, x, W_enc)
     packed = _packed(x, W_enc, b_enc, b_dec, prepared)
     values, crow, col = _call(_ops.threshold_encode, _rows(x), W_enc, b_enc, b_dec, threshold, *packed)
     return SparseActs.ragged(crow, col, values, W_enc.shape[1], tuple(x.shape[:-1]))
+
+
+def _checked_threshold(threshold: Tensor | float, x: Tensor, W_enc: Tensor) -> Tensor:
+    """As a tensor [] or [F] of the dtype of x, without gradient."""
+    if isinstance(threshold, int | float) and not isinstance(threshold, bool):
+        threshold = torch.tensor(threshold, dtype=x.dtype, device=x.device)
+    scalar = isinstance(threshold, Tensor) and threshold.ndim == 0
+    _check_tensor("threshold", threshold, () if scalar else (W_enc.shape[1],), W_enc)
+    assert isinstance(threshold, Tensor)  # _check_tensor
+    return threshold.detach()
+
+
+def try_topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, prepared: PreparedEncoder
+) -> tuple[SparseActs, Tensor]:
+    """topk_encode of the tokens that screening helps, and the numbers [u] of those it does not (int64, ascending).
+
+    For callers with a dense product at hand, the faster way for those: their rows here hold zeros. Arguments and
+    errors as `topk_encode` with a prepared encoder without b_dec. On CUDA nothing is left undecided.
+    """
+    if not x.is_cpu:
+        return topk_encode(x, W_enc, b_enc, k, prepared=prepared), x.new_empty(0, dtype=torch.int64)
+    _check_encode("topk_encode", x, W_enc, b_enc, None, prepared)
+    values, indices, undecided = _call(_ops.try_topk_encode, _rows(x), W_enc, b_enc, None, k, *prepared.packed)
+    shape = (*x.shape[:-1], k)
+    return SparseActs.fixed(values.reshape(shape), indices.reshape(shape), W_enc.shape[1]), undecided
+
+
+def try_threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, *, prepared: PreparedEncoder
+) -> tuple[SparseActs, Tensor]:
+    """threshold_encode of the tokens that screening helps, and the numbers [u] of those it does not (int64, ascending).
+
+    As `try_topk_encode`; their rows here are empty.
+    """
+    if not x.is_cpu:
+        acts = threshold_encode(x, W_enc, b_enc, threshold, prepared=prepared)
+        return acts, x.new_empty(0, dtype=torch.int64)
+    _check_encode("threshold_encode", x, W_enc, b_enc, None, prepared)
+    threshold = _checked_threshold(threshold, x, W_enc)
+    values, crow, col, undecided = _call(
+        _ops.try_threshold_encode, _rows(x), W_enc, b_enc, None, threshold, *prepared.packed
+    )
+    return SparseActs.ragged(crow, col, values, W_enc.shape[1], tuple(x.shape[:-1])), undecided
 
 
 def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:

@@ -28,7 +28,7 @@ def gaussian(n=9, d=40, n_latents=1500, dtype=torch.float32, seed=0):
 
 def check_encoders(ops, x, W_enc, b_enc, b_dec=None, *, k=5, threshold=9.0, packed=True, device="cpu"):
     """Both encoders of `ops` on a device against the CPU's; CPU tensors in."""
-    none = (None,) * 5
+    none = (None,) * len(torch.ops.darkmatter.pack_encoder.default._schema.returns)
     threshold = torch.as_tensor(threshold).to(x.dtype)
     given = [None if part is None else part.to(device) for part in (x, W_enc, b_enc, b_dec)]
     parts = ops.pack_encoder(*given[1:]) if packed else none

@@ -4,6 +4,9 @@ import torch
 from sae_lens.registry import get_sae_class
 from sae_lens.saes import transcoder
 
+from darkmatter_ext import drop_in
+
+drop_in.SMALL_DECODE = 0  # these SAEs are all small, and it is the sparse decode that is tested
 D_IN, D_SAE, D_OUT, K = 64, 512, 48, 8
 SAES = ("topk", "jumprelu", "standard", "gated")
 TRANSCODERS = {

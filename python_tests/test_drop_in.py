@@ -7,6 +7,7 @@ import torch
 from sae_cases import ARCHITECTURES, D_SAE, SAES, K, activations, assert_close, assert_same_acts, make_sae
 
 import darkmatter_ext as dm
+from darkmatter_ext import drop_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -328,6 +329,16 @@ def test_after_dense_tokens_sparse_ones_are_fast_again():
     for _ in range(3):
         fast.encode(activations(10))
     assert fast_calls(fast) > before
+
+
+def test_a_small_dense_decode_is_saelens_own(monkeypatch):
+    monkeypatch.setattr(drop_in, "SMALL_DECODE", 1 << 20)
+    plain, fast = pair("jumprelu")
+    for tokens, reason in ((1, "small"), (40, "")):
+        acts = plain.encode(activations(tokens))
+        assert_close(plain.decode(acts), fast.decode(acts), scale=10)
+        assert reason in str(dm.stats(fast))
+    assert dm.stats(fast).fast == {"decode": 1}
 
 
 def test_k_of_the_activation_function_counts():

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "darkmatter_ext"
 # Downward only: a module may import modules of lower levels, or of its own level when listed together in ALLOWED.
 LEVELS = {
     "storage": 0, "_library": 0, "progress": 0, "sparse": 0, "packed_weights": 0,
-    "_registrations": 1, "reference": 1, "soundness": 1, "ops": 2, "unchecked": 2.1,
+    "_registrations": 1, "reference": 1, "soundness": 1, "ops": 2, "unchecked": 2.1, "row_layout": 0,
     "stepping_aside": 2.2, "environment": 3, "pursuit_steps": 3,
     "pursuit_on_cuda": 4, "batched_pursuit": 5,
     "embedded": 3, "text": 3, "error": 3, "regression": 3, "intervals": 3, "power_law": 4, "nulls": 3,

@@ -15,8 +15,8 @@ from darkmatter_ext import _C
 from darkmatter_ext.ops import screen_intervals
 
 pytestmark = pytest.mark.skipif(
-    _C.cpu_isa() != "avx512_vnni",
-    reason=f"no 8-bit dot products in use on this machine ({_C.cpu_isa()}): nothing screens",
+    _C.cpu_isa() == "scalar",
+    reason="the scalar instruction set has no integer dot products: nothing screens",
 )
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -190,8 +190,9 @@ def test_the_bound_holds_on_a_hundred_million_pairs():
 
 
 def test_intervals_are_tight_enough_to_be_of_use():
-    """On Gaussian data the bound is below one standard deviation of the scores at d 768 (0.43 expected from 8 bits)."""
+    """In standard deviations of the scores of Gaussian data at d 768: 0.43 expected of 8 bits, 0.01 of 16."""
     x, W_enc, b_enc, _ = _data("gaussian", 64, 768, 2000, torch.float32, 0)
     found = screen_intervals(x, W_enc, b_enc)
-    bound = (found.upper - found.lower).mean() / 2
-    assert 0.2 < bound / (x @ W_enc).std() < 0.6
+    bound = (found.upper - found.lower).mean() / 2 / (x @ W_enc).std()
+    low, high = (0.2, 0.6) if _C.cpu_isa() == "avx512_vnni" else (0.005, 0.015)
+    assert low < bound < high

@@ -29,31 +29,8 @@ inline bool comes_first(const Candidate<T>& a, const Candidate<T>& b) {
 template <typename T>
 struct Best {
   std::vector<Candidate<T>> kept;
-  T threshold{};  // the k-th best value, once `limited`
+  T threshold{};  // a value that k of those seen reach, once `limited`
   bool limited = false;
-
-  // Latents in ascending order: a tie with the threshold has the higher index and loses.
-
-  void offer(int64_t k, int64_t first, int64_t latents, const T* h) {
-    for (int64_t l = 0; l < latents; ++l) {
-      if (limited && h[l] <= threshold) {
-        continue;
-      }
-      kept.push_back({h[l], first + l});
-      if (static_cast<int64_t>(kept.size()) == k) {
-        threshold = std::max_element(kept.begin(), kept.end(), comes_first<T>)->value;
-        limited = true;
-      } else if (static_cast<int64_t>(kept.size()) >= 2 * k) {
-        cut(k);
-      }
-    }
-  }
-
-  void offer_all(int64_t k, const std::vector<int32_t>& latents, const std::vector<T>& h) {
-    for (size_t i = 0; i < latents.size(); ++i) {
-      offer_any(k, {h[i], latents[i]});
-    }
-  }
 
   // In any order of latents: a tie with the threshold may have the lower index, so only smaller values are turned away.
   void offer_any(int64_t k, const Candidate<T>& candidate) {

@@ -4,6 +4,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace darkmatter {
 
 const char* isa_name(Isa isa) {
@@ -12,6 +16,8 @@ const char* isa_name(Isa isa) {
       return "avx512_vnni";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx_vnni:
+      return "avx_vnni";
     case Isa::avx2:
       return "avx2";
     default:
@@ -19,19 +25,48 @@ const char* isa_name(Isa isa) {
   }
 }
 
-Isa best_isa() {
+#if defined(__x86_64__)
+// __builtin_cpu_supports("avxvnni") exists only from gcc 14 on.
+static bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) != 0;
+}
+#endif
+
+bool supports(Isa isa) {
+  if (isa == Isa::scalar) {
+    return true;
+  }
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool fma = __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return __builtin_cpu_supports("avx512vnni") ? Isa::vnni : Isa::avx512;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
+    return false;
   }
-  if (fma && __builtin_cpu_supports("avx2")) {
-    return Isa::avx2;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  switch (isa) {
+    case Isa::avx2:
+      return true;
+    case Isa::avx_vnni:
+      return has_avx_vnni();
+    case Isa::avx512:
+      return avx512;
+    default:
+      return avx512 && __builtin_cpu_supports("avx512vnni");
   }
+#else
+  return false;
 #endif
-  return Isa::scalar;
+}
+
+Isa best_isa() {
+  Isa best = Isa::scalar;
+  for (Isa isa : kIsas) {
+    if (supports(isa)) {
+      best = isa;
+    }
+  }
+  return best;
 }
 
 static Isa requested_isa() {
@@ -39,18 +74,19 @@ static Isa requested_isa() {
   if (wanted == nullptr || *wanted == '\0') {
     return best_isa();
   }
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::vnni}) {
-    if (std::string(wanted) == isa_name(isa)) {
-      if (isa > best_isa()) {
-        throw std::runtime_error(
-            std::string("DARKMATTER_CPU_ISA: must be supported by this machine (") + isa_name(best_isa()) + "), got " +
-            wanted);
-      }
+  std::string names;
+  for (Isa isa : kIsas) {
+    if (std::string(wanted) != isa_name(isa)) {
+      names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
+    } else if (supports(isa)) {
       return isa;
+    } else {
+      throw std::runtime_error(
+          std::string("DARKMATTER_CPU_ISA: must be supported by this machine (") + isa_name(best_isa()) + "), got " +
+          wanted);
     }
   }
-  throw std::runtime_error(
-      std::string("DARKMATTER_CPU_ISA: must be scalar, avx2, avx512 or avx512_vnni, got ") + wanted);
+  throw std::runtime_error("DARKMATTER_CPU_ISA: must be " + names + ", got " + wanted);
 }
 
 Isa active_isa() {

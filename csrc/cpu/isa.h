@@ -3,10 +3,14 @@
 
 namespace darkmatter {
 
-enum class Isa { scalar, avx2, avx512, vnni };  // vnni: AVX-512 with 8-bit dot products
+// avx_vnni: AVX2 with integer dot products on 32-byte vectors; vnni: AVX-512 with those on 64-byte ones.
+enum class Isa { scalar, avx2, avx_vnni, avx512, vnni };
+
+constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx_vnni, Isa::avx512, Isa::vnni};  // the best last
 
 const char* isa_name(Isa isa);
-Isa best_isa();    // of this machine
-Isa active_isa();  // in use, decided at the first call; throws std::runtime_error for a bad DARKMATTER_CPU_ISA
+bool supports(Isa isa);  // this machine
+Isa best_isa();          // of this machine
+Isa active_isa();        // in use, decided at the first call; throws std::runtime_error for a bad DARKMATTER_CPU_ISA
 
 }  // namespace darkmatter

@@ -70,6 +70,7 @@ const Kernels& kernels() {
     case Isa::vnni:
     case Isa::avx512:
       return avx512::table;
+    case Isa::avx_vnni:
     case Isa::avx2:
       return avx2::table;
     default:

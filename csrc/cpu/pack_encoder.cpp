@@ -1,4 +1,4 @@
-// pack_encoder: W_enc as contiguous rows [F, d], and b_enc with b_dec folded in, in float64.
+// pack_encoder, pack_rows: W_enc as contiguous rows [F, d], b_enc with b_dec folded in, in float64, groups and codes.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -101,47 +101,73 @@ static void fold_bias(const Tensor& weight, const Tensor& b_enc, const std::vect
   }
 }
 
-// Codes and bounds of every latent. The screen scores (x - b_dec) against w, so its bias is b_enc itself.
+// Codes and bounds of every place. The screen scores (x - b_dec) against w, so its bias is b_enc itself.
 template <typename T>
-static void encode_latents(Packed& packed, const Tensor& b_enc) {
-  const int64_t n_latents = packed.weight.size(0), d = packed.weight.size(1);
-  const int64_t d_padded = screen_padded(d), panels = screen_panels(n_latents), padded = panels * kPanel;
-  packed.codes = torch::stable::new_zeros(packed.weight, {panels * d_padded * kPanel}, ScalarType::Char);
+static void encode_places(Packed& packed, const Tensor& b_enc) {
+  const ScreenKernels& kernel = *screen_kernels();
+  const int64_t d = packed.d(), n_places = packed.places.n_places, group = kernel.group;
+  const int64_t d_padded = screen_padded(kernel, d), panels = screen_panels(n_places), padded = panels * kPanel;
+  const int64_t latent_bytes = d_padded * kernel.code_bytes;
+  packed.codes = torch::stable::new_zeros(packed.weight, {padded * latent_bytes}, ScalarType::Char);
   packed.sums = torch::stable::new_zeros(packed.weight, {padded}, ScalarType::Int);
   packed.bounds = torch::stable::new_zeros(packed.weight, {kBoundRows, padded}, ScalarType::Float);
-  parallel_ranges(panels, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(ceil_div(n_places, group), 1, [&](int64_t begin, int64_t end) {
     std::vector<double> row(d);
     std::vector<float> scratch(d_padded);
-    for (int64_t j = begin * kPanel; j < std::min(end * kPanel, n_latents); ++j) {
+    for (int64_t place = begin * group; place < std::min(end * group, n_places); ++place) {
+      const int64_t j = packed.places.latent[place];
       kernels().of<T>().widen(data<T>(packed.weight) + j * d, row.data(), d);
-      int8_t* codes = mutable_data<int8_t>(*packed.codes) + j / kPanel * d_padded * kPanel + j % kPanel * 4;
-      double bias;
-      kernels().of<T>().widen(data<T>(b_enc) + j, &bias, 1);
-      screen_kernels()->encode_latent(
-          row.data(), bias, d, d_padded, scratch.data(), codes, 4 * kPanel, mutable_data<int32_t>(*packed.sums) + j,
-          mutable_data<float>(*packed.bounds) + j, padded);
+      LatentTerms terms{0.0, 1.0, 0.0, 0.0};
+      kernels().of<T>().widen(data<T>(b_enc) + j, &terms.bias, 1);
+      if (packed.gain) {
+        kernels().of<T>().widen(data<T>(*packed.gain) + j, &terms.gain, 1);
+        terms.margin = kMargin<T>.relative;
+        terms.tiny = kMargin<T>.absolute;
+      }
+      int8_t* first = mutable_data<int8_t>(*packed.codes) + place / group * group * latent_bytes + place % group * 4;
+      kernel.encode_latent(
+          row.data(), terms, d, d_padded, scratch.data(), first, 4 * group, mutable_data<int32_t>(*packed.sums) + place,
+          mutable_data<float>(*packed.bounds) + place, padded);
     }
   });
 }
 
-static Packed pack(const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec, bool screen) {
-  check_encoder_weights(W_enc, b_enc, b_dec);
-  const int64_t n_latents = W_enc.size(1);
-  if (b_dec) {
-    check_no_nan("b_dec", torch::stable::contiguous(*b_dec), *b_dec);
-  }
-  Packed packed{packed_rows(W_enc), {}, {}, {}, {}};
+// All but the rows, which are there. `screen`: codes, and a look for equal latents, worth it for many tokens.
+static void pack_terms(Packed& packed, const Tensor& b_enc, const OptionalTensor& b_dec, bool screen) {
+  const int64_t n_latents = packed.n_latents();
   packed.bias = torch::stable::new_empty(packed.weight, {n_latents}, ScalarType::Double);
   const Tensor b_in = torch::stable::contiguous(b_enc);
   check_no_nan("b_enc", b_in, b_in);
+  if (b_dec) {
+    check_no_nan("b_dec", torch::stable::contiguous(*b_dec), *b_dec);
+  }
+  if (packed.gain) {
+    check_no_nan("gain", *packed.gain, *packed.gain);
+  }
   const std::vector<double> centre = wide_vector(b_dec);
-  dispatch_floating("W_enc", W_enc.scalar_type(), [&](auto type) {
+  dispatch_floating("W_enc", packed.weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
     fold_bias<T>(packed.weight, b_in, centre, mutable_data<double>(packed.bias));
+    packed.groups = group_latents(packed.weight, data<double>(packed.bias), packed.gain, screen);
+    packed.places = places_of(packed.groups, n_latents);
     if (screen) {
-      encode_latents<T>(packed, b_in);
+      encode_places<T>(packed, b_in);
     }
   });
+}
+
+static OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+static Packed pack(
+    const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec, const OptionalTensor& gain, bool screen) {
+  check_encoder_weights(W_enc, b_enc, b_dec);
+  check_gain(gain, W_enc);
+  Packed packed;
+  packed.weight = packed_rows(W_enc);
+  packed.gain = contiguous_or_none(gain);
+  pack_terms(packed, b_enc, b_dec, screen);
   return packed;
 }
 
@@ -168,14 +194,21 @@ Packed packed_encoder(
   const int64_t d = W_enc.size(0), n_latents = W_enc.size(1);
   if (!given.weight) {
     require(!given.bias && !given.codes, "weight: must be given with bias and codes, got them alone");
-    return pack(W_enc, b_enc, b_dec, can_screen(d, n_latents) && n_tokens >= kMinTokensToPack);
+    return pack(W_enc, b_enc, b_dec, given.gain, can_screen(d, n_latents) && n_tokens >= kMinTokensToPack);
   }
   check_packed_rows(given, W_enc);
-  Packed packed{torch::stable::contiguous(*given.weight), torch::stable::contiguous(*given.bias), {}, {}, {}};
+  require(given.groups.has_value(), "groups: must be given with weight, got weight alone");
+  Packed packed;
+  packed.weight = torch::stable::contiguous(*given.weight);
+  packed.bias = torch::stable::contiguous(*given.bias);
+  packed.gain = contiguous_or_none(given.gain);
+  packed.groups = torch::stable::contiguous(*given.groups);
+  packed.places = places_of(packed.groups, n_latents);
   if (given.codes && given.codes->numel() > 0 && can_screen(d, n_latents)) {
     require(given.sums && given.bounds, "sums, bounds: must be given with codes, got codes alone");
-    const int64_t padded = screen_panels(n_latents) * kPanel;
-    check_vector("codes", *given.codes, padded * screen_padded(d));
+    const ScreenKernels& kernel = *screen_kernels();
+    const int64_t padded = screen_panels(packed.places.n_places) * kPanel;
+    check_vector("codes", *given.codes, padded * screen_padded(kernel, d) * kernel.code_bytes);
     check_type("codes", *given.codes, ScalarType::Char);
     check_vector("sums", *given.sums, padded);
     check_type("sums", *given.sums, ScalarType::Int);
@@ -190,22 +223,48 @@ Packed packed_encoder(
   return packed;
 }
 
-// An op may not return a view of its input: a W_enc stored as [F, d] rows is copied for the caller who keeps it.
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_encoder(
-    Tensor W_enc, Tensor b_enc, OptionalTensor b_dec) {
-  check_dim("W_enc", W_enc, 2);
-  Packed packed = pack(W_enc, b_enc, b_dec, can_screen(W_enc.size(0), W_enc.size(1)));
-  const bool aliases = packed.weight.const_data_ptr() == W_enc.const_data_ptr();
+static void fill_absent(Packed& packed) {
   if (!packed.codes) {
     packed.codes = torch::stable::new_empty(packed.weight, {0}, ScalarType::Char);
     packed.sums = torch::stable::new_empty(packed.weight, {0}, ScalarType::Int);
     packed.bounds = torch::stable::new_empty(packed.weight, {kBoundRows, 0}, ScalarType::Float);
   }
+}
+
+// An op may not return a view of its input: a W_enc stored as [F, d] rows is copied for the caller who keeps it.
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pack_encoder(
+    Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, OptionalTensor gain) {
+  check_dim("W_enc", W_enc, 2);
+  Packed packed = pack(W_enc, b_enc, b_dec, gain, can_screen(W_enc.size(0), W_enc.size(1)));
+  fill_absent(packed);
+  const bool aliases = packed.weight.const_data_ptr() == W_enc.const_data_ptr();
   return {
-      aliases ? torch::stable::clone(packed.weight) : packed.weight, packed.bias, *packed.codes, *packed.sums,
-      *packed.bounds};
+      aliases ? torch::stable::clone(packed.weight) : packed.weight,
+      packed.bias,
+      *packed.codes,
+      *packed.sums,
+      *packed.bounds,
+      packed.groups};
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_rows(
+    Tensor rows, Tensor b_enc, OptionalTensor b_dec, OptionalTensor gain) {
+  check_dim("rows", rows, 2);
+  const Tensor W_enc = torch::stable::transpose(rows, 0, 1);
+  check_encoder_weights(W_enc, b_enc, b_dec);
+  check_gain(gain, W_enc);
+  Packed packed;
+  packed.weight = torch::stable::contiguous(rows);
+  packed.gain = contiguous_or_none(gain);
+  check_no_nan("rows", packed.weight, rows);
+  pack_terms(packed, b_enc, b_dec, can_screen(rows.size(1), rows.size(0)));
+  fill_absent(packed);
+  return {packed.bias, *packed.codes, *packed.sums, *packed.bounds, packed.groups};
 }
 
 }  // namespace darkmatter
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) { m.impl("pack_encoder", TORCH_BOX(&darkmatter::pack_encoder)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
+  m.impl("pack_encoder", TORCH_BOX(&darkmatter::pack_encoder));
+  m.impl("pack_rows", TORCH_BOX(&darkmatter::pack_rows));
+}

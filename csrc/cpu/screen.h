@@ -1,16 +1,17 @@
-// Certified screening: which latents can be in the answer, decided in 8-bit integers with a rigorous bound.
+// Certified screening: which latents can be in the answer, decided in integers with a rigorous bound.
 //
-// x_i and w_j are rotated by one orthogonal map R (so that no single dimension is an outlier that ruins the 8-bit
-// scale) and rounded to x~ = s_x q_x, w~ = s_w q_w with integer q in [-127, 127]. Their integer dot product is exact,
-// and
+// x_i and w_j are rounded to x~ = s_x q_x, w~ = s_w q_w with integers q. Their integer dot product is exact, and
 //   |<x, w> - <x~, w~>| <= ||x - x~|| ||w|| + ||x~|| ||w - w~||                                       (Cauchy-Schwarz)
 // with all four norms *measured* in float64 and rounded outward, plus what floating-point rounding adds anywhere (of
-// the rotation, of the scores, of the exact sums). Latent j can be left out when its score plus its bound is below a
-// value that is certainly reached by the answer; everything else is rescored exactly, so the answer is that of the
-// exact path to the bit.
+// the scores, of the exact sums). Latent j can be left out when its score plus its bound is below a value that is
+// certainly reached by the answer; everything else is rescored exactly, so the answer is that of the exact path to the
+// bit.
 //
-// Rate: vpdpbusd does 64 multiply-adds an instruction, four times what float32 does; the weights are read at one byte
-// each.
+// Two kinds of codes, by what the processor multiplies fastest:
+//   bytes (byte_kernels.cpp)   8 bits, AVX-512 VNNI: vpdpbusd does 64 multiply-adds an instruction, four times what
+//                              float32 does. The bound is wide, so a second stage (half_dots) cuts the candidates.
+//   words (word_kernels.cpp)   16 bits, everything else with AVX2: vpmaddwd does 16 (32) an instruction, up to twice
+//                              what float32 does. The bound is so narrow that hardly more than the answer is left.
 #pragma once
 
 #include <cstdint>
@@ -19,16 +20,16 @@
 
 namespace darkmatter {
 
-constexpr int64_t kPanel = 48;          // latents a panel: three vectors of int32 sums
-constexpr int64_t kScreenTokens = 8;    // tokens a tile: 8 x 3 sums in registers
-constexpr int64_t kScreenAlign = 64;    // d is padded to whole cache lines of 8-bit codes
-constexpr int64_t kMaxScreenD = 32768;  // 255 * 127 * d must stay below 2^31
+constexpr int64_t kPanel = 48;  // places a panel
+constexpr int64_t kMaxScreenTokens = 12;
+constexpr int64_t kMaxScreenD = 32768;  // sums of products of codes stay below 2^31 (each kind says why)
 
+// The weights of the screened places (cpu/places.h), ready for a kind of codes.
 struct ScreenedWeights {
-  int64_t n_latents, d, d_padded, panels;
-  const int8_t* codes;  // [panels, d_padded / 4, kPanel, 4]
-  const int32_t* sums;  // [F_padded] 128 * sum of the codes: what the unsigned coding of x adds to each score
-  const float* bounds;  // [kBoundRows, F_padded]
+  int64_t n_places, d, d_padded, panels;
+  const int8_t* codes;  // panels of codes, laid out as the kernels want them
+  const int32_t* sums;  // [padded] what the coding of x adds to each product
+  const float* bounds;  // [kBoundRows, padded]
 
   int64_t padded() const { return panels * kPanel; }
 };
@@ -41,29 +42,46 @@ struct ScreenedToken {
   bool screened;  // false: not finite, or too small or large for the bound; the exact path decides
 };
 
+// What is known of a latent besides its row.
+struct LatentTerms {
+  double bias;    // b_enc: the screen scores (x - b_dec) against w
+  double gain;    // what the rounded pre-activation is multiplied with, 1 for none
+  double margin;  // relative error of the rounding before that multiplication, 0 where there is no gain
+  double tiny;    // its absolute error, of subnormal numbers
+};
+
 struct ScreenKernels {
-  // codes[d_padded] = unsigned 8-bit codes (code + 128) of the rotated row, and its norms. row is float64 [d]; scratch
-  // float32 [d_padded]. `error` is the absolute rounding error of exact sums with this row, per unit of ||w||.
+  int64_t tokens;      // multiplied at a time, at most kMaxScreenTokens
+  int64_t code_bytes;  // of one code
+  int64_t align;       // d is padded to a multiple of this
+  int64_t group;       // latents whose codes are interleaved, four bytes of each in turn; divides kPanel
+  bool refines;        // whether the bound is so wide that half_dots pays
+
+  // Codes of the row (float64 [d]) of a token, d_padded of them, and its norms. scratch: float32 [d_padded]. `error` is
+  // the absolute rounding error of exact sums with this row, per unit of ||w||.
   ScreenedToken (*encode_token)(
-      const double* row, int64_t d, int64_t d_padded, double error, float* scratch, uint8_t* codes);
-  // Codes of one latent into its place in the panel layout, and its column of sums and bounds.
+      const double* row, int64_t d, int64_t d_padded, double error, float* scratch, void* codes);
+  // Codes of one latent into its place (`first`: its first four bytes, the next `stride` bytes on), and its column of
+  // sums and bounds.
   void (*encode_latent)(
-      const double* row, double bias, int64_t d, int64_t d_padded, float* scratch, int8_t* codes, int64_t stride_groups,
-      int32_t* sum, float* bounds, int64_t ld_bounds);
-  // Products of `tokens` <= kScreenTokens tokens (code rows d_padded apart) and one panel: int32 [tokens, kPanel].
-  void (*products)(const uint8_t* x, int64_t tokens, const int8_t* panel, int64_t d_padded, int32_t* out);
-  // The interval [score - bound, score + bound] of each latent of the panel, from one token's products.
+      const double* row, const LatentTerms& terms, int64_t d, int64_t d_padded, float* scratch, int8_t* first,
+      int64_t stride, int32_t* sum, float* bounds, int64_t ld_bounds);
+  // Products of `tokens` <= kScreenTokens tokens (code rows d_padded codes apart) and one panel: int32 [tokens,
+  // kPanel].
+  void (*products)(const void* x, int64_t some, const int8_t* panel, int64_t d_padded, int32_t* out);
+  // The interval [score - bound, score + bound] of each place of the panel, from one token's products.
   void (*intervals)(
       const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel, float* score,
       float* bound);
-  // The latents of the panel whose upper bound is not below limits[l * step] (step 0: one limit for all), and those
-  // upper bounds; returns how many. Both arrays have room for kPanel. A NaN bound (infinite weights) counts as
-  // infinite.
+  // The places of the panel whose upper bound is not below limits[l * step] (step 0: one limit for all), and those
+  // upper bounds; returns how many. All arrays have room for kPanel. A NaN bound counts as infinite.
   int64_t (*hits)(
       const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel,
-      const float* limits, int64_t step, float* score, float* upper, int32_t* latent);
+      const float* limits, int64_t step, float* score, float* upper, int32_t* place);
   // The nth largest of n values, 1 <= nth <= n, NaN smallest. scratch has room for 2 n + 32.
   float (*nth_largest)(const float* values, int64_t n, int64_t nth, float* scratch);
+
+  // The rest only where `refines`.
   // to[e] = from[e] * scale in float16; returns the norm of what that rounding removed, in units of `from`.
   double (*to_half)(const double* from, double scale, uint16_t* to, int64_t n);
   // to[e] = from[e], rounded to nearest
@@ -79,9 +97,39 @@ struct ScreenKernels {
 // was rounded to float32 before.
 inline double float_error(int64_t d) { return (static_cast<double>(d) / 16 + 16) * 0x1p-24 * 1.01; }
 
-const ScreenKernels* screen_kernels();  // null where the instruction set has no 8-bit dot products
+// Unit roundoff of float32 with room for products of (1 + u): every bound is inflated by whole multiples of it.
+constexpr double kUnit = 0x1p-24;
+constexpr double kOutward = 1 + 0x1p-20;  // float64 norms -> float32 bounds, and the float32 arithmetic on the bounds
+constexpr double kTinyNorm = 1e-40;       // absolute errors of denormal weights, before they meet ||x|| up to 1e30
 
-inline int64_t screen_padded(int64_t d) { return (d + kScreenAlign - 1) / kScreenAlign * kScreenAlign; }
-inline int64_t screen_panels(int64_t n_latents) { return (n_latents + kPanel - 1) / kPanel; }
+// What rounding a row to codes did to it.
+struct RoundedRow {
+  float scale;
+  double norm, code_norm, rounding;  // ||v||, ||v~||, ||v - v~||, of the row as it was rounded
+};
+
+// The column of bounds of a latent: `norm` bounds ||w||, `rounding` ||w - w~||.
+inline void store_bounds(
+    const RoundedRow& row, double norm, double rounding, const LatentTerms& terms, float* bounds, int64_t ld) {
+  const double gain = terms.gain, size = gain < 0 ? -gain : gain, bias = terms.bias < 0 ? -terms.bias : terms.bias;
+  bounds[kScale * ld] = static_cast<float>(row.scale * gain);
+  bounds[kBias * ld] = static_cast<float>(terms.bias * gain);
+  // The rounding before the gain is off by margin |<x, w> + bias|, and ||x|| is at most alpha + beta.
+  bounds[kNorm * ld] = static_cast<float>(norm * (1 + terms.margin) * size * kOutward);
+  // The float32 score s_x s_w acc + bias is off by at most 8 units of its terms: into the slopes and the constant.
+  bounds[kRounding * ld] =
+      static_cast<float>((rounding + (8 * kUnit) * row.code_norm + terms.margin * norm) * size * kOutward);
+  bounds[kSlack * ld] =
+      static_cast<float>(((10 * kUnit + terms.margin) * bias + terms.tiny) * size * kOutward) + 1e-35f;
+}
+
+const ScreenKernels* screen_kernels();  // of active_isa(); null where it has none
+const ScreenKernels* byte_kernels();    // AVX-512 VNNI; null where they are not compiled
+const ScreenKernels* word_kernels();    // of active_isa(), AVX2 at least; null below
+
+inline int64_t screen_padded(const ScreenKernels& kernels, int64_t d) {
+  return (d + kernels.align - 1) / kernels.align * kernels.align;
+}
+inline int64_t screen_panels(int64_t n_places) { return (n_places + kPanel - 1) / kPanel; }
 
 }  // namespace darkmatter

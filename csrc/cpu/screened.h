@@ -1,10 +1,10 @@
 // What topk_encode and threshold_encode have in common when they screen.
 //
-// Three steps, each on what the one before left over: 8-bit scores of all latents (scan_panels), float32 scores with
-// their own bound, float64 sums (both in rescore). Only the last gives values; the others only leave out what is
-// certainly below a limit.
+// Each step works on what the one before left over: scores of all places in integers (scan_panels), with 8-bit codes
+// float32 scores with their own bound, float64 sums (both in rescore). Only the last gives values; the others only
+// leave out what is certainly below a limit.
 //
-// Memory: of each token of a task its 8-bit codes, a float16 row and at most kScreenCandidates candidates.
+// Memory: of each token of a task its codes, with 8-bit codes a float16 row, and its candidates.
 #pragma once
 
 #include <limits>
@@ -15,16 +15,24 @@
 
 namespace darkmatter {
 
-constexpr int64_t kScreenCandidates = 4096;  // a token with more is done exactly: the bound does not help it
-constexpr int64_t kScreenChunk = 256;        // tokens a task: each row of weights is read once for all of them
-constexpr size_t kExactPairs = 32;           // exact sums done together, their rows still in the cache
+constexpr int64_t kScreenChunk = 256;  // tokens a task: each row of weights is read once for all of them
+constexpr size_t kExactPairs = 32;     // exact sums done together, their rows still in the cache
 
-template <typename T>
-constexpr RoundingMargin kMargin = kWideMargin;
-template <>
-constexpr RoundingMargin kMargin<Half> = kHalfMargin;
-template <>
-constexpr RoundingMargin kMargin<BFloat16> = kBFloat16Margin;
+// Token chunks of whole tiles, ranges of whole panels.
+inline Tiling screen_tiling(int64_t n_tokens, int64_t n_places) {
+  const int64_t tokens = screen_kernels()->tokens;
+  return Tiling(n_tokens, n_places, kScreenChunk / tokens * tokens, tokens, kPanel);
+}
+
+// How many candidates of a range of places are worth their exact sums. One such sum costs about ten times a place of a
+// dense float32 product and twice one of the exact path: beyond, the token is left to whichever of them there is.
+constexpr int64_t kCandidatesAtLeast = 64;
+inline int64_t most_candidates(int64_t places, bool may_leave) {
+  return std::max(kCandidatesAtLeast, places / (may_leave ? 16 : 4));
+}
+
+// A sample of the panels goes first: one in sixteen, but at least 22 (1056 places).
+inline int64_t sample_step(int64_t panels) { return std::max<int64_t>(1, std::min<int64_t>(16, panels / 22)); }
 
 template <typename T>
 inline float margin_below(float value) {
@@ -32,12 +40,12 @@ inline float margin_below(float value) {
 }
 
 inline ScreenedWeights screened_weights(const Packed& packed) {
-  const int64_t n_latents = packed.weight.size(0), d = packed.weight.size(1);
+  const int64_t n_places = packed.places.n_places, d = packed.d();
   return {
-      n_latents,
+      n_places,
       d,
-      screen_padded(d),
-      screen_panels(n_latents),
+      screen_padded(*screen_kernels(), d),
+      screen_panels(n_places),
       data<int8_t>(*packed.codes),
       data<int32_t>(*packed.sums),
       data<float>(*packed.bounds)};
@@ -47,11 +55,13 @@ inline ScreenedWeights screened_weights(const Packed& packed) {
 template <typename T>
 struct TaskTokens {
   const T* x;  // [count, d]
-  int64_t count;
-  std::vector<uint8_t> codes;           // [count, d_padded]
+  int64_t count, row_bytes;
+  std::vector<uint8_t> codes;           // [count, row_bytes]
   std::vector<ScreenedToken> screened;  // [count]
-  // x * scale in float16, half the bytes of float32: what matters when rows are gathered. scale is a power of two that
-  // brings the norm to 1 .. 2; `lost` bounds the norm of what rounding to float16 removed, in units of x.
+  std::vector<char> zero;               // [count] all of x is 0
+  // Where the kernels refine: x * scale in float16, half the bytes of float32: what matters when rows are gathered.
+  // scale is a power of two that brings the norm to 1 .. 2; `lost` bounds the norm of what rounding to float16 removed,
+  // in units of x.
   std::vector<uint16_t> half;             // [count, d]
   std::vector<double> scale, norm, lost;  // [count]
 
@@ -59,9 +69,11 @@ struct TaskTokens {
   TaskTokens(const T* x, int64_t count, const ScreenedWeights& weights, const std::vector<double>& centre)
       : x(x),
         count(count),
-        codes(count * weights.d_padded),
+        row_bytes(weights.d_padded * screen_kernels()->code_bytes),
+        codes(count * row_bytes),
         screened(count),
-        half(count * weights.d),
+        zero(count),
+        half(screen_kernels()->refines ? count * weights.d : 0),
         scale(count, 1.0),
         norm(count),
         lost(count) {
@@ -75,11 +87,9 @@ struct TaskTokens {
     for (int64_t t = 0; t < count; ++t) {
       kernels().of<T>().widen(x + t * d, row.data(), d);
       norm[t] = std::sqrt(kernels().f64.dot(row.data(), row.data(), d));
-      if (norm[t] > 1e-30 && norm[t] < 1e30) {
-        scale[t] = std::ldexp(1.0, -std::ilogb(norm[t]));
-        lost[t] = screen_kernels()->to_half(row.data(), scale[t], half.data() + t * d, d);
-      } else {
-        lost[t] = std::numeric_limits<double>::infinity();
+      zero[t] = norm[t] == 0.0 && std::all_of(row.begin(), row.end(), [](double e) { return e == 0.0; });
+      if (screen_kernels()->refines) {
+        to_half(t, row);
       }
       for (size_t e = 0; e < centre.size(); ++e) {
         row[e] -= centre[e];
@@ -87,22 +97,28 @@ struct TaskTokens {
       // of two float64 sums of d products, and of the centred row: (d + 2) units each
       const double error = 4.0 * static_cast<double>(d + 2) * 0x1p-53 * (norm[t] + std::sqrt(centre_squares));
       screened[t] = screen_kernels()->encode_token(
-          row.data(), d, weights.d_padded, error, scratch.data(), codes.data() + t * weights.d_padded);
+          row.data(), d, weights.d_padded, error, scratch.data(), codes.data() + t * row_bytes);
+      screened[t].screened &= !zero[t];
     }
   }
 
-  // One token's float64 row as rows of its own, for the exact path.
-  WideRows wide_row(int64_t row, int64_t d) const {
-    WideRows wide(1, d);
-    wide.fill(kernels().of<T>(), x + row * d, 1);
-    return wide;
+  bool is_finite(int64_t row) const { return norm[row] < std::numeric_limits<double>::infinity(); }
+
+ private:
+  void to_half(int64_t t, const std::vector<double>& row) {
+    if (norm[t] > 1e-30 && norm[t] < 1e30) {
+      scale[t] = std::ldexp(1.0, -std::ilogb(norm[t]));
+      lost[t] = screen_kernels()->to_half(row.data(), scale[t], half.data() + t * row.size(), row.size());
+    } else {
+      lost[t] = std::numeric_limits<double>::infinity();
+    }
   }
 };
 
-// What the screen let in of one token: latents, their scores, and the upper bounds of their pre-activations.
+// What the screen let in of one token: places, their scores, and the upper bounds of their pre-activations.
 struct Candidates {
   std::vector<float> score, upper;
-  std::vector<int32_t> latent;
+  std::vector<int32_t> place;
   int64_t count = 0;
 
   // Appends the hits of one panel.
@@ -112,68 +128,116 @@ struct Candidates {
     if (count + kPanel > static_cast<int64_t>(upper.size())) {
       upper.resize(2 * upper.size() + 4 * kPanel);
       score.resize(upper.size());
-      latent.resize(upper.size());
+      place.resize(upper.size());
     }
     count += screen_kernels()->hits(
         products, token, weights, panel, limits, step, score.data() + count, upper.data() + count,
-        latent.data() + count);
+        place.data() + count);
   }
-  bool too_many() const { return count > kScreenCandidates; }
 };
 
-// Products of each of the rows [first, first + n) and each of the panels begin, begin + step, .. < end:
+using Rows = std::vector<int32_t>;  // of a task, ascending
+
+inline Rows rows_between(int64_t first, int64_t last) {
+  Rows rows(last - first);
+  for (int64_t row = first; row < last; ++row) {
+    rows[row - first] = static_cast<int32_t>(row);
+  }
+  return rows;
+}
+
+// Products of each of the rows and each of the panels begin, begin + step, .. < end:
 // visit(row, panel, products), where products is int32 [kPanel].
 template <typename T, typename Visit>
 void scan_panels(
-    const TaskTokens<T>& tokens, const ScreenedWeights& weights, int64_t first, int64_t n, int64_t begin, int64_t end,
+    const TaskTokens<T>& tokens, const ScreenedWeights& weights, const Rows& rows, int64_t begin, int64_t end,
     int64_t step, const Visit& visit) {
   const ScreenKernels& kernel = *screen_kernels();
-  alignas(64) int32_t products[kScreenTokens * kPanel];
+  const auto n = static_cast<int64_t>(rows.size());
+  if (n == 0) {
+    return;
+  }
+  const uint8_t* codes = tokens.codes.data() + rows.front() * tokens.row_bytes;
+  std::vector<uint8_t> together;  // a tile wants its tokens side by side
+  if (rows.back() - rows.front() + 1 != n) {
+    together.resize(n * tokens.row_bytes);
+    for (int64_t i = 0; i < n; ++i) {
+      const auto from = tokens.codes.begin() + rows[i] * tokens.row_bytes;
+      std::copy(from, from + tokens.row_bytes, together.begin() + i * tokens.row_bytes);
+    }
+    codes = together.data();
+  }
+  alignas(64) int32_t products[kMaxScreenTokens * kPanel];
+  const int64_t panel_bytes = tokens.row_bytes * kPanel;
   for (int64_t panel = begin; panel < end; panel += step) {
-    const int8_t* codes = weights.codes + panel * weights.d_padded * kPanel;
-    for (int64_t tile = first; tile < first + n; tile += kScreenTokens) {
-      const int64_t some = std::min(kScreenTokens, first + n - tile);
-      kernel.products(tokens.codes.data() + tile * weights.d_padded, some, codes, weights.d_padded, products);
+    for (int64_t tile = 0; tile < n; tile += kernel.tokens) {
+      const int64_t some = std::min(kernel.tokens, n - tile);
+      kernel.products(
+          codes + tile * tokens.row_bytes, some, weights.codes + panel * panel_bytes, weights.d_padded, products);
       for (int64_t t = 0; t < some; ++t) {
-        visit(tile + t, panel, products + t * kPanel);
+        visit(rows[tile + t], panel, products + t * kPanel);
       }
     }
   }
 }
 
-// (token, latent) pairs of a task, listed token by token, visited latent by latent: a row of weights then comes from
+// (token, place) pairs of a task, listed token by token, visited place by place: a row of weights then comes from
 // memory once for all the tokens that want it, while the tokens stay in L2.
 struct Pairs {
-  std::vector<int32_t> latent;
+  std::vector<int32_t> place;
   std::vector<int64_t> start{0};  // [tokens + 1]
 
-  void end_token() { start.push_back(static_cast<int64_t>(latent.size())); }
-  int64_t size() const { return static_cast<int64_t>(latent.size()); }
+  void end_token() { start.push_back(static_cast<int64_t>(place.size())); }
+  int64_t size() const { return static_cast<int64_t>(place.size()); }
 
-  // visit(latent, tokens, pairs, count, next) for every latent in [begin, end) that has pairs; next is the following
-  // such latent, or this one at the end.
+  // visit(place, tokens, pairs, count, next) for every place that has pairs; next is the following such place, or this
+  // one at the end.
   template <typename Visit>
-  void by_latent(int64_t begin, int64_t end, const Visit& visit) const {
-    std::vector<int32_t> place(end - begin + 1, 0);  // a counting sort
-    for (const int32_t l : latent) {
-      ++place[l - begin + 1];
-    }
-    for (int64_t l = 0; l < end - begin; ++l) {
-      place[l + 1] += place[l];
-    }
-    std::vector<int32_t> token(size()), pair(size()), next(place.begin(), place.end() - 1);
+  void by_place(int64_t begin, int64_t end, const Visit& visit) const {
+    const std::vector<int32_t> order = sorted(begin, end);
+    std::vector<int32_t> token(size());
+    std::vector<int32_t> token_of(size());
     for (size_t t = 0; t + 1 < start.size(); ++t) {
-      for (int64_t p = start[t]; p < start[t + 1]; ++p) {
-        const int32_t at = next[latent[p] - begin]++;
-        token[at] = static_cast<int32_t>(t);
-        pair[at] = static_cast<int32_t>(p);
-      }
+      std::fill(token_of.begin() + start[t], token_of.begin() + start[t + 1], static_cast<int32_t>(t));
+    }
+    for (int64_t at = 0; at < size(); ++at) {
+      token[at] = token_of[order[at]];
     }
     for (int64_t at = 0; at < size();) {
-      const int32_t l = latent[pair[at]], after = place[l - begin + 1];
-      visit(l, &token[at], &pair[at], after - at, after < size() ? latent[pair[after]] : l);
+      const int32_t p = place[order[at]];
+      int64_t after = at + 1;
+      while (after < size() && place[order[after]] == p) {
+        ++after;
+      }
+      visit(p, &token[at], &order[at], after - at, after < size() ? place[order[after]] : p);
       at = after;
     }
+  }
+
+ private:
+  // The pairs in the order of their places, all in [begin, end), tokens ascending.
+  std::vector<int32_t> sorted(int64_t begin, int64_t end) const {
+    std::vector<int32_t> order(size());
+    if (size() < (end - begin) / 8) {  // few: cheaper than counting all places
+      for (int64_t p = 0; p < size(); ++p) {
+        order[p] = static_cast<int32_t>(p);
+      }
+      std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+        return place[a] != place[b] ? place[a] < place[b] : a < b;
+      });
+      return order;
+    }
+    std::vector<int32_t> next(end - begin + 1, 0);
+    for (const int32_t p : place) {
+      ++next[p - begin + 1];
+    }
+    for (int64_t p = 0; p < end - begin; ++p) {
+      next[p + 1] += next[p];
+    }
+    for (int64_t p = 0; p < size(); ++p) {
+      order[next[place[p] - begin]++] = static_cast<int32_t>(p);
+    }
+    return order;
   }
 };
 
@@ -189,12 +253,12 @@ template <typename T>
 class ExactPairs {
  public:
   ExactPairs(const TaskTokens<T>& tokens, const Packed& packed, Rescored<T>& result)
-      : tokens_(tokens), packed_(packed), result_(result), d_(packed.weight.size(1)) {}
+      : tokens_(tokens), packed_(packed), h_(packed), result_(result), d_(packed.d()) {}
 
   void add(int32_t latent, int32_t token, int32_t pair) {
     left_.push_back(data<T>(packed_.weight) + latent * d_);
     right_.push_back(tokens_.x + token * d_);
-    bias_.push_back(data<double>(packed_.bias)[latent]);
+    latent_.push_back(latent);
     pair_.push_back(pair);
   }
   void flush_from(size_t least) {
@@ -204,61 +268,102 @@ class ExactPairs {
     sums_.resize(pair_.size());
     kernels().of<T>().pair_dots(left_.data(), right_.data(), d_, pair_.size(), sums_.data());
     for (size_t p = 0; p < pair_.size(); ++p) {
-      result_.h[pair_[p]] = rounded<T>(sums_[p] + bias_[p]);
+      result_.h[pair_[p]] = h_(sums_[p], latent_[p]);
       result_.known[pair_[p]] = 1;
     }
     left_.clear();
     right_.clear();
-    bias_.clear();
+    latent_.clear();
     pair_.clear();
   }
 
  private:
   const TaskTokens<T>& tokens_;
   const Packed& packed_;
+  const PreActivation<T> h_;
   Rescored<T>& result_;
   int64_t d_;
   std::vector<const T*> left_, right_;
-  std::vector<double> bias_, sums_;
-  std::vector<int32_t> pair_;
+  std::vector<double> sums_;
+  std::vector<int32_t> latent_, pair_;
 };
 
-// limit(token, latent) bounds pre-activations before rounding. A dot product of the float16 token in float32, with the
-// bound of its own error, decides which pairs get float64 sums.
+// A dot product of the float16 token in float32, with the bound of its own error, decides which pairs get float64 sums:
+// add(token, pair) for each that is not certainly below limit(token, place).
+template <typename T, typename Limit>
+class Refinement {
+ public:
+  Refinement(const TaskTokens<T>& tokens, const Packed& packed, const ScreenedWeights& weights, const Limit& limit)
+      : tokens_(tokens),
+        packed_(packed),
+        weights_(weights),
+        limit_(limit),
+        scores_(tokens.count),
+        single_(weights.d),
+        wide_(weights.d) {}
+
+  template <typename Add>
+  void operator()(
+      int32_t place, const int32_t* token, const int32_t* pair, int64_t count, int32_t next, const Add& add) {
+    const int64_t d = weights_.d, padded = weights_.padded(), latent = packed_.places.latent[place];
+    const T* rows = data<T>(packed_.weight);
+    const auto* next_row = reinterpret_cast<const char*>(rows + packed_.places.latent[next] * d);
+    screen_kernels()->half_dots(
+        as_float(rows + latent * d), tokens_.half.data(), d, token, count, scores_.data(), next_row,
+        next_row + d * sizeof(T));
+    const double unit = float_error(d), tiny = static_cast<double>(d) * 4e-38;  // products below the smallest normal
+    const double gain = packed_.gain ? static_cast<double>(data<T>(*packed_.gain)[latent]) : 1.0;
+    const double norm = weights_.bounds[kNorm * padded + place];  // with |gain| in it
+    const double bias = data<double>(packed_.bias)[latent];
+    for (int64_t c = 0; c < count; ++c) {
+      const int32_t t = token[c];
+      const double score = (scores_[c] / tokens_.scale[t] + bias) * gain;
+      double bound = (tokens_.lost[t] + unit * (tokens_.norm[t] + tokens_.lost[t])) * norm +
+                     tiny / tokens_.scale[t] * std::fabs(gain) + std::fabs(score) * 0x1p-40 + 1e-37;
+      if (packed_.gain) {  // rounding before the gain
+        bound += 2.0 * kMargin<T>.relative * (std::fabs(score) + bound) + kMargin<T>.absolute * std::fabs(gain);
+      }
+      if (!(score + bound < limit_(t, place))) {  // NaN: unknown, so the exact sum decides
+        add(t, pair[c]);
+      }
+    }
+  }
+
+ private:
+  const float* as_float(const T* row) {
+    if constexpr (std::is_same_v<T, float>) {
+      return row;
+    } else {
+      kernels().of<T>().widen(row, wide_.data(), weights_.d);
+      screen_kernels()->to_float(wide_.data(), single_.data(), weights_.d);
+      return single_.data();
+    }
+  }
+
+  const TaskTokens<T>& tokens_;
+  const Packed& packed_;
+  const ScreenedWeights& weights_;
+  const Limit& limit_;
+  std::vector<float> scores_, single_;
+  std::vector<double> wide_;
+};
+
+// limit(token, place) bounds pre-activations before rounding.
 template <typename T, typename Limit>
 Rescored<T> rescore(
     const TaskTokens<T>& tokens, const Packed& packed, const ScreenedWeights& weights, int64_t begin, int64_t end,
     const Pairs& pairs, const Limit& limit) {
-  const int64_t d = weights.d;
-  const double* bias = data<double>(packed.bias);
-  const float* norms = weights.bounds + kNorm * weights.padded();
-  const double unit = float_error(d), tiny = static_cast<double>(d) * 4e-38;  // products below the smallest normal
   Rescored<T> result{std::vector<T>(pairs.size()), std::vector<char>(pairs.size(), 0)};
   ExactPairs<T> exact(tokens, packed, result);
-  std::vector<float> scores(tokens.count), storage(d);
-  std::vector<double> wide(d);
-  const T* rows = data<T>(packed.weight);
-  pairs.by_latent(
-      begin, end, [&](int32_t latent, const int32_t* token, const int32_t* pair, int64_t count, int32_t next) {
-        const T* row = rows + latent * d;
-        const float* w;
-        if constexpr (std::is_same_v<T, float>) {
-          w = row;
+  Refinement<T, Limit> refine(tokens, packed, weights, limit);
+  pairs.by_place(
+      begin, end, [&](int32_t place, const int32_t* token, const int32_t* pair, int64_t count, int32_t next) {
+        const int32_t latent = packed.places.latent[place];
+        if (screen_kernels()->refines) {
+          refine(place, token, pair, count, next, [&](int32_t t, int32_t p) { exact.add(latent, t, p); });
         } else {
-          kernels().of<T>().widen(row, wide.data(), d);
-          screen_kernels()->to_float(wide.data(), storage.data(), d);
-          w = storage.data();
-        }
-        const auto* next_row = reinterpret_cast<const char*>(rows + next * d);
-        screen_kernels()->half_dots(
-            w, tokens.half.data(), d, token, count, scores.data(), next_row, next_row + d * sizeof(T));
-        for (int64_t c = 0; c < count; ++c) {
-          const int32_t t = token[c];
-          const double score = scores[c] / tokens.scale[t] + bias[latent];
-          const double bound = (tokens.lost[t] + unit * (tokens.norm[t] + tokens.lost[t])) * norms[latent] +
-                               tiny / tokens.scale[t] + std::fabs(score) * 0x1p-40 + 1e-37;
-          if (!(score + bound < limit(t, latent))) {  // NaN: unknown, so the exact sum decides
-            exact.add(latent, t, pair[c]);
+          for (int64_t c = 0; c < count; ++c) {
+            exact.add(latent, token[c], pair[c]);
           }
         }
         exact.flush_from(kExactPairs);
@@ -266,5 +371,80 @@ Rescored<T> rescore(
   exact.flush_from(1);
   return result;
 }
+
+// Some tokens of a task by exact sums of all its places, a block at a time: visit(row, place, h).
+template <typename T, typename Visit>
+void visit_exactly(const T* x, const Rows& rows, const Packed& packed, int64_t begin, int64_t end, const Visit& visit) {
+  const int64_t d = packed.d(), block = exact_tokens(d);
+  for (size_t first = 0; first < rows.size(); first += block) {
+    const int64_t some = std::min<int64_t>(block, rows.size() - first);
+    WideRows wide(some, d);
+    for (int64_t row = 0; row < some; ++row) {
+      kernels().of<T>().widen(x + rows[first + row] * d, wide.data() + row * wide.d_padded(), d);
+    }
+    visit_range<T>(
+        wide, some, packed, begin, end, [&](int64_t row, int64_t place, T h) { visit(rows[first + row], place, h); });
+  }
+}
+
+// The latents that need no place (cpu/places.h), for whole tokens.
+template <typename T>
+class OtherLatents {
+ public:
+  // b_enc: all of it, for the odd latents; centre [d] is b_dec, or empty.
+  OtherLatents(const Packed& packed, const Tensor& b_enc, const std::vector<double>& centre)
+      : packed_(packed), places_(packed.places), centre_(centre), h_(packed) {
+    const Tensor own = torch::stable::contiguous(b_enc);
+    for (int64_t i = 0; i < places_.n_odd; ++i) {
+      double bias;
+      kernels().of<T>().widen(data<T>(own) + places_.odd[i], &bias, 1);
+      odd_bias_.push_back(bias);
+    }
+  }
+
+  // The pre-activation of a latent where x is 0, or the row is.
+  T at_zero(int64_t latent) const { return h_(0.0, latent); }
+
+  // visit(latent, h) of the odd latents of a token x [d].
+  template <typename Visit>
+  void visit_odd(const T* x, const Visit& visit) const {
+    const int64_t d = packed_.d();
+    if (places_.n_odd == 0) {
+      return;
+    }
+    std::vector<double> row(d), weights(d);
+    kernels().of<T>().widen(x, row.data(), d);
+    for (size_t e = 0; e < centre_.size(); ++e) {
+      row[e] -= centre_[e];
+    }
+    for (int64_t i = 0; i < places_.n_odd; ++i) {
+      const int32_t latent = places_.odd[i];
+      kernels().of<T>().widen(data<T>(packed_.weight) + latent * d, weights.data(), d);
+      visit(latent, h_.rounded_with(kernels().f64.dot(row.data(), weights.data(), d) + odd_bias_[i], latent));
+    }
+  }
+
+  // visit(latent, h) of the constant latents, or of all but the odd ones for a token of zeros.
+  template <typename Visit>
+  void visit_constant(const Visit& visit) const {
+    for (int64_t i = 0; i < places_.n_constant; ++i) {
+      visit(places_.constant[i], at_zero(places_.constant[i]));
+    }
+  }
+  template <typename Visit>
+  void visit_all_at_zero(const Visit& visit) const {
+    for (int64_t place = 0; place < places_.n_places; ++place) {
+      places_.each_of(place, [&](int32_t latent) { visit(latent, at_zero(latent)); });
+    }
+    visit_constant(visit);
+  }
+
+ private:
+  const Packed& packed_;
+  const Places& places_;
+  const std::vector<double>& centre_;
+  const PreActivation<T> h_;
+  std::vector<double> odd_bias_;
+};
 
 }  // namespace darkmatter

@@ -11,9 +11,9 @@
 
 namespace darkmatter {
 
-constexpr int64_t kSampleShare = 16;   // one panel in so many is in the sample ...
-constexpr int64_t kSamplePanels = 22;  // ... but at least so many (1056 latents)
 constexpr int64_t kSampleTokens = 32;  // tokens whose sample is kept at a time: 32 x 1536 x 4 bytes at F 24576
+
+constexpr int64_t kMostFound = 4096;  // candidates of a token, or 4 k: beyond, the bound does not help it
 
 // What one task knows of one token.
 template <typename T>
@@ -23,20 +23,36 @@ struct TopKState {
   float certain = -std::numeric_limits<float>::infinity();     // known to leave out none of the best k
   float limit = -std::numeric_limits<float>::infinity();       // of the next step, guessed or certain
   float scan_limit = -std::numeric_limits<float>::infinity();  // of the candidates that were found
-  bool screened = true;                                        // false: the exact path decides
+  bool screened = true;                                        // false: not decided here
 
-  void scan(const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel) {
+  // `most`: candidates beyond which the token is given up.
+  void scan(
+      const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel,
+      int64_t most) {
     if (screened) {
       found.scan(products, token, weights, panel, &limit, 0);
-      screened = !found.too_many();
+      screened = found.count <= most;
     }
   }
 };
 
+// Offers the pre-activation of a place for each of its latents; of k equal ones the first k are enough.
+template <typename T>
+inline void offer_place(Best<T>& best, int64_t k, const Places& places, int64_t place, T h) {
+  best.offer_any(k, {h, places.latent[place]});
+  if (places.n_twins > 0) {
+    const int32_t *twin = places.twins + places.twin_start[place], *end = places.twins + places.twin_start[place + 1];
+    for (; twin < std::min(end, places.twins + places.twin_start[place] + k); ++twin) {
+      best.offer_any(k, {h, *twin});
+    }
+  }
+}
+
 template <typename T>
 class TopKScreen {
  public:
-  TopKScreen(const TaskTokens<T>& tokens, const Packed& packed, const Tiling::Task& task, int64_t k)
+  // may_leave: tokens that screening does not help enough may be left undecided.
+  TopKScreen(const TaskTokens<T>& tokens, const Packed& packed, const Tiling::Task& task, int64_t k, bool may_leave)
       : tokens_(tokens),
         packed_(packed),
         weights_(screened_weights(packed)),
@@ -44,76 +60,93 @@ class TopKScreen {
         k_(k),
         first_(task.begin / kPanel),
         last_(ceil_div(task.end, kPanel)),
-        step_(std::max<int64_t>(1, std::min(kSampleShare, (last_ - first_) / kSamplePanels))),
+        step_(sample_step(last_ - first_)),
+        most_found_(std::max(kMostFound, 4 * k)),
+        most_rescored_(std::max(4 * k, most_candidates(task.end - task.begin, may_leave))),
         states_(tokens.count) {
     for (int64_t row = 0; row < tokens.count; ++row) {
       states_[row].screened = tokens.screened[row].screened;
     }
   }
 
-  // The best k of every token; a token whose state is not `screened` is left to the exact path.
+  // The best k of every token; a token whose state is not `screened` is not decided.
   std::vector<TopKState<T>>& run() {
-    for (int64_t row = 0; row < tokens_.count; row += kSampleTokens) {
-      sample(row, std::min(kSampleTokens, tokens_.count - row));
+    const Rows rows = screened_rows();
+    for (size_t first = 0; first < rows.size(); first += kSampleTokens) {
+      sample(Rows(rows.begin() + first, rows.begin() + std::min(first + kSampleTokens, rows.size())));
     }
+    const Rows left = screened_rows();
     for (int64_t panel = first_; panel < last_; panel += step_) {  // the panels between those of the sample
-      scan(0, tokens_.count, panel + 1, std::min(panel + step_, last_));
+      scan(left, panel + 1, std::min(panel + step_, last_));
     }
     for (TopKState<T>& state : states_) {
       state.scan_limit = state.limit;
     }
-    finish(std::vector<char>(tokens_.count, 1), true);
+    finish(left, true);
     correct();
     return states_;
   }
 
  private:
-  void scan(int64_t first_row, int64_t n, int64_t begin, int64_t end) {
-    scan_panels(
-        tokens_, weights_, first_row, n, begin, end, 1, [&](int64_t row, int64_t panel, const int32_t* products) {
-          states_[row].scan(products, tokens_.screened[row], weights_, panel);
-        });
+  Rows screened_rows() const {
+    Rows rows;
+    for (int64_t row = 0; row < tokens_.count; ++row) {
+      if (states_[row].screened) {
+        rows.push_back(static_cast<int32_t>(row));
+      }
+    }
+    return rows;
   }
 
-  // Guesses the limits of some tokens, and scans the panels of the sample with them.
-  void sample(int64_t first_row, int64_t n) {
+  void scan(const Rows& rows, int64_t begin, int64_t end) {
+    scan_panels(tokens_, weights_, rows, begin, end, 1, [&](int64_t row, int64_t panel, const int32_t* products) {
+      states_[row].scan(products, tokens_.screened[row], weights_, panel, most_found_);
+    });
+  }
+
+  // Guesses the limits of some tokens, and scans the panels of the sample with them. A token that already has more than
+  // its share of candidates there is given up before the other panels cost anything.
+  void sample(const Rows& rows) {
     const int64_t panels = ceil_div(last_ - first_, step_);
-    std::vector<int32_t> products(n * panels * kPanel);
-    const auto of = [&](int64_t row, int64_t p) { return products.data() + ((row - first_row) * panels + p) * kPanel; };
-    scan_panels(
-        tokens_, weights_, first_row, n, first_, last_, step_, [&](int64_t row, int64_t panel, const int32_t* some) {
-          std::copy_n(some, kPanel, of(row, (panel - first_) / step_));
-        });
+    std::vector<int32_t> products(rows.size() * panels * kPanel);
+    std::vector<int32_t> number(rows.back() + 1);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      number[rows[i]] = static_cast<int32_t>(i);
+    }
+    const auto of = [&](int64_t row, int64_t p) { return products.data() + (number[row] * panels + p) * kPanel; };
+    scan_panels(tokens_, weights_, rows, first_, last_, step_, [&](int64_t row, int64_t panel, const int32_t* some) {
+      std::copy_n(some, kPanel, of(row, (panel - first_) / step_));
+    });
     std::vector<float> scores(panels * kPanel), lower(scores.size()), scratch(2 * scores.size() + 32);
     float bound[kPanel];
-    for (int64_t row = first_row; row < first_row + n; ++row) {
+    for (const int64_t row : rows) {
       const ScreenedToken& token = tokens_.screened[row];
-      int64_t latents = 0;
+      int64_t places = 0;
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t panel = first_ + p * step_;
-        screen_kernels()->intervals(of(row, p), token, weights_, panel, scores.data() + latents, bound);
+        screen_kernels()->intervals(of(row, p), token, weights_, panel, scores.data() + places, bound);
         for (int64_t l = 0; l < kPanel; ++l) {
-          lower[latents + l] = scores[latents + l] - bound[l];
+          lower[places + l] = scores[places + l] - bound[l];
         }
-        latents += std::min(kPanel, task_.end - panel * kPanel);
+        places += std::min(kPanel, task_.end - panel * kPanel);
       }
-      if (latents >= k_) {  // k latents have a value of at least the k-th largest lower bound
-        states_[row].certain = twice_below(screen_kernels()->nth_largest(lower.data(), latents, k_, scratch.data()));
+      if (places >= k_) {  // k latents have a value of at least the k-th largest lower bound
+        states_[row].certain = twice_below(screen_kernels()->nth_largest(lower.data(), places, k_, scratch.data()));
       }
-      states_[row].limit = guess(scores.data(), latents, scratch.data());
+      states_[row].limit = guess(scores.data(), places, scratch.data());
       for (int64_t p = 0; p < panels; ++p) {
-        states_[row].scan(of(row, p), token, weights_, first_ + p * step_);
+        states_[row].scan(of(row, p), token, weights_, first_ + p * step_, most_found_ / step_ + 4 * k_);
       }
     }
   }
 
   // Of a sample as large as this, `expected` latents are among the best k on average (a Poisson number when the best
   // are scattered). Five standard deviations more make a second scan rare.
-  float guess(const float* scores, int64_t latents, float* scratch) const {
-    const double expected = static_cast<double>(k_) * latents / (task_.end - task_.begin);
+  float guess(const float* scores, int64_t places, float* scratch) const {
+    const double expected = static_cast<double>(k_) * places / (task_.end - task_.begin);
     const auto nth = static_cast<int64_t>(expected + 5.0 * std::sqrt(expected) + 3.0);
-    return nth <= latents ? screen_kernels()->nth_largest(scores, latents, nth, scratch)
-                          : -std::numeric_limits<float>::infinity();
+    return nth <= places ? screen_kernels()->nth_largest(scores, places, nth, scratch)
+                         : -std::numeric_limits<float>::infinity();
   }
 
   // Rounded itself, then compared with rounded values: twice the margin.
@@ -132,19 +165,15 @@ class TopKScreen {
   }
 
   // The best k among the candidates of the chosen tokens.
-  void finish(const std::vector<char>& chosen, bool guess) {
+  void finish(const Rows& chosen, bool guess) {
     std::vector<float> scratch;
     Pairs pairs;
+    auto next = chosen.begin();
     for (int64_t row = 0; row < tokens_.count; ++row) {
-      TopKState<T>& state = states_[row];
-      if (chosen[row] && state.screened) {
-        if (guess) {
-          raise_limit(state, scratch);
-        }
-        for (int64_t c = 0; c < state.found.count; ++c) {
-          if (!(state.found.upper[c] < state.limit)) {
-            pairs.latent.push_back(state.found.latent[c]);
-          }
+      if (next != chosen.end() && *next == row) {
+        ++next;
+        if (states_[row].screened) {
+          list_pairs(states_[row], guess, scratch, pairs);
         }
       }
       pairs.end_token();
@@ -155,53 +184,47 @@ class TopKScreen {
     for (int64_t row = 0; row < tokens_.count; ++row) {
       for (int64_t p = pairs.start[row]; p < pairs.start[row + 1]; ++p) {
         if (exact.known[p]) {
-          states_[row].best.offer_any(k_, {exact.h[p], pairs.latent[p]});
+          offer_place(states_[row].best, k_, packed_.places, pairs.place[p], exact.h[p]);
         }
       }
     }
   }
 
+  void list_pairs(TopKState<T>& state, bool guess, std::vector<float>& scratch, Pairs& pairs) const {
+    if (guess) {
+      raise_limit(state, scratch);
+    }
+    const size_t before = pairs.place.size();
+    for (int64_t c = 0; c < state.found.count; ++c) {
+      if (!(state.found.upper[c] < state.limit)) {
+        pairs.place.push_back(state.found.place[c]);
+      }
+    }
+    if (static_cast<int64_t>(pairs.place.size() - before) > most_rescored_ && !screen_kernels()->refines) {
+      state.screened = false;  // too many exact sums
+      pairs.place.resize(before);
+    }
+  }
+
   // Once more, with limits that are certain, the tokens whose guesses were too high.
   void correct() {
-    std::vector<char> wrong(tokens_.count, 0), missed(tokens_.count, 0);
+    Rows wrong, missed;
     for (int64_t row = 0; row < tokens_.count; ++row) {
       TopKState<T>& state = states_[row];
       state.certain = std::max(state.certain, margin_below<T>(state.best.reached(k_)));
       if (state.screened && !(state.certain >= state.limit)) {
-        wrong[row] = 1;
-        missed[row] = !(state.certain >= state.scan_limit);
+        wrong.push_back(static_cast<int32_t>(row));
+        if (!(state.certain >= state.scan_limit)) {
+          missed.push_back(static_cast<int32_t>(row));
+          state.found.count = 0;
+        }
         state.limit = state.certain;
         state.best = {};
       }
     }
-    scan_again(missed);
-    if (std::find(wrong.begin(), wrong.end(), 1) != wrong.end()) {
+    scan(missed, first_, last_);
+    if (!wrong.empty()) {
       finish(wrong, false);
-    }
-  }
-
-  // In runs of whole tiles, the only way to scan at full speed.
-  void scan_again(const std::vector<char>& missed) {
-    const auto in_tile = [&](int64_t row) {
-      const auto end = missed.begin() + std::min(row + kScreenTokens, tokens_.count);
-      return std::find(missed.begin() + row, end, 1) != end;
-    };
-    for (int64_t row = 0; row < tokens_.count; ++row) {
-      if (missed[row]) {
-        states_[row].found.count = 0;
-      }
-    }
-    for (int64_t row = 0, end = 0; row < tokens_.count; row = end + kScreenTokens) {
-      for (end = row; end < tokens_.count && in_tile(end);) {
-        end += kScreenTokens;
-      }
-      scan_panels(
-          tokens_, weights_, row, std::min(end, tokens_.count) - row, first_, last_, 1,
-          [&](int64_t one, int64_t panel, const int32_t* products) {
-            if (missed[one]) {
-              states_[one].scan(products, tokens_.screened[one], weights_, panel);
-            }
-          });
     }
   }
 
@@ -209,7 +232,7 @@ class TopKScreen {
   const Packed& packed_;
   const ScreenedWeights weights_;
   const Tiling::Task& task_;
-  const int64_t k_, first_, last_, step_;
+  const int64_t k_, first_, last_, step_, most_found_, most_rescored_;
   std::vector<TopKState<T>> states_;
 };
 

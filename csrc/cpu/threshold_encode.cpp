@@ -1,7 +1,7 @@
 // threshold_encode: the pre-activations above a threshold, ragged (JumpReLU, BatchTopK at inference, ReLU with 0).
 //
 // Kept: h > threshold, strictly, and h that is NaN (a dense SAE would turn the whole row NaN; dropping it would hide
-// it).
+// it). try_threshold_encode leaves the tokens that screening does not help to its caller.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -10,25 +10,45 @@
 
 namespace darkmatter {
 
-// What one task keeps of one token, latents ascending.
+// What one task keeps of one token.
 template <typename T>
 struct Kept {
   std::vector<int64_t> indices;
   std::vector<T> values;
+
+  void sort() {
+    std::vector<std::pair<int64_t, T>> both;
+    for (size_t i = 0; i < indices.size(); ++i) {
+      both.emplace_back(indices[i], values[i]);
+    }
+    std::sort(both.begin(), both.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+    for (size_t i = 0; i < indices.size(); ++i) {
+      std::tie(indices[i], values[i]) = both[i];
+    }
+  }
 };
 
-// The thresholds in the dtype of x, and as limits of the screen's upper bounds.
+// The thresholds in the dtype of x, and as limits of the screen's upper bounds, by place.
 template <typename T>
 struct Thresholds {
   const T* values;
   int64_t step;  // 0: one for all latents
   std::vector<float> limits;
 
-  Thresholds(const Tensor& threshold, int64_t padded) : values(data<T>(threshold)), step(threshold.dim() == 0 ? 0 : 1) {
-    limits.assign(step ? padded : 1, std::numeric_limits<float>::infinity());
+  Thresholds(const Tensor& threshold, const Places& places)
+      : values(data<T>(threshold)), step(threshold.dim() == 0 ? 0 : 1) {
     for (int64_t j = 0; j < threshold.numel(); ++j) {
       require(values[j] == values[j], "threshold: must not contain NaN, got NaN at latent ", j);
-      limits[j] = margin_below<T>(static_cast<float>(values[j]));
+    }
+    if (step == 0) {
+      limits = {margin_below<T>(static_cast<float>(*values))};
+      return;
+    }
+    limits.assign(screen_panels(places.n_places) * kPanel, std::numeric_limits<float>::infinity());
+    for (int64_t place = 0; place < places.n_places; ++place) {
+      places.each_of(place, [&](int32_t latent) {
+        limits[place] = std::min(limits[place], margin_below<T>(static_cast<float>(values[latent])));
+      });
     }
   }
 
@@ -40,117 +60,243 @@ struct Thresholds {
   }
 };
 
+// The latents above their thresholds of every token.
 template <typename T>
-static void exact_rows(
-    WideRows& wide, int64_t tokens, const Packed& packed, const Thresholds<T>& thresholds, const Tiling::Task& task,
-    Kept<T>* first_kept, int64_t ld_kept) {
-  visit_range<T>(
-      wide, tokens, packed, task.begin, task.end, [&](int64_t row, int64_t first, int64_t latents, const T* h) {
-        for (int64_t l = 0; l < latents; ++l) {
-          thresholds.keep(first_kept[row * ld_kept], first + l, h[l]);
-        }
-      });
-}
+class AboveThreshold {
+ public:
+  AboveThreshold(
+      const T* x, int64_t n_tokens, const Packed& packed, const OtherLatents<T>& others,
+      const std::vector<double>& centre, const Tensor& threshold, bool may_leave)
+      : x_(x),
+        packed_(packed),
+        others_(others),
+        centre_(centre),
+        thresholds_(threshold, packed.places),
+        may_leave_(may_leave),
+        screens_(packed.codes.has_value()),
+        tiling_(
+            screens_ ? screen_tiling(n_tokens, packed.places.n_places)
+                     : Tiling::exact(n_tokens, packed.places.n_places, packed.d())),
+        kept_(n_tokens * tiling_.ranges),
+        whole_(n_tokens),
+        zero_(n_tokens, 0),
+        left_(n_tokens, may_leave && !screens_) {}
 
-template <typename T>
-static void screen_rows(
-    const TaskTokens<T>& tokens, const Packed& packed, const Thresholds<T>& thresholds, const Tiling::Task& task,
-    Kept<T>* first_kept, int64_t ld_kept) {
-  const ScreenedWeights weights = screened_weights(packed);
-  const float* limits = thresholds.limits.data();
-  std::vector<Candidates> found(task.tokens);
-  const auto screened = [&](int64_t row) { return tokens.screened[row].screened && !found[row].too_many(); };
-  scan_panels(
-      tokens, weights, 0, task.tokens, task.begin / kPanel, ceil_div(task.end, kPanel), 1,
-      [&](int64_t row, int64_t panel, const int32_t* products) {
-        if (screened(row)) {
-          found[row].scan(products, tokens.screened[row], weights, panel, limits, thresholds.step);
+  void run() {
+    if (!may_leave_ || screens_) {
+      parallel_tasks(tiling_.tasks(), [&](int64_t i) {
+        const Tiling::Task task = tiling_.task(i);
+        screens_ ? screen_task(task) : exact_task(task, rows_between(0, task.tokens));
+      });
+    }
+    Kept<T> constant;
+    others_.visit_constant([&](int32_t latent, T h) { thresholds_.keep(constant, latent, h); });
+    parallel_ranges(tiling_.n_tokens, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t token = begin; token < end; ++token) {
+        if (!left_[token]) {
+          join(token, constant);
+        }
+      }
+    });
+  }
+
+  const Kept<T>& of(int64_t token) const { return whole_[token]; }
+  bool left(int64_t token) const { return left_[token]; }
+
+ private:
+  Kept<T>& kept_of(int64_t token, const Tiling::Task& task) { return kept_[token * tiling_.ranges + task.number]; }
+
+  void keep_place(Kept<T>& own, int64_t place, T h) const {
+    packed_.places.each_of(place, [&](int32_t latent) { thresholds_.keep(own, latent, h); });
+  }
+
+  void exact_task(const Tiling::Task& task, const Rows& rows) {
+    visit_exactly<T>(
+        x_ + task.token * packed_.d(), rows, packed_, task.begin, task.end,
+        [&](int64_t row, int64_t place, T h) { keep_place(kept_of(task.token + row, task), place, h); });
+  }
+
+  // Candidates of the tokens of a task. A few panels first: a token that already has more than its share there is given
+  // up before the others cost anything.
+  std::vector<Candidates> scan(const TaskTokens<T>& tokens, const Tiling::Task& task, std::vector<char>& screened) {
+    const ScreenedWeights weights = screened_weights(packed_);
+    const int64_t first = task.begin / kPanel, last = ceil_div(task.end, kPanel);
+    const int64_t step = sample_step(last - first);
+    const int64_t most = most_candidates(task.end - task.begin, may_leave_);
+    std::vector<Candidates> found(task.tokens);
+    const auto scan_some = [&](int64_t begin, int64_t end, int64_t by, int64_t at_most) {
+      Rows rows;
+      for (int64_t row = 0; row < task.tokens; ++row) {
+        if (screened[row]) {
+          rows.push_back(static_cast<int32_t>(row));
+        }
+      }
+      scan_panels(tokens, weights, rows, begin, end, by, [&](int64_t row, int64_t panel, const int32_t* products) {
+        if (screened[row]) {
+          found[row].scan(products, tokens.screened[row], weights, panel, thresholds_.limits.data(), thresholds_.step);
+          screened[row] = found[row].count <= at_most;
         }
       });
-  Pairs pairs;
-  for (int64_t row = 0; row < task.tokens; ++row) {
-    if (screened(row)) {
-      pairs.latent.insert(pairs.latent.end(), found[row].latent.begin(), found[row].latent.begin() + found[row].count);
+    };
+    if (step > 1) {
+      scan_some(first, last, step, 2 * most / step + kCandidatesAtLeast);
     }
-    pairs.end_token();
+    for (int64_t panel = first; panel < last; panel += step) {
+      scan_some(step > 1 ? panel + 1 : panel, std::min(panel + step, last), 1, most);
+    }
+    return found;
   }
-  const Rescored<T> exact = rescore(tokens, packed, weights, task.begin, task.end, pairs, [&](int32_t, int32_t latent) {
-    return limits[latent * thresholds.step];
-  });
-  for (int64_t row = 0; row < task.tokens; ++row) {
-    Kept<T>& own = first_kept[row * ld_kept];
-    if (!screened(row)) {
-      WideRows wide = tokens.wide_row(row, weights.d);
-      exact_rows<T>(wide, 1, packed, thresholds, task, &own, ld_kept);
+
+  void screen_task(const Tiling::Task& task) {
+    const TaskTokens<T> tokens(x_ + task.token * packed_.d(), task.tokens, screened_weights(packed_), centre_);
+    std::vector<char> screened(task.tokens);
+    for (int64_t row = 0; row < task.tokens; ++row) {
+      screened[row] = tokens.screened[row].screened;
     }
-    for (int64_t p = pairs.start[row]; p < pairs.start[row + 1]; ++p) {
-      if (exact.known[p]) {
-        thresholds.keep(own, pairs.latent[p], exact.h[p]);
+    const std::vector<Candidates> found = scan(tokens, task, screened);
+    Pairs pairs;
+    Rows undecided;
+    for (int64_t row = 0; row < task.tokens; ++row) {
+      if (screened[row]) {
+        pairs.place.insert(pairs.place.end(), found[row].place.begin(), found[row].place.begin() + found[row].count);
+      } else if (tokens.zero[row]) {
+        zero_[task.token + row] = 1;
+      } else {
+        undecided.push_back(static_cast<int32_t>(row));
+      }
+      pairs.end_token();
+    }
+    keep_exact(tokens, task, pairs);
+    if (may_leave_) {
+      for (const int32_t row : undecided) {
+        left_[task.token + row] = 1;
+      }
+    } else {
+      exact_task(task, undecided);
+    }
+  }
+
+  void keep_exact(const TaskTokens<T>& tokens, const Tiling::Task& task, const Pairs& pairs) {
+    const Rescored<T> exact = rescore(
+        tokens, packed_, screened_weights(packed_), task.begin, task.end, pairs,
+        [&](int32_t, int32_t place) { return thresholds_.limits[place * thresholds_.step]; });
+    for (int64_t row = 0; row < task.tokens; ++row) {
+      for (int64_t p = pairs.start[row]; p < pairs.start[row + 1]; ++p) {
+        if (exact.known[p]) {
+          keep_place(kept_of(task.token + row, task), pairs.place[p], exact.h[p]);
+        }
       }
     }
   }
-}
 
-template <typename T>
-static std::tuple<Tensor, Tensor, Tensor> select_above(
-    const Tensor& x, const Packed& packed, const std::vector<double>& centre, const Tensor& threshold) {
-  const int64_t n_latents = packed.weight.size(0), d = packed.weight.size(1);
-  const bool screen = packed.codes.has_value();
-  const Tiling tiling = screen ? Tiling(x.size(0), n_latents, kScreenChunk, kScreenTokens, kPanel)
-                               : Tiling::exact(x.size(0), n_latents, d);
-  const Thresholds<T> thresholds(threshold, screen_panels(n_latents) * kPanel);
-  std::vector<Kept<T>> kept(tiling.n_tokens * tiling.ranges);
-  parallel_tasks(tiling.tasks(), [&](int64_t i) {
-    const Tiling::Task task = tiling.task(i);
-    const T* rows = data<T>(x) + task.token * d;
-    Kept<T>* first_kept = &kept[task.token * tiling.ranges + task.number];
-    if (screen) {
-      const TaskTokens<T> tokens(rows, task.tokens, screened_weights(packed), centre);
-      screen_rows(tokens, packed, thresholds, task, first_kept, tiling.ranges);
+  // All that is kept of a token, latents ascending.
+  void join(int64_t token, const Kept<T>& constant) {
+    Kept<T>& whole = whole_[token];
+    const auto add = [&](const Kept<T>& part) {
+      whole.indices.insert(whole.indices.end(), part.indices.begin(), part.indices.end());
+      whole.values.insert(whole.values.end(), part.values.begin(), part.values.end());
+    };
+    const T* row = x_ + token * packed_.d();
+    if (zero_[token]) {
+      others_.visit_all_at_zero([&](int32_t latent, T h) { thresholds_.keep(whole, latent, h); });
     } else {
-      WideRows wide(task.tokens, d);
-      wide.fill(kernels().of<T>(), rows, task.tokens);
-      exact_rows(wide, task.tokens, packed, thresholds, task, first_kept, tiling.ranges);
+      for (int64_t range = 0; range < tiling_.ranges; ++range) {
+        add(kept_[token * tiling_.ranges + range]);
+      }
+      // 0 times Inf or NaN is NaN: of a token that is not finite, the constant latents too.
+      const bool finite = packed_.places.n_constant == 0 || std::all_of(row, row + packed_.d(), [](T e) {
+                            return std::isfinite(static_cast<double>(e));
+                          });
+      if (finite) {
+        add(constant);
+      } else {
+        others_.visit_constant([&](int32_t latent, T) {
+          thresholds_.keep(whole, latent, static_cast<T>(std::numeric_limits<float>::quiet_NaN()));
+        });
+      }
     }
-  });
+    others_.visit_odd(row, [&](int32_t latent, T h) { thresholds_.keep(whole, latent, h); });
+    if (!std::is_sorted(whole.indices.begin(), whole.indices.end())) {
+      whole.sort();
+    }
+  }
 
-  Tensor crow = torch::stable::new_empty(x, {tiling.n_tokens + 1}, ScalarType::Long);
+  const T* x_;
+  const Packed& packed_;
+  const OtherLatents<T>& others_;
+  const std::vector<double>& centre_;
+  const Thresholds<T> thresholds_;
+  const bool may_leave_, screens_;
+  const Tiling tiling_;
+  std::vector<Kept<T>> kept_;   // [n_tokens, ranges]
+  std::vector<Kept<T>> whole_;  // [n_tokens]
+  std::vector<char> zero_, left_;
+};
+
+// values, crow, col as the op table has them, and the tokens that were left.
+template <typename T>
+static std::tuple<Tensor, Tensor, Tensor, Tensor> as_ragged(const Tensor& x, const AboveThreshold<T>& found) {
+  const int64_t n_tokens = x.size(0);
+  Tensor crow = torch::stable::new_empty(x, {n_tokens + 1}, ScalarType::Long);
   int64_t* starts = mutable_data<int64_t>(crow);
   starts[0] = 0;
-  for (int64_t token = 0; token < tiling.n_tokens; ++token) {
-    starts[token + 1] = starts[token];
-    for (int64_t range = 0; range < tiling.ranges; ++range) {
-      starts[token + 1] += kept[token * tiling.ranges + range].indices.size();
+  std::vector<int64_t> left;
+  for (int64_t token = 0; token < n_tokens; ++token) {
+    starts[token + 1] = starts[token] + static_cast<int64_t>(found.of(token).indices.size());
+    if (found.left(token)) {
+      left.push_back(token);
     }
   }
-  Tensor col = torch::stable::new_empty(x, {starts[tiling.n_tokens]}, ScalarType::Long);
-  Tensor values = torch::stable::new_empty(x, {starts[tiling.n_tokens]});
-  parallel_ranges(tiling.n_tokens, 64, [&](int64_t begin, int64_t end) {
+  Tensor col = torch::stable::new_empty(x, {starts[n_tokens]}, ScalarType::Long);
+  Tensor values = torch::stable::new_empty(x, {starts[n_tokens]});
+  parallel_ranges(n_tokens, 64, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
-      int64_t at = starts[token];
-      for (int64_t range = 0; range < tiling.ranges; ++range) {
-        const Kept<T>& own = kept[token * tiling.ranges + range];
-        std::copy(own.indices.begin(), own.indices.end(), mutable_data<int64_t>(col) + at);
-        std::copy(own.values.begin(), own.values.end(), mutable_data<T>(values) + at);
-        at += own.indices.size();
-      }
+      const Kept<T>& own = found.of(token);
+      std::copy(own.indices.begin(), own.indices.end(), mutable_data<int64_t>(col) + starts[token]);
+      std::copy(own.values.begin(), own.values.end(), mutable_data<T>(values) + starts[token]);
     }
   });
-  return {values, crow, col};
+  Tensor undecided = torch::stable::new_empty(x, {static_cast<int64_t>(left.size())}, ScalarType::Long);
+  std::copy(left.begin(), left.end(), mutable_data<int64_t>(undecided));
+  return {values, crow, col, undecided};
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> encode(
+    const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec, const Tensor& threshold,
+    const PackedArguments& given, bool may_leave) {
+  check_encoder_input(x, W_enc);
+  check_threshold(threshold, x, W_enc);
+  const Packed packed = packed_encoder(W_enc, b_enc, b_dec, given, x.size(0));
+  const Tensor rows = torch::stable::contiguous(x), limits = torch::stable::contiguous(threshold);
+  const std::vector<double> centre = wide_vector(b_dec);
+  return dispatch_floating("x", x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const OtherLatents<T> others(packed, b_enc, centre);
+    AboveThreshold<T> found(data<T>(rows), x.size(0), packed, others, centre, limits, may_leave);
+    found.run();
+    return as_ragged(x, found);
+  });
 }
 
 static std::tuple<Tensor, Tensor, Tensor> threshold_encode(
     Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, Tensor threshold, OptionalTensor weight,
-    OptionalTensor bias, OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds) {
-  check_encoder_input(x, W_enc);
-  check_threshold(threshold, x, W_enc);
-  const Packed packed = packed_encoder(W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds}, x.size(0));
-  const Tensor rows = torch::stable::contiguous(x), limits = torch::stable::contiguous(threshold);
-  return dispatch_floating("x", x.scalar_type(), [&](auto type) {
-    return select_above<decltype(type)>(rows, packed, wide_vector(b_dec), limits);
-  });
+    OptionalTensor bias, OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds, OptionalTensor groups,
+    OptionalTensor gain) {
+  auto [values, crow, col, undecided] =
+      encode(x, W_enc, b_enc, b_dec, threshold, {weight, bias, codes, sums, bounds, groups, gain}, false);
+  return {values, crow, col};
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> try_threshold_encode(
+    Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, Tensor threshold, OptionalTensor weight,
+    OptionalTensor bias, OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds, OptionalTensor groups,
+    OptionalTensor gain) {
+  return encode(x, W_enc, b_enc, b_dec, threshold, {weight, bias, codes, sums, bounds, groups, gain}, true);
 }
 
 }  // namespace darkmatter
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) { m.impl("threshold_encode", TORCH_BOX(&darkmatter::threshold_encode)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
+  m.impl("threshold_encode", TORCH_BOX(&darkmatter::threshold_encode));
+  m.impl("try_threshold_encode", TORCH_BOX(&darkmatter::try_threshold_encode));
+}

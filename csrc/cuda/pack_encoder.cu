@@ -59,9 +59,14 @@ static Packed pack(
   return packed;
 }
 
+static void refuse_gain(const OptionalTensor& gain) {
+  require(!gain, "gain: must be None on CUDA, which has no kernel for it, got a tensor");
+}
+
 Packed packed_encoder(
     const OnDevice& device, const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec,
     const PackedArguments& given, bool screen) {
+  refuse_gain(given.gain);
   if (!given.weight) {
     require(!given.bias && !given.codes, "weight: must be given with bias and codes, got them alone");
     check_encoder_weights(W_enc, b_enc, b_dec);
@@ -86,8 +91,9 @@ Packed packed_encoder(
 }
 
 // An op may not return a view of its input: a W_enc stored as [F, d] rows is copied for the caller who keeps it.
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_encoder(
-    Tensor W_enc, Tensor b_enc, OptionalTensor b_dec) {
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pack_encoder(
+    Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, OptionalTensor gain) {
+  refuse_gain(gain);
   check_encoder_weights(W_enc, b_enc, b_dec);
   const OnDevice device(W_enc);
   Packed packed = pack(device, W_enc, b_enc, b_dec, can_screen(W_enc));
@@ -101,9 +107,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_encoder(
     packed.bounds = torch::stable::new_empty(packed.weight, {kBoundRows, 0}, ScalarType::Float);
   }
   const bool aliases = packed.weight.const_data_ptr() == W_enc.const_data_ptr();
+  const auto none = [&] { return torch::stable::new_empty(packed.weight, {0}, ScalarType::Int); };
   return {
-      aliases ? torch::stable::clone(packed.weight) : packed.weight, packed.bias, *packed.codes,
-      torch::stable::new_empty(packed.weight, {0}, ScalarType::Int), *packed.bounds};
+      aliases ? torch::stable::clone(packed.weight) : packed.weight,
+      packed.bias,
+      *packed.codes,
+      none(),
+      *packed.bounds,
+      none()};
 }
 
 }  // namespace darkmatter

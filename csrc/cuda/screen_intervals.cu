@@ -8,13 +8,14 @@ namespace darkmatter {
 
 static std::tuple<Tensor, Tensor, Tensor> screen_intervals(
     Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds) {
+    OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds, OptionalTensor groups, OptionalTensor gain) {
   check_encoder_input(x, W_enc);
   require(
       can_screen(W_enc), "W_enc: must be float16, bfloat16 or float32 with at least ", kMinScreenD, " dimensions and ",
       kMinScreenLatents, " latents to be screened, got shape ", shape_of(W_enc));
   const OnDevice device(x);
-  const Packed packed = packed_encoder(device, W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds}, true);
+  const Packed packed =
+      packed_encoder(device, W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds, groups, gain}, true);
   const int64_t n_latents = W_enc.size(1);
   Tensor lower = torch::stable::new_empty(x, {x.size(0), n_latents}, ScalarType::Float);
   Tensor upper = torch::stable::new_empty(x, {x.size(0), n_latents}, ScalarType::Float);

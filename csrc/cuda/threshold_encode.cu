@@ -126,12 +126,13 @@ static std::tuple<Tensor, Tensor, Tensor> above(
 
 static std::tuple<Tensor, Tensor, Tensor> threshold_encode(
     Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, Tensor threshold, OptionalTensor weight,
-    OptionalTensor bias, OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds) {
+    OptionalTensor bias, OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds, OptionalTensor groups,
+    OptionalTensor gain) {
   check_encoder_input(x, W_enc);
   check_threshold(threshold, x, W_enc);
   const OnDevice device(x);
   const Packed packed =
-      packed_encoder(device, W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds}, can_screen(W_enc));
+      packed_encoder(device, W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds, groups, gain}, can_screen(W_enc));
   if (x.size(0) == 0) {
     return {
         torch::stable::new_empty(x, {0}), torch::stable::new_zeros(x, {1}, ScalarType::Long),

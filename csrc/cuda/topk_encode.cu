@@ -78,12 +78,13 @@ static void sorted_topk(
 
 static std::tuple<Tensor, Tensor> topk_encode(
     Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, int64_t k, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds) {
+    OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds, OptionalTensor groups, OptionalTensor gain) {
   check_encoder_input(x, W_enc);
   require(k >= 0 && k <= W_enc.size(1), "k: must be from 0 to ", W_enc.size(1), " (latents), got ", k);
   const OnDevice device(x);
   const bool screen = can_screen(W_enc) && k <= kMaxScreenK && 8 * k <= W_enc.size(1);
-  const Packed packed = packed_encoder(device, W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds}, screen);
+  const Packed packed =
+      packed_encoder(device, W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds, groups, gain}, screen);
   Tensor values = torch::stable::new_empty(x, {x.size(0), k});
   Tensor indices = torch::stable::new_empty(x, {x.size(0), k}, ScalarType::Long);
   if (x.size(0) > 0 && k > 0) {

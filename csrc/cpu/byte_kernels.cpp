@@ -1,5 +1,7 @@
-// The screening kernels on AVX-512 VNNI.
-#include "cpu/isa.h"
+// The screening kernels on 8-bit codes: AVX-512 VNNI.
+//
+// Rows are rotated by one orthogonal map, so that no single dimension is an outlier that ruins the 8-bit scale, and
+// rounded to codes in [-127, 127]; those of tokens are stored unsigned, + 128. Products: 255 * 127 * d < 2^31.
 #include "cpu/screen.h"
 
 #if defined(__x86_64__)
@@ -20,12 +22,6 @@
 
 namespace darkmatter {
 namespace {
-
-// Unit roundoff of float32 with room for products of (1 + u): every bound below is inflated by whole multiples of it.
-constexpr double kUnit = 0x1p-24;
-constexpr double kOutward = 1 + 0x1p-20;  // float64 norms -> float32 bounds, and the float32 arithmetic on the bounds
-constexpr float kTiny = 1e-35f;           // absolute errors of denormal scores
-constexpr double kTinyNorm = 1e-40;       // absolute errors of denormal weights, before they meet ||x|| up to 1e30
 
 // Signs of the dimensions before the rotation (period 64, arbitrary): without them a constant vector would be an
 // outlier of the rotated one.
@@ -84,13 +80,8 @@ void rotate(float* v, int64_t d_padded) {
 // Relative error of the rotated vector: conversion to float32, at most 8 stages, scaling; doubled for second order.
 constexpr double kRotationError = 2 * 11 * kUnit;
 
-struct Rounded {
-  float scale;
-  double norm, code_norm, rounding;  // ||v||, ||v~||, ||v - v~|| of the rotated float32 vector v
-};
-
-// Rotates row into scratch, and rounds it to codes in [-127, 127].
-Rounded round_row(const double* row, int64_t d, int64_t d_padded, float* scratch, int8_t* codes) {
+// Rotates row into scratch, and rounds it to codes in [-127, 127]. The norms are those of the rotated float32 row.
+RoundedRow round_row(const double* row, int64_t d, int64_t d_padded, float* scratch, int8_t* codes) {
   for (int64_t e = 0; e < d_padded; e += 8) {
     const __mmask8 valid = d - e >= 8 ? 0xFF : d <= e ? 0 : (1 << (d - e)) - 1;
     const __m256 v = _mm512_cvtpd_ps(_mm512_maskz_loadu_pd(valid, row + e));
@@ -107,7 +98,7 @@ Rounded round_row(const double* row, int64_t d, int64_t d_padded, float* scratch
   }
   const float largest = _mm512_reduce_max_ps(sizes);
   const bool finite = not_finite == 0;
-  Rounded result{};
+  RoundedRow result{};
   if (!finite || !(largest > 1e-30f)) {  // no usable scale: codes of zero, all of the row is rounding
     std::memset(codes, 0, d_padded);
     result.norm = result.rounding = finite ? 1e-30 * std::sqrt(static_cast<double>(d_padded)) : HUGE_VAL;
@@ -135,11 +126,10 @@ Rounded round_row(const double* row, int64_t d, int64_t d_padded, float* scratch
   return result;
 }
 
-ScreenedToken encode_token(
-    const double* row, int64_t d, int64_t d_padded, double error, float* scratch, uint8_t* codes) {
-  const Rounded rounded = round_row(row, d, d_padded, scratch, reinterpret_cast<int8_t*>(codes));
+ScreenedToken encode_token(const double* row, int64_t d, int64_t d_padded, double error, float* scratch, void* codes) {
+  const RoundedRow rounded = round_row(row, d, d_padded, scratch, static_cast<int8_t*>(codes));
   for (int64_t e = 0; e < d_padded; ++e) {
-    codes[e] ^= 0x80;  // code + 128
+    static_cast<uint8_t*>(codes)[e] ^= 0x80;  // code + 128
   }
   ScreenedToken token{};
   token.scale = rounded.scale;
@@ -150,24 +140,22 @@ ScreenedToken encode_token(
 }
 
 void encode_latent(
-    const double* row, double bias, int64_t d, int64_t d_padded, float* scratch, int8_t* codes, int64_t stride_groups,
-    int32_t* sum, float* bounds, int64_t ld_bounds) {
+    const double* row, const LatentTerms& terms, int64_t d, int64_t d_padded, float* scratch, int8_t* first,
+    int64_t stride, int32_t* sum, float* bounds, int64_t ld_bounds) {
   alignas(64) int8_t own[kMaxScreenD];
-  const Rounded rounded = round_row(row, d, d_padded, scratch, own);
+  const RoundedRow rounded = round_row(row, d, d_padded, scratch, own);
   int32_t total = 0;
   for (int64_t group = 0; group < d_padded / 4; ++group) {
-    std::memcpy(codes + group * stride_groups, own + group * 4, 4);
+    std::memcpy(first + group * stride, own + group * 4, 4);
     total += own[4 * group] + own[4 * group + 1] + own[4 * group + 2] + own[4 * group + 3];
   }
   *sum = 128 * total;
-  const double own_rounding = rounded.rounding + kRotationError * rounded.norm + kTinyNorm;
-  bounds[kScale * ld_bounds] = rounded.scale;
-  bounds[kBias * ld_bounds] = static_cast<float>(bias);
-  bounds[kNorm * ld_bounds] = static_cast<float>((rounded.norm * (1 + kRotationError) + kTinyNorm) * kOutward);
-  // The float32 score s_x s_w acc + bias is off by at most 6 units of its terms: into the two slopes and the constant.
-  bounds[kRounding * ld_bounds] = static_cast<float>((own_rounding + 6 * kUnit * rounded.code_norm) * kOutward);
-  bounds[kSlack * ld_bounds] = static_cast<float>(8 * kUnit * std::fabs(bias) * kOutward) + kTiny;
+  store_bounds(
+      rounded, rounded.norm * (1 + kRotationError) + kTinyNorm,
+      rounded.rounding + kRotationError * rounded.norm + kTinyNorm, terms, bounds, ld_bounds);
 }
+
+constexpr int64_t kTokensAtOnce = 8;  // 8 x 3 sums in registers
 
 template <int A>
 DM_INLINE void tile(const uint8_t* x, const int8_t* panel, int64_t d_padded, int32_t* out) {
@@ -205,8 +193,9 @@ DM_INLINE void tile(const uint8_t* x, const int8_t* panel, int64_t d_padded, int
   }
 }
 
-void products(const uint8_t* x, int64_t tokens, const int8_t* panel, int64_t d_padded, int32_t* out) {
-  if (tokens == kScreenTokens) {
+void products(const void* codes, int64_t tokens, const int8_t* panel, int64_t d_padded, int32_t* out) {
+  const auto* x = static_cast<const uint8_t*>(codes);
+  if (tokens == kTokensAtOnce) {
     return tile<8>(x, panel, d_padded, out);
   }
   int64_t t = 0;
@@ -218,7 +207,7 @@ void products(const uint8_t* x, int64_t tokens, const int8_t* panel, int64_t d_p
   }
 }
 
-// Sixteen latents of one token: their scores and the bounds of the scores' errors.
+// Sixteen places of one token: their scores and the bounds of the scores' errors.
 struct Sixteen {
   __m512 score, bound;
 
@@ -248,11 +237,11 @@ void intervals(
 
 int64_t hits(
     const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel,
-    const float* limits, int64_t step, float* score, float* upper, int32_t* latent) {
+    const float* limits, int64_t step, float* score, float* upper, int32_t* place) {
   int64_t count = 0;
 #pragma GCC unroll 3
   for (int64_t l = 0; l < kPanel; l += 16) {
-    const int64_t first = panel * kPanel + l, beyond = weights.n_latents - first;  // the last panel is padded
+    const int64_t first = panel * kPanel + l, beyond = weights.n_places - first;  // the last panel is padded
     const Sixteen found(products + l, token, weights, first);
     const __m512 sum = _mm512_add_ps(found.score, found.bound);
     const __m512 limit = step ? _mm512_loadu_ps(limits + first) : _mm512_set1_ps(*limits);
@@ -265,7 +254,7 @@ int64_t hits(
       const __m512 known =
           _mm512_mask_mov_ps(sum, _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q), _mm512_set1_ps(__builtin_inff()));
       // whole vectors into the room behind: a masked store of compressed lanes is microcode on some processors
-      _mm512_storeu_si512(latent + count, _mm512_maskz_compress_epi32(in, numbers));
+      _mm512_storeu_si512(place + count, _mm512_maskz_compress_epi32(in, numbers));
       _mm512_storeu_ps(score + count, _mm512_maskz_compress_ps(in, found.score));
       _mm512_storeu_ps(upper + count, _mm512_maskz_compress_ps(in, known));
       count += __builtin_popcount(in);
@@ -404,12 +393,12 @@ void to_float(const double* from, float* to, int64_t n) {
   }
 }
 
-const ScreenKernels table = {encode_token, encode_latent, products, intervals, hits,
-                             nth_largest,  to_half,       to_float, half_dots};
+const ScreenKernels table = {kTokensAtOnce, 1,         64,   kPanel,      true,    encode_token, encode_latent,
+                             products,      intervals, hits, nth_largest, to_half, to_float,     half_dots};
 
 }  // namespace
 
-const ScreenKernels* screen_kernels() { return active_isa() >= Isa::vnni ? &table : nullptr; }
+const ScreenKernels* byte_kernels() { return &table; }
 
 }  // namespace darkmatter
 
@@ -419,7 +408,7 @@ const ScreenKernels* screen_kernels() { return active_isa() >= Isa::vnni ? &tabl
 
 namespace darkmatter {
 
-const ScreenKernels* screen_kernels() { return nullptr; }
+const ScreenKernels* byte_kernels() { return nullptr; }
 
 }  // namespace darkmatter
 
