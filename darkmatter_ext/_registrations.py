@@ -33,7 +33,9 @@ def _(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, gain: Tensor | None = 
 
 
 @register_fake("darkmatter::pack_rows")
-def _pack_rows_fake(rows: Tensor, b_enc: Tensor, b_dec: Tensor | None, gain: Tensor | None = None) -> tuple[Tensor, ...]:
+def _pack_rows_fake(
+    rows: Tensor, b_enc: Tensor, b_dec: Tensor | None, gain: Tensor | None = None
+) -> tuple[Tensor, ...]:
     n_latents, d = rows.shape
     # What is stored for screening depends on the machine that runs, so its sizes are unknown here.
     n_codes, padded, n_groups = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))

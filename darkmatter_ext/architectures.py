@@ -6,9 +6,7 @@ gives; F = d_sae latents; acts [..., F].
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
 from typing import Any
 
 import torch
@@ -17,13 +15,10 @@ from torch import Tensor, nn
 from darkmatter_ext import ops
 from darkmatter_ext.batched_pursuit import prepare_dictionary, pursuit
 from darkmatter_ext.packed_weights import NO_KERNEL
-from darkmatter_ext.row_layout import shares_rows
 from darkmatter_ext.soundness import is_hooked
 from darkmatter_ext.sparse import SparseActs
-from darkmatter_ext.stepping_aside import DENSE_SHARE, Tried, try_threshold_encode, try_topk_encode
-
-_KNOWS_WHERE_SCREENING_PAYS = hasattr(ops, "try_topk_encode")
-_HAS_GAIN = "gain" in inspect.signature(ops.prepare_encoder).parameters
+from darkmatter_ext.stepping_aside import DENSE_SHARE
+from darkmatter_ext.unchecked import Tried, try_threshold_encode, try_topk_encode
 
 
 class _ValueWithGradientOf(torch.autograd.Function):
@@ -46,12 +41,10 @@ def weight(sae: Any, name: str) -> Tensor:
 
 def _prepared(W_enc: Tensor, b_enc: Tensor, **options: Any) -> ops.PreparedEncoder | str:
     try:
-        prepared = ops.prepare_encoder(W_enc, b_enc, **options)
+        prepared = ops.prepare_encoder(W_enc, b_enc, share_rows=True, **options)
     except ValueError:
         return "the encoder's weights are not finite"
-    if not prepared.screens and _KNOWS_WHERE_SCREENING_PAYS:
-        return NO_KERNEL
-    return dataclasses.replace(prepared, weight=W_enc.detach().mT) if shares_rows(W_enc) else prepared
+    return prepared if prepared.screens else NO_KERNEL
 
 
 class Architecture:
@@ -197,10 +190,9 @@ class TopK(Architecture):
         if len(weights) == 2:
             return _prepared(*weights)
         W_enc, b_enc, W_dec = weights
-        norms = W_dec.norm(dim=-1)
-        if _HAS_GAIN:
-            return _prepared(W_enc, b_enc, gain=norms)
-        return _prepared((W_enc * norms).contiguous(), b_enc * norms)
+        if not W_enc.is_cpu:
+            return "rescale_acts_by_decoder_norm has no kernel for this device"
+        return _prepared(W_enc, b_enc, gain=W_dec.norm(dim=-1))
 
     def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
         k = sae._modules["activation_fn"].k

@@ -278,18 +278,19 @@ class AcceleratedSAE:
             state.last_pass = sae_in.detach().clone(), ready, settings, found.detach()
         return found
 
-    def _fresh_pass(self, state: State, sae_in: Tensor, ready: Ready, method: str) -> Pass:
+    def _fresh_pass(self, state: State, sae_in: Tensor, ready: Ready, method: str = "") -> Pass:
+        """As `_pass`, always computed; a part of another call is not counted (method "")."""
         acts, undecided = self._architecture.encode(self, sae_in, *ready)
         handed_over, tokens = undecided.numel(), acts.n_tokens
         state.back_off.after_trying(tokens, handed_over)
-        if not handed_over:
-            state.count(method)
-            return Pass(acts, undecided, None)
-        rows = sae_in.reshape(tokens, sae_in.shape[-1])
-        dense = self._architecture.dense(self, rows if handed_over == tokens else rows[undecided])
-        mostly = 2 * handed_over > tokens
-        state.back_off.was_dense(dense)
-        state.count(method, TOO_MANY if mostly else "", 0 if mostly else handed_over)
+        dense = None
+        if handed_over:
+            rows = sae_in.reshape(tokens, sae_in.shape[-1])
+            dense = self._architecture.dense(self, rows if handed_over == tokens else rows[undecided])
+            state.back_off.was_dense(dense)
+        if method:
+            mostly = 2 * handed_over > tokens
+            state.count(method, TOO_MANY if mostly else "", 0 if mostly else handed_over)
         return Pass(acts, undecided, dense)
 
     def _input(self, x: Tensor) -> Tensor:
@@ -341,7 +342,7 @@ class AcceleratedSAE:
         from sae_lens.saes.sae import _disable_hooks
 
         with _disable_hooks(self):  # type: ignore[arg-type]
-            return self._reconstructed(self._fresh_pass(state, self._input(x), ready, "error term"), decoder)
+            return self._reconstructed(self._fresh_pass(state, self._input(x), ready), decoder)
 
     def _encode_some(self, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
         numbers = _latent_numbers(latents, self.cfg.d_sae).to(self.W_enc.device)

@@ -37,7 +37,9 @@ class PreparedEncoder:
 
     weight: Tensor  # [F, d] contiguous rows of W_enc^T
     bias: Tensor  # [F] float64, b_enc - <b_dec, w_j>
-    codes: Tensor  # the weights rounded for screening, as bytes (CPU) or float16 (CUDA); empty where nothing is screened
+    codes: (
+        Tensor  # the weights rounded for screening, as bytes (CPU) or float16 (CUDA); empty where nothing is screened
+    )
     sums: Tensor  # [places, padded] int32; empty on CUDA
     bounds: Tensor  # [5, places, padded] float32
     groups: Tensor  # int32: which latents are equal or constant (csrc/cpu/places.h); empty on CUDA

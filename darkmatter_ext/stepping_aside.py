@@ -1,58 +1,15 @@
-"""Encoders that hand tokens back where screening would not pay, and the memory of an SAE on which it does not.
+"""The memory of an SAE on which screening does not pay.
 
-Dense tokens, sinks and ties leave so many candidates that a dense product is the faster way: such rows come back as
-`undecided`, [u] int64 numbers of flattened tokens, with nothing stored in them.
+Dense tokens, sinks and ties leave so many candidates that a dense product is the faster way; the ops hand such tokens back.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from darkmatter_ext import ops, unchecked
-from darkmatter_ext.sparse import SparseActs
-
 DENSE_SHARE = 0.06  # active share of the latents above which a dense encode is the faster one
 FIRST_WAIT, LONGEST_WAIT = 8, 256  # calls
-
-
-class Tried(NamedTuple):
-    """Active latents, and the tokens for which they were not found."""
-
-    acts: SparseActs
-    undecided: Tensor  # [u] int64
-
-
-def try_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, prepared: ops.PreparedEncoder) -> Tried:
-    """`ops.topk_encode` of packed weights for the tokens where it pays."""
-    return Tried(unchecked.topk_encode(x, W_enc, b_enc, k, prepared), _none(x))
-
-
-def try_threshold_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, prepared: ops.PreparedEncoder
-) -> Tried:
-    """`ops.threshold_encode` of packed weights for the tokens where it pays."""
-    acts = unchecked.threshold_encode(x, W_enc, b_enc, threshold, prepared)
-    if acts.values.numel() <= DENSE_SHARE * acts.d_sae:
-        return Tried(acts, _none(x))
-    counts = acts.crow_indices.diff()
-    undecided = (counts > DENSE_SHARE * acts.d_sae).nonzero()[:, 0]
-    return Tried(without_tokens(acts, undecided) if undecided.numel() else acts, undecided)
-
-
-def _none(x: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.int64, device=x.device)
-
-
-def without_tokens(acts: SparseActs, tokens: Tensor) -> SparseActs:
-    """Ragged acts with nothing stored for some tokens [u]."""
-    counts = acts.crow_indices.diff()
-    kept = torch.ones_like(counts, dtype=torch.bool).index_fill_(0, tokens, False)
-    stays = torch.repeat_interleave(kept, counts)
-    crow = torch.cat([acts.crow_indices[:1], (counts * kept).cumsum(0)])
-    return SparseActs.ragged(crow, acts.col_indices[stays], acts.values[stays], acts.d_sae, acts.batch_shape)
 
 
 class BackOff:

@@ -7,7 +7,7 @@ weights, shapes as in `ops.py`, no functorch transform and no dispatch mode. Val
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from darkmatter_ext import ops
 from darkmatter_ext.sparse import SparseActs
 
-_topk = torch.ops.darkmatter.topk_encode.default
-_threshold = torch.ops.darkmatter.threshold_encode.default
+_topk = torch.ops.darkmatter.try_topk_encode.default
+_threshold = torch.ops.darkmatter.try_threshold_encode.default
 _decode = torch.ops.darkmatter.sparse_decode.default
 _to_dense = torch.ops.darkmatter.to_dense.default
 _find_support = torch.ops.darkmatter.find_support.default
@@ -30,23 +30,36 @@ def _run(op: Callable[..., Any], *arguments: Any) -> Any:
         return op(*arguments)
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, prepared: ops.PreparedEncoder) -> SparseActs:
-    """As `ops.topk_encode`."""
-    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    values, indices = _run(_topk, rows, W_enc, b_enc, None, k, *prepared.packed)
+class Tried(NamedTuple):
+    """Active latents, and the tokens that were handed back: nothing is stored for them."""
+
+    acts: SparseActs
+    undecided: Tensor  # [u] int64, numbers of flattened tokens
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def try_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, prepared: ops.PreparedEncoder) -> Tried:
+    """As `ops.try_topk_encode`."""
+    if not x.is_cpu:
+        return Tried(*ops.try_topk_encode(x, W_enc, b_enc, k, prepared=prepared))
+    values, indices, undecided = _run(_topk, _rows(x), W_enc, b_enc, None, k, *prepared.packed)
     if x.ndim != 2:
         shape = (*x.shape[:-1], k)
         values, indices = values.reshape(shape), indices.reshape(shape)
-    return SparseActs(values, indices, W_enc.shape[1])
+    return Tried(SparseActs(values, indices, W_enc.shape[1]), undecided)
 
 
-def threshold_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, prepared: ops.PreparedEncoder
-) -> SparseActs:
-    """As `ops.threshold_encode`; threshold [] or [F], without a gradient."""
-    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    values, crow, col = _run(_threshold, rows, W_enc, b_enc, None, threshold, *prepared.packed)
-    return SparseActs(values, col, W_enc.shape[1], crow, tuple(x.shape[:-1]))
+def try_threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, prepared: ops.PreparedEncoder
+) -> Tried:
+    """As `ops.try_threshold_encode`; threshold [] or [F], without a gradient."""
+    if not x.is_cpu:
+        return Tried(*ops.try_threshold_encode(x, W_enc, b_enc, threshold, prepared=prepared))
+    values, crow, col, undecided = _run(_threshold, _rows(x), W_enc, b_enc, None, threshold, *prepared.packed)
+    return Tried(SparseActs(values, col, W_enc.shape[1], crow, tuple(x.shape[:-1])), undecided)
 
 
 def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
