@@ -78,7 +78,7 @@ def deepcopy_of_copies(sae, draw):
     return copy.deepcopy(copy.copy(copy.deepcopy(sae)))
 
 
-@edit()
+@edit(0)
 def deepcopy_in_inference_mode(sae, draw):
     with torch.inference_mode():
         return copy.deepcopy(sae)
@@ -298,7 +298,7 @@ def dimension_zeroed(sae, draw):
         parameter.data[:, [place % parameter.shape[1] for place in places]] = 0
 
 
-@edit(2)
+@edit(0)
 def dimension_then_latent(sae, draw):
     """After a call without a dimension, latents are taken out: parts of them are zero before and after."""
     if "W_enc" in sae._parameters:
@@ -353,12 +353,16 @@ def activation_function(sae, draw):
 
 @edit()
 def not_finite(sae, draw):
-    """A whole latent; the next edits may overwrite it, or not."""
-    if draw.random() < 0.3:
-        name = draw.name(sae, "W_enc", "W_dec", "b_enc")
-        place = draw.randrange(sae.cfg.d_sae)
-        parameter = getattr(sae, name).data
-        parameter[(slice(None), place) if name == "W_enc" else place] = draw.choice((float("inf"), float("nan")))
+    """A whole latent of the encoder; the next edits may overwrite it, or not."""
+    if draw.random() < 0.3 and "W_enc" in sae._parameters:
+        name, place = draw.name(sae, "W_enc", "b_enc"), draw.randrange(sae.cfg.d_sae)
+        getattr(sae, name).data[..., place] = draw.choice((float("inf"), float("nan")))
+
+
+@edit(0)
+def decoder_not_finite(sae, draw):
+    """A whole latent of the decoder."""
+    sae.W_dec.data[draw.randrange(sae.cfg.d_sae)] = draw.choice((float("inf"), float("nan")))
 
 
 @edit(2)
