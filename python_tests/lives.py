@@ -22,6 +22,8 @@ NEVER_FAST = {"abstopk": "signed latents"}
 N_TOKENS, HEADS = 12, 4
 DENSE = 0.04  # share of active latents below which a call has to be fast; the package's own limit is higher
 K_SHARE = 0.05
+# Without it, on a processor with no vector kernel, only pursuit has a fast path.
+SCREENS = dm.prepare_encoder(torch.zeros(32, 256), torch.zeros(256)).screens
 TRIES = 12  # calls within which a path that has stepped aside comes back
 
 
@@ -333,6 +335,7 @@ def excuse(sae, x, acts):
     pursuit = sae.cfg.architecture() == "matching_pursuit"
     rules = (
         (sae.cfg.architecture() in NEVER_FAST, NEVER_FAST.get(sae.cfg.architecture())),
+        (not SCREENS and not pursuit, "no kernel for this processor"),
         (not finite, "weights are not finite"),
         (
             torch.is_grad_enabled() and any(p.is_inference() for p in sae.parameters()),
