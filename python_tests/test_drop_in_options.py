@@ -159,20 +159,21 @@ def cell(architecture, field, label):
 
 INTRODUCTION = """# Options of SAELens, and which are fast
 
-Every option of the configuration classes of sae_lens {version} at every architecture it registers for
-inference, tried and compared with the plain SAE: **fast** means that `encode`, `decode` and `forward`
-all went through this package; a number in brackets is the reason why SAELens answers, below the
-table; "-" means that SAELens has no such SAE. One option at a time differs from its default.
-Whatever the table says, the answer is that of SAELens. An option is not all that decides: SAEs of fewer
-than 256 latents, dense latents and processors without vector kernels are SAELens' own (`dm.stats` says
-so), and so is a decode too small to pay (that limit is off here).
+Every option of the configuration classes of sae_lens {version} at every architecture it registers
+for inference, tried and compared with the plain SAE: **fast** means that `encode`, `decode` and
+`forward` all went through this package; a number in brackets is the reason why SAELens answers,
+below the table; "-" means that SAELens has no such SAE. One option at a time differs from its
+default. Whatever the table says, the answer is that of SAELens. An option is not all that
+decides: SAEs of fewer than 256 latents, dense latents and processors without vector kernels are
+SAELens' own (`dm.stats` says so), and so is a decode too small to pay (that limit is off here).
 
 After "·": how many of the {n} SAEs in SAELens' `pretrained_saes.yaml` are in that cell. Counted
-without network: the configuration function of each loader is called with every download failing, and
-says what it knows from names. For loaders that need a file, what their source fixes is counted, and
-dictionary_learning's class is taken from the name of the release. Fields that only the file holds are
-not counted (all of the 289 in SAELens' own format; `k` of dictionary_learning), nor is `dtype`, which
-the caller of `from_pretrained` chooses (float32 by default).
+without network: the configuration function of each loader is called with every download failing,
+and says what it knows from names. For loaders that need a file, what their source fixes is
+counted, and dictionary_learning's class is taken from the name of the release. Fields that only
+the file holds are not counted (all of the 289 in SAELens' own format; `k` of
+dictionary_learning), nor is `dtype`, which the caller of `from_pretrained` chooses (float32 by
+default).
 
 The tests write and compare this page: `python python_tests/test_drop_in_options.py`.
 """
