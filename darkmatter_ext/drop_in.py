@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DECODE_DENSITY = 0.10  # active share of the latents above which SAELens' dense decode is the faster one
 SMALL_DECODE = 1 << 20  # multiply-adds of a dense decode that takes no longer than looking for the support
+SMALL = "small: SAELens' dense decode is as fast"
 TOO_MANY = "too many latents are active, or close to it, in most tokens (tried again after some calls)"
 _STATE = "_darkmatter_state"
 _SAVES_MEMORY = "_darkmatter_saves_memory"
@@ -122,10 +123,9 @@ class AcceleratedSAE:
         if torch.compiler.is_compiling():
             return super().decode(feature_acts)  # type: ignore[misc]
         state = self._fast
-        decoder = self._look_at_decoder(state, feature_acts, dense=True)
+        small = isinstance(feature_acts, Tensor) and feature_acts.numel() * self.cfg.d_in < SMALL_DECODE
+        decoder = SMALL if small else self._look_at_decoder(state, feature_acts, dense=True)
         support = None
-        if type(decoder) is not str and feature_acts.numel() * decoder.rows.shape[1] < SMALL_DECODE:
-            decoder = "small: SAELens' dense decode is as fast"
         if type(decoder) is not str:
             support = unchecked.find_support(feature_acts.detach())
             if support.values.numel() > DECODE_DENSITY * feature_acts.numel():
