@@ -240,7 +240,7 @@ def test_tokens_left_undecided(cpu, dtype):
     W_enc[:, :3000] = W_enc[:, :1] + 1e-5 * W_enc[:, :3000]
     x[10:20] = W_enc[:, 0]
     x, W_enc, b_enc = x.to(dtype), W_enc.to(dtype), torch.zeros(4000).to(dtype)
-    packed, threshold = cpu.pack_encoder(W_enc, b_enc, None), torch.tensor(2.0).to(dtype)
+    packed, threshold = cpu.pack_encoder(W_enc, b_enc, None), torch.tensor(8.0).to(dtype)
     values, indices, left = cpu.try_topk_encode(x, W_enc, b_enc, None, 8, *packed)
     decided = torch.ones(70, dtype=torch.bool).index_fill(0, left, False)
     assert decided[8]
