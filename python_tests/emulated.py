@@ -28,6 +28,7 @@ CSRC = TESTS.parent / "csrc"
 X86 = TESTS / "emulator/x86"
 # What the emulation of AVX-512 stands on; vectors of 64 bytes become two of 32.
 X86_FLAGS = ("-std=c++20", "-w", "-Wno-psabi", "-mavx2", "-mfma", "-mf16c", f"-I{X86}")
+CHOOSE = ("isa.cpp", "screen.cpp")
 # With the second, gcc fuses multiplications and additions as at -O3: float64 answers depend on it.
 OPTIMISE = ("-O1", "-fexpensive-optimizations")
 TORCH = Path(torch.__file__).parent
@@ -101,8 +102,8 @@ def _build_cpu(out: Path) -> None:
         shutil.copy(X86 / "library.h", copy)
         header = str(copy / "library.h")
         subprocess.run([*common, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
-        sources = [copy / "ops.cpp", *(path for path in (copy / "cpu").glob("*.cpp") if path.name != "isa.cpp")]
-        sources.append(X86 / "isa.cpp")
+        sources = [copy / "ops.cpp", *(path for path in (copy / "cpu").glob("*.cpp") if path.name not in CHOOSE)]
+        sources.append(X86 / "isa.cpp")  # has those that choose in it
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [f"{copy / path.name}.o" for path in sources]
             commands = [

@@ -15,6 +15,7 @@ import torch
 import darkmatter_ext as dm
 
 PACKAGE = Path(dm.__file__).parent
+ISAS = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni")
 TESTS = Path(__file__).resolve().parent  # `python -c` imports from its folder first: not the root, the source is there
 SETUP = TESTS.parent / "setup.py"
 
@@ -36,13 +37,13 @@ def test_build_info():
         "cuda_ops", "cpu_isa", "cpu_isa_best", "threads",
     }  # fmt: skip
     assert info["torch"] == torch.__version__
-    assert info["cpu_isa"].startswith(("scalar", "avx2", "avx512"))
+    assert info["cpu_isa"] in ISAS
     assert info["cuda_built"] == (PACKAGE / "libdarkmatter_cuda.so").exists() == bool(info["cuda_archs"])
     assert info["cuda_loaded"] == (info["cuda_built"] and torch.version.cuda is not None)
     assert info["compiler"].split()[0] in ("g++", "clang")
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_instruction_set_override(isa):
     program = "import darkmatter_ext as dm\ntry: print(dm.build_info()['cpu_isa'])\nexcept RuntimeError as e: print(e)"
     environment = {**os.environ, "DARKMATTER_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -101,7 +102,12 @@ def test_wide_instructions_stay_in_functions_that_only_dispatch_reaches():
     assert [name for name in wide if not INTERNAL.search(name) or name.startswith("_GLOBAL__sub_I")] == []
     beyond = {name for name in wide if any(AVX512.search(line) for line in functions[name])}
     assert beyond, "no AVX-512 at all: the test looks at the wrong thing"
-    assert [name for name in beyond if re.search(r"4avx2|6scalar", name)] == []
+    assert [name for name in beyond if re.search(r"avx2|avx_vnni|6scalar", name)] == []
+    products = {name for name, lines in functions.items() if any("vpdp" in line for line in lines)}
+    assert [name for name in products if not re.search(r"words_avx_vnniL|12_GLOBAL__N_1", name)] == []
+    of_avx = [line for name in products if "words_avx_vnni" in name for line in functions[name] if "vpdp" in line]
+    assert of_avx, "no AVX-VNNI at all"
+    assert [line for line in of_avx if "{vex}" not in line] == []  # else it takes AVX-512
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm (binutils)")

@@ -7,15 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from place_cases import EDITS, edited, whole
 
 import darkmatter_ext as dm
 from darkmatter_ext import ops, reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _whole(shape, seed, size=3):
-    return torch.randint(-size, size + 1, shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def _same(mine, theirs):
@@ -38,36 +35,7 @@ def _assert_reference(x, W_enc, b_enc, *, k=7, threshold=3.0, b_dec=None, gain=N
     return prepared
 
 
-def _edited(kind, x, W_enc, b_enc, g):
-    """Dead, copied, pruned and broken latents, as people make them."""
-    n_latents = W_enc.shape[1]
-    some = torch.rand(n_latents, generator=g) < 0.5
-    if kind in ("zero", "all"):
-        W_enc[:, some] = 0
-    if kind in ("equal", "all"):
-        W_enc[:, ::3], b_enc[::3] = W_enc[:, :1].clone(), b_enc[0].clone()
-        W_enc[:, 1::7], b_enc[1::7] = W_enc[:, 1:2].clone(), b_enc[1].clone()
-    if kind == "equal_rows_other_bias":
-        W_enc[:, some] = W_enc[:, :1].clone()
-    if kind == "everything_equal":
-        W_enc[:], b_enc[:] = W_enc[:, :1].clone(), 1
-    if kind == "everything_zero":
-        W_enc[:] = 0
-    if kind in ("infinite", "all"):
-        W_enc[0, 5], W_enc[-1, 7], b_enc[9], b_enc[11] = torch.inf, -torch.inf, torch.inf, -torch.inf
-    if kind in ("zero_tokens", "all"):
-        x[::2] = 0
-    if kind in ("infinite_tokens", "all"):
-        x[1, 0], x[3, 1], x[5, -1] = torch.inf, -torch.inf, torch.nan
-
-
-KINDS = (
-    "zero", "equal", "equal_rows_other_bias", "everything_equal", "everything_zero", "infinite", "zero_tokens",
-    "infinite_tokens", "all",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EDITS)
 @settings(max_examples=25, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
@@ -80,10 +48,10 @@ KINDS = (
     per_latent=st.booleans(),
 )
 def test_edited_weights_give_the_reference(kind, dtype, n, d, n_latents, k, seed, centred, per_latent):
-    x, W_enc = _whole((n, d), seed).to(dtype), _whole((d, n_latents), seed + 1, 1).to(dtype)
-    b_enc, b_dec = _whole((n_latents,), seed + 2).to(dtype), _whole((d,), seed + 3, 1).to(dtype)
-    _edited(kind, x, W_enc, b_enc, torch.Generator().manual_seed(seed))
-    threshold = _whole((n_latents,), seed + 4).to(dtype) + 4 if per_latent else 3.0
+    x, W_enc = whole((n, d), seed).to(dtype), whole((d, n_latents), seed + 1, 1).to(dtype)
+    b_enc, b_dec = whole((n_latents,), seed + 2).to(dtype), whole((d,), seed + 3, 1).to(dtype)
+    edited(kind, x, W_enc, b_enc, torch.Generator().manual_seed(seed))
+    threshold = whole((n_latents,), seed + 4).to(dtype) + 4 if per_latent else 3.0
     _assert_reference(x, W_enc, b_enc, k=k, threshold=threshold, b_dec=b_dec if centred else None)
 
 
@@ -120,8 +88,8 @@ def test_dead_and_copied_latents_take_no_place():
 def test_gains_multiply_the_rounded_pre_activation(dtype, n, d, n_latents, k, seed, centred):
     """As SAELens' rescale_acts_by_decoder_norm: hidden_pre * W_dec.norm(dim=-1), each rounded to the dtype."""
     g = torch.Generator().manual_seed(seed)
-    x, W_enc = _whole((n, d), seed).to(dtype), _whole((d, n_latents), seed + 1, 1).to(dtype)
-    b_enc, b_dec = _whole((n_latents,), seed + 2).to(dtype), _whole((d,), seed + 3, 1).to(dtype)
+    x, W_enc = whole((n, d), seed).to(dtype), whole((d, n_latents), seed + 1, 1).to(dtype)
+    b_enc, b_dec = whole((n_latents,), seed + 2).to(dtype), whole((d,), seed + 3, 1).to(dtype)
     gain = (torch.rand(n_latents, generator=g) * 3).to(dtype)
     gain[::5] = 1
     W_enc[:, 1::4], gain[1::8] = W_enc[:, 1:2].clone(), gain[1].clone()

@@ -243,7 +243,8 @@ int64_t hits(
   for (int64_t l = 0; l < kPanel; l += 16) {
     const int64_t first = panel * kPanel + l, beyond = weights.n_places - first;  // the last panel is padded
     const Sixteen found(products + l, token, weights, first);
-    const __m512 sum = _mm512_add_ps(found.score, found.bound);
+    // upper_end; max gives its second operand when one is NaN
+    const __m512 sum = _mm512_add_ps(_mm512_max_ps(_mm512_set1_ps(-kLargestScore), found.score), found.bound);
     const __m512 limit = step ? _mm512_loadu_ps(limits + first) : _mm512_set1_ps(*limits);
     const __mmask16 valid = beyond >= 16 ? 0xFFFF : beyond <= 0 ? 0 : (1 << beyond) - 1;
     const __mmask16 in = _mm512_mask_cmp_ps_mask(valid, sum, limit, _CMP_NLT_UQ);

@@ -92,7 +92,7 @@ int64_t hits(
   bool any = false;
   for (int64_t l = 0; l < kPanel; ++l) {
     limit[l] = limits[step ? first + l : 0];
-    sum[l] = found.score[l] + found.bound[l];
+    sum[l] = upper_end(found.score[l], found.bound[l]);
     any |= !(sum[l] < limit[l]);
   }
   int64_t count = 0;

@@ -101,11 +101,6 @@ static void fold_bias(const Tensor& weight, const Tensor& b_enc, const std::vect
   }
 }
 
-// Bytes of all codes; one where there are none, as a sign that there are bounds.
-static int64_t code_count(const ScreenKernels& kernel, int64_t padded, int64_t d) {
-  return std::max<int64_t>(padded > 0 ? 1 : 0, padded * screen_padded(kernel, d) * kernel.weight_bytes);
-}
-
 // Codes and bounds of every place. The screen scores (x - b_dec) against w, so its bias is b_enc itself.
 template <typename T>
 static void encode_places(Packed& packed, const Tensor& b_enc) {
@@ -113,7 +108,7 @@ static void encode_places(Packed& packed, const Tensor& b_enc) {
   const int64_t d = packed.d(), n_places = packed.places.n_places, group = kernel.group;
   const int64_t d_padded = screen_padded(kernel, d), panels = screen_panels(n_places), padded = panels * kPanel;
   const int64_t latent_bytes = d_padded * kernel.weight_bytes;
-  packed.codes = torch::stable::new_zeros(packed.weight, {code_count(kernel, padded, d)}, ScalarType::Char);
+  packed.codes = torch::stable::new_zeros(packed.weight, {codes_size(kernel, d, n_places)}, ScalarType::Char);
   packed.sums = torch::stable::new_zeros(packed.weight, {padded}, ScalarType::Int);
   packed.bounds = torch::stable::new_zeros(packed.weight, {kBoundRows, padded}, ScalarType::Float);
   parallel_ranges(ceil_div(n_places, group), 1, [&](int64_t begin, int64_t end) {
@@ -135,6 +130,30 @@ static void encode_places(Packed& packed, const Tensor& b_enc) {
           mutable_data<float>(*packed.bounds) + place, padded);
     }
   });
+}
+
+// Inf times a gain is Inf (or NaN), whatever a bound says of the number that overflowed.
+static double reach_of(const Packed& packed) {
+  double reach = std::numeric_limits<double>::infinity();
+  if (!packed.gain || !packed.codes) {
+    return reach;
+  }
+  const int64_t padded = screen_panels(packed.places.n_places) * kPanel;
+  const float* bounds = data<float>(*packed.bounds);
+  dispatch_floating("gain", packed.gain->scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    for (int64_t place = 0; place < packed.places.n_places; ++place) {
+      const auto bound = [&](int row) { return bounds[row * padded + place]; };
+      if (!std::isfinite(bound(kNorm) + bound(kRounding) + bound(kSlack))) {
+        continue;  // never left out
+      }
+      const int64_t j = packed.places.latent[place];
+      const double norm = norm_before_gain(bound(kNorm), static_cast<double>(data<T>(*packed.gain)[j]));
+      const double room = kMargin<T>.largest - std::fabs(data<double>(packed.bias)[j]);
+      reach = std::min(reach, room / norm);
+    }
+  });
+  return reach;
 }
 
 // All but the rows, which are there. `screen`: codes, and a look for equal latents, worth it for many tokens.
@@ -159,6 +178,7 @@ static void pack_terms(Packed& packed, const Tensor& b_enc, const OptionalTensor
       encode_places<T>(packed, b_in);
     }
   });
+  packed.reach = reach_of(packed);
 }
 
 static OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {
@@ -215,7 +235,7 @@ Packed packed_encoder(
     require(given.sums && given.bounds, "sums, bounds: must be given with codes, got codes alone");
     const ScreenKernels& kernel = *screen_kernels();
     const int64_t padded = screen_panels(packed.places.n_places) * kPanel;
-    check_vector("codes", *given.codes, code_count(kernel, padded, d));
+    check_vector("codes", *given.codes, codes_size(kernel, d, packed.places.n_places));
     check_type("codes", *given.codes, ScalarType::Char);
     check_vector("sums", *given.sums, padded);
     check_type("sums", *given.sums, ScalarType::Int);
@@ -226,6 +246,7 @@ Packed packed_encoder(
     packed.codes = torch::stable::contiguous(*given.codes);
     packed.sums = torch::stable::contiguous(*given.sums);
     packed.bounds = torch::stable::contiguous(*given.bounds);
+    packed.reach = reach_of(packed);
   }
   return packed;
 }

@@ -32,6 +32,7 @@ struct ScreenedWeights {
   const int8_t* codes;  // panels of codes, laid out as the kernels want them
   const int32_t* sums;  // [padded] what the coding of x adds to each product
   const float* bounds;  // [kBoundRows, padded]
+  double reach;         // the largest ||x|| for which no pre-activation overflows before its gain
 
   int64_t padded() const { return panels * kPanel; }
 };
@@ -73,7 +74,7 @@ struct ScreenKernels {
   // kPanel].
   // Null where rows are multiplied by torch.
   void (*products)(const void* x, int64_t some, const int8_t* panel, int64_t d_padded, int32_t* out);
-  // The interval [score - bound, score + bound] of each place of the panel, from one token's products.
+  // The interval [score - bound, score + bound] of each place of the panel, from one token's products: see lower_end.
   void (*intervals)(
       const int32_t* products, const ScreenedToken& token, const ScreenedWeights& weights, int64_t panel, float* score,
       float* bound);
@@ -104,7 +105,9 @@ inline double float_error(int64_t d) { return (static_cast<double>(d) / 16 + 16)
 // Unit roundoff of float32 with room for products of (1 + u): every bound is inflated by whole multiples of it.
 constexpr double kUnit = 0x1p-24;
 constexpr double kOutward = 1 + 0x1p-20;  // float64 norms -> float32 bounds, and the float32 arithmetic on the bounds
-constexpr double kTinyNorm = 1e-40;       // absolute errors of denormal weights, before they meet ||x|| up to 1e30
+constexpr double kTinyNorm = 1e-34;       // absolute errors of subnormal weights (flushed to zero or not) in norms
+constexpr float kTinyBound = 1e-36f;      // keeps the bounds themselves out of float32's subnormal numbers
+constexpr double kSmallestScale = 1.2e-38, kLargestBias = 1e38;  // what float32 holds with its full precision
 
 // What rounding a row to codes did to it.
 struct RoundedRow {
@@ -112,20 +115,35 @@ struct RoundedRow {
   double norm, code_norm, rounding;  // ||v||, ||v~||, ||v - v~||, of the row as it was rounded
 };
 
+inline double size_of(double value) { return value < 0 ? -value : value; }
+
 // The column of bounds of a latent: `norm` bounds ||w||, `rounding` ||w - w~||.
 inline void store_bounds(
     const RoundedRow& row, double norm, double rounding, const LatentTerms& terms, float* bounds, int64_t ld) {
-  const double gain = terms.gain, size = gain < 0 ? -gain : gain, bias = terms.bias < 0 ? -terms.bias : terms.bias;
-  bounds[kScale * ld] = static_cast<float>(row.scale * gain);
+  const double gain = terms.gain, size = size_of(gain), bias = size_of(terms.bias);
+  // A scale that float32 rounds by more than its unit is none: then all of the codes is lost.
+  const bool scaled = row.scale * size >= kSmallestScale;
+  const double lost = rounding + (scaled ? 8 * kUnit : 1.0) * row.code_norm;
+  bounds[kScale * ld] = scaled ? static_cast<float>(row.scale * gain) : 0.0f;
   bounds[kBias * ld] = static_cast<float>(terms.bias * gain);
-  // The rounding before the gain is off by margin |<x, w> + bias|, and ||x|| is at most alpha + beta.
-  bounds[kNorm * ld] = static_cast<float>(norm * (1 + terms.margin) * size * kOutward);
+  // The rounding before the gain is off by margin |<x, w> + bias|, and ||x|| is at most alpha + beta. A gain of 0 keeps
+  // the norm itself, for norm_before_gain.
+  bounds[kNorm * ld] = static_cast<float>(norm * (1 + terms.margin) * (size > 0 ? size : 1) * kOutward) + kTinyBound;
   // The float32 score s_x s_w acc + bias is off by at most 8 units of its terms: into the slopes and the constant.
-  bounds[kRounding * ld] =
-      static_cast<float>((rounding + (8 * kUnit) * row.code_norm + terms.margin * norm) * size * kOutward);
+  bounds[kRounding * ld] = static_cast<float>((lost + terms.margin * norm) * size * kOutward) + kTinyBound;
   bounds[kSlack * ld] =
-      static_cast<float>(((10 * kUnit + terms.margin) * bias + terms.tiny) * size * kOutward) + 1e-35f;
+      bias * size < kLargestBias
+          ? static_cast<float>(((10 * kUnit + terms.margin) * bias + terms.tiny) * size * kOutward) + 1e-35f
+          : __builtin_inff();
 }
+
+// A bound of ||w|| from the kNorm of a latent.
+inline double norm_before_gain(float norm, double gain) { return gain == 0 ? norm : norm / size_of(gain); }
+
+// The ends of an interval. A score that overflowed is known to lie beyond the largest float32, no more.
+constexpr float kLargestScore = 0x1.fffffep127f;
+inline float lower_end(float score, float bound) { return (score > kLargestScore ? kLargestScore : score) - bound; }
+inline float upper_end(float score, float bound) { return (score < -kLargestScore ? -kLargestScore : score) + bound; }
 
 const ScreenKernels* screen_kernels();  // of active_isa()
 const ScreenKernels* byte_kernels();    // AVX-512 VNNI; null where they are not compiled
@@ -136,5 +154,12 @@ inline int64_t screen_padded(const ScreenKernels& kernels, int64_t d) {
   return (d + kernels.align - 1) / kernels.align * kernels.align;
 }
 inline int64_t screen_panels(int64_t n_places) { return (n_places + kPanel - 1) / kPanel; }
+
+// Bytes of all codes, and a few unused ones by whose number another layout is refused: that of another machine. One
+// byte where there are no codes, as a sign that there are bounds.
+inline int64_t codes_size(const ScreenKernels& kernels, int64_t d, int64_t n_places) {
+  const int64_t codes = screen_panels(n_places) * kPanel * screen_padded(kernels, d);
+  return kernels.weight_bytes == 0 ? 1 : (codes + kernels.group) * kernels.weight_bytes;
+}
 
 }  // namespace darkmatter

@@ -23,8 +23,8 @@ static void intervals_of_task(
           packed.places.each_of(panel * kPanel + l, [&](int32_t latent) {
             const int64_t at = (task.token + row) * packed.n_latents() + latent;
             const bool known = score[l] == score[l] && bound[l] == bound[l];
-            lower[at] = known ? score[l] - bound[l] : -std::numeric_limits<float>::infinity();
-            upper[at] = known ? score[l] + bound[l] : std::numeric_limits<float>::infinity();
+            lower[at] = known ? lower_end(score[l], bound[l]) : -std::numeric_limits<float>::infinity();
+            upper[at] = known ? upper_end(score[l], bound[l]) : std::numeric_limits<float>::infinity();
           });
         }
       });

@@ -47,7 +47,8 @@ inline ScreenedWeights screened_weights(const Packed& packed) {
       screen_panels(n_places),
       data<int8_t>(*packed.codes),
       data<int32_t>(*packed.sums),
-      data<float>(*packed.bounds)};
+      data<float>(*packed.bounds),
+      packed.reach};
 }
 
 // The tokens of one task, ready to be screened.
@@ -97,7 +98,7 @@ struct TaskTokens {
       const double error = 4.0 * static_cast<double>(d + 2) * 0x1p-53 * (norm[t] + std::sqrt(centre_squares));
       screened[t] = screen_kernels()->encode_token(
           row.data(), d, weights.d_padded, error, scratch.data(), codes.data() + t * row_bytes);
-      screened[t].screened &= !zero[t];
+      screened[t].screened &= !zero[t] && norm[t] <= weights.reach;
     }
   }
 
@@ -371,7 +372,7 @@ class Refinement {
         next_row + d * sizeof(T));
     const double unit = float_error(d), tiny = static_cast<double>(d) * 4e-38;  // products below the smallest normal
     const double gain = packed_.gain ? static_cast<double>(data<T>(*packed_.gain)[latent]) : 1.0;
-    const double norm = weights_.bounds[kNorm * padded + place];  // with |gain| in it
+    const double norm = weights_.bounds[kNorm * padded + place];  // with |gain| in it, or more
     const double bias = data<double>(packed_.bias)[latent];
     for (int64_t c = 0; c < count; ++c) {
       const int32_t t = token[c];

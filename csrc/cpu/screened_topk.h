@@ -131,7 +131,7 @@ class TopKScreen {
         const int64_t panel = first_ + p * step_;
         screen_kernels()->intervals(of(row, p), token, weights_, panel, scores.data() + places, bound);
         for (int64_t l = 0; l < kPanel; ++l) {
-          lower[places + l] = scores[places + l] - bound[l];
+          lower[places + l] = lower_end(scores[places + l], bound[l]);
         }
         places += std::min(kPanel, task_.end - panel * kPanel);
       }

@@ -225,7 +225,8 @@ static int64_t hits(
 #pragma GCC unroll 2
   for (int64_t l = 0; l < kPanel; l += kLanes32) {
     const Interval found = interval_of(products + l, token, weights.bounds + first + l, padded);
-    const Floats sum = DM_OF(add_ps)(found.score, found.bound);
+    // upper_end; max gives its second operand when one is NaN
+    const Floats sum = DM_OF(add_ps)(DM_OF(max_ps)(DM_OF(set1_ps)(-kLargestScore), found.score), found.bound);
     const Floats limit = step ? DM_OF(loadu_ps)(limits + first + l) : DM_OF(set1_ps)(*limits);
     uint32_t in = not_below(sum, limit);
     if (beyond - l < kLanes32) {  // the last panel is padded

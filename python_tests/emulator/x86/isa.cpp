@@ -5,6 +5,7 @@
 #define active_isa isa_of_the_environment
 #include "cpu/isa.cpp"
 #undef active_isa
+#include "cpu/screen.h"
 
 namespace darkmatter {
 
@@ -14,12 +15,16 @@ Isa active_isa() { return chosen; }
 
 }  // namespace darkmatter
 
+#define static  // the choice of codes is made at each call, not at the first
+#include "cpu/screen.cpp"
+#undef static
+
 // False for a name that isa_name does not give.
 extern "C" __attribute__((visibility("default"))) bool darkmatter_emulated_isa(const char* name) {
   using darkmatter::Isa;
-  for (int isa = 0; isa <= static_cast<int>(darkmatter::best_isa()); ++isa) {
-    if (std::strcmp(darkmatter::isa_name(static_cast<Isa>(isa)), name) == 0) {
-      darkmatter::chosen = static_cast<Isa>(isa);
+  for (const Isa isa : darkmatter::kIsas) {
+    if (std::strcmp(darkmatter::isa_name(isa), name) == 0) {
+      darkmatter::chosen = isa;
       return true;
     }
   }
