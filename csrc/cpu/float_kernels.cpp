@@ -19,8 +19,11 @@ namespace {
 
 double gamma_of(int64_t d) { return 1.01 * static_cast<double>(d + 2) * kUnit; }
 
-// Scores below the smallest normal number may be lost, product by product.
+// Products below the smallest normal number may be lost, one by one.
 constexpr double kLost = 2e-38;
+
+// Norms of rows below this have products, and sums of some of them, below 1e36, by Cauchy-Schwarz: nothing overflows.
+constexpr double kLargestNorm = 1e18;
 
 ScreenedToken encode_token(
     const double* row, int64_t d, int64_t /*d_padded*/, double error, float* /*scratch*/, void* codes) {
@@ -36,7 +39,7 @@ ScreenedToken encode_token(
   token.scale = 1.0f;
   token.alpha = static_cast<float>((std::sqrt(lost) + error) * kOutward);
   token.beta = static_cast<float>(std::sqrt(squares) * kOutward);
-  token.screened = squares > 1e-50 && squares < 1e60;
+  token.screened = squares > 1e-50 && squares < kLargestNorm * kLargestNorm;
   return token;
 }
 
@@ -51,7 +54,7 @@ void encode_latent(
   }
   const double norm = std::sqrt(squares), rounding = std::sqrt(lost) + gamma_of(d) * norm;
   LatentTerms own = terms;
-  own.tiny += kLost * static_cast<double>(d);
+  own.tiny += norm < kLargestNorm ? kLost * static_cast<double>(d) : std::numeric_limits<double>::infinity();
   *sum = 0;
   store_bounds({1.0f, norm, norm, rounding}, norm + std::sqrt(lost) + kTinyNorm, rounding, own, bounds, ld_bounds);
 }
