@@ -23,7 +23,7 @@ N_TOKENS, HEADS = 12, 4
 DENSE = 0.04  # share of active latents below which a call has to be fast; the package's own limit is higher
 K_SHARE = 0.05
 # Without it, on a processor with no vector kernel, only pursuit has a fast path.
-SCREENS = dm.prepare_encoder(torch.zeros(32, 256), torch.zeros(256)).screens
+SCREENS = dm.prepare_encoder(Draw(0).normal(32, 256), torch.zeros(256)).screens
 TRIES = 12  # calls within which a path that has stepped aside comes back
 
 
