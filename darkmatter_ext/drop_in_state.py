@@ -67,7 +67,7 @@ class State:
         self.owner = weakref.ref(sae)
         self.encoder = Packed(architecture.prepare, why_not=why_not_weights)
         self.vectors = Packed(architecture.read, why_not=why_not_weights)
-        self.decoder = Packed(_decoder_rows, why_not=why_not_weights, is_view=_is_read_in_place)
+        self.decoder = Packed(_decoder_rows, why_not=why_not_weights, is_view=_is_vector)
         self.decoder_norms = Packed(_inverse_norms, why_not=why_not_weights)
         self.back_off = BackOff()
         self.refused: int | None = None  # address of a W_enc that somebody else holds too: its layout stays
@@ -106,9 +106,9 @@ def _no_state() -> None:
     return None
 
 
-def _is_read_in_place(tensor: Tensor) -> bool:
-    """b_dec always is, W_dec where its rows are contiguous."""
-    return tensor.ndim == 1 or tensor.is_contiguous()
+def _is_vector(tensor: Tensor) -> bool:
+    """b_dec is read as it is; W_dec may be too, but whether it is finite was asked once."""
+    return tensor.ndim == 1
 
 
 def _decoder_rows(W_dec: Tensor, *_: Tensor) -> Tensor | str:

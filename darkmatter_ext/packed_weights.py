@@ -1,9 +1,9 @@
 """Derived copies of an SAE's weights that notice when the weights change.
 
 Optimisers, `copy_`, assignment and `.to` are seen by the identity and version of a tensor. Edits through `.data` (SAELens'
-own fold_* among them) and numpy change neither, so one element of every row and every column is compared as well: an edit
-of a whole latent, a whole dimension or the whole matrix is noticed, an edit of single elements through `.data` may not be.
-Vectors are compared whole.
+own fold_* among them) and numpy change neither, so one element of every row and every column is compared as well, one that
+is not 0 where there is one: an edit of a whole latent, a whole dimension or the whole matrix is noticed, an edit of single
+elements through `.data` may not be. Vectors are compared whole.
 """
 
 from __future__ import annotations
@@ -21,6 +21,15 @@ _RENEWALS_IN_A_ROW = 4  # then the tokens must be many for packing to pay
 _TOKENS_TO_PAY = 256
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LINE = 64  # bytes in a cache line
+_COLUMNS_AT_ONCE = 4096
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """The count of edits torch has seen; None where it keeps none: tensors made in inference mode, whatever they say now."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
 
 
 def _looked_at(tensor: Tensor) -> Iterator[Tensor]:
@@ -47,27 +56,71 @@ def _looked_at(tensor: Tensor) -> Iterator[Tensor]:
         yield wide.as_strided((rows, width), (down + width * along, along), start)
 
 
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+
+
+def _beside_zeros(tensor: Tensor, stairs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor] | None:
+    """Rows and columns, in `_wide(tensor)`, of one more element for each row and column that the stairs touch at 0 alone.
+
+    The largest there; in a row or column of zeros one that crosses the busiest other, where new values are least likely 0.
+    """
+    if tensor.ndim != 2 or tensor.numel() == 0:
+        return None
+    wide = _wide(tensor.detach())
+    columns = wide.shape[1]
+    found = [(step << 1) != 0 for step in stairs]  # without the sign
+    # The stairs go through the columns in order, and their rest through the last ones; through the rows at every step.
+    touched = torch.cat([f.reshape(-1) for f in found])
+    numbers = torch.cat(
+        [torch.arange(found[0].numel()), torch.arange(columns)[columns - sum(f.numel() for f in found[1:]) :]]
+    )
+    in_row = torch.stack([f.movedim(-2, 0).flatten(1).any(1) for f in found]).any(0)
+    by_column = _largest_of(wide, numbers.to(wide.device)[~touched].unique())
+    by_row = _largest_of(wide.mT, (~in_row).nonzero()[:, 0])
+    places = tuple(torch.cat(pair) for pair in ((by_column[0], by_row[1]), (by_column[1], by_row[0])))
+    return places if len(places[0]) else None
+
+
+def _largest_of(matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the largest elements of some columns, and the columns."""
+    rows, nothing = [columns[:0]], [columns[:0].bool()]
+    for some in columns.split(_COLUMNS_AT_ONCE):
+        largest, row = matrix[:, some].abs().max(0)
+        rows.append(row)
+        nothing.append(largest == 0)
+    found, empty = torch.cat(rows), torch.cat(nothing)
+    if bool(empty.any()):
+        found[empty] = matrix.count_nonzero(1).argmax()
+    return found, columns
+
+
 class _Watched:
     """What is remembered of one tensor."""
 
     def __init__(self, tensor: Tensor, *, look_inside: bool) -> None:
         self.tensor = tensor  # held, so that its id and address are not given to another
         self.address = tensor.data_ptr()
-        self.version = None if tensor.is_inference() else tensor._version
+        self.version = version_of(tensor)
         self.form = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
         self.views = tuple((view, view.clone()) for view in _looked_at(tensor)) if look_inside else ()
+        self.places = _beside_zeros(tensor, tuple(view for view, _ in self.views)) if look_inside else None
+        self.sample = self._read_places() if self.places is not None else None
+
+    def _read_places(self) -> Tensor:
+        return _wide(self.tensor.detach().view(_BITS[self.tensor.element_size()]))[self.places]
 
     def unchanged(self, tensor: Tensor) -> bool:
         if tensor is not self.tensor or tensor.data_ptr() != self.address:
             return False
-        if self.version is not None and tensor._version != self.version:
+        if self.version is not None and version_of(tensor) != self.version:
             return False
         if (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) != self.form:
             return False
-        for view, sample in self.views:  # noqa: SIM110  (a generator costs more than a look)
+        for view, sample in self.views:
             if not torch.equal(view, sample):
                 return False
-        return True
+        return self.sample is None or torch.equal(self._read_places(), self.sample)
 
 
 class Packed:
@@ -118,7 +171,7 @@ class Packed:
             value = self._derive(*weights) if derive else CHANGING
         if value is NO_KERNEL:
             for each in watched:
-                each.views = ()
+                each.views, each.sample = (), None
         self._state = (watched, value)
         return value
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from darkmatter_ext._library import has_kernels
-from darkmatter_ext.packed_weights import PLAIN
+from darkmatter_ext.packed_weights import PLAIN, version_of
 
 
 def transforms_active() -> bool:
@@ -105,6 +105,6 @@ def _why_not_these(sae: Any, device: torch.device | None, weights: tuple[Any, ..
             return "mixed dtypes"
         if device is not None and each.device != device:
             return "tensors on more than one device"
-        if grad and each.is_inference():
-            return "weights made in inference mode, in grad mode"
+        if version_of(each) is None and (grad or not each.is_inference()):
+            return "weights made in inference mode"
     return "a weight is parametrised" if "parametrizations" in sae._modules else ""

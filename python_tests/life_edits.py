@@ -78,7 +78,7 @@ def deepcopy_of_copies(sae, draw):
     return copy.deepcopy(copy.copy(copy.deepcopy(sae)))
 
 
-@edit(0)
+@edit()
 def deepcopy_in_inference_mode(sae, draw):
     with torch.inference_mode():
         return copy.deepcopy(sae)
@@ -298,7 +298,7 @@ def dimension_zeroed(sae, draw):
         parameter.data[:, [place % parameter.shape[1] for place in places]] = 0
 
 
-@edit(0)
+@edit()
 def dimension_then_latent(sae, draw):
     """After a call without a dimension, latents are taken out: parts of them are zero before and after."""
     if "W_enc" in sae._parameters:
@@ -359,7 +359,7 @@ def not_finite(sae, draw):
         getattr(sae, name).data[..., place] = draw.choice((float("inf"), float("nan")))
 
 
-@edit(0)
+@edit()
 def decoder_not_finite(sae, draw):
     """A whole latent of the decoder."""
     sae.W_dec.data[draw.randrange(sae.cfg.d_sae)] = draw.choice((float("inf"), float("nan")))

@@ -16,6 +16,7 @@ from sae_cases import TOLERANCE, TRANSCODERS
 from sae_lens.registry import get_sae_class
 
 import darkmatter_ext as dm
+from darkmatter_ext.packed_weights import version_of
 
 ARCHITECTURES = ("topk", "jumprelu", "standard", "gated", "matching_pursuit", "abstopk", *TRANSCODERS)
 NEVER_FAST = {"abstopk": "signed latents"}
@@ -338,8 +339,8 @@ def excuse(sae, x, acts):
         (not SCREENS and not pursuit, "no kernel for this processor"),
         (not finite, "weights are not finite"),
         (
-            torch.is_grad_enabled() and any(p.is_inference() for p in sae.parameters()),
-            "inference tensors and gradients",
+            any(version_of(p) is None and (torch.is_grad_enabled() or not p.is_inference()) for p in sae.parameters()),
+            "weights made in inference mode",
         ),
         ({p.dtype for p in sae.parameters()} != {sae.dtype}, "mixed dtypes"),
         (bool(sae.hook_sae_acts_pre._forward_hooks), "hook_sae_acts_pre"),

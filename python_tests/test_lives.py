@@ -1,13 +1,15 @@
 """Accelerated SAEs live through random edits beside their plain twins: see lives.py and life_edits.py."""
 
 import pytest
-from lives import ARCHITECTURES, SCREENS, Config, live, replay
+from lives import ARCHITECTURES, Config, live, replay
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 N_EDITS = 25
 
 # The shortest lives that have failed once.
+INFERENCE = [("deepcopy_in_inference_mode", 231805), ("dtype_there_and_back", 324086)]
+TAKEN_OUT = [("dimension_then_latent", 39400), ("dimension_then_latent", 813331)]
 PURSUIT = {"max_iterations": 4}
 SHORT_LIVES = [
     *((architecture, {}, [(edit, 5)]) for architecture in ARCHITECTURES for edit in ("deepcopy", "shallow_copy")),
@@ -15,14 +17,9 @@ SHORT_LIVES = [
     ("matching_pursuit", PURSUIT | {"normalize_activations": "constant_norm_rescale"}, [("latents_zeroed", 1)] * 4),
     ("matching_pursuit", PURSUIT | {"reshape_activations": "hook_z"}, [("new_parameter", 367384), ("k", 830452)]),
     ("jumprelu_transcoder", {"reshape_activations": "hook_z"}, [("data_rows", 1)]),
-]
-# Faults that are known and not mended: take them out of here, and give their edits a weight, when they are.
-INFERENCE = [("deepcopy_in_inference_mode", 231805), ("dtype_there_and_back", 324086)]
-TAKEN_OUT = [("dimension_then_latent", 39400), ("dimension_then_latent", 813331)]
-OPEN = [
-    pytest.param("jumprelu", {"apply_b_dec_to_input": False}, INFERENCE, id="inference-tensors"),
-    pytest.param("skip_transcoder", {"dtype": "float16", "d_out": 48}, TAKEN_OUT, id="zero-before-and-after"),
-    pytest.param("jumprelu", {"dtype": "float16"}, [("decoder_not_finite", 1)], id="decoder-not-finite"),
+    ("jumprelu", {"apply_b_dec_to_input": False}, INFERENCE),
+    ("skip_transcoder", {"dtype": "float16", "d_out": 48}, TAKEN_OUT),
+    ("jumprelu", {"dtype": "float16"}, [("decoder_not_finite", 1)]),
 ]
 
 
@@ -33,12 +30,6 @@ def _config(architecture, options):
 
 @pytest.mark.parametrize(("architecture", "options", "edits"), SHORT_LIVES)
 def test_short_lives(architecture, options, edits):
-    replay(_config(architecture, options), edits)
-
-
-@pytest.mark.parametrize(("architecture", "options", "edits"), OPEN)
-@pytest.mark.xfail(strict=SCREENS, reason="not mended yet")
-def test_open_faults(architecture, options, edits):
     replay(_config(architecture, options), edits)
 
 
