@@ -37,6 +37,7 @@ from darkmatter_ext.storage import atomic_file
 ISAS = {
     "scalar": ("default", "SSE41", "SSE4_2"),
     "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx_vnni": ("avx2", "AVX2_VNNI", "AVX2"),
     "avx512": ("avx512", "AVX512_CORE", "AVX512"),
     "avx512_vnni": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from darkmatter_ext import ops
 from darkmatter_ext.batched_pursuit import prepare_dictionary, pursuit
 from darkmatter_ext.packed_weights import NO_KERNEL
-from darkmatter_ext.soundness import is_hooked
+from darkmatter_ext.soundness import has_hooks, is_hooked
 from darkmatter_ext.sparse import SparseActs
 from darkmatter_ext.stepping_aside import DENSE_SHARE
 from darkmatter_ext.unchecked import Tried, try_threshold_encode, try_topk_encode
@@ -39,11 +39,16 @@ def weight(sae: Any, name: str) -> Tensor:
     return getattr(sae, name) if found is None else found
 
 
+_MOST_ODD = 64  # latents that are not finite: each costs an exact sum a token
+
+
 def _prepared(W_enc: Tensor, b_enc: Tensor, **options: Any) -> ops.PreparedEncoder | str:
     try:
         prepared = ops.prepare_encoder(W_enc, b_enc, share_rows=True, **options)
     except ValueError:
         return "the encoder's weights are not finite"
+    if prepared.groups.numel() and int(prepared.groups[3]) > _MOST_ODD:
+        return "many latents of the encoder are not finite"
     return prepared if prepared.screens else NO_KERNEL
 
 
@@ -79,7 +84,9 @@ class Architecture:
     def why_not(self, sae: Any, x: Tensor) -> str:
         """Why what comes before and after the pre-activations is not what the ops compute."""
         activation = sae._modules.get("activation_fn")
-        return "" if type(activation) is nn.ReLU else f"activation function {type(activation).__name__}"
+        if type(activation) is not nn.ReLU:
+            return f"activation function {type(activation).__name__}"
+        return "the activation function is hooked" if has_hooks(activation) else ""
 
     # What it computes
 
@@ -178,6 +185,8 @@ class TopK(Architecture):
         activation = sae._modules.get("activation_fn")
         if type(activation) is not SaeLensTopK or activation.use_sparse_activations:
             return f"activation function {type(activation).__name__}"
+        if has_hooks(activation):
+            return "the activation function is hooked"
         k, d_sae = activation.k, weight(sae, "W_enc").shape[1]
         if type(k) is not int or not 0 <= k <= max(1, DENSE_SHARE * d_sae):
             return f"k is not from 0 to {DENSE_SHARE:.0%} of the latents"

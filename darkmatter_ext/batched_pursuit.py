@@ -42,7 +42,7 @@ def prepare_dictionary(dictionary: Tensor) -> PreparedDictionary:
 
     Raises TypeError / ValueError: not a floating-point matrix on a device with kernels, no atoms, or not finite.
 
-    Cost: a few passes over the dictionary; memory F d elements, and F d bytes for its 8-bit codes (CUDA: 2 F d).
+    Cost: a few passes over the dictionary; memory F d elements, and F d (8-bit codes) or 2 F d bytes (16-bit codes; CUDA).
     """
     if not isinstance(dictionary, Tensor) or not dictionary.is_floating_point() or dictionary.layout != torch.strided:
         given = dictionary.dtype if isinstance(dictionary, Tensor) else type(dictionary).__name__
@@ -162,7 +162,7 @@ def pursuit(
         TypeError, ValueError: one line naming the argument, the rule and the value; also when x or the dictionary requires a
         gradient, which pursuit does not have.
 
-    Cost: a step is N F d 8-bit multiply-adds (AVX-512 VNNI; else float64) and about 4 N s d on the s atoms chosen so far.
+    Cost: a step is N F d multiply-adds of codes (`topk_encode`) and about 4 N s d on the s atoms chosen so far.
     Memory: 1024 tokens at a time, 8 (6 d + 8 S) bytes each, "orthogonal" 24 S^2 more; nothing grows with F but the dictionary,
         and where a token has more near-ties than 64 its products with all atoms (64 MB at a time).
         Small dictionaries (F at most 1024, "gradient") use their Gram matrix, 8 F^2 bytes and 24 F a token.

@@ -111,6 +111,7 @@ class AcceleratedSAE:
         state = self._fast
         ready = SMALL if self._is_small(x, SMALL_ENCODE) else self._look(state, x)
         if type(ready) is str:
+            state.last_pass = None
             state.count("encode", ready)
             acts = super().encode(x)  # type: ignore[misc]
             if state.back_off.left and type(acts) is Tensor and not transforms_active():
@@ -154,6 +155,7 @@ class AcceleratedSAE:
         ready = SMALL if self._is_small(x, SMALL_FORWARD) else self._look(state, x, sparse=True)
         decoder = ready if type(ready) is str else self._look_at_decoder(state, None)
         if type(decoder) is str or self._is_overridden():
+            state.last_pass = None
             state.count("forward", decoder if type(decoder) is str else "forward, encode or decode is overridden")
             return super().forward(x)  # type: ignore[misc]
         sae_out = self._reconstructed(self._pass(state, x, ready, "forward"), decoder)
@@ -276,13 +278,14 @@ class AcceleratedSAE:
         settings = self._architecture.settings(self)
         clean = type(self._modules["hook_sae_acts_post"]) is nn.Identity  # SAELens' second pass, hooks disabled
         last, state.last_pass = state.last_pass, None
-        if clean and last is not None and same_pass(last, sae_in, ready, settings):
+        wants_grad = torch.is_grad_enabled()
+        if clean and not wants_grad and last is not None and same_pass(last, sae_in, ready, settings):
             state.count(method)
             return last[3]
         found = self._fresh_pass(state, sae_in, ready, method)
         if clean:
             state.has_second_passes = True
-        elif state.has_second_passes:
+        elif state.has_second_passes and found.dense is None:  # dense acts are the caller's, who may edit them
             state.last_pass = sae_in.detach().clone(), ready, settings, found.detach()
         return found
 
@@ -496,8 +499,8 @@ def accelerate(sae: SAE, *, save_memory: bool = False) -> SAE:
     Raises:
         TypeError: not a SAELens SAE. ValueError: one that cannot be accelerated, with the reason.
 
-    Weights are packed at the first call (cost: one pass over W_enc; memory: W_enc once more and a quarter for its 8-bit
-    codes). Which later edits of weights are noticed: `darkmatter_ext/packed_weights.py`; after any other call `refresh`.
+    Weights are packed at the first call (cost: a few passes over W_enc; memory: W_enc once more, unless memory is saved,
+    and its codes: F d bytes with AVX-512 VNNI, 2 F d with other AVX2 processors, none elsewhere). Which later edits of weights are noticed: `darkmatter_ext/packed_weights.py`; after any other call `refresh`.
     """
     from sae_lens import SAE
 

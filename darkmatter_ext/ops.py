@@ -50,15 +50,14 @@ class PreparedEncoder:
     @property
     def packed(self) -> tuple[Tensor | None, ...]:
         """The tensors in the order the ops take them."""
-        with_codes, without, by_torch = self._arguments
-        return without if by_torch and not _torch_multiplies_in_full() else with_codes
+        by_torch = self._screens_by_torch and not _torch_multiplies_in_full()
+        codes = self.codes[:0] if by_torch else self.codes
+        return self.weight, self.bias, codes, self.sums, self.bounds, self.groups, self.gain
 
     @functools.cached_property
-    def _arguments(self) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], bool]:
-        """Arguments of the ops with and without codes; whether screening is by torch's own product (one byte of codes)."""
-        rows, terms = (self.weight, self.bias), (self.sums, self.bounds, self.groups, self.gain)
-        by_torch = self.codes.numel() == 1
-        return (*rows, self.codes, *terms), (*rows, self.codes[:0], *terms), by_torch
+    def _screens_by_torch(self) -> bool:
+        """Whether screening is by torch's own product: there are no codes then but one byte as a sign."""
+        return self.codes.numel() == 1
 
     @property
     def screens(self) -> bool:
@@ -79,7 +78,7 @@ class PreparedEncoder:
 
 def _torch_multiplies_in_full() -> bool:
     """Whether torch multiplies float32 as such. The bound of a product in bfloat16 or TF32 would be another."""
-    if torch.get_float32_matmul_precision() != "highest":
+    if torch.get_float32_matmul_precision() != "highest" or torch.is_autocast_enabled("cpu"):
         return False
     settings = (getattr(torch.backends, "fp32_precision", "none"), _mkldnn_precision())
     modes = (os.environ.get(name, "STRICT") for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"))
@@ -205,7 +204,8 @@ def prepare_encoder(
         bias, *codes = _call(_ops.pack_rows, rows, b_enc, b_dec, gain)
     else:
         rows, bias, *codes = _call(_ops.pack_encoder, W_enc, b_enc, b_dec, gain)
-    return PreparedEncoder(rows, bias, *codes, gain, has_b_dec=b_dec is not None)
+    own_gain = None if gain is None else gain.detach().clone()
+    return PreparedEncoder(rows, bias, *codes, own_gain, has_b_dec=b_dec is not None)
 
 
 def topk_encode(
@@ -454,7 +454,7 @@ def screen_intervals(
     For tests, and to see how tight the bound is on some data: upper - lower is twice the bound. Arguments and errors as
     topk_encode; x has shape [N, d]. Raises RuntimeError on a machine that cannot screen.
 
-    Cost: N F d 8-bit multiply-adds and 8 N F bytes.
+    Cost: N F d multiply-adds of codes and 8 N F bytes.
     """
     _check_encode("screen_intervals", x, W_enc, b_enc, b_dec, prepared)
     prepared = prepare_encoder(W_enc, b_enc, b_dec=b_dec) if prepared is None else prepared

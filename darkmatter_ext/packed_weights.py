@@ -21,7 +21,7 @@ _RENEWALS_IN_A_ROW = 4  # then the tokens must be many for packing to pay
 _TOKENS_TO_PAY = 256
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LINE = 64  # bytes in a cache line
-_COLUMNS_AT_ONCE = 4096
+_ELEMENTS_AT_ONCE = 1 << 22  # copied when places beside zeros are looked for
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -85,7 +85,7 @@ def _beside_zeros(tensor: Tensor, stairs: tuple[Tensor, ...]) -> tuple[Tensor, T
 def _largest_of(matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of the largest elements of some columns, and the columns."""
     rows, nothing = [columns[:0]], [columns[:0].bool()]
-    for some in columns.split(_COLUMNS_AT_ONCE):
+    for some in columns.split(max(1, _ELEMENTS_AT_ONCE // max(1, matrix.shape[0]))):
         largest, row = matrix[:, some].abs().max(0)
         rows.append(row)
         nothing.append(largest == 0)
@@ -167,7 +167,7 @@ class Packed:
             return reason
         with torch.inference_mode(False), torch.no_grad():
             # before deriving: an edit meanwhile is then seen
-            watched = [_Watched(weight, look_inside=not self._is_view(weight)) for weight in weights]
+            watched = [_Watched(weight, look_inside=derive and not self._is_view(weight)) for weight in weights]
             value = self._derive(*weights) if derive else CHANGING
         if value is NO_KERNEL:
             for each in watched:

@@ -33,6 +33,13 @@ def _hook_points() -> tuple[type, ...]:
     return HookPoint, nn.Identity  # SAELens swaps in an nn.Identity where it disables hooks
 
 
+def has_hooks(module: Any) -> bool:
+    """Whether torch's hooks listen at a module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def is_hooked(point: Any) -> bool:
     """Whether anything listens at a hook point."""
     return bool(

@@ -22,6 +22,8 @@ class BackOff:
 
     def after_trying(self, tokens: int, undecided: int) -> None:
         """Remember how a call went."""
+        if tokens == 0:
+            return
         if 2 * undecided > tokens:
             self._wait = min(max(FIRST_WAIT, 2 * self._wait), LONGEST_WAIT)
             self.left = self._wait

@@ -13,7 +13,7 @@ import emulated
 import pytest
 import torch
 from bound_cases import ROWS, Problem, count_outside, rows_of, scaled
-from encoder_cases import SCREENED_DTYPES, WORST, check_encoders, gaussian, same
+from encoder_cases import SCREENED_DTYPES, WORST, check_encoders, gaussian, same, worst
 from op_cases import CASES, DTYPES, N_PACKED
 from place_cases import EDITS, edited, whole
 from screening_cases import KINDS, count_violations, make_data
@@ -85,7 +85,7 @@ def test_the_emulated_library_has_no_instruction_beyond_avx2():
     assert not re.search(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])|vpdp", text)
 
 
-ON_CPU = [case for case in CASES if case.op not in ("screen_intervals", "pack_encoder")]
+ON_CPU = [case for case in CASES if case.op not in ("screen_intervals", "pack_encoder", "pack_rows")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,8 +93,9 @@ ON_CPU = [case for case in CASES if case.op not in ("screen_intervals", "pack_en
 def test_every_case_of_every_op(cpu, case, dtype):
     arguments = list(case.make(dtype))
     expected = case.call()(*arguments)
-    if case.name == "packed":  # codes may be of another kind
-        arguments[-N_PACKED:] = cpu.pack_encoder(*arguments[1:4])
+    if case.name in ("packed", "gains"):  # codes may be of another kind
+        gains = arguments[5 + N_PACKED :]
+        arguments[5 : 5 + N_PACKED] = cpu.pack_encoder(*arguments[1:4], *gains)
     same(getattr(cpu, case.op)(*arguments), expected)
 
 
@@ -112,7 +113,7 @@ def test_encoders(cpu, dtype, n, d, n_latents, k, packed):
 @pytest.mark.parametrize("name", WORST)
 @pytest.mark.parametrize("dtype", SCREENED_DTYPES, ids=str)
 def test_worst_cases(cpu, name, dtype):
-    x, W_enc, b_enc, b_dec = (part.to(dtype) for part in WORST[name]())
+    x, W_enc, b_enc, b_dec = worst(name, dtype)
     check_encoders(cpu, x, W_enc, b_enc, b_dec, k=20, threshold=5.0)
 
 

@@ -11,7 +11,7 @@ import subprocess
 import emulated
 import pytest
 import torch
-from encoder_cases import NAN, SCREENED_DTYPES, WORST, check_encoders, gaussian, same
+from encoder_cases import NAN, NOT_PACKED, SCREENED_DTYPES, WORST, check_encoders, gaussian, same, worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import DTYPES, ON_CUDA
@@ -65,13 +65,13 @@ def test_every_case_of_every_op(cuda, case, dtype):
 def test_packing(cuda, dtype, transposed):
     _, W_enc, b_enc, b_dec = gaussian(dtype=dtype)
     W_enc = W_enc.mT.contiguous().mT if transposed else W_enc
-    weight, bias, codes, sums, bounds = cuda.pack_encoder(W_enc, b_enc, b_dec)
+    weight, bias, codes, sums, bounds, groups = cuda.pack_encoder(W_enc, b_enc, b_dec)
     on_cpu = torch.ops.darkmatter.pack_encoder(W_enc, b_enc, b_dec)
     assert torch.equal(weight, on_cpu[0])
     assert weight.data_ptr() != W_enc.data_ptr()
     assert torch.equal(bias, on_cpu[1]) or dtype == torch.float64
     assert codes.dtype == torch.float16
-    assert sums.numel() == 0
+    assert sums.numel() == groups.numel() == 0
     assert (len(codes) == 1500) == (dtype != torch.float64)
     if dtype != torch.float64:
         exact = W_enc.mT.double()
@@ -123,7 +123,7 @@ def test_the_order_of_threads_changes_nothing(cuda, seed):
 @pytest.mark.parametrize("name", WORST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_worst_cases(cuda, name, dtype):
-    x, W_enc, b_enc, b_dec = (part.to(dtype) for part in WORST[name]())
+    x, W_enc, b_enc, b_dec = worst(name, dtype)
     check_encoders(cuda, x, W_enc, b_enc, b_dec, k=20, threshold=5.0)
 
 
@@ -132,7 +132,7 @@ def test_intervals_hold_every_pre_activation(cuda):
     for seed, scale in enumerate((1.0, 1e-3, 1e4)):
         x, W_enc, b_enc, b_dec = gaussian(8, 300, 1100, seed=seed)
         x, W_enc = x * scale, W_enc * torch.rand(1100) ** 4
-        lower, upper, screened = cuda.screen_intervals(x, W_enc, b_enc, b_dec, *(None,) * 5)
+        lower, upper, screened = cuda.screen_intervals(x, W_enc, b_enc, b_dec, *NOT_PACKED)
         h = (x.double() - b_dec.double()) @ W_enc.double() + b_enc.double()
         assert screened.all()
         assert (lower <= h).all()
@@ -146,11 +146,11 @@ def test_nan_in_weights_is_refused_when_prepared(cuda):
     W_enc[3, 5] = NAN
     with pytest.raises(RuntimeError, match="W_enc: must not contain NaN, got shape"):
         cuda.pack_encoder(W_enc, b_enc, b_dec)
-    values, indices = cuda.topk_encode(x, W_enc, b_enc, b_dec, 3, *(None,) * 5)  # unprepared: as torch.topk, NaN first
+    values, indices = cuda.topk_encode(x, W_enc, b_enc, b_dec, 3, *NOT_PACKED)  # unprepared: as torch.topk, NaN first
     assert values[:, 0].isnan().all()
     assert (indices[:, 0] == 5).all()
     with pytest.raises(RuntimeError, match="threshold: must not contain NaN"):
-        cuda.threshold_encode(x, W_enc, b_enc, b_dec, torch.tensor(NAN), *(None,) * 5)
+        cuda.threshold_encode(x, W_enc, b_enc, b_dec, torch.tensor(NAN), *NOT_PACKED)
 
 
 @settings(max_examples=25)

@@ -27,7 +27,8 @@ def on_cuda(monkeypatch):
 def prepared_encoder(on_cuda):
     half, d_padded = torch.float16, 64
     parts = on_cuda(F, D), on_cuda(F, dtype=torch.float64), on_cuda(F, d_padded, dtype=half)
-    return ops.PreparedEncoder(*parts, on_cuda(0, dtype=torch.int32), on_cuda(5, F), has_b_dec=False)
+    none = on_cuda(0, dtype=torch.int32)
+    return ops.PreparedEncoder(*parts, none, on_cuda(5, F), none, None, has_b_dec=False)
 
 
 def test_topk_and_decode_never_wait(on_cuda):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoder_cases import SCREENED_DTYPES, WORST, check_encoders, gaussian, same
+from encoder_cases import SCREENED_DTYPES, WORST, check_encoders, gaussian, same, worst
 from op_cases import DTYPES, ON_CUDA, TOLERANCE
 
 import darkmatter_ext as dm
@@ -103,7 +103,7 @@ def test_encoders_equal_the_cpu(dtype, centred, n, d, n_latents, k):
 @pytest.mark.parametrize("name", WORST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_worst_cases(name, dtype):
-    x, W_enc, b_enc, b_dec = (part.to(dtype) for part in WORST[name]())
+    x, W_enc, b_enc, b_dec = worst(name, dtype)
     check_encoders(torch.ops.darkmatter, x, W_enc, b_enc, b_dec, k=20, threshold=5.0, device="cuda")
 
 

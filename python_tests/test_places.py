@@ -169,7 +169,7 @@ def test_shared_rows_are_the_weights_themselves():
 def test_groups_of_other_weights_are_refused():
     prepared = dm.prepare_encoder(torch.randn(40, 300), torch.zeros(300))
     groups = prepared.groups.clone()
-    groups[4] = 5000
+    groups[5] = 5000  # the first place, after the head
     with pytest.raises(RuntimeError, match="groups: must hold latents from 0 to 299"):
         torch.ops.darkmatter.topk_encode(
             torch.randn(2, 40), torch.randn(40, 300), torch.zeros(300), None, 3, *prepared.packed[:5], groups

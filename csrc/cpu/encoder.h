@@ -38,7 +38,6 @@ struct Packed {
   OptionalTensor codes, sums, bounds;  // see ScreenedWeights
   Tensor groups;                       // see Places
   Places places;
-  double reach = std::numeric_limits<double>::infinity();  // see ScreenedWeights
 
   int64_t n_latents() const { return weight.size(0); }
   int64_t d() const { return weight.size(1); }

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
+#include <bit>
 #include <tuple>
 
 #include "cpu/encoder.h"
@@ -132,11 +133,12 @@ static void encode_places(Packed& packed, const Tensor& b_enc) {
   });
 }
 
-// Inf times a gain is Inf (or NaN), whatever a bound says of the number that overflowed.
-static double reach_of(const Packed& packed) {
+// Inf times a gain is Inf (or NaN), whatever a bound says of the number that overflowed: the largest norm of a token
+// for which none does, kept with the groups.
+static void keep_reach(Packed& packed) {
   double reach = std::numeric_limits<double>::infinity();
   if (!packed.gain || !packed.codes) {
-    return reach;
+    return;
   }
   const int64_t padded = screen_panels(packed.places.n_places) * kPanel;
   const float* bounds = data<float>(*packed.bounds);
@@ -148,12 +150,17 @@ static double reach_of(const Packed& packed) {
         continue;  // never left out
       }
       const int64_t j = packed.places.latent[place];
+      if (std::isinf(data<double>(packed.bias)[j])) {
+        continue;  // switched off
+      }
       const double norm = norm_before_gain(bound(kNorm), static_cast<double>(data<T>(*packed.gain)[j]));
       const double room = kMargin<T>.largest - std::fabs(data<double>(packed.bias)[j]);
       reach = std::min(reach, room / norm);
     }
   });
-  return reach;
+  const auto single = static_cast<float>(reach * (1 - 0x1p-20));  // rounded down
+  mutable_data<int32_t>(packed.groups)[kReachAt] = std::bit_cast<int32_t>(single);
+  packed.places.reach = single;
 }
 
 // All but the rows, which are there. `screen`: codes, and a look for equal latents, worth it for many tokens.
@@ -178,7 +185,7 @@ static void pack_terms(Packed& packed, const Tensor& b_enc, const OptionalTensor
       encode_places<T>(packed, b_in);
     }
   });
-  packed.reach = reach_of(packed);
+  keep_reach(packed);
 }
 
 static OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {
@@ -246,7 +253,6 @@ Packed packed_encoder(
     packed.codes = torch::stable::contiguous(*given.codes);
     packed.sums = torch::stable::contiguous(*given.sums);
     packed.bounds = torch::stable::contiguous(*given.bounds);
-    packed.reach = reach_of(packed);
   }
   return packed;
 }

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <utility>
 
@@ -54,11 +54,12 @@ template <typename T>
 Row kind_of(const T* row, int64_t d) {
   using Word = typename Bits<T>::Word;
   constexpr Word exponent = Bits<T>::exponent;
-  const auto* words = reinterpret_cast<const Word*>(row);
   Word any = 0, not_finite = 0;
   for (int64_t e = 0; e < d; ++e) {
-    any |= static_cast<Word>(words[e] << 1);  // without the sign: -0 is zero
-    not_finite |= static_cast<Word>((words[e] & exponent) == exponent);
+    Word word;
+    std::memcpy(&word, row + e, sizeof(word));
+    any |= static_cast<Word>(word << 1);  // without the sign: -0 is zero
+    not_finite |= static_cast<Word>((word & exponent) == exponent);
   }
   return not_finite ? Row::not_finite : any ? Row::usual : Row::zero;
 }
@@ -90,7 +91,7 @@ Look look(const T* weight, int64_t n_latents, int64_t d, const double* bias, con
         std::memcpy(&bits, gain + j, sizeof(T));
         found.hash[j] = mixed(found.hash[j], bits);
       }
-      if (!std::isfinite(bias[j])) {
+      if (!(bias[j] < std::numeric_limits<double>::infinity())) {
         found.kind[j] = Row::not_finite;
       }
     }
@@ -154,6 +155,7 @@ Tensor grouped(const Tensor& weight, const double* bias, const T* gain, bool mer
   *at++ = static_cast<int32_t>(n_twins);
   *at++ = static_cast<int32_t>(constant.size());
   *at++ = static_cast<int32_t>(odd.size());
+  *at++ = std::bit_cast<int32_t>(std::numeric_limits<float>::infinity());
   at = std::copy(latent.begin(), latent.end(), at);
   if (n_twins) {
     std::vector<int32_t> next(n_latents, 0);
@@ -189,8 +191,8 @@ Places places_of(const Tensor& groups, int64_t n_latents) {
   check_type("groups", groups, ScalarType::Int);
   require(groups.size(0) >= kGroupsHead, "groups: must be what pack_encoder gives, got shape ", shape_of(groups));
   const int32_t *head = data<int32_t>(groups), *at = head + kGroupsHead;
-  Places places{head[0], head[1], head[2], head[3]};
-  bool fits = std::all_of(head, head + kGroupsHead, [](int32_t count) { return count >= 0; }) &&
+  Places places{head[0], head[1], head[2], head[3], std::bit_cast<float>(head[kReachAt])};
+  bool fits = std::all_of(head, head + kReachAt, [](int32_t count) { return count >= 0; }) &&
               places.n_places + places.n_twins + places.n_constant + places.n_odd == n_latents;
   const int64_t twin_part = places.n_twins > 0 ? places.n_places + 1 + places.n_twins : 0;
   fits = fits && groups.size(0) == kGroupsHead + places.n_places + twin_part + places.n_constant + places.n_odd;

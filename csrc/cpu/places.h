@@ -14,10 +14,12 @@
 namespace darkmatter {
 
 // The int32 tensor `groups` of the op table, seen as what it holds:
-//   [n_places, n_twins, n_constant, n_odd | latent of each place | twin_start [n_places + 1], twins | constant | odd],
-// the second part only where n_twins > 0.
+//   [n_places, n_twins, n_constant, n_odd, reach | latent of each place | twin_start [n_places + 1], twins | constant |
+//   odd],
+// the second part only where n_twins > 0; reach is a float32, bit by bit.
 struct Places {
   int64_t n_places = 0, n_twins = 0, n_constant = 0, n_odd = 0;
+  float reach = 0.0f;  // the largest ||x|| for which no pre-activation overflows before its gain
   const int32_t *latent = nullptr, *twin_start = nullptr, *twins = nullptr, *constant = nullptr, *odd = nullptr;
 
   // visit(latent) for every latent of a place, ascending.
@@ -30,10 +32,9 @@ struct Places {
       }
     }
   }
-  bool all_ascending() const { return n_twins == 0 && n_constant == 0 && n_odd == 0; }
 };
 
-constexpr int64_t kGroupsHead = 4;
+constexpr int64_t kGroupsHead = 5, kReachAt = 4;
 
 // Checks a `groups` tensor for n_latents latents and looks into it; the tensor must outlive the result.
 Places places_of(const Tensor& groups, int64_t n_latents);

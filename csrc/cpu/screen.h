@@ -54,7 +54,7 @@ struct LatentTerms {
 };
 
 struct ScreenKernels {
-  int64_t tokens;        // multiplied at a time, at most kMaxScreenTokens
+  int64_t tokens;        // multiplied at a time, at most kMaxScreenTokens where there are products
   int64_t code_bytes;    // of one code of a token
   int64_t weight_bytes;  // of one code of a latent; 0: the rows themselves are multiplied
   int64_t align;         // d is padded to a multiple of this
@@ -70,8 +70,7 @@ struct ScreenKernels {
   void (*encode_latent)(
       const double* row, const LatentTerms& terms, int64_t d, int64_t d_padded, float* scratch, int8_t* first,
       int64_t stride, int32_t* sum, float* bounds, int64_t ld_bounds);
-  // Products of `tokens` <= kScreenTokens tokens (code rows d_padded codes apart) and one panel: int32 [tokens,
-  // kPanel].
+  // Products of `some` <= tokens tokens (code rows d_padded codes apart) and one panel: int32 [some, kPanel].
   // Null where rows are multiplied by torch.
   void (*products)(const void* x, int64_t some, const int8_t* panel, int64_t d_padded, int32_t* out);
   // The interval [score - bound, score + bound] of each place of the panel, from one token's products: see lower_end.
@@ -120,7 +119,9 @@ inline double size_of(double value) { return value < 0 ? -value : value; }
 // The column of bounds of a latent: `norm` bounds ||w||, `rounding` ||w - w~||.
 inline void store_bounds(
     const RoundedRow& row, double norm, double rounding, const LatentTerms& terms, float* bounds, int64_t ld) {
-  const double gain = terms.gain, size = size_of(gain), bias = size_of(terms.bias);
+  // A bias of -Inf switches a latent off: its score is -Inf, and nothing is lost of it.
+  const bool off = terms.bias < -1.7e308 && terms.gain > 0;
+  const double gain = terms.gain, size = size_of(gain), bias = off ? 0.0 : size_of(terms.bias);
   // A scale that float32 rounds by more than its unit is none: then all of the codes is lost.
   const bool scaled = row.scale * size >= kSmallestScale;
   const double lost = rounding + (scaled ? 8 * kUnit : 1.0) * row.code_norm;

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cpu/best_k.h"
-#include "cpu/screened.h"
+#include "cpu/rescore.h"
 
 namespace darkmatter {
 

@@ -6,7 +6,7 @@
 
 #include <tuple>
 
-#include "cpu/screened.h"
+#include "cpu/rescore.h"
 
 namespace darkmatter {
 
@@ -45,11 +45,13 @@ struct Thresholds {
       return;
     }
     limits.assign(screen_panels(places.n_places) * kPanel, std::numeric_limits<float>::infinity());
-    for (int64_t place = 0; place < places.n_places; ++place) {
-      places.each_of(place, [&](int32_t latent) {
-        limits[place] = std::min(limits[place], margin_below<T>(static_cast<float>(values[latent])));
-      });
-    }
+    parallel_ranges(places.n_places, 1 << 12, [&](int64_t begin, int64_t end) {
+      for (int64_t place = begin; place < end; ++place) {
+        places.each_of(place, [&](int32_t latent) {
+          limits[place] = std::min(limits[place], margin_below<T>(static_cast<float>(values[latent])));
+        });
+      }
+    });
   }
 
   void keep(Kept<T>& own, int64_t latent, T h) const {
@@ -89,12 +91,15 @@ class AboveThreshold {
         screens_ ? screen_task(task) : exact_task(task, rows_between(0, task.tokens));
       });
     }
-    Kept<T> constant;
+    Kept<T> constant, at_zero;
     others_.visit_constant([&](int32_t latent, T h) { thresholds_.keep(constant, latent, h); });
+    if (std::find(zero_.begin(), zero_.end(), 1) != zero_.end()) {
+      others_.visit_all_at_zero([&](int32_t latent, T h) { thresholds_.keep(at_zero, latent, h); });
+    }
     parallel_ranges(tiling_.n_tokens, 16, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
         if (!left_[token]) {
-          join(token, constant);
+          join(token, constant, at_zero);
         }
       }
     });
@@ -192,7 +197,7 @@ class AboveThreshold {
   }
 
   // All that is kept of a token, latents ascending.
-  void join(int64_t token, const Kept<T>& constant) {
+  void join(int64_t token, const Kept<T>& constant, const Kept<T>& at_zero) {
     Kept<T>& whole = whole_[token];
     const auto add = [&](const Kept<T>& part) {
       whole.indices.insert(whole.indices.end(), part.indices.begin(), part.indices.end());
@@ -200,7 +205,7 @@ class AboveThreshold {
     };
     const T* row = x_ + token * packed_.d();
     if (zero_[token]) {
-      others_.visit_all_at_zero([&](int32_t latent, T h) { thresholds_.keep(whole, latent, h); });
+      add(at_zero);
     } else {
       for (int64_t range = 0; range < tiling_.ranges; ++range) {
         add(kept_[token * tiling_.ranges + range]);
