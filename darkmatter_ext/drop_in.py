@@ -500,7 +500,8 @@ def accelerate(sae: SAE, *, save_memory: bool = False) -> SAE:
         TypeError: not a SAELens SAE. ValueError: one that cannot be accelerated, with the reason.
 
     Weights are packed at the first call (cost: a few passes over W_enc; memory: W_enc once more, unless memory is saved,
-    and its codes: F d bytes with AVX-512 VNNI, 2 F d with other AVX2 processors, none elsewhere). Which later edits of weights are noticed: `darkmatter_ext/packed_weights.py`; after any other call `refresh`.
+    and its codes: F d bytes with AVX-512 VNNI, 2 F d with other AVX2 processors, none elsewhere). Which later edits of
+    weights are noticed: `darkmatter_ext/packed_weights.py`; after any other call `refresh`.
     """
     from sae_lens import SAE
 
