@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 DECODE_DENSITY = 0.10  # active share of the latents above which SAELens' dense decode is the faster one
-# Multiply-adds of a dense product that takes no longer than what goes around the ops: looks at weights, calls.
-SMALL_DECODE = 1 << 20
-SMALL_ENCODE = 1 << 21  # twice that where a gradient may be asked for
-SMALL_FORWARD = 1 << 19
+# Multiply-adds of a dense product that takes no longer than what goes around the ops: looks at weights, calls. Measured
+# on two Zen 3 cores: benchmarks/README.md.
+SMALL_DECODE, SMALL_ENCODE, SMALL_FORWARD = 1 << 21, 1 << 22, 1 << 20
+FEW_LATENTS = (
+    2048  # below, a dense encode is as fast whatever the tokens, and a dense decode up to four times SMALL_DECODE
+)
 SMALL = "small: SAELens' dense product is as fast"
 TOO_MANY = "too many latents are active, or close to it, in most tokens (tried again after some calls)"
 _STATE = "_darkmatter_state"
@@ -109,7 +111,7 @@ class AcceleratedSAE:
         if torch.compiler.is_compiling():
             return super().encode(x)  # type: ignore[misc]
         state = self._fast
-        ready = SMALL if self._is_small(x, SMALL_ENCODE) else self._look(state, x)
+        ready = SMALL if self._is_small(x, SMALL_ENCODE, FEW_LATENTS) else self._look(state, x)
         if type(ready) is str:
             state.last_pass = None
             state.count("encode", ready)
@@ -127,8 +129,9 @@ class AcceleratedSAE:
         if torch.compiler.is_compiling():
             return super().decode(feature_acts)  # type: ignore[misc]
         state = self._fast
-        small = isinstance(feature_acts, Tensor) and feature_acts.numel() * self.cfg.d_in < SMALL_DECODE
-        decoder = SMALL if small else self._look_at_decoder(state, feature_acts, dense=True)
+        decoder = (
+            SMALL if self._is_small_decode(feature_acts) else self._look_at_decoder(state, feature_acts, dense=True)
+        )
         support = None
         if type(decoder) is not str:
             support = unchecked.find_support(feature_acts.detach())
@@ -213,10 +216,15 @@ class AcceleratedSAE:
 
     # What decides
 
-    def _is_small(self, x: Any, limit: int) -> bool:
+    def _is_small(self, x: Any, limit: int, latents: int = 0) -> bool:
         """Whether SAELens' dense encoder is done with x before the looks at the weights would be."""
-        limit <<= torch.is_grad_enabled()
-        return self._architecture.is_linear and isinstance(x, Tensor) and x.numel() * self.cfg.d_sae < limit
+        d_sae = self.cfg.d_sae
+        small = isinstance(x, Tensor) and (x.numel() * d_sae < limit or d_sae < latents)
+        return small and self._architecture.is_linear
+
+    def _is_small_decode(self, acts: Any) -> bool:
+        limit = SMALL_DECODE << 2 if self.cfg.d_sae < FEW_LATENTS else SMALL_DECODE
+        return isinstance(acts, Tensor) and acts.numel() * self.cfg.d_in < limit
 
     def _look(self, state: State, x: Any, *, sparse: bool = False, any_density: bool = False) -> Ready | str:
         """What is ready for the encode of x, or why SAELens answers; `sparse`: no hook may want dense latents after it."""

@@ -7,7 +7,7 @@ from sae_lens.saes import transcoder
 from darkmatter_ext import drop_in
 
 # These SAEs are all small, and it is the fast path that is tested.
-drop_in.SMALL_DECODE = drop_in.SMALL_ENCODE = drop_in.SMALL_FORWARD = 0
+drop_in.SMALL_DECODE = drop_in.SMALL_ENCODE = drop_in.SMALL_FORWARD = drop_in.FEW_LATENTS = 0
 
 D_IN, D_SAE, D_OUT, K = 64, 512, 48, 8
 SAES = ("topk", "jumprelu", "standard", "gated")
