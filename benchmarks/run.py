@@ -57,12 +57,12 @@ def _rows_of(problem: Problem, operations: set[str]) -> Iterator[Callable[[], Ro
             yield from makers[name]
 
 
-def _problems(data: list[str], *, demo: bool) -> Iterator[Problem]:
+def _problems(data: list[str], dtypes: list[str], *, demo: bool) -> Iterator[Problem]:
     for kind in data:
         for shape in SHAPES:
             for architecture in ("topk", "jumprelu"):
-                for dtype in (torch.float32, torch.bfloat16):
-                    yield Problem.make(kind, shape, architecture, dtype)
+                for dtype in dtypes:
+                    yield Problem.make(kind, shape, architecture, getattr(torch, dtype))
     if demo:
         yield from demo_problems()
 
@@ -70,7 +70,7 @@ def _problems(data: list[str], *, demo: bool) -> Iterator[Problem]:
 def _all_rows(arguments: argparse.Namespace) -> Iterator[Callable[[], Row]]:
     operations = set(arguments.only)
     if operations - {"pursuit"}:
-        for problem in _problems(arguments.data, demo=not arguments.no_demo):
+        for problem in _problems(arguments.data, arguments.dtypes, demo=not arguments.no_demo):
             yield from _rows_of(problem, operations)
     if "pursuit" in operations:
         yield from pursuit_rows()
@@ -110,6 +110,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(OPERATIONS), choices=OPERATIONS, help="operations to run")
     parser.add_argument("--data", nargs="+", default=["sae_like"], choices=list(DATA), help="kinds of data")
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument(
+        "--dtypes", nargs="+", default=dtypes, choices=dtypes, help="SAELens takes minutes for bfloat16 on AVX2"
+    )
     parser.add_argument("--no-demo", action="store_true", help="leave out the demo's own SAEs and activations")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="JSON file to write")

@@ -22,6 +22,7 @@ from darkmatter_ext.drop_in_state import Decoder, Pass, Ready, State, Stats, sam
 from darkmatter_ext.row_layout import lay_as_rows, lay_contiguous
 from darkmatter_ext.soundness import is_hooked, transforms_active, why_not_decoder, why_not_input, why_not_together
 from darkmatter_ext.sparse import SparseActs
+from darkmatter_ext.stepping_aside import does_not_pay, looks_dense
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -134,8 +135,9 @@ class AcceleratedSAE:
         )
         support = None
         if type(decoder) is not str:
-            support = unchecked.find_support(feature_acts.detach())
-            if support.values.numel() > DECODE_DENSITY * feature_acts.numel():
+            acts = feature_acts.detach()
+            support = None if looks_dense(acts, DECODE_DENSITY) else unchecked.find_support(acts)
+            if support is None or support.values.numel() > DECODE_DENSITY * feature_acts.numel():
                 decoder = f"more than {DECODE_DENSITY:.0%} of the latents are active"
         state.count("decode", decoder if type(decoder) is str else "")
         if type(decoder) is str or support is None:
@@ -308,7 +310,7 @@ class AcceleratedSAE:
             dense = self._architecture.dense(self, rows if handed_over == tokens else rows[undecided])
             state.back_off.was_dense(dense)
         if method:
-            mostly = 2 * handed_over > tokens
+            mostly = does_not_pay(tokens, handed_over)
             state.count(method, TOO_MANY if mostly else "", 0 if mostly else handed_over)
         return Pass(acts, undecided, dense)
 
