@@ -36,6 +36,7 @@ FEW_LATENTS = (
 )
 SMALL = "small: SAELens' dense product is as fast"
 TOO_MANY = "too many latents are active, or close to it, in most tokens (tried again after some calls)"
+TOO_DENSE = f"more than {DECODE_DENSITY:.0%} of the latents are active"
 _STATE = "_darkmatter_state"
 _SAVES_MEMORY = "_darkmatter_saves_memory"
 
@@ -135,10 +136,9 @@ class AcceleratedSAE:
         )
         support = None
         if type(decoder) is not str:
-            acts = feature_acts.detach()
-            support = None if looks_dense(acts, DECODE_DENSITY) else unchecked.find_support(acts)
-            if support is None or support.values.numel() > DECODE_DENSITY * feature_acts.numel():
-                decoder = f"more than {DECODE_DENSITY:.0%} of the latents are active"
+            support = unchecked.find_support(feature_acts.detach())
+            if support.values.numel() > DECODE_DENSITY * feature_acts.numel():
+                decoder = TOO_DENSE
         state.count("decode", decoder if type(decoder) is str else "")
         if type(decoder) is str or support is None:
             return super().decode(feature_acts)  # type: ignore[misc]
@@ -267,6 +267,8 @@ class AcceleratedSAE:
         W_dec, b_dec = weight(self, "W_dec"), weight(self, "b_dec")
         reason = "" if acts is None else why_not_input(acts)
         reason = reason or why_not_decoder(self, acts, W_dec, b_dec, dense=dense)
+        if not reason and dense and looks_dense(acts.detach(), DECODE_DENSITY):
+            reason = TOO_DENSE
         if reason:
             return reason
         rows = state.decoder.get(W_dec, b_dec)
