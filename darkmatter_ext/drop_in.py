@@ -267,7 +267,7 @@ class AcceleratedSAE:
         W_dec, b_dec = weight(self, "W_dec"), weight(self, "b_dec")
         reason = "" if acts is None else why_not_input(acts)
         reason = reason or why_not_decoder(self, acts, W_dec, b_dec, dense=dense)
-        if not reason and dense and looks_dense(acts.detach(), DECODE_DENSITY):
+        if not reason and dense and not acts.is_meta and looks_dense(acts.detach(), DECODE_DENSITY):
             reason = TOO_DENSE
         if reason:
             return reason
