@@ -115,7 +115,7 @@ def _sae(architecture: str, rows: Tensor, limit: float, k: int, dtype: torch.dty
     sae_class, cfg_class = get_sae_class(architecture.removesuffix("_plain"))
     n_latents, d = rows.shape
     name = str(dtype).removeprefix("torch.")
-    sae = sae_class(cfg_class(d_in=d, d_sae=n_latents, dtype=name, device="cpu", **options))
+    sae: Any = sae_class(cfg_class(d_in=d, d_sae=n_latents, dtype=name, device="cpu", **options))
     norms = 0.5 + rows[:, :1].abs()  # that rescaling must see; equal latents have equal ones
     sae.W_enc.data = rows.mT.contiguous().to(dtype)
     sae.W_dec.data = (norms * rows).to(dtype)

@@ -11,6 +11,7 @@ import gc
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from cases import SHAPES, Problem
@@ -51,7 +52,7 @@ def kept(d_in: int, d_sae: int, dtype: str, architecture: str = "jumprelu") -> t
     from sae_lens.registry import get_sae_class
 
     sae_class, cfg_class = get_sae_class(architecture)
-    sae = sae_class(cfg_class(d_in=d_in, d_sae=d_sae, dtype=dtype, device="cpu"))
+    sae: Any = sae_class(cfg_class(d_in=d_in, d_sae=d_sae, dtype=dtype, device="cpu"))
     sae.W_enc.uniform_(-1, 1)
     sae.W_dec.uniform_(-1, 1)
     sae.threshold.fill_(

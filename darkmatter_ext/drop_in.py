@@ -114,7 +114,7 @@ class AcceleratedSAE:
             return super().encode(x)  # type: ignore[misc]
         state = self._fast
         ready = SMALL if self._is_small(x, SMALL_ENCODE, FEW_LATENTS) else self._look(state, x)
-        if type(ready) is str:
+        if isinstance(ready, str):
             state.last_pass = None
             state.count("encode", ready)
             acts = super().encode(x)  # type: ignore[misc]
@@ -135,12 +135,12 @@ class AcceleratedSAE:
             SMALL if self._is_small_decode(feature_acts) else self._look_at_decoder(state, feature_acts, dense=True)
         )
         support = None
-        if type(decoder) is not str:
+        if not isinstance(decoder, str):
             support = unchecked.find_support(feature_acts.detach())
             if support.values.numel() > DECODE_DENSITY * feature_acts.numel():
                 decoder = TOO_DENSE
-        state.count("decode", decoder if type(decoder) is str else "")
-        if type(decoder) is str or support is None:
+        state.count("decode", decoder if isinstance(decoder, str) else "")
+        if isinstance(decoder, str) or support is None:
             return super().decode(feature_acts)  # type: ignore[misc]
         bias = self._architecture.decoder_bias(self)
         scale = self._decoder_scale(decoder)
@@ -158,10 +158,10 @@ class AcceleratedSAE:
             return super().forward(x)  # type: ignore[misc]
         state = self._fast
         ready = SMALL if self._is_small(x, SMALL_FORWARD) else self._look(state, x, sparse=True)
-        decoder = ready if type(ready) is str else self._look_at_decoder(state, None)
-        if type(decoder) is str or self._is_overridden():
+        decoder = ready if isinstance(ready, str) else self._look_at_decoder(state, None)
+        if isinstance(ready, str) or isinstance(decoder, str) or self._is_overridden():
             state.last_pass = None
-            state.count("forward", decoder if type(decoder) is str else "forward, encode or decode is overridden")
+            state.count("forward", decoder if isinstance(decoder, str) else "forward, encode or decode is overridden")
             return super().forward(x)  # type: ignore[misc]
         sae_out = self._reconstructed(self._pass(state, x, ready, "forward"), decoder)
         if _is_transcoder(self):
@@ -186,7 +186,7 @@ class AcceleratedSAE:
         """
         state = self._fast
         ready = self._look(state, x, sparse=True)
-        if type(ready) is str:
+        if isinstance(ready, str):
             state.count("encode_sparse", ready)
             return ops.find_support(self.encode(x))
         found = self._pass(state, x, ready, "encode_sparse")
@@ -201,8 +201,8 @@ class AcceleratedSAE:
             raise TypeError(f"acts: must be SparseActs (encode_sparse gives them), got {type(acts).__name__}")
         state = self._fast
         decoder = self._look_at_decoder(state, acts.values)
-        state.count("decode_sparse", decoder if type(decoder) is str else "")
-        if type(decoder) is str:
+        state.count("decode_sparse", decoder if isinstance(decoder, str) else "")
+        if isinstance(decoder, str):
             return super().decode(ops.to_dense(acts))  # type: ignore[misc]
         scale = self._decoder_scale(decoder)
         scaled = acts if scale is None else acts.scaled(scale)
@@ -245,10 +245,10 @@ class AcceleratedSAE:
         if _SAVES_MEMORY in self.__dict__:
             self._lay_as_rows(state, weights[0])
         prepared = state.encoder.get(*weights, tokens=x.numel() // max(1, self.cfg.d_in))
-        if type(prepared) is str:
+        if isinstance(prepared, str):
             return prepared
         read = state.vectors.get(*vectors) if vectors else ()
-        return read if type(read) is str else Ready(prepared, read)
+        return read if isinstance(read, str) else Ready(prepared, read)
 
     def _lay_as_rows(self, state: State, W_enc: Tensor) -> None:
         """Let W_enc and its packed rows be one storage. Tried once for a storage: it may be somebody else's too."""
@@ -267,15 +267,21 @@ class AcceleratedSAE:
         W_dec, b_dec = weight(self, "W_dec"), weight(self, "b_dec")
         reason = "" if acts is None else why_not_input(acts)
         reason = reason or why_not_decoder(self, acts, W_dec, b_dec, dense=dense)
-        if not reason and dense and not acts.is_meta and looks_dense(acts.detach(), DECODE_DENSITY):
+        if (
+            not reason
+            and dense
+            and acts is not None
+            and not acts.is_meta
+            and looks_dense(acts.detach(), DECODE_DENSITY)
+        ):
             reason = TOO_DENSE
         if reason:
             return reason
         rows = state.decoder.get(W_dec, b_dec)
-        if type(rows) is str or not self._architecture.rescales(self):
-            return rows if type(rows) is str else Decoder(rows, None)
+        if isinstance(rows, str) or not self._architecture.rescales(self):
+            return rows if isinstance(rows, str) else Decoder(rows, None)
         inverses = state.decoder_norms.get(W_dec)
-        return inverses if type(inverses) is str else Decoder(rows, inverses)
+        return inverses if isinstance(inverses, str) else Decoder(rows, inverses)
 
     def _is_overridden(self) -> bool:
         attributes = self.__dict__
@@ -371,7 +377,7 @@ class AcceleratedSAE:
         numbers = _latent_numbers(latents, self.cfg.d_sae).to(self.W_enc.device)
         state = self._fast
         ready = self._look(state, x, sparse=True, any_density=True)
-        if type(ready) is str:
+        if isinstance(ready, str):
             state.count("encode(latents)", ready)
             return self.encode(x)[..., numbers]
         if self._architecture.selects_per_latent:
@@ -487,7 +493,7 @@ def _accelerated_class(plain: type) -> type:
 
 def _new_accelerated(plain: type) -> Any:
     cls = _accelerated_class(plain)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def accelerate(sae: SAE, *, save_memory: bool = False) -> SAE:

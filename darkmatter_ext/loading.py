@@ -165,7 +165,7 @@ def _from_folder(folder: Path, device: str) -> SAE:
 
     layout = format_of(folder)
     try:
-        return SAE.load_from_disk(folder, device=device, converter=layout.converter)
+        return SAE.load_from_disk(folder, device=device, converter=layout.converter)  # type: ignore[arg-type]  (it takes a Path)
     except Exception as error:  # json, safetensors, torch and sae_lens each raise their own kinds
         raise ValueError(
             f"--sae: must be a complete SAE in {layout.name} format, got {folder} ({told(error)})"

@@ -201,11 +201,12 @@ def prepare_encoder(
         _check_tensor("gain", gain, (W_enc.shape[1],), W_enc)
     if share_rows and W_enc.device.type == "cpu" and W_enc.mT.is_contiguous():
         rows = W_enc.detach().mT
-        bias, *codes = _call(_ops.pack_rows, rows, b_enc, b_dec, gain)
+        packed = _call(_ops.pack_rows, rows, b_enc, b_dec, gain)
     else:
-        rows, bias, *codes = _call(_ops.pack_encoder, W_enc, b_enc, b_dec, gain)
+        rows, *packed = _call(_ops.pack_encoder, W_enc, b_enc, b_dec, gain)
+    bias, codes, sums, bounds, groups = packed
     own_gain = None if gain is None else gain.detach().clone()
-    return PreparedEncoder(rows, bias, *codes, own_gain, has_b_dec=b_dec is not None)
+    return PreparedEncoder(rows, bias, codes, sums, bounds, groups, own_gain, has_b_dec=b_dec is not None)
 
 
 def topk_encode(

@@ -78,8 +78,8 @@ def _beside_zeros(tensor: Tensor, stairs: tuple[Tensor, ...]) -> tuple[Tensor, T
     in_row = torch.stack([f.movedim(-2, 0).flatten(1).any(1) for f in found]).any(0)
     by_column = _largest_of(wide, numbers.to(wide.device)[~touched].unique())
     by_row = _largest_of(wide.mT, (~in_row).nonzero()[:, 0])
-    places = tuple(torch.cat(pair) for pair in ((by_column[0], by_row[1]), (by_column[1], by_row[0])))
-    return places if len(places[0]) else None
+    rows, crossed = torch.cat((by_column[0], by_row[1])), torch.cat((by_column[1], by_row[0]))
+    return (rows, crossed) if len(rows) else None
 
 
 def _largest_of(matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
