@@ -343,6 +343,10 @@ def excuse(sae, x, acts):
             "weights made in inference mode",
         ),
         ({p.dtype for p in sae.parameters()} != {sae.dtype}, "mixed dtypes"),
+        (
+            getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) and not bool(sae.W_dec.any(dim=1).all()),
+            "a decoder row is 0",
+        ),
         (bool(sae.hook_sae_acts_pre._forward_hooks), "hook_sae_acts_pre"),
         (bool(sae.hook_sae_acts_post._forward_hooks), "hook_sae_acts_post"),
         (type(activation).__name__ not in ("ReLU", "TopK"), "activation function"),
