@@ -16,6 +16,7 @@ from sae_cases import TOLERANCE, TRANSCODERS
 from sae_lens.registry import get_sae_class
 
 import darkmatter_ext as dm
+from darkmatter_ext.drop_in import TOO_MANY
 from darkmatter_ext.packed_weights import version_of
 
 ARCHITECTURES = ("topk", "jumprelu", "standard", "gated", "matching_pursuit", "abstopk", *TRANSCODERS)
@@ -210,7 +211,8 @@ def same_acts(sae, sae_in, theirs, ours):
     _require_same_nan("encode", theirs, ours)
     finite = theirs.isfinite().all(-1) & sae_in.isfinite().all(-1)
     theirs, ours, sae_in = theirs[finite].double(), ours[finite].double(), sae_in[finite]
-    slack = TOLERANCE[sae.dtype] * _value_scale(sae, sae_in) + 1e-30
+    # In 16 bits both may be SAELens' own products (of tokens handed back), of another number of rows: two roundings.
+    slack = (2 if sae.dtype.itemsize == 2 else 1) * TOLERANCE[sae.dtype] * _value_scale(sae, sae_in) + 1e-30
     differ = (theirs != 0) != (ours != 0)
     if sae.cfg.architecture() == "matching_pursuit":
         rows = differ.any(-1)
@@ -368,6 +370,8 @@ def require_fast(fast):
         fast.decode(fast.encode(x)), fast(x)
         if dm.stats(fast).fast.keys() >= {"encode", "decode", "forward"}:
             return
+    if any(TOO_MANY in reasons for reasons in dm.stats(fast).fallback.values()):
+        return  # it has stepped aside, and says so
     slow = {"encode", "decode", "forward"} - dm.stats(fast).fast.keys()
     require(False, f"{sorted(slow)}: never fast in {TRIES} calls: {dm.stats(fast).fallback}")
 
