@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import sae_cases  # noqa: F401  (small SAEs may be fast)
 import torch
 from safetensors.torch import save_file
 
