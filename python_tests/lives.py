@@ -211,8 +211,7 @@ def same_acts(sae, sae_in, theirs, ours):
     _require_same_nan("encode", theirs, ours)
     finite = theirs.isfinite().all(-1) & sae_in.isfinite().all(-1)
     theirs, ours, sae_in = theirs[finite].double(), ours[finite].double(), sae_in[finite]
-    # In 16 bits both may be SAELens' own products (of tokens handed back), of another number of rows: two roundings.
-    slack = (2 if sae.dtype.itemsize == 2 else 1) * TOLERANCE[sae.dtype] * _value_scale(sae, sae_in) + 1e-30
+    slack = TOLERANCE[sae.dtype] * _value_scale(sae, sae_in) + 1e-30
     differ = (theirs != 0) != (ours != 0)
     if sae.cfg.architecture() == "matching_pursuit":
         rows = differ.any(-1)
