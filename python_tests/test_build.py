@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import run_python
 
 import darkmatter_ext as dm
 
@@ -46,10 +47,7 @@ def test_build_info():
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_set_override(isa):
     program = "import darkmatter_ext as dm\ntry: print(dm.build_info()['cpu_isa'])\nexcept RuntimeError as e: print(e)"
-    environment = {**os.environ, "DARKMATTER_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=TESTS, capture_output=True, text=True, check=True
-    )
+    run = run_python(program, DARKMATTER_CPU_ISA=isa)
     best = dm.build_info()["cpu_isa_best"]
     missing = f"DARKMATTER_CPU_ISA: must be supported by this machine ({best}), got {isa}"
     assert run.stdout.strip() in ((isa,) if isa in ("scalar", best) else (isa, missing))

@@ -1,12 +1,10 @@
 """bfloat16 x_hat is the float64 sum in stored order, rounded once, though most of it is summed in float32."""
 
 import hashlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from children import run_python
 
 import darkmatter_ext as dm
 
@@ -113,8 +111,4 @@ def _digest():
 
 def test_the_same_on_plain_cpp():
     code = "import test_decode_rounding as t; print(t._digest())"
-    folder = os.path.dirname(__file__)
-    path = os.pathsep.join([folder, *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "DARKMATTER_CPU_ISA": "scalar"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.split()[-1] == _digest()
+    assert run_python(code, DARKMATTER_CPU_ISA="scalar").stdout.split()[-1] == _digest()

@@ -1,11 +1,10 @@
 """The rules of the house, read from the source: who may import whom, file sizes, nothing heavy at import."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import run_python
 
 import darkmatter_ext as dm
 
@@ -92,7 +91,7 @@ def test_importing_the_package_starts_no_heavy_library():
         "heavy = {'sae_lens', 'transformers', 'transformer_lens', 'matplotlib', 'datasets'} & set(sys.modules); "
         "import torch; assert not heavy, heavy; assert not torch.cuda.is_initialized()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+    run_python(code)
 
 
 def test_no_exported_name_is_also_a_module():

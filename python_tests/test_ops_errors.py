@@ -1,13 +1,9 @@
 """Bad input gets one line: the argument, the rule, the value given; TypeError, ValueError or RuntimeError as STYLE asks."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from children import run_python
 
 import darkmatter_ext as dm
 from darkmatter_ext.sparse import SparseActs
@@ -169,14 +165,6 @@ def test_checks_behind_torch_ops(call, message):
 
 def test_unknown_instruction_set():
     program = "import darkmatter_ext as dm\ntry: dm.build_info()\nexcept RuntimeError as e: print(e)"
-    environment = {**os.environ, "DARKMATTER_CPU_ISA": "sse9", "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    run = run_python(program, DARKMATTER_CPU_ISA="sse9")
     assert run.stdout.startswith("DARKMATTER_CPU_ISA: must be scalar, avx2")
     assert run.stdout.endswith(", got sse9\n")

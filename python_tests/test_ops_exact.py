@@ -2,13 +2,10 @@
 
 import hashlib
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from children import run_python
 
 import darkmatter_ext as dm
 
@@ -163,14 +160,7 @@ def digest() -> str:
 def digest_in_subprocess(isa):
     """The digest under an instruction set, or None where this machine lacks it."""
     program = "import test_ops_exact; print(test_ops_exact.digest())"
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DARKMATTER_CPU_ISA": isa},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = run_python(program, check=False, DARKMATTER_CPU_ISA=isa)
     if run.returncode != 0:
         assert "DARKMATTER_CPU_ISA: must be" in run.stderr, run.stderr
         return None

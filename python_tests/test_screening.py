@@ -4,12 +4,10 @@ The exact path is the same op with a PreparedEncoder that carries no screening c
 """
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from children import run_python
 from hypothesis import given
 from hypothesis import strategies as st
 from screening_cases import DTYPES, KINDS, check_screened, count_violations, make_data, without_codes
@@ -130,10 +128,7 @@ for dtype in cases.DTYPES:
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_screens_of_other_processors(isa):
     """`scalar` screens by torch's own product, as processors do that have no integer dot products."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DARKMATTER_CPU_ISA": isa}
-    run = subprocess.run(
-        [sys.executable, "-c", _IN_A_CHILD], env=environment, capture_output=True, text=True, check=False
-    )
+    run = run_python(_IN_A_CHILD, check=False, DARKMATTER_CPU_ISA=isa)
     if "must be supported by this machine" in run.stderr:
         pytest.skip(f"this machine has no {isa}")
     assert run.returncode == 0, run.stderr
