@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import darkmatter_ext as dm
-from darkmatter_ext import ops, reference
+from darkmatter_ext.ops import reference
+from darkmatter_ext.ops.decode import find_support
 
 SHAPES = (  # N, d, F, k
     (1024, 768, 24576, 32),
@@ -210,7 +211,7 @@ class Problem:
 
     def check_drop_in(self, fast: Any) -> None:
         """Every method fast, latents and reconstructions those of the oracle (its rounded acts decoded again)."""
-        self.check(ops.find_support(fast.encode(self.x)))
+        self.check(find_support(fast.encode(self.x)))
         acts = fast.encode_sparse(self.x)
         oracle = reference.sparse_decode(acts, self.sae.W_dec, self.sae.b_dec)
         torch.testing.assert_close(fast(self.x), oracle, rtol=1e-5, atol=1e-5)
@@ -244,9 +245,9 @@ def _sae(architecture: str, W_enc: Tensor, k: int) -> Any:
 def demo_problems() -> list[Problem]:
     """The demo's own SAEs on its own held-out activations, when the demo has run on this machine."""
     from darkmatter_ext.experiments.decomposition import DEMO
-    from darkmatter_ext.progress import Stages
-    from darkmatter_ext.selection import HELD_OUT, tokens_with_role
-    from darkmatter_ext.site import site_contexts, site_selection, sites_activations, trained_saes
+    from darkmatter_ext.measurement.selection import HELD_OUT, tokens_with_role
+    from darkmatter_ext.measurement.site import site_contexts, site_selection, sites_activations, trained_saes
+    from darkmatter_ext.runtime.progress import Stages
 
     config, stages = DEMO, Stages(show=False)
     cache = sites_activations(config, [config.hook], site_contexts(config, stages), stages)[config.hook]

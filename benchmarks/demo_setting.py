@@ -19,9 +19,9 @@ from typing import Any
 
 from darkmatter_ext.cli import _quiet_libraries
 from darkmatter_ext.experiments import decomposition
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.results import Result, provenance
-from darkmatter_ext.storage import atomic_file, cache_dir, fingerprint
+from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.runtime.storage import atomic_file, cache_dir, fingerprint
 
 BASE = dataclasses.replace(decomposition.DEMO, widths=(2048,))
 FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {  # factor -> values other than the demo's

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 import darkmatter_ext as dm
-from darkmatter_ext import reference
-from darkmatter_ext.results import provenance
-from darkmatter_ext.storage import atomic_file
+from darkmatter_ext.ops import reference
+from darkmatter_ext.report.result import provenance
+from darkmatter_ext.runtime.storage import atomic_file
 
 SHAPES = {  # N, d, F, k
     "A": (4096, 768, 16384, 32),

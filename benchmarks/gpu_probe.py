@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from gpu import gpu_slug
 
-from darkmatter_ext import ops
-from darkmatter_ext.storage import atomic_file
+from darkmatter_ext.ops.encode import screen_intervals
+from darkmatter_ext.runtime.storage import atomic_file
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ def bound_share() -> dict[str, Any]:
     found = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, W_enc = torch.randn(512, 2304, device="cuda").to(dtype), torch.randn(2304, 16384, device="cuda").to(dtype)
-        lower, upper, screened = ops.screen_intervals(x, W_enc, W_enc[0] * 0)
+        lower, upper, screened = screen_intervals(x, W_enc, W_enc[0] * 0)
         h = x.double() @ W_enc.double()
         middle, half = (lower.double() + upper) / 2, (upper.double() - lower) / 2
         inside = ((lower <= h) & (h <= upper)).all().item()

@@ -30,8 +30,8 @@ from field_saes import ARCHITECTURES, INPUTS, Case, make_case
 from run import cpu_name
 
 import darkmatter_ext as dm
-from darkmatter_ext.results import provenance
-from darkmatter_ext.storage import atomic_file
+from darkmatter_ext.report.result import provenance
+from darkmatter_ext.runtime.storage import atomic_file
 
 # Weakest first, with what holds the others to the same instructions.
 ISAS = {

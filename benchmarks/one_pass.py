@@ -28,19 +28,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from darkmatter_ext.activations import ActivationCache, _write_shard, load_tokenizer
-from darkmatter_ext.contexts import text_rows, write_contexts
-from darkmatter_ext.embedded import EMBEDDED_MODEL
+from darkmatter_ext.activations.contexts import text_rows, write_contexts
+from darkmatter_ext.activations.embedded_model import EMBEDDED_MODEL
+from darkmatter_ext.activations.sources import CacheSource, ModelSource, Source
+from darkmatter_ext.activations.store import ActivationCache, _write_shard, load_tokenizer
+from darkmatter_ext.activations.text import documents
 from darkmatter_ext.experiments.decomposition import DEMO
-from darkmatter_ext.loading import load_sae
-from darkmatter_ext.measurement import MeasuredSae, MeasureSettings, SiteMeasurement
-from darkmatter_ext.one_pass import measure
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.sae import as_encoder
-from darkmatter_ext.site import prepared_site
-from darkmatter_ext.sources import CacheSource, ModelSource, Source
-from darkmatter_ext.storage import cache_dir
-from darkmatter_ext.text import documents
+from darkmatter_ext.measurement.engine import measure
+from darkmatter_ext.measurement.measurement import MeasuredSae, MeasureSettings, SiteMeasurement
+from darkmatter_ext.measurement.site import prepared_site
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.runtime.storage import cache_dir
+from darkmatter_ext.saes.encoders import as_encoder
+from darkmatter_ext.saes.loading import load_sae
 
 HOOK, D, K = "blocks.10.hook_resid_post", 576, 32
 LENGTH = 256
@@ -282,8 +282,8 @@ def released(tokens: int) -> None:
             _row(seconds, procedure=name, tokens=tokens)
         batch = source.read(range(source.n_contexts))
         x = batch.activations[HOOK].flatten(0, 1)
-        from darkmatter_ext.selection import FIT
-        from darkmatter_ext.sweeps import context_roles
+        from darkmatter_ext.measurement.selection import FIT
+        from darkmatter_ext.measurement.sweeps import context_roles
 
         roles = context_roles(source.documents, _settings(passes=2))
         train = (roles == FIT).repeat_interleave(LENGTH)

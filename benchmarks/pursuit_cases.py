@@ -11,7 +11,7 @@ from cases import Row, sae_like
 from torch import Tensor
 
 import darkmatter_ext as dm
-from darkmatter_ext import reference
+from darkmatter_ext.ops import reference
 
 SHAPES = ((256, 768, 16384, 32), (256, 2304, 65536, 16))  # N, d, F, l0
 SMALL = (256, 768, 2048, 16)  # scikit-learn keeps the Gram matrix of all atoms and works token by token

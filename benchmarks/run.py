@@ -27,8 +27,8 @@ from pursuit_cases import pursuit_rows
 from rich.console import Console
 from rich.table import Table
 
-from darkmatter_ext.results import provenance
-from darkmatter_ext.storage import atomic_file
+from darkmatter_ext.report.result import provenance
+from darkmatter_ext.runtime.storage import atomic_file
 
 OPERATIONS = ("encode", "forward", "decode", "train", "support", "drop-in", "pursuit")
 

@@ -11,21 +11,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from darkmatter_ext.batched_pursuit import prepare_dictionary, pursuit
-    from darkmatter_ext.decomposition import Decomposition, decompose
-    from darkmatter_ext.drop_in import Stats, accelerate, deaccelerate, is_accelerated, refresh, stats
-    from darkmatter_ext.environment import build_info
-    from darkmatter_ext.ops import (
-        PreparedEncoder,
-        find_support,
-        prepare_encoder,
-        sparse_decode,
-        threshold_encode,
-        topk_encode,
-    )
-    from darkmatter_ext.pursuit_choice import PreparedDictionary
-    from darkmatter_ext.regression import LinearFit, fit_linear
-    from darkmatter_ext.sparse import SparseActs
+    from darkmatter_ext.estimators.least_squares import LinearFit, fit_linear
+    from darkmatter_ext.measurement.decompose import Decomposition, decompose
+    from darkmatter_ext.ops.acts import SparseActs
+    from darkmatter_ext.ops.build_info import build_info
+    from darkmatter_ext.ops.decode import find_support, sparse_decode
+    from darkmatter_ext.ops.encode import PreparedEncoder, prepare_encoder, threshold_encode, topk_encode
+    from darkmatter_ext.ops.pursuit import prepare_dictionary, pursuit
+    from darkmatter_ext.ops.pursuit_choice import PreparedDictionary
+    from darkmatter_ext.saes.drop_in import Stats, accelerate, deaccelerate, is_accelerated, refresh, stats
 
 __all__ = [
     "Decomposition",
@@ -52,27 +46,27 @@ __all__ = [
 ]
 
 _HOME = {
-    "Decomposition": "decomposition",
-    "LinearFit": "regression",
-    "PreparedDictionary": "pursuit_choice",
-    "PreparedEncoder": "ops",
-    "SparseActs": "sparse",
-    "Stats": "drop_in",
-    "accelerate": "drop_in",
-    "build_info": "environment",
-    "deaccelerate": "drop_in",
-    "decompose": "decomposition",
-    "find_support": "ops",
-    "fit_linear": "regression",
-    "is_accelerated": "drop_in",
-    "prepare_dictionary": "batched_pursuit",
-    "prepare_encoder": "ops",
-    "pursuit": "batched_pursuit",
-    "refresh": "drop_in",
-    "sparse_decode": "ops",
-    "stats": "drop_in",
-    "threshold_encode": "ops",
-    "topk_encode": "ops",
+    "Decomposition": "measurement.decompose",
+    "LinearFit": "estimators.least_squares",
+    "PreparedDictionary": "ops.pursuit_choice",
+    "PreparedEncoder": "ops.encode",
+    "SparseActs": "ops.acts",
+    "Stats": "saes.drop_in",
+    "accelerate": "saes.drop_in",
+    "build_info": "ops.build_info",
+    "deaccelerate": "saes.drop_in",
+    "decompose": "measurement.decompose",
+    "find_support": "ops.decode",
+    "fit_linear": "estimators.least_squares",
+    "is_accelerated": "saes.drop_in",
+    "prepare_dictionary": "ops.pursuit",
+    "prepare_encoder": "ops.encode",
+    "pursuit": "ops.pursuit",
+    "refresh": "saes.drop_in",
+    "sparse_decode": "ops.decode",
+    "stats": "saes.drop_in",
+    "threshold_encode": "ops.encode",
+    "topk_encode": "ops.encode",
 }
 
 

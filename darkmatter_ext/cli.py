@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from simple_parsing import ArgumentParser, DashVariant
 from simple_parsing.wrappers.field_wrapper import ArgumentGenerationMode
 
-from darkmatter_ext.storage import require_writable_folder
+from darkmatter_ext.runtime.storage import require_writable_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from darkmatter_ext.check_sae import Verdict
-    from darkmatter_ext.results import Result
+    from darkmatter_ext.report.result import Result
+    from darkmatter_ext.saes.check import Verdict
 
 DEBUG_ENVIRONMENT_VARIABLE = "DARKMATTER_DEBUG"
 # What bad input raises (errors are one line each, see the docstrings); anything else is a bug and keeps its traceback.
@@ -92,11 +92,11 @@ def _show(result: Result, written: Sequence[Path], seconds: float) -> None:
 
 
 def _run_experiment(name: str, config: Any, out: Path) -> None:
-    from darkmatter_ext.distributed import is_first_process, processes, under_torchrun
     from darkmatter_ext.experiments import experiment
     from darkmatter_ext.figures import save_figures
-    from darkmatter_ext.progress import Stages
     from darkmatter_ext.report import write_report
+    from darkmatter_ext.runtime.processes import is_first_process, processes, under_torchrun
+    from darkmatter_ext.runtime.progress import Stages
 
     if under_torchrun() and not getattr(config, "shares_work", False):
         raise ValueError(
@@ -166,7 +166,7 @@ def _command_list(arguments: Sequence[str]) -> None:
 
 def _command_figure(arguments: Sequence[str]) -> None:
     from darkmatter_ext.figures import save_figures
-    from darkmatter_ext.results import load_result
+    from darkmatter_ext.report.result import load_result
 
     parser = _parser("figure", "Draw the figures of a result file again.")
     parser.add_argument("result", type=Path, metavar="RESULT", help="a result file")
@@ -181,7 +181,7 @@ def _command_figure(arguments: Sequence[str]) -> None:
 def _command_report(arguments: Sequence[str]) -> None:
     from darkmatter_ext.figures import save_figures
     from darkmatter_ext.report import write_report
-    from darkmatter_ext.results import load_result
+    from darkmatter_ext.report.result import load_result
 
     parser = _parser("report", "Write one HTML page from result files, figures inside.")
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT", help="result files")
@@ -194,16 +194,16 @@ def _command_report(arguments: Sequence[str]) -> None:
 
 
 def _command_env(arguments: Sequence[str]) -> None:
-    from darkmatter_ext.environment import build_info
-    from darkmatter_ext.storage import cache_dir
+    from darkmatter_ext.ops.build_info import build_info
+    from darkmatter_ext.runtime.storage import cache_dir
 
     _parser("env", "What is compiled, what is in use, and where the cache is.").parse_args(list(arguments))
     print(json.dumps(build_info() | {"cache": str(cache_dir())}, indent=2))
 
 
 def _command_check_sae(arguments: Sequence[str]) -> int:
-    from darkmatter_ext.check_sae import check_sae, load_any, read_activations
-    from darkmatter_ext.loading import describe_sae
+    from darkmatter_ext.saes.check import check_sae, load_any, read_activations
+    from darkmatter_ext.saes.loading import describe_sae
 
     about = "One SAE, plain and accelerated, side by side: same answer? how much faster? does it look misloaded?"
     parser = _parser("check-sae", about)
@@ -265,7 +265,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int | None], str]] = {
 
 def _process_label() -> str:
     """Which of several processes speaks, or nothing."""
-    from darkmatter_ext.distributed import under_torchrun
+    from darkmatter_ext.runtime.processes import under_torchrun
 
     return f" [process {os.environ['RANK']}]" if under_torchrun() else ""
 

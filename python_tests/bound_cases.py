@@ -10,7 +10,7 @@ import torch
 from screening_cases import without_codes
 
 import darkmatter_ext as dm
-from darkmatter_ext import ops
+from darkmatter_ext.ops.encode import ScreenIntervals, screen_intervals
 
 ROWS = (
     "gaussian", "one_huge", "one_hot", "equal_signs", "constant", "two_equal", "half_codes", "subnormals", "wide_range",
@@ -30,8 +30,8 @@ class Problem:
     def prepared(self) -> dm.PreparedEncoder:
         return dm.prepare_encoder(self.W_enc, self.b_enc, b_dec=self.b_dec, gain=self.gain)
 
-    def intervals(self) -> ops.ScreenIntervals:
-        return ops.screen_intervals(self.x, self.W_enc, self.b_enc, b_dec=self.b_dec, prepared=self.prepared())
+    def intervals(self) -> ScreenIntervals:
+        return screen_intervals(self.x, self.W_enc, self.b_enc, b_dec=self.b_dec, prepared=self.prepared())
 
 
 def rows_of(kind: str, n: int, d: int, dtype: torch.dtype, g: torch.Generator) -> torch.Tensor:
@@ -85,7 +85,7 @@ def pre_activation(problem: Problem, sum_: Fraction, latent: int) -> Fraction | 
     return Fraction(h) * Fraction(gain) if math.isfinite(h) else h * gain
 
 
-def _certainly_inside(problem: Problem, found: ops.ScreenIntervals) -> torch.Tensor:
+def _certainly_inside(problem: Problem, found: ScreenIntervals) -> torch.Tensor:
     """[N, F] by float64 sums and what they may be off by: all but a few, for which it takes rational numbers."""
     x, W, dtype = problem.x.double(), problem.W_enc.double(), problem.x.dtype
     x = x if problem.b_dec is None else x - problem.b_dec.double()

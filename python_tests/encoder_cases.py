@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from darkmatter_ext import _registrations  # noqa: F401  (defines torch.ops.darkmatter)
+from darkmatter_ext.ops import _registrations  # noqa: F401  (defines torch.ops.darkmatter)
 
 SCREENED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INF, NAN = math.inf, math.nan

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from measurement_cases import numbers, open_caches, saes
 
-from darkmatter_ext import checkpoint, per_token
-from darkmatter_ext.distributed import processes
-from darkmatter_ext.measurement import MeasureSettings
-from darkmatter_ext.one_pass import measure
+from darkmatter_ext.measurement import token_table
+from darkmatter_ext.measurement.engine import measure
+from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.runtime import checkpoint
+from darkmatter_ext.runtime.processes import processes
 
 SETTINGS = MeasureSettings(drop_positions=1, block_contexts=7, token_means=40, checkpoint_seconds=0)
 
@@ -72,7 +73,7 @@ def run(caches, folder, settings=SETTINGS):
             source = KilledAtRead(source, int(os.environ["KILL_READ"]))
         measurement = measure(source, saes(), settings, folder=Path(folder), processes=own)
         found = numbers(measurement)
-        rows = {hook: per_token.read_tokens(site.per_token).to_pydict() for hook, site in measurement.items()}
+        rows = {hook: token_table.read_tokens(site.per_token).to_pydict() for hook, site in measurement.items()}
         own.wait()
     return {"numbers": found, "rows": rows}
 

@@ -16,8 +16,8 @@ from sae_cases import TOLERANCE, TRANSCODERS
 from sae_lens.registry import get_sae_class
 
 import darkmatter_ext as dm
-from darkmatter_ext.drop_in import TOO_MANY
-from darkmatter_ext.packed_weights import version_of
+from darkmatter_ext.saes.drop_in import TOO_MANY
+from darkmatter_ext.saes.packed_weights import version_of
 
 ARCHITECTURES = ("topk", "jumprelu", "standard", "gated", "matching_pursuit", "abstopk", *TRANSCODERS)
 NEVER_FAST = {"abstopk": "signed latents"}

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from sae_lens.registry import get_sae_class
 
-from darkmatter_ext import activations
-from darkmatter_ext.measurement import MeasuredSae
-from darkmatter_ext.sae import as_encoder
-from darkmatter_ext.sources import CacheSource
+from darkmatter_ext.activations import store
+from darkmatter_ext.activations.sources import CacheSource
+from darkmatter_ext.measurement.measurement import MeasuredSae
+from darkmatter_ext.saes.encoders import as_encoder
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out")
 CONTEXTS, LENGTH, D = 60, 16, 12
@@ -67,7 +67,7 @@ def store_activations(folder, hook, x, tokens, documents):
     size = -(-len(x) // 3)
     for number in range(3):
         rows = slice(size * number, size * number + size)
-        activations._write_shard(folder, number, x[rows], tokens[rows], documents[rows])
+        store._write_shard(folder, number, x[rows], tokens[rows], documents[rows])
     meta = {
         "hook": hook,
         "d_in": x.shape[2],

@@ -10,12 +10,12 @@ from planted_source import plain_map, plain_r2, planted_sae
 from sae_lens import SAE
 from torch import Tensor
 
-from darkmatter_ext.family import family_sites, measured_family
-from darkmatter_ext.measurement import MeasuredSae
-from darkmatter_ext.per_token import read_tokens
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.selection import SAE_TRAINING
-from darkmatter_ext.sources import CacheSource
+from darkmatter_ext.activations.sources import CacheSource
+from darkmatter_ext.measurement.family import family_sites, measured_family
+from darkmatter_ext.measurement.measurement import MeasuredSae
+from darkmatter_ext.measurement.selection import SAE_TRAINING
+from darkmatter_ext.measurement.token_table import read_tokens
+from darkmatter_ext.runtime.progress import Stages
 
 HOOK = "blocks.1.hook_resid_post"
 

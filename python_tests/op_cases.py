@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darkmatter_ext import _registrations  # noqa: F401  (defines torch.ops.darkmatter)
+from darkmatter_ext.ops import _registrations  # noqa: F401  (defines torch.ops.darkmatter)
 
 N, D, F, K = 5, 7, 11, 3
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

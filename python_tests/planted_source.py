@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from darkmatter_ext import family
-from darkmatter_ext.measurement import MeasuredSae
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.sae import Encoded
-from darkmatter_ext.selection import FIT
-from darkmatter_ext.sources import ContextBatch
-from darkmatter_ext.sparse import SparseActs
-from darkmatter_ext.sweeps import context_roles
+from darkmatter_ext.activations.sources import ContextBatch
+from darkmatter_ext.measurement import family
+from darkmatter_ext.measurement.measurement import MeasuredSae
+from darkmatter_ext.measurement.selection import FIT
+from darkmatter_ext.measurement.sweeps import context_roles
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.encoders import Encoded
 
 LENGTH = 50
 

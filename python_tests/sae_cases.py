@@ -4,7 +4,7 @@ import torch
 from sae_lens.registry import get_sae_class
 from sae_lens.saes import transcoder
 
-from darkmatter_ext import drop_in
+from darkmatter_ext.saes import drop_in
 
 # These SAEs are all small, and it is the fast path that is tested.
 drop_in.SMALL_DECODE = drop_in.SMALL_ENCODE = drop_in.SMALL_FORWARD = drop_in.FEW_LATENTS = 0

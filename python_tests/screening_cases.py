@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 import darkmatter_ext as dm
-from darkmatter_ext.ops import screen_intervals
+from darkmatter_ext.ops.encode import screen_intervals
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KINDS = (

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from darkmatter_ext import activations, selection
-from darkmatter_ext.text import Document
+from darkmatter_ext.activations import store
+from darkmatter_ext.activations.text import Document
+from darkmatter_ext.measurement import selection
 
 WORDS = [
     "the",
@@ -70,13 +71,13 @@ def _documents(n=6, words=100):
 
 
 def _contexts(model_folder, n_tokens=160, context_length=16):
-    tokenizer = activations.load_tokenizer(model_folder)
-    return activations.tokenize_contexts(tokenizer, _documents(), n_tokens=n_tokens, context_length=context_length)
+    tokenizer = store.load_tokenizer(model_folder)
+    return store.tokenize_contexts(tokenizer, _documents(), n_tokens=n_tokens, context_length=context_length)
 
 
 def test_contexts_are_whole_start_with_bos_and_never_cross_documents(model_folder):
     contexts = _contexts(model_folder)
-    tokenizer = activations.load_tokenizer(model_folder)
+    tokenizer = store.load_tokenizer(model_folder)
     assert contexts.tokens.shape == (10, 16)
     assert (contexts.tokens[:, 0] == tokenizer.bos_token_id).all()
     texts = [document.text for document in _documents()]
@@ -89,7 +90,7 @@ def test_cached_activations_equal_the_models_own_hidden_states(model_folder):
     from transformers import AutoModelForCausalLM
 
     contexts, done = _contexts(model_folder), []
-    cache = activations.activation_cache(model_folder, "blocks.1.hook_resid_post", contexts, progress=done.append)
+    cache = store.activation_cache(model_folder, "blocks.1.hook_resid_post", contexts, progress=done.append)
     network = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     with torch.no_grad():
         hidden = network(contexts.tokens, output_hidden_states=True, use_cache=False).hidden_states[2]
@@ -102,9 +103,9 @@ def test_cached_activations_equal_the_models_own_hidden_states(model_folder):
 
 def test_the_cache_is_used_again_and_a_damaged_one_is_told(model_folder, monkeypatch):
     contexts = _contexts(model_folder)
-    cache = activations.activation_cache(model_folder, "blocks.0.hook_resid_post", contexts)
-    monkeypatch.setattr(activations, "load_model", None)  # a second forward pass would fail
-    again = activations.activation_cache(model_folder, "blocks.0.hook_resid_post", contexts)
+    cache = store.activation_cache(model_folder, "blocks.0.hook_resid_post", contexts)
+    monkeypatch.setattr(store, "load_model", None)  # a second forward pass would fail
+    again = store.activation_cache(model_folder, "blocks.0.hook_resid_post", contexts)
     assert again.folder == cache.folder
     shard = next(again.folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-10])
@@ -120,17 +121,17 @@ def test_a_failed_pass_leaves_no_cache(model_folder):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        activations.activation_cache(model_folder, "blocks.0.hook_resid_post", contexts, progress=stop)
-    assert list(activations.cache_dir("activations").iterdir()) == []
+        store.activation_cache(model_folder, "blocks.0.hook_resid_post", contexts, progress=stop)
+    assert list(store.cache_dir("activations").iterdir()) == []
 
 
 def test_bad_models_sites_and_lengths_are_named_in_one_line(model_folder, tmp_path):
     contexts = _contexts(model_folder)
     calls = [
-        (lambda: activations.activation_cache(model_folder, "blocks.3.hook_resid_post", contexts), "has blocks 0 to 2"),
-        (lambda: activations.parse_hook("blocks.1.hook_pattern"), "--hook: must be like"),
-        (lambda: activations.load_tokenizer(str(tmp_path / "none")), "--model: must be a causal language model"),
-        (lambda: activations.load_model(str(tmp_path), device="cpu", dtype=torch.float32), "--model: must be a causal"),
+        (lambda: store.activation_cache(model_folder, "blocks.3.hook_resid_post", contexts), "has blocks 0 to 2"),
+        (lambda: store.parse_hook("blocks.1.hook_pattern"), "--hook: must be like"),
+        (lambda: store.load_tokenizer(str(tmp_path / "none")), "--model: must be a causal language model"),
+        (lambda: store.load_model(str(tmp_path), device="cpu", dtype=torch.float32), "--model: must be a causal"),
         (lambda: _contexts(model_folder, n_tokens=10_000), "--tokens: the text gives 36 whole contexts of 16 tokens"),
         (lambda: _contexts(model_folder, context_length=1), "--context-length: must be at least 2, got 1"),
     ]
@@ -152,8 +153,8 @@ def cache(tmp_path, monkeypatch):
     for number in range(2):
         part = slice(20 * number, 20 * number + 20)
         tokens = torch.zeros(20, 8, dtype=torch.int64)
-        activations._write_shard(tmp_path, number, values[part], tokens, torch.arange(40)[part] // 4)
-    return activations.ActivationCache(tmp_path, {"d_in": 6, "n_contexts": 40, "context_length": 8})
+        store._write_shard(tmp_path, number, values[part], tokens, torch.arange(40)[part] // 4)
+    return store.ActivationCache(tmp_path, {"d_in": 6, "n_contexts": 40, "context_length": 8})
 
 
 def _select(cache, **changes):

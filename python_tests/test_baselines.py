@@ -8,11 +8,11 @@ from norm_cases import HOOK, Finished, erring_sae, r2, stored
 from small_site import flags
 
 from darkmatter_ext import cli
+from darkmatter_ext.activations.sources import SelectedContexts, next_token_loss
 from darkmatter_ext.experiments.baselines import PREDICTORS, BaselinesConfig, random_means, sae_numbers
-from darkmatter_ext.measurement import MeasureSettings
-from darkmatter_ext.one_pass import measure
-from darkmatter_ext.results import load_result
-from darkmatter_ext.sources import SelectedContexts, next_token_loss
+from darkmatter_ext.measurement.engine import measure
+from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.report.result import load_result
 
 CONTEXTS, LENGTH, D, VOCABULARY = 200, 32, 8, 200
 FROM_LOSS = 0.7  # correlation of the planted squared norm with the loss

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from screening_cases import DTYPES
 
-from darkmatter_ext import ops
+from darkmatter_ext.ops.encode import topk_encode
 
 
 def random_problem(draw, n=3, n_latents=256):
@@ -74,9 +74,7 @@ def test_a_pre_activation_that_overflows_before_its_gain():
     gain[300], gain[301] = 1e-5, 0
     problem = _bare(x, weights, torch.zeros(600).half(), gain)
     assert screened_is_exact(problem, 4)
-    assert (
-        ops.topk_encode(x, problem.W_enc, problem.b_enc, 1, prepared=problem.prepared()).indices.unique().item() == 300
-    )
+    assert topk_encode(x, problem.W_enc, problem.b_enc, 1, prepared=problem.prepared()).indices.unique().item() == 300
     assert count_outside(problem)[0] == 0
     assert problem.intervals().screened.sum() == 0
     problem.x *= 0.5

@@ -8,9 +8,9 @@ import torch
 from sae_cases import ARCHITECTURES, D_IN, activations, make_sae
 from safetensors.torch import save_file
 
-from darkmatter_ext import architectures
-from darkmatter_ext.check_sae import check_sae
 from darkmatter_ext.cli import main
+from darkmatter_ext.saes import architectures
+from darkmatter_ext.saes.check import check_sae
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

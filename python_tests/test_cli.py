@@ -11,7 +11,7 @@ from small_site import flags
 
 from darkmatter_ext import cli
 from darkmatter_ext.experiments import EXPERIMENTS
-from darkmatter_ext.results import load_result
+from darkmatter_ext.report.result import load_result
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -47,7 +47,7 @@ def test_a_run_writes_result_figures_and_report(finished, workplace):
 
 
 def test_a_second_run_gives_the_same_numbers_from_the_cache(finished, workplace, monkeypatch):
-    from darkmatter_ext import site
+    from darkmatter_ext.measurement import site
 
     monkeypatch.setattr(site, "train_topk_sae", None)  # training again would fail
     assert cli.main(flags(workplace, "--out", str(workplace / "again"))) == 0

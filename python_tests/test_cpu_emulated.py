@@ -18,7 +18,7 @@ from op_cases import CASES, DTYPES, N_PACKED
 from place_cases import EDITS, edited, whole
 from screening_cases import KINDS, count_violations, make_data
 
-from darkmatter_ext import ops
+from darkmatter_ext.ops import encode
 
 CHECKS = emulated.X86 / "checks.cpp"
 WORDS, BYTES = ("avx2", "avx_vnni", "avx512"), "avx512_vnni"  # with codes of 16 and of 8 bits
@@ -42,9 +42,9 @@ def cpu(request):
 
 @pytest.fixture
 def api(cpu, monkeypatch):
-    """darkmatter_ext.ops, calling the emulated ones."""
-    monkeypatch.setattr(ops, "_ops", cpu)
-    return ops
+    """The public encode functions, calling the emulated ops."""
+    monkeypatch.setattr(encode, "_ops", cpu)
+    return encode
 
 
 def compiled(source, out, *flags):

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from op_cases import DTYPES, ON_CUDA
 
 import darkmatter_ext as dm
-from darkmatter_ext import ops, reference
-from darkmatter_ext.pursuit_on_cuda import run_gradient_on_cuda
-from darkmatter_ext.pursuit_steps import Rules
+from darkmatter_ext.ops import decode, encode, pursuit_cuda, reference
+from darkmatter_ext.ops.pursuit_cuda import run_gradient_on_cuda
+from darkmatter_ext.ops.pursuit_steps import Rules
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +35,8 @@ def cuda():
 @pytest.fixture
 def emulated_ops(cuda, monkeypatch):
     """The public functions on the emulated ops."""
-    monkeypatch.setattr(ops, "_ops", cuda)
+    for module in (decode, encode, pursuit_cuda):
+        monkeypatch.setattr(module, "_ops", cuda)
 
 
 def shared_cases():

@@ -13,8 +13,6 @@ import pytest
 import torch
 from encoder_cases import NOT_PACKED
 
-from darkmatter_ext import ops
-
 INF, NAN = math.inf, math.nan
 BIAS = 1  # of csrc/screening.h's BoundRow
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,7 +65,7 @@ class Screened:
 
     def check_topk(self, x, k):
         values, indices = torch.ops.darkmatter_emulated.topk_encode(x, *self.given, k, *self.packed)
-        expected, positions = ops._ops.topk_encode(x, *self._of_others(), k, *NOT_PACKED)
+        expected, positions = torch.ops.darkmatter.topk_encode(x, *self._of_others(), k, *NOT_PACKED)
         assert torch.equal(indices, self.others[positions])
         assert torch.equal(values.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0))
 
@@ -75,7 +73,7 @@ class Screened:
         """Returns how many latents are kept."""
         values, crow, col = torch.ops.darkmatter_emulated.threshold_encode(x, *self.given, threshold, *self.packed)
         own = threshold if threshold.dim() == 0 else threshold[self.others]
-        expected = ops._ops.threshold_encode(x, *self._of_others(), own, *NOT_PACKED)
+        expected = torch.ops.darkmatter.threshold_encode(x, *self._of_others(), own, *NOT_PACKED)
         assert torch.equal(crow, expected[1])
         assert torch.equal(col, self.others[expected[2]])
         assert torch.equal(values.nan_to_num(nan=12345.0), expected[0].nan_to_num(nan=12345.0))

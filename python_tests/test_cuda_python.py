@@ -9,9 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import darkmatter_ext as dm
-from darkmatter_ext import _library, ops, pursuit_on_cuda
-from darkmatter_ext.pursuit_choice import PreparedDictionary
-from darkmatter_ext.pursuit_steps import Rules
+from darkmatter_ext.ops import _library, pursuit_cuda
+from darkmatter_ext.ops.decode import to_dense
+from darkmatter_ext.ops.encode import PreparedEncoder
+from darkmatter_ext.ops.pursuit_choice import PreparedDictionary
+from darkmatter_ext.ops.pursuit_steps import Rules
 
 N, D, F = 8, 40, 1500
 
@@ -28,7 +30,7 @@ def prepared_encoder(on_cuda):
     half, d_padded = torch.float16, 64
     parts = on_cuda(F, D), on_cuda(F, dtype=torch.float64), on_cuda(F, d_padded, dtype=half)
     none = on_cuda(0, dtype=torch.int32)
-    return ops.PreparedEncoder(*parts, none, on_cuda(5, F), none, None, has_b_dec=False)
+    return PreparedEncoder(*parts, none, on_cuda(5, F), none, None, has_b_dec=False)
 
 
 def test_topk_and_decode_never_wait(on_cuda):
@@ -39,7 +41,7 @@ def test_topk_and_decode_never_wait(on_cuda):
         assert acts.values.shape == (2, N, 5)
         x_hat = dm.sparse_decode(acts, W_dec, on_cuda(D))
         assert (x_hat.device.type, x_hat.shape) == ("cuda", (2, N, D))
-        assert ops.to_dense(acts).device.type == "cuda"
+        assert to_dense(acts).device.type == "cuda"
 
 
 def test_threshold_knows_its_devices(on_cuda):
@@ -52,7 +54,7 @@ def test_gradient_pursuit_never_waits():
     """On fake CPU tensors, because a torch without CUDA cannot copy fake CUDA ones: a look at a number would fail as well."""
     with FakeTensorMode(shape_env=ShapeEnv()):
         packed = prepared_encoder(torch.empty)
-        chunk = pursuit_on_cuda._Chunk(N, 6, PreparedDictionary(packed.weight, torch.empty(F), packed))
+        chunk = pursuit_cuda._Chunk(N, 6, PreparedDictionary(packed.weight, torch.empty(F), packed))
         chunk.run(Rules("gradient"))
         assert chunk.weights.shape == (N, 6)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import darkmatter_ext as dm
-from darkmatter_ext.decomposition import TokenBatch, decompose_stream
-from darkmatter_ext.error import NORM_TARGETS
+from darkmatter_ext.measurement.decompose import TokenBatch, decompose_stream
+from darkmatter_ext.measurement.error import NORM_TARGETS
 
 
 def _planted(n=30_000, d=12, linear_share=0.6, seed=0):
@@ -77,7 +77,7 @@ def test_many_saes_in_one_pass_equal_one_at_a_time():
     batches = [TokenBatch(x[i : i + 450], train[i : i + 450], i) for i in range(0, 2000, 450)]
 
     def read(tensor):
-        from darkmatter_ext.decomposition import Reconstruction
+        from darkmatter_ext.measurement.decompose import Reconstruction
 
         return lambda batch: Reconstruction(tensor[batch.start : batch.start + len(batch.x)], torch.zeros(len(batch.x)))
 

@@ -3,7 +3,7 @@
 import pytest
 
 from darkmatter_ext import cli
-from darkmatter_ext.results import load_result
+from darkmatter_ext.report.result import load_result
 
 pytestmark = pytest.mark.slow  # downloads 93 MB once, then about a minute and a half on two cores
 
@@ -42,7 +42,7 @@ def test_the_embedded_model_is_a_language_model():
     """Its loss on its own kind of text is far below that of guessing (ln 49152 = 10.8)."""
     import torch
 
-    from darkmatter_ext.activations import load_model, load_tokenizer
+    from darkmatter_ext.activations.store import load_model, load_tokenizer
 
     tokens = load_tokenizer("smollm2-135m")(
         "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is Madrid.",

@@ -6,12 +6,12 @@ from small_site import flags
 from test_activations import _small_model
 
 from darkmatter_ext import cli
-from darkmatter_ext.controls import random_dictionary, shuffled_decoder
-from darkmatter_ext.decomposition import Reconstruction, TokenBatch
+from darkmatter_ext.activations.splicing import SplicedModel, SplicedTokens, TokenLosses, splice_losses
+from darkmatter_ext.estimators.least_squares import LinearMap
 from darkmatter_ext.experiments.downstream import SETTINGS, loss_numbers, recovery_numbers, sae_splices
-from darkmatter_ext.regression import LinearMap
-from darkmatter_ext.results import load_result
-from darkmatter_ext.splicing import SplicedModel, SplicedTokens, TokenLosses, splice_losses
+from darkmatter_ext.measurement.decompose import Reconstruction, TokenBatch
+from darkmatter_ext.measurement.reconstruct import random_dictionary, shuffled_decoder
+from darkmatter_ext.report.result import load_result
 
 CONTEXTS, LENGTH = 60, 20
 
@@ -82,7 +82,7 @@ def test_recovery_is_a_ratio_of_sums_over_contexts():
 
 
 def test_controls_reconstruct_badly_and_sparsely():
-    from darkmatter_ext.training import TrainingConfig, train_topk_sae
+    from darkmatter_ext.saes.training import TrainingConfig, train_topk_sae
 
     x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 17) + 3
     settings = TrainingConfig(d_sae=64, k=4, steps=200, batch_size=256, learning_rate=3e-3)

@@ -7,7 +7,7 @@ import torch
 from sae_cases import ARCHITECTURES, D_SAE, SAES, K, activations, assert_close, assert_same_acts, make_sae
 
 import darkmatter_ext as dm
-from darkmatter_ext import drop_in
+from darkmatter_ext.saes import drop_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

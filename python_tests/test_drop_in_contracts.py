@@ -15,7 +15,7 @@ from sae_lens.registry import get_sae_training_class
 from transformer_lens import HookedTransformerConfig
 
 import darkmatter_ext as dm
-from darkmatter_ext import architectures
+from darkmatter_ext.saes import architectures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -8,7 +8,6 @@ from planted_source import PlantedSource, coin, family_tokens, plain_map, plain_
 from small_site import flags
 
 from darkmatter_ext import cli
-from darkmatter_ext.controls import random_directions
 from darkmatter_ext.experiments.earlier_layers import (
     PARTS,
     EarlierLayersConfig,
@@ -17,9 +16,10 @@ from darkmatter_ext.experiments.earlier_layers import (
     related_hooks,
     shuffled,
 )
-from darkmatter_ext.measurement import MeasureSettings, Predictor
-from darkmatter_ext.one_pass import measure
-from darkmatter_ext.results import load_result
+from darkmatter_ext.measurement.engine import measure
+from darkmatter_ext.measurement.measurement import MeasureSettings, Predictor
+from darkmatter_ext.report.result import load_result
+from darkmatter_ext.saes.encoders import random_directions
 
 HERE, BEFORE = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"
 N, D = 40_000, 8

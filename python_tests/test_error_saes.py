@@ -6,12 +6,14 @@ import pytest
 import torch
 from small_site import flags
 
-from darkmatter_ext import activations, cli, ops
-from darkmatter_ext.decomposition import Reconstruction, TokenBatch
+from darkmatter_ext import cli
+from darkmatter_ext.activations import store
 from darkmatter_ext.experiments.error_saes import Snippets, fit_error_map, fvu, reconstruction_numbers, split_errors
-from darkmatter_ext.results import load_result
-from darkmatter_ext.selection import FIT, HELD_OUT
-from darkmatter_ext.sparse import SparseActs
+from darkmatter_ext.measurement.decompose import Reconstruction, TokenBatch
+from darkmatter_ext.measurement.selection import FIT, HELD_OUT
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.ops.encode import topk_encode
+from darkmatter_ext.report.result import load_result
 
 
 def _batches(n=4000, d=6, seed=0):
@@ -46,7 +48,7 @@ def test_numbers_are_their_definitions():
     b_enc[3] = -1000  # a dead latent
 
     def encode(part):
-        return ops.topk_encode(part, W_enc, b_enc, 4)
+        return topk_encode(part, W_enc, b_enc, 4)
 
     def reconstruct(batch):
         acts = encode(batch.x)
@@ -64,8 +66,8 @@ def test_numbers_are_their_definitions():
 
 def test_snippets_are_held_out_tokens_in_a_row(tmp_path):
     tokens = torch.arange(40).view(4, 10)
-    activations._write_shard(tmp_path, 0, torch.zeros(4, 10, 2), tokens, torch.arange(4))
-    cache = activations.ActivationCache(tmp_path, {"d_in": 2, "n_contexts": 4, "context_length": 10})
+    store._write_shard(tmp_path, 0, torch.zeros(4, 10, 2), tokens, torch.arange(4))
+    cache = store.ActivationCache(tmp_path, {"d_in": 2, "n_contexts": 4, "context_length": 10})
     roles = torch.full((4, 10), FIT, dtype=torch.uint8)
     roles[1, 2:] = HELD_OUT
     roles[3, :] = HELD_OUT

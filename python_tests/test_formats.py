@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from darkmatter_ext import accelerate, stats
-from darkmatter_ext.formats import module_hook
-from darkmatter_ext.loading import describe_sae, load_sae
-from darkmatter_ext.sanity import signs
+from darkmatter_ext.saes.formats import module_hook
+from darkmatter_ext.saes.loading import describe_sae, load_sae
+from darkmatter_ext.saes.sanity import signs
 
 D, F, K = 16, 48, 4
 

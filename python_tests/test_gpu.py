@@ -15,7 +15,9 @@ from encoder_cases import SCREENED_DTYPES, WORST, check_encoders, gaussian, same
 from op_cases import DTYPES, ON_CUDA, TOLERANCE
 
 import darkmatter_ext as dm
-from darkmatter_ext import _library, ops, pursuit_on_cuda, reference
+from darkmatter_ext.ops import _library, pursuit_cuda, reference
+from darkmatter_ext.ops.decode import decoder_outer
+from darkmatter_ext.ops.encode import screen_intervals
 
 pytestmark = [
     pytest.mark.gpu,
@@ -123,7 +125,7 @@ def test_several_tiles_of_tokens_and_the_float64_oracle():
 def test_intervals_hold_every_pre_activation():
     for seed, scale in enumerate((1.0, 1e-3, 1e4)):
         x, W_enc, b_enc, b_dec = (part.cuda() for part in gaussian(1000, 1024, 8192, seed=seed))
-        found = ops.screen_intervals(x * scale, W_enc, b_enc, b_dec=b_dec)
+        found = screen_intervals(x * scale, W_enc, b_enc, b_dec=b_dec)
         h = (x * scale).double().sub(b_dec.double()) @ W_enc.double() + b_enc.double()
         assert found.screened.all()
         assert ((found.lower <= h) & (h <= found.upper)).all()
@@ -137,7 +139,7 @@ def test_nothing_waits_for_the_device():
     try:
         acts = dm.topk_encode(x, W_enc, b_enc, 8, b_dec=b_dec, prepared=prepared)
         dm.sparse_decode(acts, W_dec, b_dec)
-        ops.decoder_outer(acts, x)
+        decoder_outer(acts, x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -237,8 +239,8 @@ def test_pursuit_in_a_graph_equals_pursuit_step_by_step(monkeypatch):
     plain = dm.pursuit(x, dictionary, 8).to_dense()
     monkeypatch.setattr("darkmatter_ext.batched_pursuit.CUDA_CHUNK_TOKENS", 24)
     recorded = []
-    original = pursuit_on_cuda._recorded
-    monkeypatch.setattr(pursuit_on_cuda, "_recorded", lambda *args: recorded.append(1) or original(*args))
+    original = pursuit_cuda._recorded
+    monkeypatch.setattr(pursuit_cuda, "_recorded", lambda *args: recorded.append(1) or original(*args))
     assert torch.equal(dm.pursuit(x, dictionary, 8).to_dense(), plain)
     assert recorded, "four chunks of one shape are run as a graph"
 

@@ -10,8 +10,14 @@ import pytest
 import torch
 from test_activations import _small_model, _word_tokenizer
 
-from darkmatter_ext.interpretability import DetectionSettings, Snippet, WordListJudge, accuracy_by_decile, score_latents
-from darkmatter_ext.judges import EndpointJudge, LocalJudge, marked, parse_answers
+from darkmatter_ext.measurement.detection import (
+    DetectionSettings,
+    Snippet,
+    WordListJudge,
+    accuracy_by_decile,
+    score_latents,
+)
+from darkmatter_ext.measurement.judges import EndpointJudge, LocalJudge, marked, parse_answers
 
 VOCABULARY = [f" w{number}" for number in range(40)]
 W, LENGTH = 600, 8

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from darkmatter_ext.intervals import bootstrap, group_sums, jackknife, seed_interval
+from darkmatter_ext.estimators.intervals import bootstrap, group_sums, jackknife, seed_interval
 
 
 def test_group_sums_are_sums():

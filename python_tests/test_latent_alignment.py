@@ -20,9 +20,9 @@ from darkmatter_ext.experiments.latent_alignment import (
     directions,
     weighted_ranks,
 )
-from darkmatter_ext.measurement import MeasureSettings
-from darkmatter_ext.one_pass import measure
-from darkmatter_ext.results import load_result
+from darkmatter_ext.measurement.engine import measure
+from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.report.result import load_result
 
 HOOK = "blocks.1.hook_resid_post"
 N, F, SILENT = 40_000, 100, 5

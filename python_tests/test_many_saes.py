@@ -11,15 +11,17 @@ import torch
 from measurement_cases import small_sae
 from test_activations import WORDS, _small_model, _word_tokenizer
 
-from darkmatter_ext import cli, many_saes, many_saes_config, presets
-from darkmatter_ext.cost_plan import PlannedSae, cost, duration, known_model
+from darkmatter_ext import cli
+from darkmatter_ext.estimators.sums import LinearSums
 from darkmatter_ext.experiments import decomposition
-from darkmatter_ext.loading import describe_sae
-from darkmatter_ext.many_saes_config import ManySaesConfig
-from darkmatter_ext.moments import LinearSums
-from darkmatter_ext.per_token import read_tokens
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.results import load_result
+from darkmatter_ext.measurement import many_saes, many_saes_config
+from darkmatter_ext.measurement.cost import PlannedSae, cost, duration, known_model
+from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.measurement.token_table import read_tokens
+from darkmatter_ext.report.result import load_result
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes import catalogue
+from darkmatter_ext.saes.loading import describe_sae
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -171,7 +173,7 @@ def test_stored_activations_and_tokenised_datasets_are_sources_too(workplace, tm
 
 
 def test_gemma_scope_saes_are_described_without_a_download():
-    for sae in presets.SAE_SETS["gemma-2-9b-l20"][::12] + presets.SAE_SETS["gemma-2-9b-all-layers"][::13]:
+    for sae in catalogue.SAE_SETS["gemma-2-9b-l20"][::12] + catalogue.SAE_SETS["gemma-2-9b-all-layers"][::13]:
         found = describe_sae(sae.spec)
         assert (found.d_in, found.d_sae, found.metadata["hook_name"]) == (sae.d_in, sae.d_sae, sae.hook)
         assert (found.metadata["context_size"], found.metadata["prepend_bos"]) == (1024, True)
@@ -181,28 +183,28 @@ def test_the_presets_name_the_saes_of_the_paper_and_of_saelens_list():
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     listed = get_pretrained_saes_directory()
-    for name, saes in presets.SAE_SETS.items():
+    for name, saes in catalogue.SAE_SETS.items():
         assert len({sae.spec for sae in saes}) == len(saes)
         for sae in saes:
             release, _, sae_id = sae.spec.partition(":")
-            if release != presets.GEMMA_9B_REPOSITORY:
+            if release != catalogue.GEMMA_9B_REPOSITORY:
                 assert sae_id in listed[release].saes_map, (name, sae.spec)
-    own = listed[presets.GEMMA_9B_RELEASE]
-    assert own.repo_id == presets.GEMMA_9B_REPOSITORY
-    layer_20 = presets.SAE_SETS["gemma-2-9b-l20"]
+    own = listed[catalogue.GEMMA_9B_RELEASE]
+    assert own.repo_id == catalogue.GEMMA_9B_REPOSITORY
+    layer_20 = catalogue.SAE_SETS["gemma-2-9b-l20"]
     assert len(layer_20) == 60
     ids = {sae.spec.partition(":")[2] for sae in layer_20}
     assert {sae_id for sae_id in own.saes_map if sae_id.startswith("layer_20/")} <= ids
     unlisted = {sae.spec.partition(":")[2] for sae in layer_20 if sae.spec.startswith("google/")}
     assert len(unlisted) == 26
     assert not unlisted & set(own.saes_map)
-    for layer, sae in enumerate(presets.SAE_SETS["gemma-2-9b-all-layers"]):
+    for layer, sae in enumerate(catalogue.SAE_SETS["gemma-2-9b-all-layers"]):
         pattern = re.compile(rf"layer_{layer}/width_131k/average_l0_(\d+)")
         available = [int(match[1]) for match in map(pattern.fullmatch, own.saes_map) if match]
         nearest = min(available, key=lambda l0: abs(l0 - 60))
         assert sae.spec.endswith(f"layer_{layer}/width_131k/average_l0_{nearest}")
-    assert presets.SAE_SETS["gemma-2-9b-all-layers"][20].spec.endswith("l0_62")  # the paper's choice at layer 20
-    sizes = [sae.d_sae for sae in presets.SAE_SETS["gpt2-small"]]
+    assert catalogue.SAE_SETS["gemma-2-9b-all-layers"][20].spec.endswith("l0_62")  # the paper's choice at layer 20
+    sizes = [sae.d_sae for sae in catalogue.SAE_SETS["gpt2-small"]]
     assert sizes == [768 * 2**i for i in range(8)]
 
 
@@ -213,7 +215,7 @@ def test_every_preset_has_a_plan(name, capsys):
     if name == "one-pass":
         assert "as the SAEs say" in plan
         return
-    assert plan.count("SAE  ") == len(presets.SAE_SETS[name])
+    assert plan.count("SAE  ") == len(catalogue.SAE_SETS[name])
     for line in ("download  ", "memory  ", "operations  ", "time  "):
         assert line in plan
     if name == "gemma-2-9b-l20":
@@ -225,9 +227,9 @@ def test_sizes_of_local_models_and_durations(workplace):
     assert known_model(str(workplace / "llama")).d_model == 16
     assert known_model(str(workplace / "gpt2")).n_layers == 3
     assert known_model("someone/model") is None
-    gemma = presets.KNOWN_MODELS["google/gemma-2-9b"]
+    gemma = catalogue.KNOWN_MODELS["google/gemma-2-9b"]
     assert gemma.layer_parameters * gemma.n_layers + gemma.other_parameters == pytest.approx(9.24e9, rel=0.002)
-    llama = presets.KNOWN_MODELS["meta-llama/Llama-3.1-8B"]
+    llama = catalogue.KNOWN_MODELS["meta-llama/Llama-3.1-8B"]
     assert llama.layer_parameters * llama.n_layers + llama.other_parameters == pytest.approx(8.03e9, rel=0.002)
     assert [duration(s) for s in (30, 600, 9000, 2e6)] == ["30 s", "10.0 minutes", "2.5 hours", "23.1 days"]
 

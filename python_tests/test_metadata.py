@@ -10,18 +10,19 @@ from hypothesis import strategies as st
 from measurement_cases import small_sae
 from small_site import flags
 
-from darkmatter_ext import cli, many_saes
-from darkmatter_ext.decomposition import decompose
-from darkmatter_ext.encoders import SCALED, WHITENED
-from darkmatter_ext.loading import SaeDescription, describe_sae, load_sae
-from darkmatter_ext.many_saes_config import ManySaesConfig
-from darkmatter_ext.metadata import InputFlags, given_positions, usage
-from darkmatter_ext.per_token import read_tokens
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.results import load_result
-from darkmatter_ext.sae import as_encoder
-from darkmatter_ext.selection import kept_positions
-from darkmatter_ext.text import bos_id, bos_note, special_token_ids
+from darkmatter_ext import cli
+from darkmatter_ext.activations.text import bos_id, bos_note, special_token_ids
+from darkmatter_ext.measurement import many_saes
+from darkmatter_ext.measurement.decompose import decompose
+from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.measurement.metadata import InputFlags, given_positions, usage
+from darkmatter_ext.measurement.selection import kept_positions
+from darkmatter_ext.measurement.token_table import read_tokens
+from darkmatter_ext.report.result import load_result
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.encoders import as_encoder
+from darkmatter_ext.saes.flat_activations import SCALED, WHITENED
+from darkmatter_ext.saes.loading import SaeDescription, describe_sae, load_sae
 
 HOOK = "blocks.1.hook_resid_post"
 ENDS = st.none() | st.integers(-12, 12)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from darkmatter_ext.moments import LatentSums, LinearSums, TokenSums
-from darkmatter_ext.regression import LinearStatistics
+from darkmatter_ext.estimators.least_squares import LinearStatistics
+from darkmatter_ext.estimators.sums import LatentSums, LinearSums, TokenSums
 
 
 def _data(n=4000, d=24, seed=0):

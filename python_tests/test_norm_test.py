@@ -7,12 +7,12 @@ from planted_source import PlantedSource, coin, family_tokens, plain_map, plain_
 from small_site import flags
 
 from darkmatter_ext import cli
-from darkmatter_ext.error import NORM_TARGETS
 from darkmatter_ext.experiments.norm_test import PRESETS, NormTestConfig, norm_numbers, over_saes
-from darkmatter_ext.family import KS, WIDTHS, FamilyConfig
-from darkmatter_ext.measurement import MeasureSettings
-from darkmatter_ext.one_pass import measure
-from darkmatter_ext.results import load_result
+from darkmatter_ext.measurement.engine import measure
+from darkmatter_ext.measurement.error import NORM_TARGETS
+from darkmatter_ext.measurement.family import KS, WIDTHS, FamilyConfig
+from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.report.result import load_result
 
 HOOK = "blocks.1.hook_resid_post"
 N, D = 60_000, 8

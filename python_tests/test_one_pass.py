@@ -6,14 +6,14 @@ import pytest
 import torch
 from measurement_cases import HOOKS, LENGTH, numbers, saes, small_sae, write_caches
 
-from darkmatter_ext.decomposition import Reconstruction, TokenBatch, decompose_stream
-from darkmatter_ext.error import NORM_TARGETS
-from darkmatter_ext.measurement import NORM_FIT, MeasureSettings, Predictor
-from darkmatter_ext.one_pass import measure, tokens_to_read
-from darkmatter_ext.per_token import read_tokens
-from darkmatter_ext.regression import fit_linear
-from darkmatter_ext.selection import FIT, HELD_OUT
-from darkmatter_ext.sweeps import context_groups, context_roles
+from darkmatter_ext.estimators.least_squares import fit_linear
+from darkmatter_ext.measurement.decompose import Reconstruction, TokenBatch, decompose_stream
+from darkmatter_ext.measurement.engine import measure, tokens_to_read
+from darkmatter_ext.measurement.error import NORM_TARGETS
+from darkmatter_ext.measurement.measurement import NORM_FIT, MeasureSettings, Predictor
+from darkmatter_ext.measurement.selection import FIT, HELD_OUT
+from darkmatter_ext.measurement.sweeps import context_groups, context_roles
+from darkmatter_ext.measurement.token_table import read_tokens
 
 SETTINGS = MeasureSettings(drop_positions=1, block_contexts=7, batch_tokens=40, token_means=40)
 

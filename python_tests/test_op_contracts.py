@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import darkmatter_ext as dm
-from darkmatter_ext import reference
-from darkmatter_ext.sparse import SparseActs
+from darkmatter_ext.ops import reference
+from darkmatter_ext.ops.acts import SparseActs
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE_IDS = [case.id for case in CASES]

@@ -5,7 +5,7 @@ import torch
 from op_cases import CASES, registered_ops
 
 import darkmatter_ext as dm
-from darkmatter_ext import reference
+from darkmatter_ext.ops import reference
 
 
 def each_case(condition=lambda case: True):

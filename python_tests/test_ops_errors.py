@@ -6,7 +6,7 @@ import torch
 from children import run_python
 
 import darkmatter_ext as dm
-from darkmatter_ext.sparse import SparseActs
+from darkmatter_ext.ops.acts import SparseActs
 
 D, F = 4, 6
 X, W_ENC, B_ENC, B_DEC = torch.randn(3, D), torch.randn(D, F), torch.randn(F), torch.randn(D)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from op_cases import DTYPES, TOLERANCE
 
 import darkmatter_ext as dm
-from darkmatter_ext import reference
+from darkmatter_ext.ops import reference
 
 LEADING = st.sampled_from([(), (1,), (0,), (5,), (2, 3), (2, 0), (9,), (67,)])
 SIZES = st.sampled_from([0, 1, 3, 8, 17, 33])

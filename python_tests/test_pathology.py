@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_activations import _small_model
 
-from darkmatter_ext.decomposition import Reconstruction
+from darkmatter_ext.activations.splicing import SplicedModel, SplicedTokens, splice_losses
 from darkmatter_ext.experiments.pathology import gap_tables, patches, ratio_numbers
-from darkmatter_ext.nulls import NULLS, NullModels, at_distance_of, norm_only, same_angle
-from darkmatter_ext.splicing import SplicedModel, SplicedTokens, splice_losses
+from darkmatter_ext.measurement.decompose import Reconstruction
+from darkmatter_ext.measurement.nulls import NULLS, NullModels, at_distance_of, norm_only, same_angle
 
 CONTEXTS, LENGTH = 80, 24
 

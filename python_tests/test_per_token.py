@@ -6,11 +6,11 @@ from norm_cases import HOOK, Finished, erring_sae, r2, stored
 from small_site import flags
 
 from darkmatter_ext import cli
+from darkmatter_ext.estimators.intervals import r2_interval
 from darkmatter_ext.experiments.per_token import PRESETS, PerTokenConfig, pair_numbers, shuffled_r2
-from darkmatter_ext.intervals import r2_interval
-from darkmatter_ext.measurement import MeasureSettings
-from darkmatter_ext.one_pass import measure
-from darkmatter_ext.results import load_result
+from darkmatter_ext.measurement.engine import measure
+from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.report.result import load_result
 
 SHARED, FROM_NONLINEAR = 0.8, 0.36  # correlation of the second error norm with the first, and with its nonlinear part
 CONTEXTS, LENGTH, D = 240, 64, 12

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from place_cases import EDITS, edited, whole
 
 import darkmatter_ext as dm
-from darkmatter_ext import ops, reference
+from darkmatter_ext.ops import reference
+from darkmatter_ext.ops.encode import try_threshold_encode, try_topk_encode
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -126,7 +127,7 @@ def _mixed(n=70, d=64, n_latents=4000):
 def test_dense_tokens_are_left_undecided_and_the_others_are_not():
     x, W_enc, b_enc = _mixed()
     prepared = dm.prepare_encoder(W_enc, b_enc)
-    acts, undecided = ops.try_threshold_encode(x, W_enc, b_enc, 1.0, prepared=prepared)
+    acts, undecided = try_threshold_encode(x, W_enc, b_enc, 1.0, prepared=prepared)
     assert undecided.tolist() == [0, 1, 2]
     exact = dm.threshold_encode(x, W_enc, b_enc, 1.0, prepared=prepared)
     assert acts.crow_indices[3] == 0
@@ -140,7 +141,7 @@ def test_top_k_of_near_equal_latents_is_left_undecided():
     W_enc[:, :3000] = W_enc[:, :1] + 1e-5 * torch.randn(64, 3000, generator=torch.Generator().manual_seed(1))
     x[10:20] = 5 * W_enc[:, 0]
     prepared = dm.prepare_encoder(W_enc, b_enc)
-    acts, undecided = ops.try_topk_encode(x, W_enc, b_enc, 8, prepared=prepared)
+    acts, undecided = try_topk_encode(x, W_enc, b_enc, 8, prepared=prepared)
     exact = dm.topk_encode(x, W_enc, b_enc, 8, prepared=prepared)
     decided = torch.ones(len(x), dtype=torch.bool).index_fill(0, undecided, False)
     assert 0 < len(undecided) < len(x)
@@ -152,8 +153,8 @@ def test_where_nothing_screens_everything_is_left_undecided():
     x, W_enc, b_enc = torch.randn(5, 8), torch.randn(8, 30), torch.zeros(30)
     prepared = dm.prepare_encoder(W_enc, b_enc)
     assert not prepared.screens
-    assert ops.try_topk_encode(x, W_enc, b_enc, 3, prepared=prepared)[1].tolist() == list(range(5))
-    acts, undecided = ops.try_threshold_encode(x, W_enc, b_enc, 1.0, prepared=prepared)
+    assert try_topk_encode(x, W_enc, b_enc, 3, prepared=prepared)[1].tolist() == list(range(5))
+    acts, undecided = try_threshold_encode(x, W_enc, b_enc, 1.0, prepared=prepared)
     assert undecided.tolist() == list(range(5))
     assert acts.values.numel() == 0
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darkmatter_ext.power_law import fit_power_law
+from darkmatter_ext.estimators.power_law import fit_power_law
 
 WIDTHS = [512, 1024, 2048, 4096, 8192, 16384]
 

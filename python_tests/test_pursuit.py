@@ -8,9 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import darkmatter_ext as dm
-from darkmatter_ext import batched_pursuit, pursuit_choice, pursuit_steps, reference
-from darkmatter_ext.pursuing import pursuit_encoder, refit_encoder
-from darkmatter_ext.sae import as_encoder
+from darkmatter_ext.ops import pursuit, pursuit_choice, pursuit_steps, reference
+from darkmatter_ext.saes.encoders import as_encoder, pursuit_encoder, refit_encoder
 
 VARIANTS = {
     "gradient": {},
@@ -163,7 +162,7 @@ def test_own_l0_shapes_bias_and_chunks(options, monkeypatch):
     assert whole.shape == (2, 15, 300)
     twin = reference.pursuit(x, D, l0, bias=bias, **options)
     torch.testing.assert_close(whole.to_dense(), twin, rtol=1e-6, atol=1e-8)
-    monkeypatch.setattr(batched_pursuit, "CHUNK_TOKENS", 4)
+    monkeypatch.setattr(pursuit, "CHUNK_TOKENS", 4)
     finished = []
     parts = dm.pursuit(x, dm.prepare_dictionary(D), l0, bias=bias, progress=finished.append, **options)
     assert finished == [4] * 7 + [2]
@@ -331,7 +330,7 @@ def test_refit_is_non_negative_least_squares_on_the_support():
 
     D, x, bias = unit(300, 40), targets(30, 40), torch.linspace(-0.5, 0.5, 40, dtype=torch.float64)
     acts = dm.topk_encode(x, D.mT.contiguous(), torch.zeros(300, dtype=torch.float64), 12)
-    found = batched_pursuit.refit(x, acts, D, bias=bias).to_dense()
+    found = pursuit.refit(x, acts, D, bias=bias).to_dense()
     for token in range(30):
         support = acts.to_dense()[token].nonzero()[:, 0]
         if len(support) == 0:  # scipy 1.17.1 frees memory that is not its own for a matrix without columns
@@ -340,9 +339,9 @@ def test_refit_is_non_negative_least_squares_on_the_support():
         best, _ = nnls(D[support].mT.numpy(), (x[token] - bias).numpy())
         expected = torch.zeros(300, dtype=torch.float64).index_put((support,), torch.from_numpy(best))
         torch.testing.assert_close(found[token], expected, rtol=1e-7, atol=1e-9)
-    assert batched_pursuit.refit(x[:0], dm.find_support(acts.to_dense()[:0]), D).shape == (0, 300)
+    assert pursuit.refit(x[:0], dm.find_support(acts.to_dense()[:0]), D).shape == (0, 300)
     with pytest.raises(ValueError, match=r"^acts: must have shape \[3, 300\]"):
-        batched_pursuit.refit(x[:3], acts, D)
+        pursuit.refit(x[:3], acts, D)
 
 
 # Errors

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import darkmatter_ext as dm
-from darkmatter_ext import reference
+from darkmatter_ext.ops import reference
 
 
 def test_pre_activations_by_hand():

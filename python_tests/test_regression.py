@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darkmatter_ext.regression import LinearStatistics, fit_linear, train_mask
+from darkmatter_ext.estimators.least_squares import LinearStatistics, fit_linear, train_mask
 
 
 def _data(n, p, q, seed=0, offset=100.0):

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from darkmatter_ext import storage
-from darkmatter_ext.results import Result, load_result
+from darkmatter_ext.report.result import Result, load_result
+from darkmatter_ext.runtime import storage
 
 
 def _result(**changes):

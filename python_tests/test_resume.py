@@ -16,9 +16,9 @@ from interrupted_run import SETTINGS
 from measurement_cases import HOOKS, numbers, open_caches, saes, write_caches
 
 import darkmatter_ext
-from darkmatter_ext.checkpoint import CheckpointFolder
-from darkmatter_ext.one_pass import measure
-from darkmatter_ext.per_token import TokenTable, read_tokens
+from darkmatter_ext.measurement.engine import measure
+from darkmatter_ext.measurement.token_table import TokenTable, read_tokens
+from darkmatter_ext.runtime.checkpoint import CheckpointFolder
 
 SCRIPT = Path(__file__).with_name("interrupted_run.py")
 

@@ -6,8 +6,8 @@ import torch
 from sae_lens.registry import get_sae_class
 
 from darkmatter_ext.cli import main
-from darkmatter_ext.loading import describe_sae, load_sae
-from darkmatter_ext.sanity import signs
+from darkmatter_ext.saes.loading import describe_sae, load_sae
+from darkmatter_ext.saes.sanity import signs
 
 D, F, K = 64, 128, 4
 

@@ -12,19 +12,20 @@ from measurement_cases import small_sae, store_activations
 from small_site import flags
 
 from darkmatter_ext import cli
-from darkmatter_ext.decomposition import decompose_stream
+from darkmatter_ext.activations.sources import CacheSource
+from darkmatter_ext.estimators.power_law import fit_power_law
 from darkmatter_ext.experiments import scaling
 from darkmatter_ext.experiments.scaling import ScalingConfig, at_fixed_l0, breakdown
-from darkmatter_ext.measurement import MeasuredSae, MeasureSettings
-from darkmatter_ext.one_pass import measure
-from darkmatter_ext.power_law import fit_power_law
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.results import load_result
-from darkmatter_ext.sae import Encoded, as_reconstruct
-from darkmatter_ext.selection import MeasuredBatches
-from darkmatter_ext.site import prepared_site
-from darkmatter_ext.sources import CacheSource
-from darkmatter_ext.sparse import SparseActs
+from darkmatter_ext.measurement.decompose import decompose_stream
+from darkmatter_ext.measurement.engine import measure
+from darkmatter_ext.measurement.measurement import MeasuredSae, MeasureSettings
+from darkmatter_ext.measurement.reconstruct import as_reconstruct
+from darkmatter_ext.measurement.selection import MeasuredBatches
+from darkmatter_ext.measurement.site import prepared_site
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.report.result import load_result
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.encoders import Encoded
 
 HOOK, D = "blocks.0.hook_resid_post", 8
 WIDTHS = (64, 128, 256, 512, 1024, 2048)

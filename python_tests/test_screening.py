@@ -14,7 +14,7 @@ from screening_cases import DTYPES, KINDS, check_screened, count_violations, mak
 
 import darkmatter_ext as dm
 from darkmatter_ext import _C
-from darkmatter_ext.ops import screen_intervals
+from darkmatter_ext.ops.encode import screen_intervals
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_activations import _documents, _small_model, _word_tokenizer
 
-from darkmatter_ext import activations, hook_points, sources
-from darkmatter_ext.contexts import ContextStore, text_rows, tokenised_rows, write_contexts
+from darkmatter_ext.activations import hook_points, sources, store
+from darkmatter_ext.activations.contexts import ContextStore, text_rows, tokenised_rows, write_contexts
 
 KINDS = hook_points.KINDS
 
@@ -21,7 +21,7 @@ def model_folder(request, tmp_path_factory):
 
 
 def _store(folder, model_folder, n=6, length=12):
-    rows = text_rows(activations.load_tokenizer(model_folder), _documents(), context_length=length, prepend_bos=True)
+    rows = text_rows(store.load_tokenizer(model_folder), _documents(), context_length=length, prepend_bos=True)
     return write_contexts(folder / "contexts", rows, n_contexts=n, context_length=length)
 
 
@@ -140,11 +140,11 @@ def test_processed_weights_come_from_transformer_lens(tmp_path):
 
 def test_caches_give_what_the_model_gives(model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("DARKMATTER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(activations, "CONTEXTS_PER_SHARD", 3)
-    tokenizer = activations.load_tokenizer(model_folder)
-    contexts = activations.tokenize_contexts(tokenizer, _documents(), n_tokens=120, context_length=12)
+    monkeypatch.setattr(store, "CONTEXTS_PER_SHARD", 3)
+    tokenizer = store.load_tokenizer(model_folder)
+    contexts = store.tokenize_contexts(tokenizer, _documents(), n_tokens=120, context_length=12)
     hooks = ["blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"]
-    caches = [activations.activation_cache(model_folder, hook, contexts) for hook in hooks]
+    caches = [store.activation_cache(model_folder, hook, contexts) for hook in hooks]
     source = sources.open_cache([cache.folder for cache in caches])
     numbers = [1, 2, 3, 4, 9, 0]  # across shards, back and forth
     batch = source.read(numbers)
@@ -157,8 +157,8 @@ def test_caches_give_what_the_model_gives(model_folder, tmp_path, monkeypatch):
     assert source.widths == dict.fromkeys(hooks, 16)
     with pytest.raises(ValueError, match=r"--cache: must be a folder of activations"):
         sources.open_cache([tmp_path])
-    other = activations.tokenize_contexts(tokenizer, _documents(), n_tokens=60, context_length=12)
-    mixed = activations.activation_cache(model_folder, "blocks.0.hook_resid_post", other)
+    other = store.tokenize_contexts(tokenizer, _documents(), n_tokens=60, context_length=12)
+    mixed = store.activation_cache(model_folder, "blocks.0.hook_resid_post", other)
     with pytest.raises(ValueError, match=r"--cache: must be of the same tokens"):
         sources.open_cache([caches[0].folder, mixed.folder])
 
@@ -211,8 +211,8 @@ def test_tokenised_datasets_are_used_as_they_are(tmp_path, column):
 
 def test_contexts_on_disk_are_those_in_memory(model_folder, tmp_path):
     store = _store(tmp_path, model_folder, n=10, length=16)
-    tokenizer = activations.load_tokenizer(model_folder)
-    expected = activations.tokenize_contexts(tokenizer, _documents(), n_tokens=160, context_length=16)
+    tokenizer = store.load_tokenizer(model_folder)
+    expected = store.tokenize_contexts(tokenizer, _documents(), n_tokens=160, context_length=16)
     assert torch.equal(store.tokens(range(10)), expected.tokens)
     assert torch.equal(store.documents, expected.documents)
     rows = text_rows(tokenizer, _documents(), context_length=16, prepend_bos=False, per_document=1)

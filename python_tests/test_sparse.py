@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import darkmatter_ext as dm
-from darkmatter_ext.sparse import SparseActs
+from darkmatter_ext.ops.acts import SparseActs
 
 
 def fixed():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_activations import _small_model
 
-from darkmatter_ext.selection import require_same_tokens
-from darkmatter_ext.splicing import SplicedModel, splice_losses
+from darkmatter_ext.activations.splicing import SplicedModel, splice_losses
+from darkmatter_ext.measurement.selection import require_same_tokens
 
 KINDS = ["gpt2", "llama", "gemma2"]
 
@@ -96,7 +96,7 @@ def test_running_all_blocks_gives_the_same(spliced):
 
 
 def test_chunks_of_logits_change_nothing(monkeypatch):
-    from darkmatter_ext import splicing
+    from darkmatter_ext.activations import splicing
 
     model = SplicedModel(_small_model("llama").eval(), 1)
     tokens, replaced = _tokens(), torch.ones(3, 12).bool()

@@ -6,8 +6,8 @@ from small_site import flags
 
 from darkmatter_ext import cli
 from darkmatter_ext.experiments.synthetic import ablate_weakest, attribution, measure_cells, planted_energies
-from darkmatter_ext.results import load_result
-from darkmatter_ext.sparse import SparseActs
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.report.result import load_result
 
 LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0)
 N, D = 60_000, 8

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from darkmatter_ext import text
+from darkmatter_ext.activations import text
 
 
 def test_prose_is_running_english_only():

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from darkmatter_ext import sae as sae_module
-from darkmatter_ext.decomposition import TokenBatch
-from darkmatter_ext.training import TrainingConfig, save_sae, train_topk_sae
+from darkmatter_ext.measurement.decompose import TokenBatch
+from darkmatter_ext.measurement.reconstruct import as_reconstruct
+from darkmatter_ext.saes.loading import load_sae
+from darkmatter_ext.saes.training import TrainingConfig, save_sae, train_topk_sae
 
 SMALL = TrainingConfig(d_sae=24, k=3, steps=400, batch_size=256, learning_rate=3e-3, dead_after_tokens=5000)
 
@@ -59,7 +60,7 @@ def test_saelens_loads_what_is_saved_and_gives_the_same_output(trained, tmp_path
     loaded = SAE.load_from_disk(tmp_path / "sae")
     assert loaded.cfg.architecture() == "topk"
     assert (loaded.cfg.k, loaded.cfg.d_sae, loaded.cfg.metadata.model_name) == (3, 24, "planted")
-    reconstruct = sae_module.as_reconstruct(sae_module.load_sae(tmp_path / "sae"))
+    reconstruct = as_reconstruct(load_sae(tmp_path / "sae"))
     ours = reconstruct(TokenBatch(x[:500], torch.zeros(500, dtype=torch.bool)))
     with torch.no_grad():
         torch.testing.assert_close(ours.x_hat, loaded(x[:500]), rtol=1e-4, atol=1e-3)
@@ -93,7 +94,7 @@ def _sae_of(kind, **options):
 def test_every_architecture_gives_saelens_own_answer(kind, options):
     sae, plain = _sae_of(kind, **options), _sae_of(kind, **options)
     x = 2 * torch.randn(200, 12, generator=torch.Generator().manual_seed(0)) + 1
-    ours = sae_module.as_reconstruct(sae)(TokenBatch(x, torch.zeros(200, dtype=torch.bool)))
+    ours = as_reconstruct(sae)(TokenBatch(x, torch.zeros(200, dtype=torch.bool)))
     acts = plain.encode(x)
     torch.testing.assert_close(ours.x_hat, plain.decode(acts), rtol=1e-4, atol=1e-4)
     assert torch.equal(ours.l0, (acts != 0).sum(-1))
@@ -123,7 +124,7 @@ def test_bad_sae_folders_are_named_in_one_line(trained, tmp_path):
     ]
     for folder, message in cases:
         with pytest.raises(ValueError, match="--sae") as caught:
-            sae_module.load_sae(folder)
+            load_sae(folder)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
 

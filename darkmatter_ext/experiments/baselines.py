@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from darkmatter_ext import family, many_saes, many_saes_config
-from darkmatter_ext.family import FamilyConfig, family_result, given_hooks, measured_family
-from darkmatter_ext.intervals import r2_interval
-from darkmatter_ext.many_saes_config import ManySaesConfig
-from darkmatter_ext.measurement import SiteMeasurement
-from darkmatter_ext.per_token import read_tokens
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.results import Result
+from darkmatter_ext.estimators.intervals import r2_interval
+from darkmatter_ext.measurement import family, many_saes, many_saes_config
+from darkmatter_ext.measurement.family import FamilyConfig, family_result, given_hooks, measured_family
+from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.measurement.measurement import SiteMeasurement
+from darkmatter_ext.measurement.token_table import read_tokens
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.runtime.progress import Stages
 
 PARTS = ("error", "linear", "nonlinear")
 PREDICTORS = {

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from darkmatter_ext import family, many_saes, many_saes_config
-from darkmatter_ext.activations import load_tokenizer
-from darkmatter_ext.family import AnyConfig, FamilyConfig, FamilySite, family_result
-from darkmatter_ext.many_saes import Measured
-from darkmatter_ext.many_saes_config import ManySaesConfig
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.results import Result
-from darkmatter_ext.selection import UNUSED
+from darkmatter_ext.activations.store import load_tokenizer
+from darkmatter_ext.measurement import family, many_saes, many_saes_config
+from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig, FamilySite, family_result
+from darkmatter_ext.measurement.many_saes import Measured
+from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.measurement.selection import UNUSED
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.runtime.progress import Stages
 
 SHOWN_HIGH_NORM_TOKENS = 8
 

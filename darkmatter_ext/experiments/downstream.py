@@ -15,17 +15,29 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from darkmatter_ext.controls import random_dictionary, shuffled_decoder
-from darkmatter_ext.decomposition import Decomposition, Reconstruct, TokenBatch, decompose_stream
-from darkmatter_ext.intervals import bootstrap, group_sums
-from darkmatter_ext.nulls import other_tokens
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.regression import LinearMap
-from darkmatter_ext.results import Result, provenance
-from darkmatter_ext.sae import as_reconstruct
-from darkmatter_ext.selection import FIT, HeldOutContexts, MeasuredBatches, check_whole_contexts, mean_activation
-from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, refuse_processing, site_notes, site_plan
-from darkmatter_ext.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
+from darkmatter_ext.activations.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
+from darkmatter_ext.estimators.intervals import bootstrap, group_sums
+from darkmatter_ext.estimators.least_squares import LinearMap
+from darkmatter_ext.measurement.decompose import Decomposition, Reconstruct, TokenBatch, decompose_stream
+from darkmatter_ext.measurement.nulls import other_tokens
+from darkmatter_ext.measurement.reconstruct import as_reconstruct, random_dictionary, shuffled_decoder
+from darkmatter_ext.measurement.selection import (
+    FIT,
+    HeldOutContexts,
+    MeasuredBatches,
+    check_whole_contexts,
+    mean_activation,
+)
+from darkmatter_ext.measurement.site import (
+    SiteConfig,
+    listed_saes,
+    prepared_site,
+    refuse_processing,
+    site_notes,
+    site_plan,
+)
+from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.runtime.progress import Stages
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,18 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from darkmatter_ext import family, many_saes, many_saes_config
-from darkmatter_ext.controls import random_directions
-from darkmatter_ext.family import AnyConfig, FamilyConfig, FamilySite, given_hooks, measured_family
-from darkmatter_ext.hook_points import parse_hook_point
-from darkmatter_ext.loading import describe_sae
-from darkmatter_ext.many_saes import Measured
-from darkmatter_ext.many_saes_config import ManySaesConfig
-from darkmatter_ext.measurement import MeasuredSae, SiteMeasurement
-from darkmatter_ext.nulls import other_tokens
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.results import Result
-from darkmatter_ext.sae import Encoded, Encoder, as_encoder
+from darkmatter_ext.activations.hook_points import parse_hook_point
+from darkmatter_ext.measurement import family, many_saes, many_saes_config
+from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig, FamilySite, given_hooks, measured_family
+from darkmatter_ext.measurement.many_saes import Measured
+from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.measurement.measurement import MeasuredSae, SiteMeasurement
+from darkmatter_ext.measurement.nulls import other_tokens
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.encoders import Encoded, Encoder, as_encoder, random_directions
+from darkmatter_ext.saes.loading import describe_sae
 
 PARTS = ("error", "linear", "nonlinear")
 OWN, PREVIOUS = "res", "previous res"

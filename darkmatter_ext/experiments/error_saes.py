@@ -16,25 +16,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from darkmatter_ext import ops
-from darkmatter_ext.activations import ActivationCache, load_tokenizer
-from darkmatter_ext.controls import random_dictionary, shuffled_decoder
-from darkmatter_ext.decomposition import Reconstruct, TokenBatch
-from darkmatter_ext.drop_in import accelerate
-from darkmatter_ext.error import sae_error
-from darkmatter_ext.interpretability import DetectionSettings, Judge, WordListJudge, accuracy_by_decile, score_latents
-from darkmatter_ext.intervals import seed_interval
-from darkmatter_ext.judges import EndpointJudge, LocalJudge
-from darkmatter_ext.loading import load_sae
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.regression import LinearMap, LinearStatistics
-from darkmatter_ext.results import Result, provenance
-from darkmatter_ext.sae import as_reconstruct
-from darkmatter_ext.selection import HELD_OUT, MeasuredBatches, TokenSelection
-from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
-from darkmatter_ext.sparse import SparseActs
-from darkmatter_ext.storage import cache_dir, fingerprint
-from darkmatter_ext.training import TrainingConfig, save_sae, train_topk_sae
+from darkmatter_ext.activations.store import ActivationCache, load_tokenizer
+from darkmatter_ext.estimators.intervals import seed_interval
+from darkmatter_ext.estimators.least_squares import LinearMap, LinearStatistics
+from darkmatter_ext.measurement.decompose import Reconstruct, TokenBatch
+from darkmatter_ext.measurement.detection import (
+    DetectionSettings,
+    Judge,
+    WordListJudge,
+    accuracy_by_decile,
+    score_latents,
+)
+from darkmatter_ext.measurement.error import sae_error
+from darkmatter_ext.measurement.judges import EndpointJudge, LocalJudge
+from darkmatter_ext.measurement.reconstruct import as_reconstruct, random_dictionary, shuffled_decoder
+from darkmatter_ext.measurement.selection import HELD_OUT, MeasuredBatches, TokenSelection
+from darkmatter_ext.measurement.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.ops.encode import topk_encode
+from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.runtime.storage import cache_dir, fingerprint
+from darkmatter_ext.saes.drop_in import accelerate
+from darkmatter_ext.saes.loading import load_sae
+from darkmatter_ext.saes.training import TrainingConfig, save_sae, train_topk_sae
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -266,7 +271,7 @@ def _encoders(sae: SAE, trained: dict[str, SAE], held_out: Errors, config: Error
     generator = torch.Generator().manual_seed(config.seed)
     directions = torch.randn(y.shape[1], config.error_width, generator=generator).to(y)
     bias = torch.zeros(config.error_width).to(y)
-    acts["random"] = ops.topk_encode(y, directions / directions.norm(dim=0), bias, config.error_k, b_dec=y.mean(0))
+    acts["random"] = topk_encode(y, directions / directions.norm(dim=0), bias, config.error_k, b_dec=y.mean(0))
     return acts
 
 

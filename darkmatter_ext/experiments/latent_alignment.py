@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from darkmatter_ext import family, many_saes_config
-from darkmatter_ext.family import AnyConfig, FamilyConfig
-from darkmatter_ext.intervals import LEVEL, RESAMPLES, Interval
-from darkmatter_ext.loading import load_sae
-from darkmatter_ext.many_saes_config import ManySaesConfig
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.results import Result
+from darkmatter_ext.estimators.intervals import LEVEL, RESAMPLES, Interval
+from darkmatter_ext.measurement import family, many_saes_config
+from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig
+from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.loading import load_sae
 
 if TYPE_CHECKING:
     import numpy as np

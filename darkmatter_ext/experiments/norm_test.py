@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from darkmatter_ext import family, many_saes_config
-from darkmatter_ext.error import NORM_TARGETS
-from darkmatter_ext.family import KS, WIDTHS, AnyConfig, FamilyConfig
-from darkmatter_ext.many_saes import Measured
-from darkmatter_ext.measurement import SiteMeasurement
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.results import Result
+from darkmatter_ext.measurement import family, many_saes_config
+from darkmatter_ext.measurement.error import NORM_TARGETS
+from darkmatter_ext.measurement.family import KS, WIDTHS, AnyConfig, FamilyConfig
+from darkmatter_ext.measurement.many_saes import Measured
+from darkmatter_ext.measurement.measurement import SiteMeasurement
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.runtime.progress import Stages
 
 MIN_VIOLIN = 4  # SAEs: a density of fewer would be drawn from nothing
 

@@ -17,19 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darkmatter_ext.activations import load_tokenizer
-from darkmatter_ext.decomposition import Reconstruct, TokenBatch
-from darkmatter_ext.hook_points import translated_hook
-from darkmatter_ext.intervals import Interval, bootstrap, group_sums
-from darkmatter_ext.loading import describe_sae
-from darkmatter_ext.metadata import narrowed, own_hook
-from darkmatter_ext.nulls import NULLS, NullModels
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.regression import LinearStatistics
-from darkmatter_ext.results import Result, provenance
-from darkmatter_ext.sae import as_reconstruct
-from darkmatter_ext.selection import HeldOutContexts, MeasuredBatches, check_whole_contexts
-from darkmatter_ext.site import (
+from darkmatter_ext.activations.hook_points import translated_hook
+from darkmatter_ext.activations.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
+from darkmatter_ext.activations.store import load_tokenizer
+from darkmatter_ext.estimators.intervals import Interval, bootstrap, group_sums
+from darkmatter_ext.estimators.least_squares import LinearStatistics
+from darkmatter_ext.measurement.decompose import Reconstruct, TokenBatch
+from darkmatter_ext.measurement.metadata import narrowed, own_hook
+from darkmatter_ext.measurement.nulls import NULLS, NullModels
+from darkmatter_ext.measurement.reconstruct import as_reconstruct
+from darkmatter_ext.measurement.selection import HeldOutContexts, MeasuredBatches, check_whole_contexts
+from darkmatter_ext.measurement.site import (
     SiteConfig,
     listed_saes,
     prepared_site,
@@ -39,7 +37,9 @@ from darkmatter_ext.site import (
     site_plan,
     sites_activations,
 )
-from darkmatter_ext.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
+from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.loading import describe_sae
 
 MIXTURE_ACTIVATIONS = 1024  # more than d, so that the mixtures span what activations span
 MINIMUM_COUNT = 10  # of a token in the table: the mean of fewer says nothing

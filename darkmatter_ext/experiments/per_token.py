@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darkmatter_ext import family, many_saes, many_saes_config
-from darkmatter_ext.family import AnyConfig, FamilyConfig, family_result, given_hooks, measured_family
-from darkmatter_ext.intervals import Interval, r2_interval
-from darkmatter_ext.many_saes import excerpt
-from darkmatter_ext.many_saes_config import ManySaesConfig
-from darkmatter_ext.measurement import SiteMeasurement
-from darkmatter_ext.nulls import other_tokens
-from darkmatter_ext.per_token import read_tokens
-from darkmatter_ext.presets import SAE_SETS
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.regression import fit_linear
-from darkmatter_ext.results import Result
+from darkmatter_ext.estimators.intervals import Interval, r2_interval
+from darkmatter_ext.estimators.least_squares import fit_linear
+from darkmatter_ext.measurement import family, many_saes, many_saes_config
+from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig, family_result, given_hooks, measured_family
+from darkmatter_ext.measurement.many_saes import excerpt
+from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.measurement.measurement import SiteMeasurement
+from darkmatter_ext.measurement.nulls import other_tokens
+from darkmatter_ext.measurement.token_table import read_tokens
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.catalogue import SAE_SETS
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from darkmatter_ext import family, many_saes_config
-from darkmatter_ext.batched_pursuit import METHODS
-from darkmatter_ext.family import FamilyConfig, family_result
-from darkmatter_ext.many_saes import Encoders
-from darkmatter_ext.many_saes_config import ManySaesConfig
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.pursuing import pursuit_encoder, refit_encoder
-from darkmatter_ext.results import Result
-from darkmatter_ext.sae import as_encoder
+from darkmatter_ext.measurement import family, many_saes_config
+from darkmatter_ext.measurement.family import FamilyConfig, family_result
+from darkmatter_ext.measurement.many_saes import Encoders
+from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.ops.pursuit import METHODS
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.encoders import as_encoder, pursuit_encoder, refit_encoder
 
 VARIANTS = {"encoder": "the SAE itself", "pursuit": "pursuit from zero", "refit": "the encoder's latents, refitted"}
 

@@ -14,19 +14,17 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from darkmatter_ext import family, many_saes, many_saes_config
-from darkmatter_ext.controls import random_directions, shuffled_sae
-from darkmatter_ext.family import KS, WIDTHS, FamilyConfig, family_result
-from darkmatter_ext.intervals import Interval
-from darkmatter_ext.loading import describe_sae
-from darkmatter_ext.many_saes import Measured
-from darkmatter_ext.many_saes_config import ManySaesConfig
-from darkmatter_ext.metadata import narrowed
-from darkmatter_ext.power_law import MINIMUM_WIDTHS, PowerLaw, fit_power_law
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.pursuing import pursuit_encoder
-from darkmatter_ext.results import Result
-from darkmatter_ext.sae import as_encoder
+from darkmatter_ext.estimators.intervals import Interval
+from darkmatter_ext.estimators.power_law import MINIMUM_WIDTHS, PowerLaw, fit_power_law
+from darkmatter_ext.measurement import family, many_saes, many_saes_config
+from darkmatter_ext.measurement.family import KS, WIDTHS, FamilyConfig, family_result
+from darkmatter_ext.measurement.many_saes import Measured
+from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.measurement.metadata import narrowed
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.encoders import as_encoder, pursuit_encoder, random_directions, shuffled_sae
+from darkmatter_ext.saes.loading import describe_sae
 
 L0_TOLERANCE = (
     1.3  # an SAE is at the L0 of the law if it is off by no more than this factor (the paper: 48 to 64 for 60)

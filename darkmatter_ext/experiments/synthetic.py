@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from darkmatter_ext.drop_in import accelerate
-from darkmatter_ext.intervals import seed_interval
-from darkmatter_ext.progress import Stages
-from darkmatter_ext.regression import LinearStatistics
-from darkmatter_ext.results import Result, provenance
-from darkmatter_ext.selection import FIT, HELD_OUT, TokenSelection, tokens_with_role
-from darkmatter_ext.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
-from darkmatter_ext.sparse import SparseActs
+from darkmatter_ext.estimators.intervals import seed_interval
+from darkmatter_ext.estimators.least_squares import LinearStatistics
+from darkmatter_ext.measurement.selection import FIT, HELD_OUT, TokenSelection, tokens_with_role
+from darkmatter_ext.measurement.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.drop_in import accelerate
 
 if TYPE_CHECKING:
-    from darkmatter_ext.activations import ActivationCache
+    from darkmatter_ext.activations.store import ActivationCache
 
 RELEASED_CODE_TOKENS = 50_000  # fitted and scored on the same ones
 FIT_BATCH = 2048  # tokens widened to float64 at a time: (Q + 2) d columns of them

@@ -23,9 +23,9 @@ from darkmatter_ext.figures import (
     scaling,
     synthetic,
 )
-from darkmatter_ext.figures.style import STYLE
-from darkmatter_ext.results import Result
-from darkmatter_ext.storage import atomic_file
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.style import STYLE
+from darkmatter_ext.runtime.storage import atomic_file
 
 FIGURES: dict[str, dict[str, Callable[[Result], Any]]] = {
     "baselines": {"r2": baselines.r2_by_layer},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from darkmatter_ext.figures.style import GREY, SERIES, interval_bars, new_panels
-from darkmatter_ext.results import Result
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.style import GREY, SERIES, interval_bars, new_panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

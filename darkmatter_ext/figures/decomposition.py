@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from darkmatter_ext.error import NORM_TARGETS
-from darkmatter_ext.figures.style import BLUE, GREY, SERIES, SKY, legend_beside, new_figure, token_axis
-from darkmatter_ext.results import Result
+from darkmatter_ext.measurement.error import NORM_TARGETS
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.style import BLUE, GREY, SERIES, SKY, legend_beside, new_figure, token_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from darkmatter_ext.figures.style import BLUE, GREEN, GREY, ORANGE, interval_bars, legend_beside, new_figure
-from darkmatter_ext.hook_points import parse_hook_point
-from darkmatter_ext.results import Result
+from darkmatter_ext.activations.hook_points import parse_hook_point
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.style import BLUE, GREEN, GREY, ORANGE, interval_bars, legend_beside, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

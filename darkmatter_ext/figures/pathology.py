@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from darkmatter_ext.figures.style import (
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.style import (
     BLUE,
     GREY,
     ORANGE,
@@ -15,7 +16,6 @@ from darkmatter_ext.figures.style import (
     row_bars,
     visible,
 )
-from darkmatter_ext.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

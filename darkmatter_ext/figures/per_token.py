@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from darkmatter_ext.figures.style import SERIES, new_panels, token_axis
-from darkmatter_ext.results import Result
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.style import SERIES, new_panels, token_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

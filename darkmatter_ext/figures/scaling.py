@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from darkmatter_ext.figures.style import (
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.style import (
     BLUE,
     GREEN,
     GREY,
@@ -18,7 +19,6 @@ from darkmatter_ext.figures.style import (
     new_panels,
     width_axis,
 )
-from darkmatter_ext.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from darkmatter_ext.error import NORM_TARGETS
+from darkmatter_ext.measurement.error import NORM_TARGETS
 from darkmatter_ext.report import (
     baselines,
     decomposition,
@@ -25,9 +25,9 @@ from darkmatter_ext.report import (
     scaling,
     synthetic,
 )
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.table import Table
-from darkmatter_ext.results import Result
-from darkmatter_ext.storage import atomic_file
+from darkmatter_ext.runtime.storage import atomic_file
 
 VIEWS: dict[str, ModuleType] = {
     "baselines": baselines,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.table import Table, shown, with_interval
-from darkmatter_ext.results import Result
 
 NOTHING = 0.01  # an R2 too small to speak of
 PARTS = ("error", "linear", "nonlinear")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.table import Table, shown
-from darkmatter_ext.results import Result
 
 # What the paper reports for Gemma 2 9B, layer 20 (abstract and figures 3, 4); printed beside our numbers, never mixed in.
 PAPER_R2_VEC = "about 0.5"

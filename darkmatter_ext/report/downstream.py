@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.table import Table, shown, with_interval
-from darkmatter_ext.results import Result
 
 PAPER = "the nonlinear error carries a proportional share of the increase in CE"
 

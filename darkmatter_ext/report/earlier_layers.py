@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.table import Table, shown, with_interval
-from darkmatter_ext.results import Result
 
 PAPER = "SAE outputs of earlier sites explain up to 50 % of the variance of the nonlinear error"
 _PARTS = ("error", "linear", "nonlinear")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.table import Table, shown, with_interval
-from darkmatter_ext.results import Result
 
 PAPER = "FVU 0.54 on the linear and 0.59 on the nonlinear error"
 

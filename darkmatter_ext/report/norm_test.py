@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.table import Table, shown, with_interval
-from darkmatter_ext.results import Result
 
 PAPER = "more than 90 % of the norm of the error is linearly predictable; R2 of 0.7 to 0.95 at middle layers"
 _ENDS = ("median", "least", "greatest")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.table import Table, with_interval
-from darkmatter_ext.results import Result
 
 GURNEE = "2 to 4.5 times in GPT-2 small, all layers"
 LEE_HEIMERSHEIM = "no longer pathologically large against such nulls"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from darkmatter_ext.report.decomposition import sae_rows, table
-from darkmatter_ext.results import Result
+from darkmatter_ext.report.result import Result
 
 __all__ = ["reading", "table"]
 

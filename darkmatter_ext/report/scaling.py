@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from statistics import fmean
 
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.table import Table, shown, with_interval
-from darkmatter_ext.results import Result
 
 PAPER = "FVU_nonlinear is about constant in width at fixed L0"
 

@@ -1,0 +1,432 @@
+"""Where activations come from, behind one small interface: a model run on the fly, or a cache on disk.
+
+A source is a numbered sequence of contexts; `read` gives the activations of any of them at all its hook points, from one
+forward pass no deeper than needed. Because context 17 is the same in every process and after every restart, runs can be
+divided among processes and taken up again.
+
+- `ModelSource`: a Hugging Face causal model, hooks on its own modules; optionally the model's loss at every token.
+- `LensSource`: TransformerLens, for SAEs whose metadata asks for processed weights (centred, LayerNorm folded): these
+  change the activations, so the SAE would see inputs it was not trained on.
+- `CacheSource`: our own safetensors caches, one a hook point.
+- `DatasetSource`: a cached-activation dataset written by SAELens' CacheActivationsRunner.
+
+Shapes: C contexts, c contexts of a batch, L tokens a context, d width of a hook point.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.activations.contexts import ContextStore
+from darkmatter_ext.activations.hook_points import capture, parse_hook_point
+from darkmatter_ext.activations.store import (
+    CONTEXTS_PER_FORWARD,
+    WEIGHT_PROCESSING,
+    ActivationCache,
+    Forward,
+    check_finite,
+    load_lens,
+    load_model,
+    site_activations,
+)
+from darkmatter_ext.runtime.inputs import told
+from darkmatter_ext.runtime.storage import atomic_file, cache_dir, fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORWARD_TOKENS = 4096  # through the model at a time: bounds the memory of attention and logits
+
+
+class ContextBatch(NamedTuple):
+    """Some contexts of a source."""
+
+    numbers: list[int]  # of the contexts
+    tokens: Tensor  # [c, L] int64, on the CPU
+    activations: Mapping[str, Tensor]  # hook point -> [c, L, d]
+    loss: Tensor | None = None  # [c, L] float32: -log p(next token), NaN at the last position
+
+
+class Source(Protocol):
+    """What a measurement reads."""
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Hook point -> d."""
+        ...
+
+    @property
+    def n_contexts(self) -> int: ...
+
+    @property
+    def context_length(self) -> int: ...
+
+    @property
+    def identity(self) -> str:
+        """A hash of the tokens: two sources of the same name with other text must not be mixed."""
+        ...
+
+    @property
+    def documents(self) -> Tensor:
+        """[C] int64: the document each context comes from (its own number where that is not known)."""
+        ...
+
+    def read(self, numbers: Sequence[int]) -> ContextBatch:
+        """The contexts with these numbers. Raises RuntimeError for NaN or infinity, or damaged files."""
+        ...
+
+
+@dataclass
+class _StoredContexts:
+    """What the sources that run a model share: the contexts are in a ContextStore, widths are seen on the first."""
+
+    hooks: tuple[str, ...]
+    store: ContextStore
+
+    @property
+    def n_contexts(self) -> int:
+        return self.store.n_contexts
+
+    @property
+    def context_length(self) -> int:
+        return self.store.context_length
+
+    @property
+    def identity(self) -> str:
+        return self.store.sha256
+
+    @property
+    def documents(self) -> Tensor:
+        return self.store.documents
+
+    def __post_init__(self) -> None:
+        self._widths: dict[str, int] = {}
+
+    @property
+    def widths(self) -> dict[str, int]:
+        if not self._widths:
+            self._widths = {hook: x.shape[-1] for hook, x in self.read([0]).activations.items()}
+        return self._widths
+
+    def read(self, numbers: Sequence[int]) -> ContextBatch:
+        raise NotImplementedError
+
+
+@dataclass
+class ModelSource(_StoredContexts):
+    """A Hugging Face causal model on stored contexts; hooks on its own modules, left after the deepest.
+
+    With `loss` the whole model runs, because the loss needs its end.
+    """
+
+    network: PreTrainedModel
+    loss: bool = False
+    forward_tokens: int = FORWARD_TOKENS
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        hooks: Sequence[str],
+        store: ContextStore,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        device_map: str = "",
+        loss: bool = False,
+        forward_tokens: int = FORWARD_TOKENS,
+    ) -> ModelSource:
+        """Load the model no deeper than needed. `device_map` as in transformers ("auto"), instead of `device`.
+
+        Raises ValueError when the model cannot be loaded or has no such hook point.
+        """
+        depth = 1 + max(parse_hook_point(hook).layer for hook in hooks)
+        network = load_model(model, device=device, dtype=dtype, n_layers=depth, cut=not loss, device_map=device_map)
+        return cls(tuple(hooks), store, network, loss, forward_tokens)
+
+    def read(self, numbers: Sequence[int]) -> ContextBatch:
+        tokens = self.store.tokens(numbers)
+        parts = [self._forward(part) for part in tokens.split(max(1, self.forward_tokens // self.context_length))]
+        found = {hook: torch.cat([activations[hook] for activations, _ in parts]) for hook in self.hooks}
+        loss = torch.cat([part for _, part in parts if part is not None]) if self.loss else None
+        return ContextBatch(list(numbers), tokens, found, loss)
+
+    @torch.inference_mode()
+    def _forward(self, tokens: Tensor) -> tuple[Mapping[str, Tensor], Tensor | None]:
+        inputs = tokens.to(self.network.device)
+        if not self.loss:
+            return site_activations(self.network, self.hooks, inputs), None
+        outputs: list[Any] = []
+        found = capture(
+            self.network, self.hooks, lambda: outputs.append(self.network(inputs, use_cache=False).logits), stop=False
+        )
+        check_finite(found)
+        return found, next_token_loss(outputs[0], inputs).cpu()
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[c, L] float32: -log p(tokens[:, i + 1]) at position i, in nats; NaN at the last. One context at a time in float32."""
+    loss = torch.full(tokens.shape, torch.nan, device=logits.device)
+    for row, (scores, ids) in enumerate(zip(logits, tokens, strict=True)):
+        targets = ids[1:].to(scores.device)
+        loss[row, :-1] = torch.nn.functional.cross_entropy(scores[:-1].float(), targets, reduction="none")
+    return loss
+
+
+def asked_processing(model_from_pretrained_kwargs: Mapping[str, Any] | None) -> dict[str, bool]:
+    """The weight processing an SAE's metadata asks for: the options of WEIGHT_PROCESSING that are on."""
+    given = model_from_pretrained_kwargs or {}
+    return {option: True for option in WEIGHT_PROCESSING if given.get(option)}
+
+
+@dataclass
+class LensSource(_StoredContexts):
+    """TransformerLens on stored contexts, weights processed as asked (see `asked_processing`)."""
+
+    forward: Forward
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        hooks: Sequence[str],
+        store: ContextStore,
+        *,
+        processing: Mapping[str, bool],
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> LensSource:
+        """Raises ValueError when TransformerLens cannot load the model, or it has no such hook point."""
+        return cls(tuple(hooks), store, load_lens(model, hooks, processing=processing, device=device, dtype=dtype))
+
+    def read(self, numbers: Sequence[int]) -> ContextBatch:
+        tokens = self.store.tokens(numbers)
+        return ContextBatch(list(numbers), tokens, self.forward(tokens))
+
+
+class _Shard(NamedTuple):
+    path: Path
+    first: int  # number of its first context
+    length: int
+
+
+@dataclass
+class CacheSource:
+    """Our own caches (`activations.activation_cache`), one folder a hook point, all of the same contexts."""
+
+    caches: dict[str, ActivationCache]
+
+    @classmethod
+    def open(cls, folders: Sequence[str | Path]) -> CacheSource:
+        """Raises ValueError when a folder is not a cache or they hold different contexts."""
+        caches: dict[str, ActivationCache] = {}
+        for folder in map(Path, folders):
+            try:
+                cache = ActivationCache(folder, json.loads((folder / "meta.json").read_text()))
+                caches[cache.meta["hook"]] = cache
+            except (OSError, ValueError, KeyError) as error:
+                raise ValueError(f"--cache: must be a folder of activations, got {folder} ({told(error)})") from None
+        if len({cache.meta["tokens_sha256"] for cache in caches.values()}) > 1:
+            raise ValueError(
+                f"--cache: must be of the same tokens, got different ones in {', '.join(map(str, folders))}"
+            )
+        return cls(caches)
+
+    def __post_init__(self) -> None:
+        self._any = next(iter(self.caches.values()))
+        self._shards = {hook: _shards(cache.folder) for hook, cache in self.caches.items()}
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {hook: cache.d_in for hook, cache in self.caches.items()}
+
+    @property
+    def n_contexts(self) -> int:
+        return self._any.n_contexts
+
+    @property
+    def context_length(self) -> int:
+        return self._any.context_length
+
+    @property
+    def identity(self) -> str:
+        return self._any.meta["tokens_sha256"]
+
+    @property
+    def documents(self) -> Tensor:
+        return self._any.column("documents")
+
+    def read(self, numbers: Sequence[int]) -> ContextBatch:
+        first = next(iter(self.caches))
+        tokens = self._rows(first, "tokens", numbers)
+        found = {hook: self._rows(hook, "activations", numbers) for hook in self.caches}
+        check_finite(found)
+        return ContextBatch(list(numbers), tokens, found)
+
+    def _rows(self, hook: str, name: str, numbers: Sequence[int]) -> Tensor:
+        """Rows of one tensor: runs of consecutive numbers within a shard are read at once, nothing else is read."""
+        from safetensors import SafetensorError, safe_open
+
+        parts = []
+        for shard, rows in _runs(self._shards[hook], numbers):
+            try:
+                with safe_open(shard.path, framework="pt") as file:
+                    parts += [file.get_slice(name)[start:stop] for start, stop in rows]
+            except (OSError, SafetensorError) as error:
+                raise RuntimeError(
+                    f"activation cache: {shard.path} is damaged ({error}); delete {shard.path.parent}"
+                ) from None
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def _shards(folder: Path) -> list[_Shard]:
+    from safetensors import SafetensorError, safe_open
+
+    shards, first = [], 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                length = file.get_slice("tokens").get_shape()[0]
+        except (OSError, SafetensorError) as error:
+            raise RuntimeError(f"activation cache: {path} is damaged ({error}); delete {folder}") from None
+        shards.append(_Shard(path, first, length))
+        first += length
+    return shards
+
+
+def _runs(shards: Sequence[_Shard], numbers: Sequence[int]) -> list[tuple[_Shard, list[tuple[int, int]]]]:
+    """The shards that hold `numbers`, in their order, with runs (start, stop) of rows; neighbours share a shard."""
+    runs: list[tuple[_Shard, list[tuple[int, int]]]] = []
+    firsts = [shard.first for shard in shards]
+    for number in numbers:
+        shard = shards[bisect.bisect_right(firsts, number) - 1]
+        row = number - shard.first
+        if not runs or runs[-1][0] is not shard:
+            runs.append((shard, []))
+        rows = runs[-1][1]
+        if rows and rows[-1][1] == row:
+            rows[-1] = (rows[-1][0], row + 1)
+        else:
+            rows.append((row, row + 1))
+    return runs
+
+
+@dataclass
+class DatasetSource:
+    """A dataset of cached activations as SAELens' CacheActivationsRunner saves it: one column a hook point, `token_ids`.
+
+    It does not say which document a context is from, so every context counts as its own.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        from datasets import load_from_disk
+
+        try:
+            self._dataset: Any = load_from_disk(str(self.folder)).with_format("torch")
+            self._hooks = [name for name in self._dataset.column_names if name != "token_ids"]
+            shapes = {hook: self._dataset[0][hook].shape for hook in self._hooks}
+        except Exception as error:  # datasets, arrow and the file system each raise their own kinds
+            raise ValueError(
+                f"--cache: must be a SAELens dataset of activations, got {self.folder} ({told(error)})"
+            ) from None
+        self.context_length: int = next(iter(shapes.values()))[0]
+        self.widths: dict[str, int] = {hook: shape[-1] for hook, shape in shapes.items()}
+
+    @property
+    def n_contexts(self) -> int:
+        return len(self._dataset)
+
+    @property
+    def identity(self) -> str:
+        return self._dataset._fingerprint
+
+    @property
+    def documents(self) -> Tensor:
+        return torch.arange(self.n_contexts)
+
+    def read(self, numbers: Sequence[int]) -> ContextBatch:
+        rows = self._dataset[list(numbers)]
+        found = {hook: rows[hook] for hook in self._hooks}
+        check_finite(found)
+        tokens = rows.get("token_ids", torch.full((len(numbers), self.context_length), -1))
+        return ContextBatch(list(numbers), tokens.long(), found)
+
+
+@dataclass(frozen=True)
+class SelectedContexts:
+    """Some contexts of a source, numbered from 0, with the model's loss at their tokens where it is known."""
+
+    source: Source
+    chosen: Tensor  # [m] int64, numbers in the source
+    losses: Tensor | None = None  # [m, L], see `next_token_loss`
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return self.source.widths
+
+    @property
+    def n_contexts(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def context_length(self) -> int:
+        return self.source.context_length
+
+    @property
+    def identity(self) -> str:
+        return fingerprint(source=self.source.identity, chosen=self.chosen.tolist())
+
+    @property
+    def documents(self) -> Tensor:
+        return self.source.documents[self.chosen]
+
+    def read(self, numbers: Sequence[int]) -> ContextBatch:
+        batch = self.source.read(self.chosen[list(numbers)].tolist())
+        loss = batch.loss if self.losses is None else self.losses[list(numbers)]
+        return batch._replace(numbers=list(numbers), loss=loss)
+
+
+@torch.inference_mode()
+def stored_losses(
+    model: str, tokens: Tensor, *, device: str = "cpu", progress: Callable[[int], None] | None = None
+) -> Tensor:
+    """`next_token_loss` [C, L] of a model in float32 at tokens [C, L], computed once and kept in the cache folder.
+
+    Raises ValueError for a model that cannot be loaded. Cost: one whole forward pass.
+    """
+    from safetensors.torch import load_file, save_file
+
+    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    path = cache_dir("losses") / f"{fingerprint(model=model, tokens=digest)}.safetensors"
+    if not path.exists():
+        network = load_model(model, device=device, dtype=torch.float32)
+        parts = []
+        for part in tokens.split(CONTEXTS_PER_FORWARD):
+            inputs = part.to(device)
+            parts.append(next_token_loss(network(inputs, use_cache=False).logits, inputs).cpu())
+            if progress is not None:
+                progress(part.numel())
+        with atomic_file(path) as part:
+            save_file({"loss": torch.cat(parts)}, part)
+    return load_file(path)["loss"]
+
+
+def open_cache(folders: Sequence[str | Path]) -> Source:
+    """The source of `--cache FOLDER...`: our caches (one a hook point), or one SAELens dataset.
+
+    Raises ValueError when a folder is neither.
+    """
+    if len(folders) == 1 and (Path(folders[0]) / "dataset_info.json").exists():
+        return DatasetSource(Path(folders[0]))
+    return CacheSource.open(folders)

@@ -1,0 +1,220 @@
+"""Text to measure on: the English documentation that every installation already has, a text file, or a dataset.
+
+A *document* is one string; contexts never cross documents, and splits can be made by document.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from darkmatter_ext.runtime.inputs import told
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Packages whose docstrings serve as text: the dependencies of this package that bring much English prose.
+DOCUMENTED_PACKAGES = (
+    "numpy",
+    "torch",
+    "matplotlib",
+    "pandas",
+    "datasets",
+    "transformers",
+    "networkx",
+    "sympy",
+    "scipy",
+)
+# A document needs some length to hold whole contexts: about 256 tokens of 4.5 characters.
+MINIMUM_DOCUMENT_CHARACTERS = 1200
+_DOCUMENT_MARK = re.compile(r"^=== .*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with the name of where it came from."""
+
+    name: str
+    text: str
+
+
+def is_prose(paragraph: str) -> bool:
+    """True for running English: long enough, nearly all letters and spaces, no doctest, no table."""
+    if len(paragraph) < 120 or ">>>" in paragraph:
+        return False
+    letters = sum(character.isalpha() or character.isspace() for character in paragraph)
+    return letters > 0.85 * len(paragraph) and paragraph.count(" ") > 0.12 * len(paragraph)
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    """The docstrings of a source file, read without importing it (importing a whole library has side effects)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's sources
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield docstring
+
+
+def _source_files(root: Path) -> Iterator[Path]:
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if not any(part in ("site-packages", "dist-packages", "tests", "test") for part in parts):
+            yield path
+
+
+def _installed_sources() -> Iterator[tuple[str, list[str]]]:
+    """(name, texts) for each topic of the language reference, each stdlib module, each module of the packages."""
+    from pydoc_data import topics
+
+    for name in sorted(topics.topics):
+        yield f"pydoc/{name}", [topics.topics[name]]
+    libraries = [("stdlib", Path(sysconfig.get_path("stdlib")))]
+    site = Path(sysconfig.get_path("purelib"))
+    libraries += [(name, site / name) for name in DOCUMENTED_PACKAGES if (site / name).is_dir()]
+    for library, root in libraries:
+        for path in _source_files(root):
+            yield f"{library}/{path.relative_to(root)}", list(_docstrings(path))
+
+
+def installed_documents() -> Iterator[Document]:
+    """The documentation on this machine: prose paragraphs only, each once, one document a module or topic.
+
+    A generator in a fixed order, so that a caller who needs little text reads few files. The text depends on the
+    installed versions; results record its sha256.
+    """
+    seen: set[str] = set()
+    for name, texts in _installed_sources():
+        kept: list[str] = []
+        for text in texts:
+            for block in re.split(r"\n\s*\n", text):
+                paragraph = " ".join(block.split())
+                if is_prose(paragraph) and paragraph not in seen:
+                    seen.add(paragraph)
+                    kept.append(paragraph)
+        document = "\n\n".join(kept)
+        if len(document) >= MINIMUM_DOCUMENT_CHARACTERS:
+            yield Document(name, document)
+
+
+def file_documents(path: Path) -> Iterator[Document]:
+    """The documents of a UTF-8 text file: split at lines that start with `=== `, else the whole file as one.
+
+    Raises ValueError when the file does not exist, is not UTF-8 text, or is empty.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text: must be UTF-8 text, got {path} (byte {error.start} is not)") from None
+    except OSError as error:
+        raise ValueError(f"--text: must be a readable file, got {path} ({error.strerror})") from None
+    if "\0" in content:
+        raise ValueError(f"--text: must be text, got {path} (it holds NUL bytes)")
+    pieces = [piece.strip() for piece in _DOCUMENT_MARK.split(content)]
+    pieces = [piece for piece in pieces if piece]
+    if not pieces:
+        raise ValueError(f"--text: must hold some text, got {path} (empty)")
+    for number, piece in enumerate(pieces):
+        yield Document(f"{path.name}#{number}", piece)
+
+
+def dataset_documents(
+    name: str, *, split: str = "train", column: str = "text", shuffle_buffer: int = 0, seed: int = 0
+) -> Iterator[Document]:
+    """The `column` of a Hugging Face dataset, streamed; `name` is a hub id or a local path `datasets` can load.
+
+    With `shuffle_buffer` > 0 rows come in the order of `datasets`' buffered shuffle with `seed`.
+
+    Raises ValueError when the dataset cannot be loaded or has no such column.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split, streaming=True)
+        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else rows
+    except Exception as error:  # datasets raises many kinds: hub, network, file and format errors
+        raise ValueError(f"--dataset: must be a dataset that can be loaded, got {name!r} ({told(error)})") from None
+    for number, row in enumerate(rows):
+        if column not in row:
+            raise ValueError(f"--dataset: {name!r} must have a column {column!r}, got {sorted(row)}")
+        yield Document(f"{name}#{number}", row[column])
+
+
+def documents(*, text: str = "", dataset: str = "", shuffle_buffer: int = 0, seed: int = 0) -> Iterable[Document]:
+    """The documents the flags name: `--text FILE`, `--dataset NAME` (shuffled or not), or the installed documentation.
+
+    Raises ValueError when both are given.
+    """
+    if text and dataset:
+        raise ValueError(f"--text: give one of --text and --dataset, got {text!r} and {dataset!r}")
+    if text:
+        return file_documents(Path(text))
+    if dataset:
+        return dataset_documents(dataset, shuffle_buffer=shuffle_buffer, seed=seed)
+    return installed_documents()
+
+
+def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token in front of a context: BOS, or EOS where the tokenizer has no BOS, as TransformerLens and SAELens do."""
+    found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return None if found is None else int(found)  # pyright: ignore[reportArgumentType]
+
+
+def bos_note(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool) -> str:
+    """What stands in front of every context, in words."""
+    if not prepend_bos:
+        return "without BOS"
+    if tokenizer.bos_token_id is not None:
+        return "with BOS"
+    found = "without BOS (the tokenizer has neither BOS nor EOS)"
+    return found if bos_id(tokenizer) is None else "with EOS in front (the tokenizer has no BOS)"
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of BOS, EOS, PAD, SEP and decoder start, ascending: what SAELens leaves out for `exclude_special_tokens`.
+
+    Tokens of chat templates have no such role and stay.
+    """
+    roles = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
+    ids = (getattr(tokenizer, role, None) for role in roles)
+    return tuple(sorted({int(token) for token in ids if token is not None}))
+
+
+def context_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Document],
+    *,
+    context_length: int,
+    prepend_bos: bool = True,
+    per_document: int = 0,
+) -> Iterator[tuple[Document, list[list[int]]]]:
+    """Each document with its contexts of exactly `context_length` tokens, BOS included.
+
+    A context never crosses documents; what is left at the end of a document is dropped, never padded.
+
+    Args:
+        prepend_bos: start every context with BOS, see `bos_id`.
+        per_document: take at most so many contexts of a document; 0: all.
+
+    Raises ValueError when a context has no room for a token beside BOS.
+    """
+    first = bos_id(tokenizer) if prepend_bos else None
+    bos = [] if first is None else [first]
+    body = context_length - len(bos)
+    if body < 1:
+        raise ValueError(f"--context-length: must be at least {len(bos) + 1}, got {context_length}")
+    for document in documents:
+        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces = [bos + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
+        yield document, pieces[: per_document or None]

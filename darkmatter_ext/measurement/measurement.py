@@ -1,0 +1,357 @@
+"""What one pass over the tokens measures for every SAE of every site, and how it is asked (`one_pass.py` does it).
+
+A *measurement* reads the contexts of a source in blocks. Each block goes through all SAEs and into sums (`moments.py`)
+that every estimator is computed from afterwards, without reading a token again: error vector test, norm prediction test,
+FVU and its linear and nonlinear part, predictors from other sites, baselines, mean latent values. b* has to be known
+before the nonlinear error of a single token is, so tokens come in two sweeps:
+
+- `passes=2`, the paper's procedure: b* is fitted on the fit tokens in sweep 1; sweep 2 reads all tokens again, and the
+  norm tests are fitted on the same fit tokens. Equal to `decomposition.decompose_stream`.
+- `passes=1`: every token is read and encoded once. Contexts are dealt three roles, b* is fitted on the first part, the
+  norm tests on the second, which b* has not seen, and everything is scored on the held-out rest.
+
+What an experiment does with it:
+
+    measurement = one_pass.measure(source, saes, settings, folder=folder)      # {hook: SiteMeasurement}
+    site = measurement["blocks.20.hook_resid_post"]
+    site.decomposition("16k").numbers()                # FVU, FVU_nonlinear, R2, R2 of norms, L0 (scaling, norm-test)
+    site.norm_map("16k", "error").weight               # a*: what the latents are compared with (latent-alignment)
+    site.latents["16k"].mean_active_value              # [F]
+    site.scalar_fit(["16k/error_norm"], ["65k/error_norm"]).r2     # per-token; also "loss", "x_norm", "16k/l0" (baselines)
+    site.scalar_gain(["16k/error_norm"], ["16k/nonlinear_norm"], "65k/error_norm")  # what a second scalar adds, percent
+    site.token_mean_r2()                               # baseline: the mean over a token's occurrences
+    site.part_fit(["mlp"], "16k", "nonlinear").r2      # error, linear, nonlinear from other SAEs' outputs (earlier-layers)
+    site.intervals("16k")["fvu"]                       # with 95 % intervals; also scalar_interval, part_interval
+    read_tokens(site.per_token)                        # arrow table, a row a held-out token
+
+Intervals: the held-out contexts are dealt into G groups whose Gram matrices are kept apart, and every score is a function of
+sums over groups, so leaving out one group at a time (`intervals.jackknife`) costs no reading. They cover the choice of
+held-out text; the maps are those of the fit tokens throughout.
+
+Shapes: n tokens, d width of the site, S SAEs, p = d + widths of the predictors, G groups of held-out contexts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.estimators.intervals import Interval, jackknife
+from darkmatter_ext.estimators.least_squares import LinearFit, LinearMap, LinearStatistics, SplitStatistics
+from darkmatter_ext.estimators.sums import PRODUCTS, LatentSums, LinearSums, TokenSums
+from darkmatter_ext.measurement.decompose import Decomposition
+from darkmatter_ext.measurement.error import NORM_TARGETS
+from darkmatter_ext.measurement.selection import FIT, HELD_OUT
+from darkmatter_ext.saes.encoders import Encoder
+
+NORM_FIT = 4  # role beside selection's: tokens the norm tests are fitted on when every token is read once
+SPLITS = ("documents", "contexts", "tokens")
+PARITIES = ("paper", "released-code")
+# Per SAE and token, squared norms first; the two unsquared norms are what the per-token figures regress.
+SAE_SCALARS = ("sae", "error", "linear", "nonlinear", "sae_plus_nonlinear", "l0", "error_norm", "nonlinear_norm")
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How a measurement is made; `fields` below are documented where the command line shows them (`many_saes.py`)."""
+
+    passes: int = 2
+    products: str = "float64"
+    split: str = "documents"
+    fit_fraction: float = 0.6
+    norm_fit_fraction: float = 0.5  # passes=1: share of the other tokens that the norm tests are fitted on
+    drop_positions: int = 8
+    positions: tuple[int | None, ...] = ()  # of a context to measure, as arguments of slice; (): all
+    excluded_tokens: tuple[int, ...] = ()  # ids that are not measured
+    max_norm_ratio: float = 10.0
+    interval_groups: int = 10  # of held-out contexts; 1: no intervals
+    # released-code: no bias in regressions on x, the norm tests' b* fitted on held-out tokens too, FVU on all tokens
+    parity: str = "paper"
+    batch_tokens: int = 4096  # through an SAE at a time
+    block_contexts: int = 16  # through the model at a time, and through all SAEs before the next
+    table_contexts: int = 0  # held-out contexts whose tokens are written to the table; 0: all
+    token_means: int = 0  # vocabulary size for the token-mean baseline; 0: leave it out
+    sae_memory: float = 0.0  # bytes of weights kept loaded; others are loaded once a block; 0: all are kept
+    checkpoint_seconds: float = 300.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.passes not in (1, 2):
+            raise ValueError(f"--passes: must be 1 or 2, got {self.passes}")
+        if self.products not in PRODUCTS:
+            raise ValueError(f"--products: must be one of {', '.join(PRODUCTS)}, got {self.products!r}")
+        if self.split not in SPLITS:
+            raise ValueError(f"--split: must be documents, contexts or tokens, got {self.split!r}")
+        if self.passes == 1 and self.split == "tokens":
+            raise ValueError("--split: must be documents or contexts with --passes 1, got 'tokens'")
+        if self.parity not in PARITIES:
+            raise ValueError(f"--parity: must be one of {', '.join(PARITIES)}, got {self.parity!r}")
+        if self.passes == 1 and self.parity == "released-code":
+            raise ValueError("--passes: must be 2 with --parity released-code, got 1")
+        if self.interval_groups < 1:
+            raise ValueError(f"--interval-groups: must be at least 1, got {self.interval_groups}")
+        for name in ("fit_fraction", "norm_fit_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: must be between 0 and 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class MeasuredSae:
+    """One SAE of a measurement: `load` gives its encoder (see `sae.as_encoder`), as often as it is called."""
+
+    name: str
+    hook: str
+    d_sae: int
+    load: Callable[[], Encoder]
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The output of an SAE at another hook point, as a predictor of the errors at a site."""
+
+    name: str
+    sae: MeasuredSae
+
+
+def scalar_names(saes: Sequence[str], *, loss: bool) -> tuple[str, ...]:
+    """Names of the per-token scalars of a site, in order: of x, the loss, then SAE_SCALARS of each SAE."""
+    own = ("x", "x_norm", *(("loss",) if loss else ()))
+    return (*own, *(f"{name}/{scalar}" for name in saes for scalar in SAE_SCALARS))
+
+
+@dataclass
+class SiteMeasurement:
+    """What was measured at one site: sums of all processes, and every estimator made from them on demand."""
+
+    hook: str
+    saes: dict[str, MeasuredSae]
+    maps: dict[str, LinearMap]  # SAE -> b*
+    latents: dict[str, LatentSums]  # SAE -> firing of each latent on the fit and held-out tokens
+    per_token: Path  # folder of the table of held-out tokens
+    left_out_by_position: int
+    left_out_by_token: int
+    left_out_by_norm: int
+    typical_norm: float  # median of the first contexts
+    released: bool  # the released code's choices, see MeasureSettings.parity
+    _linear: dict[int, LinearSums]
+    _scalars: dict[int, LinearSums]
+    _groups: list[LinearSums]  # of held-out contexts
+    _scalar_groups: list[LinearSums]
+    _residuals: Tensor  # [G, S, 3, d] held-out: sums of the error, its square, the square of its nonlinear part
+    _token_means: dict[int, TokenSums]
+    _extra: Tensor
+
+    @property
+    def _norm_fit(self) -> int:
+        return NORM_FIT if NORM_FIT in self._linear else FIT
+
+    @property
+    def n_fit(self) -> int:
+        """Tokens b* is fitted on."""
+        return self._linear[FIT].count
+
+    @property
+    def n_norm_fit(self) -> int:
+        """Tokens the norm tests and scalar regressions are fitted on."""
+        return self._linear[self._norm_fit].count
+
+    @property
+    def n_held_out(self) -> int:
+        return self._linear[HELD_OUT].count
+
+    def _fit(self, role: int, statistics: Callable[[LinearSums], LinearStatistics]) -> LinearFit:
+        sides = (statistics(self._linear[role]), statistics(self._linear[HELD_OUT]))
+        return SplitStatistics(*sides).fit(bias=not self.released)
+
+    def error_fit(self, sae: str) -> LinearFit:
+        """Error vector test: b* with its scores on fit and held-out tokens."""
+        return self._fit(FIT, lambda sums: sums.statistics(["x"], [f"error/{sae}"]))
+
+    def norm_fit(self, sae: str) -> LinearFit:
+        """Norm prediction test: x -> squared norms, targets in the order of NORM_TARGETS."""
+        return self._fit(self._norm_fit, lambda sums: sums.statistics(["x"], [f"norms/{sae}"]))
+
+    def norm_map(self, sae: str, target: str) -> LinearMap:
+        """The linear map [d, 1] from x to the squared norm of one of NORM_TARGETS (a* of the paper)."""
+        number = NORM_TARGETS.index(target)
+        return self.norm_fit(sae).map.targets(slice(number, number + 1))
+
+    def part_fit(self, predictors: Sequence[str], sae: str, part: str) -> LinearFit:
+        """Least squares from predictors (names of Predictor, or "x") to a part of the error, scored on held-out tokens.
+
+        Args:
+            part: "error", "linear" (b*.x) or "nonlinear" (error - b*.x).
+
+        Raises ValueError for another part, KeyError for an unknown name.
+        """
+        return self._fit(FIT, self._part_statistics(predictors, sae, part))
+
+    def _part_statistics(
+        self, predictors: Sequence[str], sae: str, part: str
+    ) -> Callable[[LinearSums], LinearStatistics]:
+        error = f"error/{sae}"
+        kinds: dict[str, Callable[[LinearSums], LinearStatistics]] = {
+            "error": lambda sums: sums.statistics(predictors, [error]),
+            "linear": lambda sums: sums.affine_statistics(predictors, "x", self.maps[sae]),
+            "nonlinear": lambda sums: sums.affine_statistics(predictors, "x", self.maps[sae], subtract_from=error),
+        }
+        if part not in kinds:
+            raise ValueError(f"part: must be one of {', '.join(kinds)}, got {part!r}")
+        return kinds[part]
+
+    def n_columns(self, predictors: Sequence[str]) -> int:
+        """Columns of these predictors side by side: the slopes of a regression on them."""
+        blocks = self._linear[FIT].blocks
+        return sum(blocks[name].stop - blocks[name].start for name in predictors)
+
+    def part_interval(self, predictors: Sequence[str], sae: str, part: str) -> Interval:
+        """R2 of `part_fit` with its interval. Raises as it does; KeyError when measured without predictors."""
+        fit = self.part_fit(predictors, sae, part)
+        statistics = self._part_statistics(predictors, sae, part)
+        return _r2_intervals(fit.map, map(statistics, self._groups), mean=True)[0]
+
+    def scalar_fit(self, predictors: Sequence[str], targets: Sequence[str]) -> LinearFit:
+        """Least squares between per-token scalars (see `scalar_names`), fitted and scored as the norm tests are."""
+        train, test = (self._scalars[role].statistics(predictors, targets) for role in (self._norm_fit, HELD_OUT))
+        return SplitStatistics(train, test).fit()
+
+    def scalar_interval(self, predictors: Sequence[str], target: str) -> Interval:
+        """R2 of `scalar_fit` for one target, with its interval."""
+        fit = self.scalar_fit(predictors, [target])
+        groups = (sums.statistics(predictors, [target]) for sums in self._scalar_groups)
+        return _r2_intervals(fit.map, groups)[0]
+
+    def scalar_gain(self, predictors: Sequence[str], more: Sequence[str], target: str) -> Interval:
+        """What `more` scalars add to `predictors`: (R2' - R2) / (1 - R2) in percent, with its interval.
+
+        That is 100 (1 - SSE' / SSE), the share of what was left that the larger regression explains.
+        """
+        sets = [list(predictors), [*predictors, *more]]
+        maps = [self.scalar_fit(names, [target]).map for names in sets]
+        rows = []
+        for sums in self._scalar_groups:
+            count = torch.tensor([sums.count], dtype=torch.float64)
+            pairs = zip(sets, maps, strict=True)
+            rows.append(
+                torch.cat([count, *(sums.statistics(names, [target]).score(own).sse.cpu() for names, own in pairs)])
+            )
+        return jackknife(_nonempty(rows), lambda sums: 100 * (1 - sums[..., 2:] / sums[..., 1:2]))[0]
+
+    def token_mean(self, name: str) -> tuple[Tensor, Tensor]:
+        """Of "SAE/error", "SAE/linear" or "SAE/nonlinear": mean over the fit tokens of each id [V], and their number [V].
+
+        An id without fit tokens has the overall mean. Raises KeyError when measured without `token_means`.
+        """
+        sums = self._token_means[self._norm_fit]
+        return sums.means[:, sums.names.index(name)].cpu(), sums.counts.long().cpu()
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the source gave the model's loss."""
+        return "loss" in self._scalars[HELD_OUT].blocks
+
+    @property
+    def has_token_means(self) -> bool:
+        """Whether means over tokens were measured."""
+        return bool(self._token_means)
+
+    def token_mean_r2(self) -> dict[str, float]:
+        """R2 of predicting squared norms by their mean over the token's occurrences: "SAE/error" and so on.
+
+        Empty when the measurement was made without `token_means`.
+        """
+        if not self._token_means:
+            return {}
+        held_out, scalars = self._token_means[HELD_OUT], self._scalars[HELD_OUT]
+        squares = torch.stack([scalars.tensors["vv"].diagonal()[scalars.blocks[name]][0] for name in held_out.names])
+        return self._token_means[self._norm_fit].r2_of_means(held_out, squares)
+
+    def l0(self, sae: str) -> float:
+        """Mean active latents a held-out token; no regression is solved for it."""
+        return self._extra[list(self.saes).index(sae), 2].item() / self.n_held_out
+
+    def decomposition(self, sae: str) -> Decomposition:
+        """All numbers of an SAE, as `decomposition.decompose_stream` gives them."""
+        held_out = self._linear[HELD_OUT]
+        error, norms = self.error_fit(sae), self.norm_fit(sae)
+        scored = LinearSums.merged([self._linear[FIT], held_out]) if self.released else held_out
+        variance = scored.statistics(["x"], ["x"]).moment_yy.sum().item()
+        squared_error = scored.tensors[f"yy/error/{sae}"].sum().item()
+        unexplained = (
+            scored.statistics(["x"], [f"error/{sae}"]).score(error.map).sse if self.released else error.test.sse
+        )
+        mean_norms = held_out.tensors[f"y/norms/{sae}"] / held_out.count
+        relative, zero_tokens, _ = self._extra[list(self.saes).index(sae)].tolist()
+        counted = held_out.count - zero_tokens
+        return Decomposition(
+            fvu=squared_error / variance if variance > 0 else float("nan"),
+            fvu_nonlinear=unexplained.sum().item() / variance if variance > 0 else float("nan"),
+            normalised_mse=relative / counted if counted else float("nan"),
+            r2_vec=error.r2,
+            r2_vec_train=error.train.mean_r2,
+            r2_norm=dict(zip(NORM_TARGETS, norms.test.r2.tolist(), strict=True)),
+            mean_squared_norm=dict(zip(NORM_TARGETS, mean_norms.tolist(), strict=True)),
+            l0=self.l0(sae),
+            n_train=self.n_fit,
+            n_test=held_out.count,
+            rank=error.map.rank,
+            error_map=self.maps[sae],
+        )
+
+    def intervals(self, sae: str) -> dict[str, Interval]:
+        """Of an SAE, by the names of `decomposition(sae).numbers()`: fvu, fvu_nonlinear, linear_share, r2_vec, r2_norm/..."""
+        number = list(self.saes).index(sae)
+        rows = []
+        for group, residuals in zip(self._groups, self._residuals[:, number], strict=True):
+            x = group.statistics(["x"], ["x"])
+            square_x = (x.moment_yy + x.count * x.mean_x.square()).sum()
+            head = [torch.tensor([x.count], dtype=torch.float64), square_x[None].cpu(), (x.count * x.mean_x).cpu()]
+            rows.append(torch.cat([*head, residuals.flatten().cpu()]))
+        names = ("fvu", "fvu_nonlinear", "linear_share", "r2_vec")
+        found = dict(zip(names, jackknife(_nonempty(rows), _error_scores), strict=True))
+        groups = (group.statistics(["x"], [f"norms/{sae}"]) for group in self._groups)
+        norms = _r2_intervals(self.norm_fit(sae).map, groups)
+        found |= {f"r2_norm/{name}": interval for name, interval in zip(NORM_TARGETS, norms, strict=True)}
+        if self.released:  # scored on all tokens there, or with a map of its own: no group holds those sums
+            numbers = self.decomposition(sae).numbers()
+            found |= {name: Interval(numbers[name], *[float("nan")] * 2) for name in names}
+        return found
+
+
+def _nonempty(rows: Sequence[Tensor]) -> Tensor:
+    """[G, m]: the groups that have tokens; their count comes first in a row."""
+    kept = [row for row in rows if row[0] > 0]
+    return torch.stack(kept or list(rows))
+
+
+def _error_scores(sums: Tensor) -> Tensor:
+    """FVU, FVU_nonlinear, linear share and R2 of the error vector from sums [..., 2 + 4 d] over groups."""
+    n, square_x, sums = sums[..., 0], sums[..., 1], sums[..., 2:]
+    x, error, square, nonlinear = sums.unflatten(-1, (4, -1)).unbind(-2)
+    variance = square_x - x.square().sum(-1) / n
+    fvu, fvu_nonlinear = (part.sum(-1) / variance for part in (square, nonlinear))
+    total = square - error.square() / n[..., None]
+    r2 = torch.where(total > 0, 1 - nonlinear / total, torch.nan).nanmean(-1)
+    return torch.stack([fvu, fvu_nonlinear, 1 - fvu_nonlinear / fvu, r2], dim=-1)
+
+
+def _r2_intervals(linear_map: LinearMap, groups: Iterable[LinearStatistics], *, mean: bool = False) -> list[Interval]:
+    """R2 of a map on the tokens of all groups, per target or their mean (over those that vary), with intervals."""
+    rows = []
+    for group in groups:
+        y, n = group.mean_y, group.count
+        parts = [n * y, group.moment_yy + n * y.square(), group.score(linear_map).sse]
+        rows.append(torch.cat([torch.tensor([n], dtype=torch.float64), *(part.cpu() for part in parts)]))
+
+    def r2(sums: Tensor) -> Tensor:
+        y, square, sse = sums[..., 1:].unflatten(-1, (3, -1)).unbind(-2)
+        total = square - y.square() / sums[..., :1]
+        found = torch.where(total > 0, 1 - sse / total, torch.nan)
+        return found.nanmean(-1, keepdim=True) if mean else found
+
+    return jackknife(_nonempty(rows), r2)

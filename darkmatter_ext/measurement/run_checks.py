@@ -1,0 +1,63 @@
+"""What a run looks at in every SAE it measures: does it look misloaded? See `saes/sanity.py` for the signs."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.activations.sources import Source
+from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.measurement.selection import kept_positions
+from darkmatter_ext.runtime.storage import atomic_file
+from darkmatter_ext.saes.encoders import Encoder
+from darkmatter_ext.saes.sanity import SAMPLE_TOKENS, misloaded, signs
+
+SAMPLE_CONTEXTS = 8
+
+
+class RunChecks:
+    """The signs of a run's SAEs, seen when each is first loaded and kept with the run's state for when it is told again."""
+
+    def __init__(self, folder: Path, samples: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._path = folder / "sae_signs.json"
+        self._samples = functools.cache(samples)  # hook point -> [n, d] measured tokens, read once if at all
+        self._found: dict[str, list[str]] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def see(self, name: str, hook: str, sae: Any, encode: Encoder | None, expected_l0: float | None) -> None:
+        """Look at an SAE, once. `encode`: where it is used with its own encoder."""
+        if name not in self._found:
+            self._found[name] = signs(sae, self._samples()[hook], expected_l0=expected_l0, encode=encode)
+
+    def save(self) -> None:
+        """Keep what was seen; one process of a run does it."""
+        with atomic_file(self._path) as part:
+            part.write_text(json.dumps(self._found))
+
+    def notes(self) -> list[str]:
+        """For a result: what looks wrong."""
+        return [misloaded(name, sign) for name, every in self._found.items() for sign in every]
+
+
+def measured_samples(
+    source: Source, hooks: Sequence[str], settings: MeasureSettings, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """[n, d] measured tokens of the first contexts at each hook point, at most SAMPLE_TOKENS, spread over them."""
+    batch = source.read(list(range(min(SAMPLE_CONTEXTS, source.n_contexts))))
+    length = batch.tokens.shape[1]
+    kept = kept_positions(length, positions=settings.positions, first=settings.drop_positions)
+    excluded = torch.isin(batch.tokens, torch.tensor(settings.excluded_tokens, dtype=batch.tokens.dtype))
+    found = {}
+    for hook in hooks:
+        rows = batch.activations[hook][:, kept][~excluded[:, kept]].float()
+        if settings.max_norm_ratio > 0 and len(rows):
+            norms = rows.norm(dim=-1)
+            rows = rows[norms <= settings.max_norm_ratio * norms.median()]
+        chosen = torch.linspace(0, max(0, len(rows) - 1), min(len(rows), SAMPLE_TOKENS)).long()
+        found[hook] = rows[chosen].to(device)
+    return found

@@ -1,0 +1,1 @@
+"""Encode, decode and pursuit over the compiled kernels: the only caller of torch.ops.darkmatter."""

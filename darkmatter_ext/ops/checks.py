@@ -1,0 +1,73 @@
+"""What the ops refuse, in one line each, before a kernel sees it; and the one place where ops are called.
+
+dtypes: float16, bfloat16, float32, float64, one for all floating-point arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.ops._library import has_kernels
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor | None) -> None:
+    """One line for a wrong type, shape, dtype or device; None in `shape` stands for any size."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: must be a dense tensor, got layout {tensor.layout}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name}: must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    fits = tensor.ndim == len(shape) and all(
+        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: must have shape [{wanted}], got {list(tensor.shape)}")
+    if like is not None and tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: must have dtype {like.dtype} as the other arguments, got {tensor.dtype}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name}: must be on {like.device} as the other arguments, got {tensor.device}")
+
+
+def check_device(op: str, name: str, tensor: Tensor) -> None:
+    if not has_kernels(tensor.device):
+        raise RuntimeError(
+            f"{name}: {op} has no kernel for {tensor.device} in this build; move the tensors to the CPU, "
+            f"or use darkmatter_ext.reference.{op}"
+        )
+
+
+def check_weights(op: str, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:
+    check_tensor("W_enc", W_enc, (None, None), None)
+    check_device(op, "W_enc", W_enc)
+    d, n_latents = W_enc.shape
+    check_tensor("b_enc", b_enc, (n_latents,), W_enc)
+    if b_dec is not None:
+        check_tensor("b_dec", b_dec, (d,), W_enc)
+
+
+# What the kernels find in the contents of tensors while they read them, and what is to the user an error of value.
+_CONTENT_RULES = ("must not contain NaN", "indices: must be from", "crow: must")
+
+
+def call(op: Any, *arguments: Any) -> Any:
+    """Call an op; errors about the contents of an argument become ValueError, of one line as all others."""
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        line = str(error).split("\n", maxsplit=1)[0]
+        if any(rule in line for rule in _CONTENT_RULES):
+            raise ValueError(line) from None
+        raise
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """[..., d] -> [N, d], also when N or d is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

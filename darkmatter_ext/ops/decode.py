@@ -1,0 +1,125 @@
+"""From active latents back to activations, and between dense and sparse acts.
+
+Shapes: acts of N tokens and F latents, z entries in all; x [..., d]; W_dec [F, d]; b_dec [d].
+Sums are taken in float64 in stored order, then rounded to the dtype of the arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.ops import _registrations  # noqa: F401  (registers fakes and gradients)
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.ops.checks import call, check_device, check_tensor, flat_rows
+
+_ops = torch.ops.darkmatter
+
+
+def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """Reconstruct from active latents: equivalent to `acts.to_dense() @ W_dec + b_dec`, reading only the active rows.
+
+    Args:
+        acts: SparseActs of F latents, fixed or ragged.
+        W_dec: [F, d]. Rows are gathered: a W_dec that is not contiguous is copied in every call, so store it contiguous.
+        b_dec: [d] or None.
+
+    Returns:
+        x_hat [..., d], summed in float64 in stored order, then rounded. Differentiable in acts.values, W_dec, b_dec;
+        the gradients are deterministic.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
+
+    Cost: z d multiply-adds for z active latents, and as many elements of W_dec read; no [N, F] array.
+    """
+    if not isinstance(acts, SparseActs):
+        raise TypeError(f"acts: must be SparseActs (SparseActs.from_dense converts), got {type(acts).__name__}")
+    check_tensor("W_dec", W_dec, (acts.d_sae, None), acts.values)
+    check_device("sparse_decode", "W_dec", W_dec)
+    if b_dec is not None:
+        check_tensor("b_dec", b_dec, (W_dec.shape[1],), W_dec)
+    if acts.is_ragged:
+        x_hat = call(_ops.sparse_decode, acts.values, acts.col_indices, acts.crow_indices, W_dec, b_dec)
+    else:
+        k = acts.values.shape[-1]
+        shape = (acts.n_tokens, k)
+        values, indices = acts.values.reshape(shape), acts.indices.reshape(shape)
+        x_hat = call(_ops.sparse_decode, values, indices, None, W_dec, b_dec)
+    return x_hat.reshape(*acts.batch_shape, W_dec.shape[1])
+
+
+def decoder_dot(x: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:
+    """<x_i, W_dec_j> for every stored (i, j) of ragged acts: the gradient of their values when x is that of x_hat.
+
+    x [..., d], W_dec [F, d]; returns [z]. Differentiable. Cost: z d multiply-adds.
+    """
+    return call(_ops.sparse_dot, flat_rows(x), acts.col_indices, acts.crow_indices, W_dec)
+
+
+def decoder_outer(acts: SparseActs, x: Tensor) -> Tensor:
+    """Sum over the tokens of acts_ij x_i, [F, d]: the gradient of W_dec when x [..., d] is that of x_hat.
+
+    Deterministic; differentiable. Cost: z d multiply-adds and one write of F d elements.
+    """
+    return call(
+        _ops.sparse_outer, acts.values.reshape(-1), acts.col_indices, acts.crow_indices, flat_rows(x), acts.d_sae
+    )
+
+
+def find_support(acts: Tensor) -> SparseActs:
+    """The nonzero entries of dense acts as ragged SparseActs: the fast form of `SparseActs.from_dense`.
+
+    Args:
+        acts: dense latent activations [..., F].
+
+    Returns:
+        SparseActs, latents ascending; NaN is an entry, -0 is not. Differentiable in the values.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
+
+    Cost: one read of acts.
+    """
+    if not isinstance(acts, Tensor) or acts.ndim < 1:
+        given = "a scalar" if isinstance(acts, Tensor) else type(acts).__name__
+        raise TypeError(f"acts: must be a tensor of shape [..., F], got {given}")
+    check_tensor("acts", acts, tuple(acts.shape), None)
+    check_device("find_support", "acts", acts)
+    flat = flat_rows(acts)
+    crow, col = _ops.find_support(flat.detach())
+    token = torch.repeat_interleave(crow.diff(), output_size=col.shape[0])
+    return SparseActs.ragged(crow, col, flat[token, col], acts.shape[-1], tuple(acts.shape[:-1]))
+
+
+def to_dense(acts: SparseActs) -> Tensor:
+    """Dense acts [..., F]: `acts.to_dense()` on the CPU without its page faults and in one pass; differentiable in the values.
+
+    Raises TypeError / ValueError: not SparseActs, an index out of range. Cost: one write of N F elements.
+    """
+    if not isinstance(acts, SparseActs):
+        raise TypeError(f"acts: must be SparseActs, got {type(acts).__name__}")
+    check_device("to_dense", "acts", acts.values)
+    if acts.is_ragged:
+        dense = call(_ops.to_dense, acts.values, acts.col_indices, acts.crow_indices, acts.d_sae)
+    else:
+        shape = (acts.n_tokens, acts.values.shape[-1])
+        dense = call(_ops.to_dense, acts.values.reshape(shape), acts.indices.reshape(shape), None, acts.d_sae)
+    return dense.reshape(acts.shape)
+
+
+def wide_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """Sum over k of values [N, k] times W_dec[indices]: `sparse_decode` in float64, not rounded to the dtype of W_dec.
+
+    values are float64; W_dec [F, d] of any dtype on the CPU, float64 on CUDA. Cost as `sparse_decode`; no gradient.
+    """
+    if W_dec.dtype == torch.float64:
+        return call(_ops.sparse_decode, values, indices, None, W_dec, None)
+    return call(_ops.sparse_decode_wide, values, indices, W_dec)
+
+
+def wide_dot(rows: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """<rows_i, W_dec_j> [N, k] for j in indices [N, k], in float64 and not rounded; dtypes and cost as `wide_decode`."""
+    if W_dec.dtype == torch.float64:
+        return call(_ops.sparse_dot, rows, indices, None, W_dec)
+    return call(_ops.sparse_dot_wide, rows, indices, W_dec)

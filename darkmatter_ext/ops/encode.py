@@ -1,0 +1,313 @@
+"""Top-k and threshold encode.
+
+The defined answer: pre-activations are h = (x - b_dec) W_enc + b_enc accumulated in float64 from the given numbers and
+rounded to their dtype (16-bit ones through float32, as torch converts); then the top k (ties to the lower index, NaN
+largest) or those above the threshold; then relu.
+`reference.py` says the same in plain torch. The result does not depend on batching, threads or instruction set (float64
+input: up to the last bit).
+
+Shapes: x [..., d], W_enc [d, F], b_enc [F], b_dec [d], W_dec [F, d]; N tokens in all leading dimensions together.
+dtypes: float16, bfloat16, float32, float64, one for all floating-point arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.ops import _registrations  # noqa: F401  (registers fakes and gradients)
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.ops.checks import call, check_tensor, check_weights, flat_rows
+
+_ops = torch.ops.darkmatter
+_NOT_PACKED = (None,) * 7
+_MIN_TOKENS_TO_PACK = 64  # kMinTokensToPack of csrc/cpu/pack_encoder.cpp
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedEncoder:
+    """Encoder weights packed once, for many calls: see `prepare_encoder`."""
+
+    weight: Tensor  # [F, d] contiguous rows of W_enc^T
+    bias: Tensor  # [F] float64, b_enc - <b_dec, w_j>
+    codes: (
+        Tensor  # the weights rounded for screening, as bytes (CPU) or float16 (CUDA); empty where nothing is screened
+    )
+    sums: Tensor  # [places, padded] int32; empty on CUDA
+    bounds: Tensor  # [5, places, padded] float32
+    groups: Tensor  # int32: which latents are equal or constant (csrc/cpu/places.h); empty on CUDA
+    gain: Tensor | None  # [F], multiplies the rounded pre-activations
+    has_b_dec: bool
+
+    @property
+    def packed(self) -> tuple[Tensor | None, ...]:
+        """The tensors in the order the ops take them."""
+        by_torch = self._screens_by_torch and not _torch_multiplies_in_full()
+        codes = self.codes[:0] if by_torch else self.codes
+        return self.weight, self.bias, codes, self.sums, self.bounds, self.groups, self.gain
+
+    @functools.cached_property
+    def _screens_by_torch(self) -> bool:
+        """Whether screening is by torch's own product: there are no codes then but one byte as a sign."""
+        return self.codes.numel() == 1
+
+    @property
+    def screens(self) -> bool:
+        """Whether calls go through low-precision screening (same answer, several times faster) or the exact path alone."""
+        return self.codes.numel() > 0
+
+    @property
+    def d_in(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.weight.shape[0]
+
+    def __repr__(self) -> str:
+        return f"PreparedEncoder(d_in={self.d_in}, d_sae={self.d_sae}, dtype={self.weight.dtype}, device={self.weight.device})"
+
+
+def _torch_multiplies_in_full() -> bool:
+    """Whether torch multiplies float32 as such. The bound of a product in bfloat16 or TF32 would be another."""
+    if torch.get_float32_matmul_precision() != "highest" or torch.is_autocast_enabled("cpu"):
+        return False
+    settings = (getattr(torch.backends, "fp32_precision", "none"), _mkldnn_precision())
+    modes = (os.environ.get(name, "STRICT") for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"))
+    return all(each in ("none", "ieee") for each in settings) and all(mode.upper() == "STRICT" for mode in modes)
+
+
+def _mkldnn_precision() -> str:
+    return getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "none")
+
+
+def _check_encode(
+    op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, prepared: PreparedEncoder | None
+) -> None:
+    check_weights(op, W_enc, b_enc, b_dec)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: must be a torch.Tensor, got {type(x).__name__}")
+    if x.ndim < 1:
+        raise ValueError("x: must have shape [..., d], got a scalar")
+    check_tensor("x", x, (*x.shape[:-1], W_enc.shape[0]), W_enc)
+    if prepared is None:
+        return
+    if not isinstance(prepared, PreparedEncoder):
+        raise TypeError(f"prepared: must come from prepare_encoder, got {type(prepared).__name__}")
+    if (prepared.d_in, prepared.d_sae) != tuple(W_enc.shape):
+        raise ValueError(f"prepared: must be of W_enc {list(W_enc.shape)}, got {[prepared.d_in, prepared.d_sae]}")
+    if prepared.weight.dtype != W_enc.dtype or prepared.weight.device != W_enc.device:
+        raise ValueError(
+            f"prepared: must be {W_enc.dtype} on {W_enc.device} as W_enc, "
+            f"got {prepared.weight.dtype} on {prepared.weight.device}"
+        )
+    if prepared.has_b_dec != (b_dec is not None):
+        with_or_without = "with" if prepared.has_b_dec else "without"
+        raise ValueError(f"prepared: must be prepared with the b_dec of the call, got one {with_or_without} b_dec")
+
+
+@torch.no_grad()
+def prepare_encoder(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    *,
+    b_dec: Tensor | None = None,
+    gain: Tensor | None = None,
+    share_rows: bool = False,
+) -> PreparedEncoder:
+    """Pack encoder weights once for many calls of topk_encode / threshold_encode.
+
+    Args:
+        W_enc: [d, F], any strides.
+        b_enc: [F].
+        b_dec: [d], subtracted from x before encoding (SAELens' apply_b_dec_to_input), or None.
+        gain: [F] or None. Pre-activations are rounded, multiplied with it and rounded again before anything is selected
+            (SAELens' rescale_acts_by_decoder_norm, with the norms of the decoder's rows). It has no gradient. CPU only.
+        share_rows: where W_enc is the transpose of contiguous rows (`W_enc.mT.is_contiguous()`) and on the CPU, keep
+            those rows instead of a copy: for a caller who prepares again after every edit.
+
+    Returns:
+        PreparedEncoder. Unless rows are shared it is a copy: after an edit of the weights prepare again, calls with the
+        old one give the old answer. Gradients still go to the W_enc, b_enc and b_dec of the call.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes, dtypes, devices; NaN in a weight.
+
+    Cost: a few passes over W_enc. Memory: F d elements unless shared, and for screening F d bytes with AVX-512 VNNI, 2 F d
+    bytes with other AVX2 processors; latents that are equal or zero count once.
+    """
+    check_weights("prepare_encoder", W_enc, b_enc, b_dec)
+    if gain is not None:
+        check_tensor("gain", gain, (W_enc.shape[1],), W_enc)
+    if share_rows and W_enc.device.type == "cpu" and W_enc.mT.is_contiguous():
+        rows = W_enc.detach().mT
+        packed = call(_ops.pack_rows, rows, b_enc, b_dec, gain)
+    else:
+        rows, *packed = call(_ops.pack_encoder, W_enc, b_enc, b_dec, gain)
+    bias, codes, sums, bounds, groups = packed
+    own_gain = None if gain is None else gain.detach().clone()
+    return PreparedEncoder(rows, bias, codes, sums, bounds, groups, own_gain, has_b_dec=b_dec is not None)
+
+
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    b_dec: Tensor | None = None,
+    prepared: PreparedEncoder | None = None,
+) -> SparseActs:
+    """The k largest pre-activations of each token, exactly, then relu: a TopK SAE's encoder.
+
+    Equivalent to `((x - b_dec) @ W_enc + b_enc).topk(k)` and relu in exact arithmetic, without the [N, F] array.
+
+    Args:
+        x: activations [..., d], any leading shape, may be empty.
+        W_enc, b_enc, b_dec: encoder weights [d, F], [F], [d].
+        k: 0 to F.
+        prepared: of the same weights, saves packing them in this call.
+
+    Returns:
+        SparseActs with values and indices [..., k], sorted by value descending (before relu), ties by lower index.
+        Differentiable in x, W_enc, b_enc, b_dec through the values that relu lets pass.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
+
+    Cost: N F d multiply-adds of 8 bits with AVX-512 VNNI, of 16 bits with other AVX2 processors (on CUDA of float16), and
+    for the candidates they leave d float64 ones each; elsewhere N F d in float64. Equal latents count once, latents of
+    zeros not at all. Memory beyond inputs and outputs: the packed weights unless prepared (kept for the backward when x
+    wants a gradient); on the CPU for each thread at most 256 (2 d + 4096 * 12) bytes of tokens and candidates (13 MB,
+    usually under 4; more for k above 1024) and their exact sums; on CUDA 32 MB of scores and, for each of at most 4096
+    tokens at a time, 2 d + 24 K bytes. On CUDA nothing waits for the device, and only `prepare_encoder` looks for NaN.
+    """
+    _check_encode("topk_encode", x, W_enc, b_enc, b_dec, prepared)
+    if isinstance(k, bool) or not isinstance(k, Integral | torch.SymInt):
+        raise TypeError(f"k: must be an int, got {type(k).__name__}")
+    if not 0 <= k <= W_enc.shape[1]:
+        raise ValueError(f"k: must be from 0 to {W_enc.shape[1]} (latents), got {k}")
+    packed = _packed(x, W_enc, b_enc, b_dec, prepared)
+    values, indices = call(_ops.topk_encode, flat_rows(x), W_enc, b_enc, b_dec, k, *packed)
+    shape = (*x.shape[:-1], k)
+    return SparseActs.fixed(values.reshape(shape), indices.reshape(shape), W_enc.shape[1])
+
+
+def _packed(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, prepared: PreparedEncoder | None
+) -> tuple[Tensor | None, ...]:
+    """The packed weights of a call. When x wants a gradient they are packed here, for the backward reads them too."""
+    if prepared is not None:
+        return prepared.packed
+    shared = x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not shared or x.shape[:-1].numel() < _MIN_TOKENS_TO_PACK:
+        return _NOT_PACKED
+    return prepare_encoder(W_enc, b_enc, b_dec=b_dec).packed
+
+
+def threshold_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor | float,
+    *,
+    b_dec: Tensor | None = None,
+    prepared: PreparedEncoder | None = None,
+) -> SparseActs:
+    """The pre-activations strictly above a threshold, exactly, then relu: JumpReLU, BatchTopK at inference, ReLU (0).
+
+    Args:
+        x: activations [..., d], any leading shape, may be empty.
+        W_enc, b_enc, b_dec: encoder weights [d, F], [F], [d].
+        threshold: a number, or a tensor [] or [F] of the dtype of x; compared with the rounded pre-activation.
+        prepared: of the same weights, saves packing them in this call.
+
+    Returns:
+        ragged SparseActs, latents ascending. A pre-activation that is NaN is kept: a dense JumpReLU would make the token
+        NaN, and dropping it would hide that. With a negative threshold relu leaves stored zeros.
+        Differentiable in x, W_enc, b_enc, b_dec, not in the threshold (a step function; training needs an estimator).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
+
+    Cost and memory as topk_encode, and the kept entries once more. On CUDA the call waits for the device once, to know the
+    number of kept entries; tokens that keep more than about a thousand latents take the exact path, which is slow.
+    """
+    _check_encode("threshold_encode", x, W_enc, b_enc, b_dec, prepared)
+    threshold = _checked_threshold(threshold, x, W_enc)
+    packed = _packed(x, W_enc, b_enc, b_dec, prepared)
+    values, crow, col = call(_ops.threshold_encode, flat_rows(x), W_enc, b_enc, b_dec, threshold, *packed)
+    return SparseActs.ragged(crow, col, values, W_enc.shape[1], tuple(x.shape[:-1]))
+
+
+def _checked_threshold(threshold: Tensor | float, x: Tensor, W_enc: Tensor) -> Tensor:
+    """As a tensor [] or [F] of the dtype of x, without gradient."""
+    if isinstance(threshold, int | float) and not isinstance(threshold, bool):
+        threshold = torch.tensor(threshold, dtype=x.dtype, device=x.device)
+    scalar = isinstance(threshold, Tensor) and threshold.ndim == 0
+    check_tensor("threshold", threshold, () if scalar else (W_enc.shape[1],), W_enc)
+    assert isinstance(threshold, Tensor)  # check_tensor
+    return threshold.detach()
+
+
+def try_topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, prepared: PreparedEncoder
+) -> tuple[SparseActs, Tensor]:
+    """topk_encode of the tokens that screening helps, and the numbers [u] of those it does not (int64, ascending).
+
+    For callers with a dense product at hand, the faster way for those: their rows here hold zeros. Arguments and
+    errors as `topk_encode` with a prepared encoder without b_dec. On CUDA nothing is left undecided.
+    """
+    if not x.is_cpu:
+        return topk_encode(x, W_enc, b_enc, k, prepared=prepared), x.new_empty(0, dtype=torch.int64)
+    _check_encode("topk_encode", x, W_enc, b_enc, None, prepared)
+    values, indices, undecided = call(_ops.try_topk_encode, flat_rows(x), W_enc, b_enc, None, k, *prepared.packed)
+    shape = (*x.shape[:-1], k)
+    return SparseActs.fixed(values.reshape(shape), indices.reshape(shape), W_enc.shape[1]), undecided
+
+
+def try_threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, *, prepared: PreparedEncoder
+) -> tuple[SparseActs, Tensor]:
+    """threshold_encode of the tokens that screening helps, and the numbers [u] of those it does not (int64, ascending).
+
+    As `try_topk_encode`; their rows here are empty.
+    """
+    if not x.is_cpu:
+        acts = threshold_encode(x, W_enc, b_enc, threshold, prepared=prepared)
+        return acts, x.new_empty(0, dtype=torch.int64)
+    _check_encode("threshold_encode", x, W_enc, b_enc, None, prepared)
+    threshold = _checked_threshold(threshold, x, W_enc)
+    values, crow, col, undecided = call(
+        _ops.try_threshold_encode, flat_rows(x), W_enc, b_enc, None, threshold, *prepared.packed
+    )
+    return SparseActs.ragged(crow, col, values, W_enc.shape[1], tuple(x.shape[:-1])), undecided
+
+
+class ScreenIntervals(NamedTuple):
+    """What screening knows of every pre-activation."""
+
+    lower: Tensor  # [N, F] float32
+    upper: Tensor  # [N, F] float32
+    screened: Tensor  # [N] bool; False: the token takes the exact path and its intervals mean nothing
+
+
+def screen_intervals(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, *, b_dec: Tensor | None = None, prepared: PreparedEncoder | None = None
+) -> ScreenIntervals:
+    """The certified interval of every pre-activation, before rounding to the output dtype.
+
+    For tests, and to see how tight the bound is on some data: upper - lower is twice the bound. Arguments and errors as
+    topk_encode; x has shape [N, d]. Raises RuntimeError on a machine that cannot screen.
+
+    Cost: N F d multiply-adds of codes and 8 N F bytes.
+    """
+    _check_encode("screen_intervals", x, W_enc, b_enc, b_dec, prepared)
+    prepared = prepare_encoder(W_enc, b_enc, b_dec=b_dec) if prepared is None else prepared
+    return ScreenIntervals(*call(_ops.screen_intervals, flat_rows(x), W_enc, b_enc, b_dec, *prepared.packed))

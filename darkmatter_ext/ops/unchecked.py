@@ -1,0 +1,113 @@
+"""The ops of a small call without their argument checks: for callers that have looked at the tensors already.
+
+What must hold: plain strided tensors of one floating-point dtype on one device with kernels, `prepared` made of these
+weights, shapes as in `ops.py`, no functorch transform and no dispatch mode. Values are those of `ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.ops import _registrations, encode
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.ops.encode import PreparedEncoder
+
+
+def _below_autograd(op: Callable[..., Any], *arguments: Any) -> Any:
+    """Straight to the kernel: torch.library's registered gradients cost a call a tenth of a millisecond."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def _with_gradient(op: Any, save: Callable[..., None], gradients: Callable[..., tuple]) -> Callable[..., Any]:
+    """The op with the gradients registered for it, as a plain autograd function; below autograd where none is asked for."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _below_autograd(op, *inputs)
+        save(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    function: Any = type(f"_{op._opname}", (torch.autograd.Function,), members)
+
+    def run(*inputs: Any) -> Any:
+        return function.apply(*inputs) if torch.is_grad_enabled() else _below_autograd(op, *inputs)
+
+    return run
+
+
+_ops = torch.ops.darkmatter
+_topk = _with_gradient(_ops.try_topk_encode.default, _registrations.save_topk, _registrations.topk_backward)
+_threshold = _with_gradient(
+    _ops.try_threshold_encode.default, _registrations.save_threshold, _registrations.threshold_backward
+)
+_decode = _with_gradient(_ops.sparse_decode.default, _registrations.save_decode, _registrations.decode_backward)
+_to_dense = _with_gradient(_ops.to_dense.default, _registrations.save_to_dense, _registrations.to_dense_backward)
+
+
+class Tried(NamedTuple):
+    """Active latents, and the tokens that were handed back: nothing is stored for them."""
+
+    acts: SparseActs
+    undecided: Tensor  # [u] int64, numbers of flattened tokens
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def try_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, prepared: PreparedEncoder) -> Tried:
+    """As `ops.try_topk_encode`."""
+    if not x.is_cpu:
+        return Tried(*encode.try_topk_encode(x, W_enc, b_enc, k, prepared=prepared))
+    values, indices, undecided = _topk(_rows(x), W_enc, b_enc, None, k, *prepared.packed)
+    if x.ndim != 2:
+        shape = (*x.shape[:-1], k)
+        values, indices = values.reshape(shape), indices.reshape(shape)
+    return Tried(SparseActs(values, indices, W_enc.shape[1]), undecided)
+
+
+def try_threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, prepared: PreparedEncoder
+) -> Tried:
+    """As `ops.try_threshold_encode`; threshold [] or [F], without a gradient."""
+    if not x.is_cpu:
+        return Tried(*encode.try_threshold_encode(x, W_enc, b_enc, threshold, prepared=prepared))
+    values, crow, col, undecided = _threshold(_rows(x), W_enc, b_enc, None, threshold, *prepared.packed)
+    return Tried(SparseActs(values, col, W_enc.shape[1], crow, tuple(x.shape[:-1])), undecided)
+
+
+def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """As `ops.sparse_decode`."""
+    values, indices, crow = acts.values, acts.stored_indices, acts.crow
+    batch_shape = acts.batch_shape
+    if crow is None and values.ndim != 2:
+        shape = (acts.n_tokens, values.shape[-1])
+        values, indices = values.reshape(shape), indices.reshape(shape)
+    x_hat = _decode(values, indices, crow, W_dec, b_dec)
+    return x_hat if len(batch_shape) == 1 else x_hat.reshape(*batch_shape, W_dec.shape[1])
+
+
+def to_dense(acts: SparseActs) -> Tensor:
+    """As `ops.to_dense`."""
+    values, indices = acts.values, acts.stored_indices
+    if acts.crow is None and values.ndim != 2:
+        shape = (acts.n_tokens, values.shape[-1])
+        values, indices = values.reshape(shape), indices.reshape(shape)
+    dense = _to_dense(values, indices, acts.crow, acts.d_sae)
+    return dense if len(acts.batch_shape) == 1 else dense.reshape(acts.shape)
+
+
+def find_support(acts: Tensor) -> SparseActs:
+    """As `ops.find_support`, without a gradient."""
+    flat = acts if acts.ndim == 2 else acts.reshape(acts.shape[:-1].numel(), acts.shape[-1])
+    crow, col = _below_autograd(_ops.find_support.default, flat)
+    if len(flat) == 1:
+        values = flat[0, col]
+    else:
+        values = flat[torch.repeat_interleave(crow.diff(), output_size=col.shape[0]), col]
+    return SparseActs(values, col, acts.shape[-1], crow, tuple(acts.shape[:-1]))

@@ -1,0 +1,125 @@
+"""The result of an experiment: one JSON file with config, numbers by name, series for figures, and provenance.
+
+What is kept per token (losses, token ids) goes into one `.npz` file of the same name beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from darkmatter_ext.runtime.storage import atomic_file
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT = 1  # of the file; raised when a reader of the old one would misread the new one
+_RECORDED_PACKAGES = ("darkmatter_ext", "torch", "numpy", "transformers", "sae_lens")
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Where and with what a result was made."""
+    import torch
+
+    from darkmatter_ext.ops.build_info import build_info, package_version
+
+    versions = {name: package_version(name) for name in _RECORDED_PACKAGES}
+    on_gpu = device.startswith("cuda")
+    return {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": build_info()["commit"],
+        "versions": versions | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device) if on_gpu else device,
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an experiment returns and a figure reads."""
+
+    experiment: str
+    config: dict[str, Any]
+    numbers: dict[str, float]
+    series: dict[str, Any] = field(default_factory=dict)  # JSON lists and dicts, for figures
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)  # per-token columns, in an .npz file beside the JSON
+    notes: list[str] = field(default_factory=list)  # what a reader must know to trust the numbers
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    def save(self, path: Path) -> Path:
+        """Write as JSON in one rename. NaN becomes null: a number that could not be computed is not a number.
+
+        Arrays go first, into `<stem>.npz` beside it; the JSON holds that file's name, so it never names a missing one.
+        """
+        content = {"format": FORMAT, **asdict(dataclasses.replace(self, arrays={}))}
+        content["arrays"] = _save_arrays(self.arrays, path.with_suffix(".npz"))
+        with atomic_file(path) as part:
+            part.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False))
+        return path
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return value
+
+
+def _save_arrays(arrays: dict[str, np.ndarray], path: Path) -> str | None:
+    """Write the arrays, compressed, and return the file's name; None, and no file, for none."""
+    import numpy as np
+
+    if not arrays:
+        return None
+    with atomic_file(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    return path.name
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or "not an .npz file"
+        raise ValueError(f"RESULT: must have its per-token arrays beside it, got {path} ({reason})") from None
+
+
+def load_result(path: Path) -> Result:
+    """Read a result file with its arrays. Raises ValueError when one is missing, not a result, or of another format."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"RESULT: must be a result file, got {path} ({error.strerror})") from None
+    except ValueError:
+        raise ValueError(f"RESULT: must be a JSON result file, got {path} (not JSON)") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise ValueError(f"RESULT: must be a result of format {FORMAT}, got {path}")
+    stored = content.pop("arrays", None)
+    arrays = _load_arrays(path.with_name(stored)) if stored else {}
+    try:
+        result = Result(**content, arrays=arrays)
+    except TypeError as error:
+        raise ValueError(f"RESULT: must be a result file, got {path} ({error})") from None
+    numbers = {name: math.nan if number is None else number for name, number in result.numbers.items()}
+    return dataclasses.replace(result, numbers=numbers)

@@ -1,0 +1,1 @@
+"""What any run stands on: files, progress, several processes. Knows no SAE."""

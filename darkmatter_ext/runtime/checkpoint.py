@@ -1,0 +1,145 @@
+"""Checkpoints: the state of a run on disk, so that a run killed at any moment goes on where it was.
+
+A folder holds `run.json` (the configuration the run was started with), and for every process one `state-N-of-M.json` that
+points to a file of tensors and carries its sha256. The tensors are written first, under a new name, then the pointer is
+replaced in one rename, then the older tensors go: whatever the moment of a kill, the pointer names a complete file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from darkmatter_ext.runtime.storage import atomic_file, fingerprint, sha256_of_file
+
+FORMAT = 1  # raised when a reader of the old one would misread the new one
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """The checkpoints of one run, as process `rank` of `size` sees them."""
+
+    folder: Path
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def _pointer(self) -> Path:
+        return self.folder / f"state-{self.rank}-of-{self.size}.json"
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Claim the folder for a run of this configuration, or find that it is already claimed by the same.
+
+        Raises ValueError naming what differs when the folder holds a run of another configuration or process count,
+        RuntimeError when it is damaged.
+        """
+        own = json.loads(json.dumps(config, sort_keys=True, default=str))
+        path = self.folder / "run.json"
+        if not path.exists():
+            with atomic_file(path) as part:
+                part.write_text(json.dumps({"format": FORMAT, "config": own, "hash": fingerprint(**own)}, indent=1))
+                _flush(part)
+        found = _read_json(path)
+        if found.get("format") != FORMAT:
+            raise ValueError(
+                f"--checkpoint: must be of format {FORMAT}, got {found.get('format')} in {self.folder}; name another folder"
+            )
+        if found.get("hash") != fingerprint(**own):
+            theirs = found.get("config", {})
+            changed = [
+                f"{key} {theirs.get(key)!r} there, {own.get(key)!r} here"
+                for key in sorted({*own, *theirs})
+                if theirs.get(key) != own.get(key)
+            ]
+            raise ValueError(
+                f"--checkpoint: must hold a run of this configuration, got {self.folder} with {'; '.join(changed)}; "
+                "name another folder, or delete it"
+            )
+
+        others = [path.name for path in self.folder.glob("state-*.json") if f"-of-{self.size}.json" not in path.name]
+        if others:
+            raise ValueError(
+                f"--nproc-per-node: must stay what the run was started with, got {self.size} processes in {self.folder} "
+                f"with {min(others)}"
+            )
+        for leftover in self.folder.glob(f".state-{self.rank}-of-{self.size}*.part"):  # of a process killed at writing
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Make this the state to go on from. Raises OSError when it cannot be written; the state before stays."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        number = 1 + (self._number() or 0)
+        path = self.folder / f"state-{self.rank}-of-{self.size}.{number:06d}.safetensors"
+        try:
+            with atomic_file(path) as part:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+                _flush(part)
+                digest = sha256_of_file(part)
+            with atomic_file(self._pointer) as part:
+                content = {"format": FORMAT, "number": number, "tensors": path.name, "sha256": digest, "state": state}
+                part.write_text(json.dumps(content))
+                _flush(part)
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OSError(
+                f"--checkpoint: {self.folder} cannot be written ({reason}); what was saved before is kept, "
+                "make room and start the same command again"
+            ) from None
+        self._remove_others(path.name)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and state last saved, or None at the start of a run.
+
+        Raises RuntimeError, one line, when they are damaged; nothing is deleted.
+        """
+        from safetensors.torch import load_file
+
+        if not self._pointer.exists():
+            return None
+        pointer = _read_json(self._pointer)
+        path = self.folder / str(pointer.get("tensors"))
+        if not path.is_file() or sha256_of_file(path) != pointer.get("sha256"):
+            raise RuntimeError(
+                f"--checkpoint: {path} is damaged (its sha256 is not the one recorded); nothing was deleted, "
+                f"restore it or remove {self._pointer.name} to start this process anew"
+            )
+        return load_file(path), pointer["state"]
+
+    def _number(self) -> int | None:
+        return _read_json(self._pointer)["number"] if self._pointer.exists() else None
+
+    def _remove_others(self, kept: str) -> None:
+        for path in self.folder.glob(f"state-{self.rank}-of-{self.size}.*.safetensors"):
+            if path.name != kept:
+                path.unlink()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(
+            f"--checkpoint: {path} is damaged ({reason}); nothing was deleted, restore or remove it"
+        ) from None
+    if not isinstance(content, dict):
+        raise RuntimeError(f"--checkpoint: {path} is damaged (not a JSON object); nothing was deleted")
+    return content
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself, before the rename makes it count: a power cut must not leave a name without its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

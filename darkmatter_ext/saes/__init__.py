@@ -1,0 +1,1 @@
+"""SAELens objects, and every way from x to Sae(x)."""

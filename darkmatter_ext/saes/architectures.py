@@ -1,0 +1,335 @@
+"""The SAE architectures of SAELens the drop-in knows: one class each, for what its encode reads and computes.
+
+A new architecture is a class here and a line in `known_encoders`. Shapes: sae_in [..., d_in] is what SAELens' process_sae_in
+gives; F = d_sae latents; acts [..., F].
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.ops.decode import decoder_dot
+from darkmatter_ext.ops.encode import PreparedEncoder, prepare_encoder, threshold_encode
+from darkmatter_ext.ops.pursuit import prepare_dictionary, pursuit
+from darkmatter_ext.ops.unchecked import Tried, try_threshold_encode, try_topk_encode
+from darkmatter_ext.saes.packed_weights import NO_KERNEL
+from darkmatter_ext.saes.soundness import has_hooks, is_hooked
+from darkmatter_ext.saes.stepping_aside import DENSE_SHARE
+
+
+class _ValueWithGradientOf(torch.autograd.Function):
+    """The first argument's value, the second's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, source: Tensor) -> Tensor:  # type: ignore[override]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, grad
+
+
+def weight(sae: Any, name: str) -> Tensor:
+    """A parameter of a module, without the search of nn.Module.__getattr__ where it is a plain one."""
+    found = sae._parameters.get(name)
+    return getattr(sae, name) if found is None else found
+
+
+_MOST_ODD = 64  # latents that are not finite: each costs an exact sum a token
+
+
+def _prepared(W_enc: Tensor, b_enc: Tensor, **options: Any) -> PreparedEncoder | str:
+    try:
+        prepared = prepare_encoder(W_enc, b_enc, share_rows=True, **options)
+    except ValueError:
+        return "the encoder's weights are not finite"
+    if prepared.groups.numel() and int(prepared.groups[3]) > _MOST_ODD:
+        return "many latents of the encoder are not finite"
+    return prepared if prepared.screens else NO_KERNEL
+
+
+class Architecture:
+    """A linear encoder, selection and relu. The base class is ReLU: what is above 0."""
+
+    bias = "b_enc"
+    vectors: tuple[str, ...] = ()  # read at every call besides the packed weights
+    selects_per_latent = True  # whether latents can be left out before selecting
+    hooks_acts_post = True
+    is_linear = True  # one product of x and the encoder
+
+    # What it reads
+
+    def packed(self, sae: Any) -> tuple[Tensor, ...]:
+        """The weights that are packed."""
+        return weight(sae, "W_enc"), weight(sae, self.bias)
+
+    def prepare(self, *weights: Tensor) -> Any:
+        """Packed weights, or why there are none."""
+        return _prepared(*weights)
+
+    def read(self, *vectors: Tensor) -> Any:
+        """What is made of `vectors` for every call, or why they cannot be used."""
+        if all(bool(vector.isfinite().all()) for vector in vectors):
+            return vectors
+        return "threshold or gate is not finite"
+
+    def settings(self, sae: Any) -> tuple[Any, ...]:
+        """What decides the result besides weights and vectors."""
+        return ()
+
+    def why_not(self, sae: Any, x: Tensor) -> str:
+        """Why what comes before and after the pre-activations is not what the ops compute."""
+        activation = sae._modules.get("activation_fn")
+        if type(activation) is not nn.ReLU:
+            return f"activation function {type(activation).__name__}"
+        return "the activation function is hooked" if has_hooks(activation) else ""
+
+    # What it computes
+
+    def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
+        """The active latents, on the ops."""
+        W_enc = weight(sae, "W_enc")
+        return try_threshold_encode(sae_in, W_enc, weight(sae, self.bias), _zero(W_enc), prepared=prepared)
+
+    def encode_some(self, sae: Any, sae_in: Tensor, numbers: Tensor, vectors: tuple[Tensor, ...]) -> SparseActs:
+        """The active ones among some latents [m], numbered within these."""
+        threshold = vectors[0][numbers] if vectors else 0.0
+        return threshold_encode(sae_in, sae.W_enc[:, numbers], sae.b_enc[numbers], threshold)
+
+    def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
+        """Dense acts in SAELens' own arithmetic, without hooks: for tokens that were handed back."""
+        return sae.activation_fn(sae_in @ sae.W_enc + sae.b_enc)
+
+    # The decoder
+
+    def rescales(self, sae: Any) -> bool:
+        """Whether latents are counted in units of their decoder norm: multiplied in when encoding, divided out after."""
+        return False
+
+    def decoder_bias(self, sae: Any) -> Tensor | None:
+        return weight(sae, "b_dec")
+
+
+_zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _zero(like: Tensor) -> Tensor:
+    """The number 0 as a tensor of the dtype and device of `like`, made once."""
+    key = like.dtype, like.device
+    if key not in _zeros:
+        with torch.inference_mode(False):
+            _zeros[key] = torch.zeros((), dtype=like.dtype, device=like.device)
+    return _zeros[key]
+
+
+class JumpRelu(Architecture):
+    """What is above a threshold for each latent."""
+
+    vectors = ("threshold",)
+
+    def read(self, *vectors: Tensor) -> Any:
+        finite = super().read(*vectors)
+        # relu comes before the strict threshold, so a negative threshold keeps what relu keeps
+        return finite if isinstance(finite, str) else (vectors[0].detach().clamp(min=0),)
+
+    def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
+        W_enc, b_enc = weight(sae, "W_enc"), weight(sae, "b_enc")
+        return try_threshold_encode(sae_in, W_enc, b_enc, vectors[0], prepared=prepared)
+
+    def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
+        pre = sae_in @ sae.W_enc + sae.b_enc
+        return sae.activation_fn(pre) * (pre > sae.threshold.detach()).to(sae.dtype)
+
+
+class Gated(Architecture):
+    """The support where the gate is above 0, and magnitudes relu(<x, w_j> exp(r_mag_j) + b_mag_j) there."""
+
+    bias = "b_gate"
+    vectors = ("b_mag", "r_mag")
+    selects_per_latent = False
+
+    def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
+        W_enc, b_gate = weight(sae, "W_enc"), weight(sae, "b_gate").detach()  # the gate has no gradient
+        gate, undecided = try_threshold_encode(sae_in, W_enc, b_gate, _zero(W_enc), prepared=prepared)
+        latents = gate.stored_indices
+        products = decoder_dot(sae_in.detach(), gate, prepared.weight)
+        if gate.values.requires_grad:
+            products = _ValueWithGradientOf.apply(products, gate.values)
+        magnitudes = (products * sae.r_mag.exp()[latents] + sae.b_mag[latents]).relu()
+        acts = SparseActs(magnitudes, latents, gate.d_sae, gate.crow, gate.ragged_batch_shape)
+        return Tried(acts, undecided)
+
+    def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
+        gate = (sae_in @ sae.W_enc + sae.b_gate > 0).to(sae.dtype)
+        return gate * sae.activation_fn(sae_in @ (sae.W_enc * sae.r_mag.exp()) + sae.b_mag)
+
+
+class TopK(Architecture):
+    """The k largest; with rescale_acts_by_decoder_norm, the k largest times the norm of their decoder row."""
+
+    selects_per_latent = False
+
+    def rescales(self, sae: Any) -> bool:
+        return sae.cfg.rescale_acts_by_decoder_norm
+
+    def settings(self, sae: Any) -> tuple[Any, ...]:
+        return sae.activation_fn.k, sae.cfg.rescale_acts_by_decoder_norm
+
+    def why_not(self, sae: Any, x: Tensor) -> str:
+        from sae_lens.saes.topk_sae import TopK as SaeLensTopK
+
+        activation = sae._modules.get("activation_fn")
+        if type(activation) is not SaeLensTopK or activation.use_sparse_activations:
+            return f"activation function {type(activation).__name__}"
+        if has_hooks(activation):
+            return "the activation function is hooked"
+        k, d_sae = activation.k, weight(sae, "W_enc").shape[1]
+        if type(k) is not int or not 0 <= k <= max(1, DENSE_SHARE * d_sae):
+            return f"k is not from 0 to {DENSE_SHARE:.0%} of the latents"
+        return ""
+
+    def packed(self, sae: Any) -> tuple[Tensor, ...]:
+        weights = super().packed(sae)
+        return (*weights, weight(sae, "W_dec")) if self.rescales(sae) else weights
+
+    def prepare(self, *weights: Tensor) -> Any:
+        if len(weights) == 2:
+            return _prepared(*weights)
+        W_enc, b_enc, W_dec = weights
+        if not W_enc.is_cpu:
+            return "rescale_acts_by_decoder_norm has no kernel for this device"
+        return _prepared(W_enc, b_enc, gain=W_dec.norm(dim=-1))
+
+    def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
+        k = sae._modules["activation_fn"].k
+        W_enc, b_enc = weight(sae, "W_enc"), weight(sae, "b_enc")
+        if not self.rescales(sae):
+            return try_topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)
+        with torch.no_grad():
+            tried = try_topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)
+        W_dec = weight(sae, "W_dec")
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in (sae_in, W_enc, b_enc, W_dec)):
+            return tried
+        acts, latents = tried.acts, tried.acts.stored_indices
+        pre = decoder_dot(sae_in, acts, W_enc.mT).reshape(latents.shape) + b_enc[latents]
+        values = _ValueWithGradientOf.apply(acts.values, pre.relu() * W_dec.norm(dim=-1)[latents])
+        return Tried(SparseActs(values, latents, acts.d_sae), tried.undecided)
+
+    def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
+        pre = sae_in @ sae.W_enc + sae.b_enc
+        return sae.activation_fn(pre * sae.W_dec.norm(dim=-1) if self.rescales(sae) else pre)
+
+
+class MatchingPursuit(Architecture):
+    """Latents chosen one by one, each the largest product with what the others leave."""
+
+    selects_per_latent = False
+    hooks_acts_post = False  # SAELens runs no hook here
+    is_linear = False
+
+    def packed(self, sae: Any) -> tuple[Tensor, ...]:
+        return (weight(sae, "W_dec"),)
+
+    def prepare(self, *weights: Tensor) -> Any:
+        try:
+            return prepare_dictionary(*weights)
+        except ValueError:
+            return "the encoder's weights are not finite"
+
+    def settings(self, sae: Any) -> tuple[Any, ...]:
+        return sae.cfg.max_iterations, sae.cfg.residual_threshold, sae.cfg.stop_on_duplicate_support
+
+    def why_not(self, sae: Any, x: Tensor) -> str:
+        wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, sae.W_dec, sae.b_dec))
+        if wants_grad:
+            return "matching pursuit has no fast gradient (torch.no_grad() makes it fast)"
+        if sae.dtype not in (torch.float32, torch.float64):
+            return "a 16-bit matching pursuit depends on the order of its sums"
+        if x.ndim < 2 + sae.hook_z_reshaping_mode:
+            return "x of one dimension"
+        if (sae.cfg.max_iterations or sae.cfg.d_in) > sae.cfg.d_sae:
+            return "more iterations than latents"
+        return "x is hooked" if is_hooked(sae.hook_sae_input) else super().why_not(sae, x)
+
+    def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
+        finite = sae_in.isfinite().all(-1).reshape(-1)
+        undecided = finite.logical_not().nonzero()[:, 0]
+        acts = pursuit(
+            sae_in.nan_to_num(0.0, 0.0, 0.0) if undecided.numel() else sae_in,
+            prepared,
+            sae.cfg.max_iterations or sae.cfg.d_in,
+            method="matching",
+            residual_threshold=max(0.0, sae.cfg.residual_threshold),
+            stop_on_duplicate=sae.cfg.stop_on_duplicate_support,
+        )
+        return Tried(acts, undecided)
+
+    def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
+        from sae_lens.saes.matching_pursuit_sae import _encode_matching_pursuit
+
+        return _encode_matching_pursuit(sae_in, sae.W_dec, sae.cfg.residual_threshold, *self.settings(sae)[::2])
+
+    def decoder_bias(self, sae: Any) -> Tensor | None:
+        """SAELens adds b_dec only where it subtracted it."""
+        return super().decoder_bias(sae) if sae.cfg.apply_b_dec_to_input else None
+
+
+@functools.cache
+def known_encoders() -> dict[Any, Architecture]:
+    """SAELens' encode functions, and what they compute."""
+    from sae_lens.saes import gated_sae, jumprelu_sae, matching_pursuit_sae, standard_sae, topk_sae, transcoder
+
+    relu, jumprelu = Architecture(), JumpRelu()
+    return {
+        topk_sae.TopKSAE.encode: TopK(),
+        standard_sae.StandardSAE.encode: relu,
+        transcoder.Transcoder.encode: relu,
+        jumprelu_sae.JumpReLUSAE.encode: jumprelu,
+        transcoder.JumpReLUTranscoder.encode: jumprelu,
+        gated_sae.GatedSAE.encode: Gated(),
+        matching_pursuit_sae.MatchingPursuitSAE.encode: MatchingPursuit(),
+    }
+
+
+@functools.cache
+def known_decoders() -> frozenset[Any]:
+    from sae_lens.saes import gated_sae, jumprelu_sae, matching_pursuit_sae, standard_sae, topk_sae, transcoder
+
+    return frozenset(
+        {
+            topk_sae.TopKSAE.decode,
+            standard_sae.StandardSAE.decode,
+            transcoder.Transcoder.decode,
+            jumprelu_sae.JumpReLUSAE.decode,
+            gated_sae.GatedSAE.decode,
+            matching_pursuit_sae.MatchingPursuitSAE.decode,
+        }
+    )
+
+
+@functools.cache
+def known_forwards() -> frozenset[Any]:
+    from sae_lens.saes import sae, transcoder
+
+    return frozenset({sae.SAE.forward, transcoder.Transcoder.forward, transcoder.SkipTranscoder.forward})
+
+
+def architecture_of(plain: type) -> Architecture:
+    """What the encode of a SAELens class computes; raises ValueError, with the reason, where it cannot be accelerated."""
+    from sae_lens.saes.sae import TrainingSAE
+    from sae_lens.saes.temporal_sae import TemporalSAE
+
+    if issubclass(plain, TrainingSAE):
+        why = "a training class, whose weights change at every step and whose losses need dense pre-activations"
+    elif issubclass(plain, TemporalSAE):
+        why = "its codes depend on the tokens before, through attention, not on one token's latents"
+    elif plain.encode not in known_encoders() or plain.decode not in known_decoders():  # type: ignore[attr-defined]
+        why = "its encode or decode is not one of SAELens' own inference classes that are known here"
+    else:
+        return known_encoders()[plain.encode]  # type: ignore[attr-defined]
+    raise ValueError(f"sae: must be an SAE that can be accelerated, got {plain.__name__} ({why})")

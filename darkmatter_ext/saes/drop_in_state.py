@@ -1,0 +1,128 @@
+"""What an accelerated SAE carries besides its SAELens attributes: packed weights, the last pass, counts."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.saes.architectures import Architecture
+from darkmatter_ext.saes.packed_weights import Packed
+from darkmatter_ext.saes.soundness import why_not_weights
+from darkmatter_ext.saes.stepping_aside import BackOff
+
+
+@dataclass(frozen=True)
+class Stats:
+    """How the calls of an accelerated SAE were answered, by method."""
+
+    fast: dict[str, int]
+    fallback: dict[str, dict[str, int]]  # method -> reason -> calls
+    tokens_handed_over: int = 0  # within fast calls: too many candidates, answered by SAELens' dense arithmetic
+
+    def __str__(self) -> str:
+        lines = [f"{method}: {count} fast" for method, count in self.fast.items()]
+        for method, reasons in self.fallback.items():
+            lines += [f"{method}: {count} by SAELens: {reason}" for reason, count in reasons.items()]
+        if self.tokens_handed_over:
+            lines.append(f"{self.tokens_handed_over} tokens with many candidates by SAELens' arithmetic")
+        return "\n".join(lines) or "no calls"
+
+
+class Ready(NamedTuple):
+    """What a call needs that its look at the weights has found."""
+
+    prepared: Any  # PreparedEncoder or PreparedDictionary
+    vectors: tuple[Tensor, ...]
+
+
+class Decoder(NamedTuple):
+    """What a decode needs that its look at the weights has found."""
+
+    rows: Tensor  # contiguous [F, d]
+    inverse_norms: Tensor | None  # [F] with rescale_acts_by_decoder_norm
+
+
+class Pass(NamedTuple):
+    """The latents of a call: active ones, and dense acts [u, F] of the tokens that were handed back."""
+
+    acts: SparseActs
+    undecided: Tensor  # [u] int64
+    dense: Tensor | None  # None where u is 0
+
+    def detach(self) -> Pass:
+        return Pass(self.acts.detach(), self.undecided, None if self.dense is None else self.dense.detach())
+
+
+class State:
+    """Of one object: copies make their own."""
+
+    def __init__(self, sae: Any, architecture: Architecture) -> None:
+        self.owner = weakref.ref(sae)
+        self.encoder = Packed(architecture.prepare, why_not=why_not_weights)
+        self.vectors = Packed(architecture.read, why_not=why_not_weights)
+        self.decoder = Packed(_decoder_rows, why_not=why_not_weights, is_view=_is_vector)
+        self.decoder_norms = Packed(_inverse_norms, why_not=why_not_weights)
+        self.back_off = BackOff()
+        self.refused: int | None = None  # address of a W_enc that somebody else holds too: its layout stays
+        self.has_second_passes = False  # SAELens has asked for an error term: keep the last pass for it
+        self.last_pass: tuple[Tensor, Ready, tuple, Pass] | None = None  # input, what else decided, result
+        self.calls: Counter[tuple[str, str]] = Counter()  # (method, reason or "")
+        self.handed_over = 0
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> tuple:
+        return _no_state, ()  # a copy of an object's attributes leaves it out
+
+    def count(self, method: str, reason: str = "", handed_over: int = 0) -> None:
+        with self.lock:
+            self.calls[method, reason] += 1
+            self.handed_over += handed_over
+
+    def forget(self) -> None:
+        for packed in (self.encoder, self.vectors, self.decoder, self.decoder_norms):
+            packed.forget()
+        self.back_off = BackOff()
+        self.last_pass = None
+
+    def stats(self) -> Stats:
+        with self.lock:
+            calls, handed_over = dict(self.calls), self.handed_over
+        fast = {method: count for (method, reason), count in calls.items() if not reason}
+        fallback: dict[str, dict[str, int]] = {}
+        for (method, reason), count in calls.items():
+            if reason:
+                fallback.setdefault(method, {})[reason] = count
+        return Stats(fast, fallback, handed_over)
+
+
+def _no_state() -> None:
+    return None
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    """b_dec is read as it is; W_dec may be too, but whether it is finite was asked once."""
+    return tensor.ndim == 1
+
+
+def _decoder_rows(W_dec: Tensor, *_: Tensor) -> Tensor | str:
+    """Contiguous rows of W_dec (itself if it is); a reason where they are not finite, for 0 times Inf is NaN only if dense."""
+    return W_dec.detach().contiguous() if bool(W_dec.detach().isfinite().all()) else "W_dec is not finite"
+
+
+def _inverse_norms(W_dec: Tensor) -> Tensor | str:
+    """1 / norm of the decoder's rows, as SAELens computes it."""
+    inverses = 1 / W_dec.detach().norm(dim=-1)
+    return inverses if bool(inverses.isfinite().all()) else "a decoder row is 0"
+
+
+def same_pass(last: tuple[Tensor, Ready, tuple, Pass], sae_in: Tensor, ready: Ready, settings: tuple) -> bool:
+    """Whether the last pass had this input (bit for bit), these weights and these settings."""
+    same_weights = last[1].prepared is ready.prepared and last[1].vectors is ready.vectors
+    return same_weights and last[2] == settings and torch.equal(last[0], sae_in)

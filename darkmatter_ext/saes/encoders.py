@@ -1,0 +1,146 @@
+"""Every way from activations to a reconstruction with an SAE's latents: its own, pursuit, a refit, and controls.
+
+*Pursuit* and *refit* use an SAE's dictionary otherwise than its own encoder does, at exactly the SAE's own L0, token by
+token. Gradient pursuit at the SAE's L0 is how Engels et al. ask whether nonlinear error is what a better encoder would remove.
+
+*Controls* have as many latents with nothing learned in them. A result that a random dictionary shares is no result of
+training (sanity checks, 2602.14111).
+
+Shapes: n tokens, d model dimension, F latents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.ops.decode import sparse_decode
+from darkmatter_ext.ops.encode import prepare_encoder, topk_encode
+from darkmatter_ext.ops.pursuit import METHODS, prepare_dictionary, pursuit, refit
+from darkmatter_ext.saes.drop_in import accelerate, is_accelerated
+from darkmatter_ext.saes.flat_activations import for_flat_activations
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+
+class Encoded(NamedTuple):
+    """What an SAE makes of activations [n, d]."""
+
+    x_hat: Tensor  # [n, d]
+    l0: Tensor  # [n] number of active latents
+    acts: SparseActs  # [n, F]
+
+
+Encoder = Callable[[Tensor], Encoded]
+Choose = Callable[[Tensor, SparseActs], SparseActs]  # x [n, d] and the SAE's own acts -> other acts
+
+
+def as_encoder(sae: SAE) -> Encoder:
+    """x [n, d] -> Sae(x), L0 and active latents, Sae(x) in the dtype of x.
+
+    Accelerated where it can be; others (temporal, own classes) run SAELens' code. SAEs on hook_z take x with heads
+    flattened, as our sources give it. The object given shares its weights and stays as it was.
+
+    Raises ValueError when the SAE needs activations scaled by a factor that it does not carry.
+    """
+    own: Any = for_flat_activations(sae)
+    with contextlib.suppress(ValueError):  # the reason is in accelerate's message; every SAE gives its own answer
+        accelerate(own)
+
+    def encode(x: Tensor) -> Encoded:
+        given = x.to(own.dtype)
+        if is_accelerated(own):
+            acts = own.encode_sparse(given)
+            return Encoded(own.decode_sparse(acts).to(x.dtype), acts.l0(), acts)
+        dense = own.encode(given)
+        return Encoded(own.decode(dense).to(x.dtype), (dense != 0).sum(-1), SparseActs.from_dense(dense))
+
+    return encode
+
+
+def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encoder:
+    """Pursuit over W_dec from zero, with as many steps at each token as the SAE has active latents there.
+
+    Args:
+        sae: left as it is; a twin on its weights is accelerated.
+        method: of METHODS; orthogonal is the non-negative form.
+
+    Raises ValueError for another method, or an SAE with maps that pursuit knows nothing of. Cost: see
+    `batched_pursuit.pursuit`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"--method: must be one of {', '.join(METHODS)}, got {method!r}")
+    sae = for_flat_activations(sae)
+    dictionary, bias = _dictionary(sae)
+
+    def choose(x: Tensor, acts: SparseActs) -> SparseActs:
+        steps = acts.l0().clamp(max=dictionary.n_atoms)
+        return pursuit(x, dictionary, steps, bias=bias, method=method, nonnegative=method == "orthogonal")
+
+    return _encoder(sae, dictionary.rows.to(dictionary.dtype), choose)
+
+
+def refit_encoder(sae: SAE) -> Encoder:
+    """The SAE's own choice of latents with least-squares values (not below zero). Raises as `pursuit_encoder`."""
+    sae = for_flat_activations(sae)
+    dictionary, bias = _dictionary(sae)
+    return _encoder(sae, dictionary.rows.to(dictionary.dtype), lambda x, acts: refit(x, acts, dictionary, bias=bias))
+
+
+def _dictionary(sae: Any) -> tuple[Any, Tensor]:
+    """W_dec, packed, and b_dec. Raises ValueError unless Sae(x) is what they add up to: no other maps between."""
+    cfg = sae.cfg
+    plain = cfg.normalize_activations == "none" and cfg.reshape_activations == "none"
+    if not plain or sae.W_dec.shape[1] != cfg.d_in or getattr(cfg, "rescale_acts_by_decoder_norm", False):
+        raise ValueError(
+            "--sae: must be without normalisation, reshaping or another output site for pursuit, "
+            f"got {cfg.architecture()} with {cfg.normalize_activations}, {cfg.reshape_activations}"
+        )
+    accelerate(sae)
+    return prepare_dictionary(sae.W_dec), sae.b_dec.detach()
+
+
+def _encoder(sae: Any, rows: Tensor, choose: Choose) -> Encoder:
+    """`rows` [F, d]: the decoder in the dtype of the acts, float32 for a 16-bit SAE."""
+    bias = sae.b_dec.detach().to(rows.dtype)
+
+    def encode(x: Tensor) -> Encoded:
+        own = x.to(sae.dtype)
+        acts = choose(own, sae.encode_sparse(own))
+        x_hat = sparse_decode(acts, rows, bias)
+        return Encoded(x_hat.to(x.dtype), acts.l0(), acts)
+
+    return encode
+
+
+def random_directions(sae: SAE, l0: int, *, seed: int) -> Encoder:
+    """As many latents as `sae` has, with random unit directions: TopK of the tied encoder, `l0` active, about b_dec.
+
+    Its codes are as cheap as an SAE's, and poorer than those of `random_dictionary`. Raises ValueError as `topk_encode`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(sae.W_dec.shape, generator=generator)
+    rows = (rows / rows.norm(dim=1, keepdim=True)).to(sae.W_dec)
+    columns, center, no_bias = rows.mT.contiguous(), sae.b_dec.detach(), rows.new_zeros(len(rows))
+    prepared = prepare_encoder(columns, no_bias, b_dec=center)
+
+    def encode(x: Tensor) -> Encoded:
+        acts = topk_encode(x.to(rows.dtype), columns, no_bias, l0, b_dec=center, prepared=prepared)
+        return Encoded(sparse_decode(acts, rows, center).to(x.dtype), acts.l0(), acts)
+
+    return encode
+
+
+def shuffled_sae(sae: SAE, *, seed: int) -> SAE:
+    """A copy with its decoder rows [F, d] permuted: the same codes, read at the wrong places."""
+    shuffled = copy.deepcopy(sae)
+    order = torch.randperm(sae.cfg.d_sae, generator=torch.Generator().manual_seed(seed))
+    shuffled.W_dec.data = sae.W_dec.detach()[order.to(sae.W_dec.device)].contiguous()
+    return shuffled

@@ -1,0 +1,211 @@
+"""SAEs that exist: what their files say, and their weights as a SAELens object, with errors of one line.
+
+A *spec* names an SAE: a folder (or its weights' file) in a layout of `formats.py`, or RELEASE:ID of SAELens' list, or
+REPOSITORY:ID of a repository one of its releases is from.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from darkmatter_ext.runtime.inputs import told
+from darkmatter_ext.saes.flat_activations import SCALED, WHITENED
+from darkmatter_ext.saes.formats import FORMATS, folder_of, format_of
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+SCALER_NAME, WHITENING_NAME = (
+    "activation_scaler.json",
+    "activation_whitening.safetensors",
+)  # beside SAELens' checkpoints
+_L0 = re.compile(r"l0[_=-]?(\d+(?:\.\d+)?)(?![\d.]*\w)")  # average_l0_71
+
+
+@dataclass(frozen=True)
+class SaeDescription:
+    """What an SAE's configuration says, without its weights."""
+
+    spec: str  # see the module
+    name: str
+    d_in: int
+    d_sae: int
+    architecture: str
+    metadata: dict[str, Any]  # SAELens' keys: model_name, hook_name, context_size, prepend_bos, ...
+    normalize_activations: str = "none"  # "none" where the files give the factor that is folded in at loading
+    expected_l0: float | None = None  # of its k, its id, SAELens' list or the training's target
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of encoder and decoder in float32."""
+        return 8 * self.d_in * self.d_sae
+
+
+def _release_and_id(spec: str) -> tuple[str, str]:
+    release, _, sae_id = spec.partition(":")
+    if not sae_id:
+        first, *others = FORMATS
+        raise ValueError(
+            f"--sae: must be a folder with {first.config_name} and {first.weights_name}, or RELEASE:ID, got {spec!r} "
+            f"(no such folder; other layouts: {', '.join(known.name for known in others)})"
+        )
+    return release, sae_id
+
+
+def _converter(release: str) -> str | None:
+    """SAELens' name of the format of a repository it knows by other releases; None: it knows the release itself."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory, get_releases_for_repo_id
+
+    directory = get_pretrained_saes_directory()
+    siblings = get_releases_for_repo_id(release) if release not in directory else []
+    return (directory[siblings[0]].conversion_func or "sae_lens") if siblings else None
+
+
+def _hub_config(release: str, sae_id: str) -> dict[str, Any]:
+    """SAELens' configuration of RELEASE:ID; downloads at most a small file."""
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+    from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
+
+    converter = _converter(release)
+    if converter is None:
+        content = loaders.load_sae_config_from_huggingface(release, sae_id)
+    else:
+        getter = loaders.NAMED_PRETRAINED_SAE_CONFIG_GETTERS[converter]
+        content = loaders.handle_config_defaulting(getter(release, sae_id, "cpu", False, {}))
+    folds = content.get("normalize_activations") == SCALED and get_norm_scaling_factor(release, sae_id) is not None
+    return dict(content) | ({"normalize_activations": "none"} if folds else {})
+
+
+def _expected_l0(spec: str, config: dict[str, Any]) -> float | None:
+    """Mean active latents a token the SAE was made with, where anything says so."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    metadata = config.get("metadata") or {}
+    training = metadata.get("training_architecture_details") or {}
+    release, _, sae_id = spec.partition(":")
+    listed = get_pretrained_saes_directory().get(release)
+    named = _L0.search(spec)
+    found = (
+        listed.expected_l0.get(sae_id) if listed else None,
+        named[1] if named else None,  # before its k: a wrong k is told from its id
+        config.get("k"),
+        metadata.get("k"),
+        training.get("k"),
+        training.get("target_l0"),
+    )
+    return next((float(value) for value in found if value), None)
+
+
+def describe_sae(spec: str) -> SaeDescription:
+    """The configuration of an SAE, old files too. Downloads at most a small file.
+
+    Raises ValueError, one line, when there is none or it cannot be read.
+    """
+    folder = folder_of(spec)
+    try:
+        if folder is not None:
+            config, name = format_of(folder).config(folder), folder.resolve().name
+            if (kind := config.get("normalize_activations", "none")) in (SCALED, WHITENED):
+                factor = {SCALED: SCALER_NAME, WHITENED: WHITENING_NAME}[kind]
+                config |= {"normalize_activations": "none"} if (folder / factor).is_file() else {}
+        else:
+            release, name = _release_and_id(spec)
+            config = _hub_config(release, name)
+        return SaeDescription(
+            spec,
+            name,
+            config["d_in"],
+            config["d_sae"],
+            config.get("architecture", "standard"),
+            config.get("metadata") or {},
+            config.get("normalize_activations") or "none",
+            _expected_l0(spec, config),
+        )
+    except Exception as error:  # hub, network, json and configuration errors each have their own kind
+        if isinstance(error, ValueError) and str(error).startswith("--sae"):
+            raise
+        raise ValueError(f"--sae: must be an SAE that can be read, got {spec} ({told(error)})") from None
+
+
+def load_sae(
+    spec: str | Path, *, device: str = "cpu", dtype: str | None = None, activation_scale: float | None = None
+) -> SAE:
+    """The SAE a spec names (see the module), in eval mode, without gradients; RELEASE:ID downloads it once.
+
+    Args:
+        dtype: of the weights, "float32", "bfloat16" or "float16"; default as they are stored.
+        activation_scale: what the activations the SAE was trained on were multiplied by, folded into the weights, for
+            one that needs it and whose files do not give it. Without it such an SAE is loaded as it is saved.
+
+    Raises ValueError, in one line with the reason, when a folder or a file is missing, truncated or not what it should
+    be, or a weight is NaN or infinite.
+    """
+    folder = folder_of(spec)
+    if folder is not None:
+        sae = _from_folder(folder, device)
+    else:
+        sae = _from_hub(str(spec), device, dtype or "float32")
+    for name, parameter in sae.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            found = "NaN" if bool(parameter.isnan().any()) else "infinity"
+            raise ValueError(f"--sae: weights must be finite, got {found} in {name} of {spec}")
+    _fold_scaling(sae, folder, activation_scale)
+    sae = sae if dtype is None else sae.to(getattr(torch, dtype))
+    return sae.eval().requires_grad_(False)
+
+
+def _from_folder(folder: Path, device: str) -> SAE:
+    from sae_lens import SAE
+
+    layout = format_of(folder)
+    try:
+        return SAE.load_from_disk(folder, device=device, converter=layout.converter)  # type: ignore[arg-type]  (it takes a Path)
+    except Exception as error:  # json, safetensors, torch and sae_lens each raise their own kinds
+        raise ValueError(
+            f"--sae: must be a complete SAE in {layout.name} format, got {folder} ({told(error)})"
+        ) from None
+
+
+def _from_hub(spec: str, device: str, dtype: str) -> SAE:
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
+
+    release, sae_id = _release_and_id(spec)
+    try:
+        converter = _converter(release)
+        loader = None if converter is None else NAMED_PRETRAINED_SAE_LOADERS[converter]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You are loading an SAE using the HuggingFace repo_id")
+            return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype, converter=loader)
+    except Exception as error:  # hub, network and configuration errors each have their own kind
+        raise ValueError(f"--sae: must be an SAE that can be loaded, got {spec} ({told(error)})") from None
+
+
+def _fold_scaling(sae: SAE, folder: Path | None, given: float | None) -> None:
+    """Fold the factor of the activations into the weights: as SAELens' checkpoints keep it, else the one given."""
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    kind, scaler = sae.cfg.normalize_activations, ActivationScaler()
+    if kind not in (SCALED, WHITENED):
+        if given is not None:
+            raise ValueError(f"activation_scale: must be left out for normalize_activations {kind!r}, got {given}")
+        return
+    if folder is not None and (folder / SCALER_NAME).is_file():
+        try:
+            scaler.load(folder / SCALER_NAME)
+        except Exception as error:
+            raise ValueError(f"--sae: {SCALER_NAME} must be as SAELens writes it, got {told(error)}") from None
+    own = getattr(scaler, "whitening", None)  # older releases of SAELens have none
+    if kind == WHITENED and own is not None:
+        sae.fold_activation_whitening(own.mean, own.matrix, own.inverse_matrix)
+    factor = scaler.scaling_factor if scaler.scaling_factor is not None else given
+    if kind == SCALED and factor is not None:
+        if not factor > 0:
+            raise ValueError(f"activation_scale: must be above 0, got {factor}")
+        sae.fold_activation_norm_scaling_factor(factor)

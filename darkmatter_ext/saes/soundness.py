@@ -1,0 +1,117 @@
+"""What stands in the way of the ops, whatever the SAE: transforms, hooks, tensors they cannot read.
+
+Every `why_not_...` gives the reason in words, "" where there is none.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from darkmatter_ext.ops._library import has_kernels
+from darkmatter_ext.saes.packed_weights import PLAIN, version_of
+
+
+def transforms_active() -> bool:
+    """functorch (vmap, grad, jvp), forward-mode AD or a dispatch mode: each wants torch's own ops to see."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+        or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+@functools.cache
+def _hook_points() -> tuple[type, ...]:
+    from transformer_lens.hook_points import HookPoint
+
+    return HookPoint, nn.Identity  # SAELens swaps in an nn.Identity where it disables hooks
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether torch's hooks listen at a module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_hooked(point: Any) -> bool:
+    """Whether anything listens at a hook point."""
+    return bool(
+        type(point) not in _hook_points()
+        or point._forward_hooks
+        or point._forward_pre_hooks
+        or point._backward_hooks
+        or point._backward_pre_hooks
+        or nn.modules.module._global_forward_hooks
+        or nn.modules.module._global_forward_pre_hooks
+    )
+
+
+def why_not_input(x: object) -> str:
+    """Why the ops may not run on this input, or not now."""
+    if type(x) not in PLAIN:
+        return "an input is not a plain tensor"
+    assert isinstance(x, Tensor)
+    if x.layout is not torch.strided:
+        return "an input is a sparse tensor"
+    if transforms_active():
+        return "functorch transform, forward-mode gradient, tracing or dispatch mode"
+    device_type = x.device.type
+    return "autocast" if device_type != "meta" and torch.is_autocast_enabled(device_type) else ""
+
+
+def why_not_weights(*weights: object) -> str:
+    """Why the ops cannot read these weights."""
+    tensors = [weight for weight in weights if type(weight) in PLAIN]
+    if len(tensors) < len(weights):
+        return "a weight is not a plain tensor"
+    first = tensors[0]
+    assert isinstance(first, Tensor)
+    for tensor in tensors:
+        assert isinstance(tensor, Tensor)
+        if tensor.layout is not torch.strided:
+            return "a weight is a sparse tensor"
+        if tensor.device != first.device:
+            return "tensors on more than one device"
+        if tensor.dtype != first.dtype or not tensor.is_floating_point():
+            return "mixed dtypes"
+    return "no kernel for this device in this build" if first.is_meta or not has_kernels(first.device) else ""
+
+
+def why_not_together(sae: Any, x: Tensor, weights: tuple[Any, ...]) -> str:
+    """Why x and the encoder's weights do not belong together."""
+    if not x.is_floating_point() or x.ndim < 1 or not (sae.hook_z_reshaping_mode or x.shape[-1] == sae.cfg.d_in):
+        return "x is not floating point of shape [..., d_in]"
+    return _why_not_these(sae, x.device, weights)
+
+
+def why_not_decoder(sae: Any, acts: Tensor | None, W_dec: Any, b_dec: Any, *, dense: bool) -> str:
+    """Why acts (dense, or values) and the decoder's weights do not belong together."""
+    reason = _why_not_these(sae, None if acts is None else acts.device, (W_dec, b_dec))
+    if reason or acts is None:
+        return reason
+    if acts.dtype is not W_dec.dtype:
+        return "mixed dtypes"
+    fits = not dense or (acts.ndim >= 1 and acts.shape[-1] == W_dec.shape[0])
+    return "" if fits else "shape of the latents"
+
+
+def _why_not_these(sae: Any, device: torch.device | None, weights: tuple[Any, ...]) -> str:
+    """Why these weights are not what the SAE says, or not of the other tensors' kind. A few attributes: asked at every call."""
+    dtype, grad = sae.dtype, torch.is_grad_enabled()
+    for each in weights:
+        if type(each) not in PLAIN:
+            return "a weight is not a plain tensor"
+        if each.dtype is not dtype:
+            return "mixed dtypes"
+        if device is not None and each.device != device:
+            return "tensors on more than one device"
+        if version_of(each) is None and (grad or not each.is_inference()):
+            return "weights made in inference mode"
+    return "a weight is parametrised" if "parametrizations" in sae._modules else ""
