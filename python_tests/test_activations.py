@@ -203,9 +203,9 @@ def test_batches_give_the_measured_tokens_twice_in_the_same_order(cache):
 
 
 def test_bad_selections_are_named_in_one_line(cache):
-    with pytest.raises(ValueError, match="--drop-positions: must be from 0 to 7"):
+    with pytest.raises(ValueError, match="drop_positions: must be from 0 to 7"):
         _select(cache, drop_positions=8)
-    with pytest.raises(ValueError, match="--split: must be documents, contexts or tokens, got 'rows'"):
+    with pytest.raises(ValueError, match="split: must be documents, contexts or tokens, got 'rows'"):
         _select(cache, split="rows")
     with pytest.raises(ValueError, match="fraction: must leave groups on both sides"):
         _select(cache, fit_fraction=0.01)

@@ -10,7 +10,7 @@ import torch
 from small_site import flags
 
 from darkmatter_ext import cli
-from darkmatter_ext.experiments import EXPERIMENTS
+from darkmatter_ext.experiments import names
 from darkmatter_ext.report.result import load_result
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -118,7 +118,7 @@ def test_list_env_and_help(capsys):
 
 BAD = [
     (["nonsense"], "COMMAND: must be one of demo, run"),
-    (["run", "nonsense"], f"EXPERIMENT: must be one of {', '.join(EXPERIMENTS)}, got 'nonsense'"),
+    (["run", "nonsense"], f"EXPERIMENT: must be one of {', '.join(names())}, got 'nonsense'"),
     (["run", "pursuit", "--method", "omp"], "--method: must be one of gradient, matching, orthogonal, got 'omp'"),
     (["run", "decomposition", "--preset", "none"], "--preset: must be one of demo, one-pass, gemma-2-9b-l20, "),
     (["run", "decomposition", "--tokns", "5"], "unrecognized arguments: --tokns 5"),
@@ -199,4 +199,4 @@ def test_the_installed_command_has_no_traceback(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert done.stderr == f"darkmatter: EXPERIMENT: must be one of {', '.join(EXPERIMENTS)}, got 'nonsense'\n"
+    assert done.stderr == f"darkmatter: EXPERIMENT: must be one of {', '.join(names())}, got 'nonsense'\n"

@@ -81,7 +81,7 @@ def test_snippets_are_held_out_tokens_in_a_row(tmp_path):
     dense[8, 1] = 1
     dense[0, 2] = 1  # on no snippet
     assert snippets.firing(SparseActs.from_dense(dense)).tolist() == [0, 2, 0, 0, 0]
-    with pytest.raises(ValueError, match="--context-length: must hold 16 held-out tokens in a row"):
+    with pytest.raises(ValueError, match="context_length: must hold 16 held-out tokens in a row"):
         Snippets.cut(cache, roles, 16, str)
 
 

@@ -92,7 +92,7 @@ def test_sparsify_is_fast_and_raises_no_alarm(tmp_path):
 def test_sparsify_that_saelens_cannot_hold_is_refused(tmp_path, config, reason):
     folder, _ = write_sparsify(tmp_path / "run", **config)
     for call in (describe_sae, load_sae):
-        with pytest.raises(ValueError, match=r"^--sae") as caught:
+        with pytest.raises(ValueError, match=r"^sae") as caught:
             call(str(folder))
         assert reason in str(caught.value)
 
@@ -216,7 +216,7 @@ def test_dictionary_learning(tmp_path, kind):
 def test_dictionary_learning_that_does_not_fit_together_is_refused(tmp_path):
     _, weights = DICTIONARIES["AutoEncoderTopK"]
     wrong_k = write_dictionary(tmp_path / "k", "AutoEncoderTopK", weights, k=K + 1)
-    with pytest.raises(ValueError, match=r"--sae: .* \(k of ae.pt must be that of config.json, 5, got 4\)"):
+    with pytest.raises(ValueError, match=r"sae: .* \(k of ae.pt must be that of config.json, 5, got 4\)"):
         load_sae(wrong_k)
     with pytest.raises(ValueError, match=r"dict_class must be one of AutoEncoder, .* got IdentityDict"):
         describe_sae(write_dictionary(tmp_path / "id", "IdentityDict", weights))
@@ -230,5 +230,5 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
             return (exec, ("raise SystemExit('ran')",))
 
     folder = write_dictionary(tmp_path / "sae", "AutoEncoder", {"encoder.weight": Evil()})
-    with pytest.raises(ValueError, match="--sae: must be a complete SAE in dictionary_learning format"):
+    with pytest.raises(ValueError, match="sae: must be a complete SAE in dictionary_learning format"):
         load_sae(folder)

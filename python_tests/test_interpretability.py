@@ -166,11 +166,11 @@ def test_unreadable_answers_are_left_out_and_counted(server):
 
 
 def test_a_server_that_does_not_answer_is_one_line(server):
-    with pytest.raises(ValueError, match="--endpoint: must be the URL of an OpenAI-compatible server, got 'localhost'"):
+    with pytest.raises(ValueError, match="endpoint: must be the URL of an OpenAI-compatible server, got 'localhost'"):
         EndpointJudge("localhost", "m")
 
     def refused(url, message):
-        with pytest.raises(RuntimeError, match="--endpoint: must answer chat completions, got http") as caught:
+        with pytest.raises(RuntimeError, match="endpoint: must answer chat completions, got http") as caught:
             EndpointJudge(url, "m").check()
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)

@@ -143,7 +143,7 @@ def test_bad_input_gives_one_line(workplace, tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     with pytest.raises(
-        ValueError, match=r"^--sae: must have decoder rows W_dec of shape \[latents, 16\], got \[24, 12\]"
+        ValueError, match=r"^sae: must have decoder rows W_dec of shape \[latents, 16\], got \[24, 12\]"
     ):
         decoder_rows(str(tmp_path / "narrow"), 16)
     assert decoder_rows(str(tmp_path / "narrow"), 12)[1] == "none"

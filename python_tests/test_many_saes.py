@@ -144,7 +144,7 @@ def test_metadata_decides_bos_length_positions_and_weights(workplace, tmp_path):
     )  # fmt: skip
     found = many_saes.measured(forced, Stages(show=False))
     assert read_tokens(found.sites[HOOK].per_token)["x"].to_pylist() == results[plain][1]
-    with pytest.raises(ValueError, match="--bos: must be given, the SAEs were made with"):
+    with pytest.raises(ValueError, match="bos: must be given, the SAEs were made with"):
         many_saes.measured(
             ManySaesConfig(sae=(plain, str(workplace / "a")), model=str(workplace / "gpt2")), Stages(show=False)
         )

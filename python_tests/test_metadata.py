@@ -53,7 +53,7 @@ def test_slices_that_mean_the_same_agree_and_others_need_a_flag():
     assert used(*same).positions == ()
     differing = described(seqpos_slice=[5, -5]), described(seqpos_slice=[4, None])
     with pytest.raises(
-        ValueError, match=r"--positions: must be given, the SAEs were made with \[5, -5\] and \[4, None\]"
+        ValueError, match=r"positions: must be given, the SAEs were made with \[5, -5\] and \[4, None\]"
     ):
         used(*differing)
     found = used(*differing, positions="5:-5")
@@ -63,7 +63,7 @@ def test_slices_that_mean_the_same_agree_and_others_need_a_flag():
 
 @pytest.mark.parametrize("text", ["5", "a:b", "1:2:0", "1:2:3:4", ""])
 def test_positions_that_are_no_slice(text):
-    with pytest.raises(ValueError, match="--positions: must be auto, START:STOP"):
+    with pytest.raises(ValueError, match="positions: must be auto, START:STOP"):
         given_positions(text)
 
 
@@ -171,7 +171,7 @@ def test_a_missing_factor_is_given_or_found_beside_the_weights_or_refused(tmp_pa
     (tmp_path / "sae" / "activation_scaler.json").write_text('{"scaling_factor": 3.0, "has_whitening": false}')
     torch.testing.assert_close(load_sae(tmp_path / "sae")(x), right, rtol=1e-5, atol=1e-5)
     assert used(describe_sae(str(tmp_path / "sae"))).scales == (None,)
-    with pytest.raises(ValueError, match="--activation-scale: must be left out"):
+    with pytest.raises(ValueError, match="activation_scale: must be left out"):
         used(describe_sae(str(tmp_path / "sae")), activation_scale=(2.0,))
 
 
@@ -247,7 +247,7 @@ def test_load_errors_keep_their_reason(tmp_path, change, extra, reason):
     save_file(load_file(path) | extra, path)
     content = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     (tmp_path / "sae" / "cfg.json").write_text(json.dumps(content | change))
-    with pytest.raises(ValueError, match="--sae: must be a complete SAE in SAELens format") as caught:
+    with pytest.raises(ValueError, match="sae: must be a complete SAE in SAELens format") as caught:
         load_sae(tmp_path / "sae")
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -329,5 +329,5 @@ def test_a_run_tells_a_misloaded_sae_again_and_again(workplace, tmp_path):
     for _ in range(2):
         notes = many_saes.measured(config, Stages(show=False)).notes
         assert any("sae looks misloaded: every threshold is 0" in note for note in notes), notes
-    with pytest.raises(ValueError, match="--activation-scale: must be left out"):
+    with pytest.raises(ValueError, match="activation_scale: must be left out"):
         many_saes.measured(dataclasses.replace(config, activation_scale=(2.0,)), Stages(show=False))

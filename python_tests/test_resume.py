@@ -92,10 +92,10 @@ def stopped(stopped_once, tmp_path):
 def test_a_changed_configuration_is_refused_by_name(stopped):
     source, folder = stopped
     changed = dataclasses.replace(SETTINGS, fit_fraction=0.5)
-    with pytest.raises(ValueError, match=r"--checkpoint: must hold a run of this configuration") as caught:
+    with pytest.raises(ValueError, match=r"checkpoint: must hold a run of this configuration") as caught:
         measure(source, saes(), changed, folder=folder)
     assert "fit_fraction 0.6 there, 0.5 here" in str(caught.value)
-    with pytest.raises(ValueError, match=r"--checkpoint: .* with saes "):
+    with pytest.raises(ValueError, match=r"checkpoint: .* with saes "):
         measure(source, saes()[1:], SETTINGS, folder=folder)
     with pytest.raises(ValueError, match=r"with text 'a' there|with text None there, 'b' here"):
         measure(source, saes(), SETTINGS, folder=folder, config={"text": "b"})
@@ -107,7 +107,7 @@ def test_a_changed_configuration_is_refused_by_name(stopped):
 def test_another_number_of_processes_is_refused(stopped):
     _, folder = stopped
     config = json.loads((folder / "run.json").read_text())["config"]
-    with pytest.raises(ValueError, match=r"--nproc-per-node: must stay what the run was started with, got 2 processes"):
+    with pytest.raises(ValueError, match=r"nproc_per_node: must stay what the run was started with, got 2 processes"):
         CheckpointFolder(folder, 0, 2).start(config)
 
 
@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_is_told_and_nothing_is_deleted(stopped, damage):
     else:
         (folder / "run.json").write_text("")
     before = sorted(p.name for p in folder.rglob("*"))
-    with pytest.raises(RuntimeError, match=r"--checkpoint: .* is damaged .* nothing was deleted") as caught:
+    with pytest.raises(RuntimeError, match=r"checkpoint: .* is damaged .* nothing was deleted") as caught:
         measure(source, saes(), SETTINGS, folder=folder)
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in folder.rglob("*")) == before
@@ -143,7 +143,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(stopped, tmp
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
         with pytest.raises(
-            OSError, match=r"--checkpoint: .* cannot be written .*what was saved before is kept"
+            OSError, match=r"checkpoint: .* cannot be written .*what was saved before is kept"
         ) as caught:
             measure(source, saes(), SETTINGS, folder=folder)
     finally:

@@ -193,7 +193,7 @@ def test_infinite_weights_are_refused(tmp_path):
     sae = right_sae("topk")
     sae.W_dec[3, 5] = torch.inf  # float16 that was too small
     sae.save_model(tmp_path / "sae")
-    with pytest.raises(ValueError, match=r"--sae: weights must be finite, got infinity in W_dec"):
+    with pytest.raises(ValueError, match=r"sae: weights must be finite, got infinity in W_dec"):
         load_sae(tmp_path / "sae")
 
 

@@ -97,7 +97,7 @@ def test_unknown_families_and_hooks_are_refused_in_one_line(model_folder, tmp_pa
         hook_points.capture(network, ["blocks.1.hook_mlp_out"], lambda: network(tokens))
     with pytest.raises(ValueError, match=r"has blocks 0 to 2, got block 7"):
         sources.ModelSource.load(model_folder, ["blocks.7.hook_resid_pre"], _store(tmp_path, model_folder))
-    with pytest.raises(ValueError, match=r"--hook: must be like blocks.10.hook_resid_post, got 'blocks.1.hook_q'"):
+    with pytest.raises(ValueError, match=r"hook: must be like blocks.10.hook_resid_post, got 'blocks.1.hook_q'"):
         hook_points.parse_hook_point("blocks.1.hook_q")
     assert hook_points.translated_hook("model.layers.7") == "blocks.7.hook_resid_post"
     assert hook_points.translated_hook("model.layers.7.mlp") == "model.layers.7.mlp"
@@ -132,9 +132,9 @@ def test_processed_weights_come_from_transformer_lens(tmp_path):
     resid, z = (plain[hook] for hook in hooks)
     torch.testing.assert_close(centred[hooks[0]], resid - resid.mean(-1, keepdim=True), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(centred[hooks[1]], z, rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match=r"--hook: must be a hook point of .* in TransformerLens"):
+    with pytest.raises(ValueError, match=r"hook: must be a hook point of .* in TransformerLens"):
         sources.LensSource.load(str(folder), ["blocks.9.hook_resid_pre"], store, processing=asked)
-    with pytest.raises(ValueError, match=r"--model: must be a model TransformerLens can load"):
+    with pytest.raises(ValueError, match=r"model: must be a model TransformerLens can load"):
         sources.LensSource.load(str(tmp_path / "none"), hooks, store, processing=asked)
 
 
@@ -155,11 +155,11 @@ def test_caches_give_what_the_model_gives(model_folder, tmp_path, monkeypatch):
     assert (source.n_contexts, source.context_length) == (10, 12)
     assert torch.equal(source.documents, contexts.documents)
     assert source.widths == dict.fromkeys(hooks, 16)
-    with pytest.raises(ValueError, match=r"--cache: must be a folder of activations"):
+    with pytest.raises(ValueError, match=r"cache: must be a folder of activations"):
         sources.open_cache([tmp_path])
     other = store.tokenize_contexts(tokenizer, _documents(), n_tokens=60, context_length=12)
     mixed = store.activation_cache(model_folder, "blocks.0.hook_resid_post", other)
-    with pytest.raises(ValueError, match=r"--cache: must be of the same tokens"):
+    with pytest.raises(ValueError, match=r"cache: must be of the same tokens"):
         sources.open_cache([caches[0].folder, mixed.folder])
 
 
@@ -203,9 +203,9 @@ def test_tokenised_datasets_are_used_as_they_are(tmp_path, column):
     Dataset.from_dict({column: rows}).to_parquet(tmp_path / "data" / "rows.parquet")
     assert len([*tokenised_rows(str(tmp_path / "data"), context_length=7)]) == 3
     Dataset.from_dict({"words": [["a"]]}).save_to_disk(str(tmp_path / "words"))
-    with pytest.raises(ValueError, match=r"--tokenised: must have a column input_ids or tokens, got \['words'\]"):
+    with pytest.raises(ValueError, match=r"tokenised: must have a column input_ids or tokens, got \['words'\]"):
         next(tokenised_rows(str(tmp_path / "words"), context_length=1))
-    with pytest.raises(ValueError, match=r"--tokenised: must be a dataset that can be loaded"):
+    with pytest.raises(ValueError, match=r"tokenised: must be a dataset that can be loaded"):
         next(tokenised_rows(str(tmp_path / "none"), context_length=1))
 
 
@@ -220,7 +220,7 @@ def test_contexts_on_disk_are_those_in_memory(model_folder, tmp_path):
     assert firsts.documents.tolist() == [0, 1, 2, 3, 4, 5]
     assert (firsts.tokens([3])[0, 0] != tokenizer.bos_token_id).item()
     rows = text_rows(tokenizer, _documents(), context_length=16, prepend_bos=False, per_document=1)
-    with pytest.raises(ValueError, match=r"--tokens: the text gives 6 whole contexts of 16 tokens, 96 tokens in all"):
+    with pytest.raises(ValueError, match=r"tokens: the text gives 6 whole contexts of 16 tokens, 96 tokens in all"):
         write_contexts(tmp_path / "more", rows, n_contexts=7, context_length=16)
     assert not (tmp_path / "more").exists()
     (tmp_path / "firsts" / "contexts.json").write_text(json.dumps({"n_contexts": 6}))

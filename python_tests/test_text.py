@@ -60,5 +60,5 @@ def test_a_file_that_is_not_text_is_refused_in_one_line(tmp_path, content, messa
     with pytest.raises(ValueError, match=message) as caught:
         list(text.file_documents(path))
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="give one of --text and --dataset"):
+    with pytest.raises(ValueError, match="give one of text and dataset"):
         text.documents(text="a", dataset="b")

@@ -123,7 +123,7 @@ def test_bad_sae_folders_are_named_in_one_line(trained, tmp_path):
         (broken("nan", nan.save_model), "NaN in W_enc"),
     ]
     for folder, message in cases:
-        with pytest.raises(ValueError, match="--sae") as caught:
+        with pytest.raises(ValueError, match="sae") as caught:
             load_sae(folder)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.activations.text import Document, context_rows
-from darkmatter_ext.runtime.inputs import told
+from darkmatter_ext.runtime.inputs import InputError, StateError, reason, told
 from darkmatter_ext.runtime.storage import atomic_folder
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class ContextStore:
             store = cls(folder, meta["n_contexts"], meta["context_length"], meta["sha256"])
             store.tokens([0])
         except (OSError, ValueError, KeyError, IndexError) as error:
-            raise RuntimeError(f"contexts: {folder} is damaged ({told(error)}); delete it") from None
+            raise StateError(f"contexts: {folder} is damaged ({reason(error)}); delete it") from None
         return store
 
     def tokens(self, numbers: Iterable[int]) -> Tensor:
@@ -95,8 +95,8 @@ def tokenised_rows(name: str, *, context_length: int, split: str = "train") -> R
     for number, row in enumerate(_dataset_rows(name, split)):
         column = next((column for column in TOKEN_COLUMNS if column in row), None)
         if column is None:
-            raise ValueError(
-                f"--tokenised: must have a column {' or '.join(TOKEN_COLUMNS)}, got {sorted(row)} in {name!r}"
+            raise InputError(
+                f"tokenised: must have a column {' or '.join(TOKEN_COLUMNS)}, got {sorted(row)} in {name!r}"
             )
         ids = row[column]
         if len(ids) >= context_length:
@@ -106,12 +106,10 @@ def tokenised_rows(name: str, *, context_length: int, split: str = "train") -> R
 def _dataset_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset, load_from_disk
 
-    try:
+    with told("tokenised", "must be a dataset that can be loaded", repr(name)):
         if (Path(name) / "state.json").exists():
             return load_from_disk(name)  # pyright: ignore[reportReturnType]  (a Dataset yields dicts)
         return load_dataset(name, split=split, streaming=True)  # pyright: ignore[reportReturnType]
-    except Exception as error:  # datasets raises many kinds: hub, network, file and format errors
-        raise ValueError(f"--tokenised: must be a dataset that can be loaded, got {name!r} ({told(error)})") from None
 
 
 def write_contexts(folder: Path, rows: Rows, *, n_contexts: int, context_length: int) -> ContextStore:
@@ -131,8 +129,8 @@ def write_contexts(folder: Path, rows: Rows, *, n_contexts: int, context_length:
             if written == n_contexts:
                 break
         if written < n_contexts:
-            raise ValueError(
-                f"--tokens: the text gives {written} whole contexts of {context_length} tokens, "
+            raise InputError(
+                f"tokens: the text gives {written} whole contexts of {context_length} tokens, "
                 f"{written * context_length} tokens in all, got a request for {n_contexts * context_length}"
             )
         tokens.flush()

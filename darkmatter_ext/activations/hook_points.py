@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from darkmatter_ext.runtime.inputs import InputError
+
 KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
 _NAME = re.compile(rf"blocks\.(\d+)\.({'|'.join(re.escape(kind) for kind in KINDS)})")
 
@@ -74,7 +76,7 @@ def parse_hook_point(name: str) -> HookPoint:
     """The hook point `blocks.N.KIND`. Raises ValueError for any other name."""
     match = _NAME.fullmatch(name)
     if match is None:
-        raise ValueError(f"--hook: must be like blocks.10.hook_resid_post, got {name!r} (kinds: {', '.join(KINDS)})")
+        raise InputError(f"hook: must be like blocks.10.hook_resid_post, got {name!r} (kinds: {', '.join(KINDS)})")
     return HookPoint(name, int(match.group(1)), match.group(2))
 
 
@@ -87,7 +89,7 @@ def transformer_blocks(network: nn.Module) -> nn.ModuleList:
     for module in network.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
-    raise ValueError(f"--model: must have a list of {n_layers} blocks, got {type(network).__name__} without one")
+    raise InputError(f"model: must have a list of {n_layers} blocks, got {type(network).__name__} without one")
 
 
 def _place(network: nn.Module, point: HookPoint) -> tuple[nn.Module, str]:
@@ -99,8 +101,8 @@ def _place(network: nn.Module, point: HookPoint) -> tuple[nn.Module, str]:
         return block, "output"
     family: Any = network.config.model_type  # type: ignore[union-attr]
     if family not in FAMILIES:
-        raise ValueError(
-            f"--hook: {point.kind} must be read from a model of {', '.join(FAMILIES)}, got {point.name} of a {family} "
+        raise InputError(
+            f"hook: {point.kind} must be read from a model of {', '.join(FAMILIES)}, got {point.name} of a {family} "
             "model (the residual stream before and after a block works for every model)"
         )
     path, side = FAMILIES[family][point.kind]

@@ -38,7 +38,7 @@ from darkmatter_ext.activations.store import (
     load_model,
     site_activations,
 )
-from darkmatter_ext.runtime.inputs import told
+from darkmatter_ext.runtime.inputs import InputError, StateError, told
 from darkmatter_ext.runtime.storage import atomic_file, cache_dir, fingerprint
 
 if TYPE_CHECKING:
@@ -230,15 +230,11 @@ class CacheSource:
         """Raises ValueError when a folder is not a cache or they hold different contexts."""
         caches: dict[str, ActivationCache] = {}
         for folder in map(Path, folders):
-            try:
+            with told("cache", "must be a folder of activations", folder):
                 cache = ActivationCache(folder, json.loads((folder / "meta.json").read_text()))
                 caches[cache.meta["hook"]] = cache
-            except (OSError, ValueError, KeyError) as error:
-                raise ValueError(f"--cache: must be a folder of activations, got {folder} ({told(error)})") from None
         if len({cache.meta["tokens_sha256"] for cache in caches.values()}) > 1:
-            raise ValueError(
-                f"--cache: must be of the same tokens, got different ones in {', '.join(map(str, folders))}"
-            )
+            raise InputError(f"cache: must be of the same tokens, got different ones in {', '.join(map(str, folders))}")
         return cls(caches)
 
     def __post_init__(self) -> None:
@@ -282,7 +278,7 @@ class CacheSource:
                 with safe_open(shard.path, framework="pt") as file:
                     parts += [file.get_slice(name)[start:stop] for start, stop in rows]
             except (OSError, SafetensorError) as error:
-                raise RuntimeError(
+                raise StateError(
                     f"activation cache: {shard.path} is damaged ({error}); delete {shard.path.parent}"
                 ) from None
         return torch.cat(parts) if len(parts) != 1 else parts[0]
@@ -297,7 +293,7 @@ def _shards(folder: Path) -> list[_Shard]:
             with safe_open(path, framework="pt") as file:
                 length = file.get_slice("tokens").get_shape()[0]
         except (OSError, SafetensorError) as error:
-            raise RuntimeError(f"activation cache: {path} is damaged ({error}); delete {folder}") from None
+            raise StateError(f"activation cache: {path} is damaged ({error}); delete {folder}") from None
         shards.append(_Shard(path, first, length))
         first += length
     return shards
@@ -332,14 +328,10 @@ class DatasetSource:
     def __post_init__(self) -> None:
         from datasets import load_from_disk
 
-        try:
+        with told("cache", "must be a SAELens dataset of activations", self.folder):
             self._dataset: Any = load_from_disk(str(self.folder)).with_format("torch")
             self._hooks = [name for name in self._dataset.column_names if name != "token_ids"]
             shapes = {hook: self._dataset[0][hook].shape for hook in self._hooks}
-        except Exception as error:  # datasets, arrow and the file system each raise their own kinds
-            raise ValueError(
-                f"--cache: must be a SAELens dataset of activations, got {self.folder} ({told(error)})"
-            ) from None
         self.context_length: int = next(iter(shapes.values()))[0]
         self.widths: dict[str, int] = {hook: shape[-1] for hook, shape in shapes.items()}
 
@@ -423,7 +415,7 @@ def stored_losses(
 
 
 def open_cache(folders: Sequence[str | Path]) -> Source:
-    """The source of `--cache FOLDER...`: our caches (one a hook point), or one SAELens dataset.
+    """The source of `cache FOLDER...`: our caches (one a hook point), or one SAELens dataset.
 
     Raises ValueError when a folder is neither.
     """

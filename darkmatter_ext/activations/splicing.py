@@ -9,17 +9,17 @@ Shapes: c contexts of a batch, L tokens a context, d model dimension, V vocabula
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from darkmatter_ext.activations.store import load_model, parse_hook, transformer_blocks
-from darkmatter_ext.measurement.selection import HeldOutContexts
+from darkmatter_ext.runtime.inputs import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +32,15 @@ LOGITS_BYTES = 64 << 20  # of one [tokens, V] float32 array; four of them are al
 # below 1e-5 in float32, another token or another model is at about 1.
 MATCH_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _PROBE_TOKENS = 8
+
+
+class PlacesToSplice(NamedTuple):
+    """Some whole contexts, and which of their tokens are replaced: those held out."""
+
+    numbers: Tensor  # [c] int64, of the contexts within the cache
+    tokens: Tensor  # [c, L] int64
+    x: Tensor  # [c, L, d]
+    held_out: Tensor  # [c, L] bool
 
 
 class SplicedModel:
@@ -80,7 +89,7 @@ class SplicedModel:
         """Logits [..., V] of last hidden states [..., d]."""
         head = self.network.get_output_embeddings()
         if head is None:
-            raise ValueError(f"--model: must have an unembedding, got {type(self.network).__name__}")
+            raise InputError(f"model: must have an unembedding, got {type(self.network).__name__}")
         logits = head(hidden)
         cap = getattr(self.network.config, "final_logit_softcapping", None)  # Gemma 2 and 3
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -111,8 +120,8 @@ class SplicedModel:
         for self.passes_over_blocks in (True, False):
             if torch.allclose(self.logits(self.hidden(tokens, own)), plain, rtol=1e-3, atol=1e-3):
                 return
-        raise ValueError(
-            "--model: must have logits that depend on its last hidden state alone, "
+        raise InputError(
+            "model: must have logits that depend on its last hidden state alone, "
             f"got {type(self.network).__name__}, which has not"
         )
 
@@ -126,7 +135,7 @@ class SplicedModel:
         distance = (own - given).norm(dim=-1) / own.norm(dim=-1)
         if not bool((distance <= MATCH_TOLERANCE[self.network.dtype]).all()):
             context, position = divmod(int(distance.nan_to_num(torch.inf).argmax()), tokens.shape[1])
-            raise ValueError(
+            raise InputError(
                 "activations: must be those of the model at the site for the same tokens, got one at relative "
                 f"distance {distance[context, position].item():.2g} (context {context}, position {position})"
             )
@@ -171,7 +180,7 @@ def splice_losses(
         given = activation[replaced]
         changed = splice(given)
         if changed.shape != given.shape or not bool(changed.isfinite().all()):
-            raise ValueError(
+            raise InputError(
                 f"splices: {name!r} must give finite activations {list(given.shape)}, got {list(changed.shape)}"
                 + ("" if changed.shape != given.shape else " with NaN or infinity")
             )
@@ -213,7 +222,7 @@ def _no_tokens(names: Mapping[str, Tensor]) -> TokenLosses:
 def concatenated(parts: list[TokenLosses]) -> TokenLosses:
     """The losses of several batches one after the other, on the CPU. Raises ValueError for none."""
     if not parts:
-        raise ValueError("parts: must hold at least one batch, got none")
+        raise InputError("parts: must hold at least one batch, got none")
 
     def joined(field: str) -> dict[str, Tensor]:
         return {
@@ -245,7 +254,7 @@ class SplicedTokens:
 
 def splice_contexts(
     model: SplicedModel,
-    contexts: HeldOutContexts,
+    contexts: Iterable[PlacesToSplice],
     splices: Mapping[str, Splice],
     *,
     progress: Callable[[int], None] | None = None,

@@ -24,7 +24,7 @@ from torch import Tensor
 from darkmatter_ext.activations.embedded_model import EMBEDDED_MODEL, embedded_model_folder
 from darkmatter_ext.activations.hook_points import capture, parse_hook_point, transformer_blocks
 from darkmatter_ext.activations.text import Document, context_rows
-from darkmatter_ext.runtime.inputs import told
+from darkmatter_ext.runtime.inputs import InputError, StateError, told
 from darkmatter_ext.runtime.storage import atomic_file, atomic_folder, cache_dir, fingerprint
 
 if TYPE_CHECKING:
@@ -81,10 +81,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of `model`. Raises ValueError when it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    try:
+    with told("model", "must be a causal language model", repr(model)):
         return AutoTokenizer.from_pretrained(model_location(model))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--model: must be a causal language model, got {model!r} ({told(error)})") from None
 
 
 def load_model(
@@ -107,14 +105,12 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     options = {"device_map": device_map} if device_map else {}
-    try:
+    with told("model", "must be a causal language model", repr(model)):
         network = AutoModelForCausalLM.from_pretrained(model_location(model), dtype=dtype, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--model: must be a causal language model, got {model!r} ({told(error)})") from None
     blocks = transformer_blocks(network)
     if n_layers is not None:
         if n_layers > len(blocks):
-            raise ValueError(f"--hook: {model} has blocks 0 to {len(blocks) - 1}, got block {n_layers - 1}")
+            raise InputError(f"hook: {model} has blocks 0 to {len(blocks) - 1}, got block {n_layers - 1}")
         if cut:
             del blocks[n_layers:]
             network.config.num_hidden_layers = n_layers
@@ -136,13 +132,13 @@ def check_fits(model: str, *, context_length: int = 0, tokens: tuple[int, int] |
         return
     positions, vocabulary = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
     if positions and context_length > positions:
-        raise ValueError(
-            f"--context-length: must be at most the {positions} positions of {model}, got {context_length} "
+        raise InputError(
+            f"context_length: must be at most the {positions} positions of {model}, got {context_length} "
             "(0: as the SAEs' metadata says)"
         )
     if vocabulary and tokens and not 0 <= tokens[0] <= tokens[1] < vocabulary:
         wrong = tokens[0] if tokens[0] < 0 else tokens[1]
-        raise ValueError(f"tokens: must be ids of {model}, 0 to {vocabulary - 1}, got {wrong} in the text")
+        raise InputError(f"tokens: must be ids of {model}, 0 to {vocabulary - 1}, got {wrong} in the text")
 
 
 Forward = Callable[[Tensor], Mapping[str, Tensor]]  # tokens [c, L] -> hook point -> [c, L, d]
@@ -159,18 +155,14 @@ def load_lens(
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    try:
+    asked = ", ".join(processing) or "it"
+    with told("model", f"must be a model TransformerLens can load (the SAE asks for {asked})", repr(model)):
         bridge = TransformerBridge.boot_transformers(model_location(model), device=device, dtype=dtype)
         options: dict[str, Any] = {option: processing.get(option, False) for option in WEIGHT_PROCESSING}
         bridge.enable_compatibility_mode(disable_warnings=True, no_processing=not processing, **options)
-    except Exception as error:  # transformers, the hub and TransformerLens each raise their own kinds
-        raise ValueError(
-            f"--model: must be a model TransformerLens can load (the SAE asks for {', '.join(processing) or 'it'}), "
-            f"got {model!r} ({told(error)})"
-        ) from None
     missing = [hook for hook in hooks if hook not in bridge.hook_dict]
     if missing:
-        raise ValueError(f"--hook: must be a hook point of {model} in TransformerLens, got {missing[0]!r}")
+        raise InputError(f"hook: must be a hook point of {model} in TransformerLens, got {missing[0]!r}")
     names, depth = list(hooks), 1 + max(map(parse_hook, hooks))
 
     @torch.inference_mode()
@@ -211,8 +203,8 @@ def tokenize_contexts(
         if len(rows) >= wanted:
             break
     if len(rows) < wanted:
-        raise ValueError(
-            f"--tokens: the text gives {len(rows)} whole contexts of {context_length} tokens, "
+        raise InputError(
+            f"tokens: the text gives {len(rows)} whole contexts of {context_length} tokens, "
             f"{len(rows) * context_length} tokens in all, got a request for {n_tokens}"
         )
     return Contexts(torch.tensor(rows[:wanted]), torch.tensor(numbers[:wanted]), digest.hexdigest())
@@ -232,7 +224,7 @@ def check_finite(activations: Mapping[str, Tensor]) -> None:
     """Raises RuntimeError naming the hook point when an activation is NaN or infinite."""
     for hook, x in activations.items():
         if not bool(x.isfinite().all()):
-            raise RuntimeError(f"activations: must be finite, got NaN or infinity from {hook} in {x.dtype}")
+            raise StateError(f"activations: must be finite, got NaN or infinity from {hook} in {x.dtype}")
 
 
 @dataclass(frozen=True)
@@ -271,7 +263,7 @@ class ActivationCache:
             with safe_open(shard, framework="pt") as file:
                 return [file.get_tensor(name) for name in names]
         except (OSError, SafetensorError) as error:
-            raise RuntimeError(f"activation cache: {shard} is damaged ({error}); delete {self.folder}") from None
+            raise StateError(f"activation cache: {shard} is damaged ({error}); delete {self.folder}") from None
 
     def shards(self) -> Iterator[ActivationShard]:
         """The shards in order; memory: one shard."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from darkmatter_ext.runtime.inputs import told
+from darkmatter_ext.runtime.inputs import InputError, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,15 +116,15 @@ def file_documents(path: Path) -> Iterator[Document]:
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--text: must be UTF-8 text, got {path} (byte {error.start} is not)") from None
+        raise InputError(f"text: must be UTF-8 text, got {path} (byte {error.start} is not)") from None
     except OSError as error:
-        raise ValueError(f"--text: must be a readable file, got {path} ({error.strerror})") from None
+        raise InputError(f"text: must be a readable file, got {path} ({error.strerror})") from None
     if "\0" in content:
-        raise ValueError(f"--text: must be text, got {path} (it holds NUL bytes)")
+        raise InputError(f"text: must be text, got {path} (it holds NUL bytes)")
     pieces = [piece.strip() for piece in _DOCUMENT_MARK.split(content)]
     pieces = [piece for piece in pieces if piece]
     if not pieces:
-        raise ValueError(f"--text: must hold some text, got {path} (empty)")
+        raise InputError(f"text: must hold some text, got {path} (empty)")
     for number, piece in enumerate(pieces):
         yield Document(f"{path.name}#{number}", piece)
 
@@ -140,24 +140,22 @@ def dataset_documents(
     """
     from datasets import load_dataset
 
-    try:
+    with told("dataset", "must be a dataset that can be loaded", repr(name)):
         rows = load_dataset(name, split=split, streaming=True)
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else rows
-    except Exception as error:  # datasets raises many kinds: hub, network, file and format errors
-        raise ValueError(f"--dataset: must be a dataset that can be loaded, got {name!r} ({told(error)})") from None
     for number, row in enumerate(rows):
         if column not in row:
-            raise ValueError(f"--dataset: {name!r} must have a column {column!r}, got {sorted(row)}")
+            raise InputError(f"dataset: {name!r} must have a column {column!r}, got {sorted(row)}")
         yield Document(f"{name}#{number}", row[column])
 
 
 def documents(*, text: str = "", dataset: str = "", shuffle_buffer: int = 0, seed: int = 0) -> Iterable[Document]:
-    """The documents the flags name: `--text FILE`, `--dataset NAME` (shuffled or not), or the installed documentation.
+    """The documents the flags name: `text FILE`, `dataset NAME` (shuffled or not), or the installed documentation.
 
     Raises ValueError when both are given.
     """
     if text and dataset:
-        raise ValueError(f"--text: give one of --text and --dataset, got {text!r} and {dataset!r}")
+        raise InputError(f"text: give one of text and dataset, got {text!r} and {dataset!r}")
     if text:
         return file_documents(Path(text))
     if dataset:
@@ -213,7 +211,7 @@ def context_rows(
     bos = [] if first is None else [first]
     body = context_length - len(bos)
     if body < 1:
-        raise ValueError(f"--context-length: must be at least {len(bos) + 1}, got {context_length}")
+        raise InputError(f"context_length: must be at least {len(bos) + 1}, got {context_length}")
     for document in documents:
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         pieces = [bos + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from darkmatter_ext.runtime.inputs import InputError
+
 LEVEL = 0.95
 RESAMPLES = 2000  # the ends of a 95 % interval then rest on 50 draws each
 
@@ -56,7 +58,7 @@ def bootstrap(
     """
     n = len(sums)
     if n == 0:
-        raise ValueError("sums: must hold at least one context, got none")
+        raise InputError("sums: must hold at least one context, got none")
     values = statistic(sums.sum(0))
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n, (resamples, n), generator=generator)
@@ -119,7 +121,7 @@ def seed_interval(values: Sequence[float]) -> Interval:
     from scipy import stats
 
     if not values:
-        raise ValueError("values: must hold at least one seed, got none")
+        raise InputError("values: must hold at least one seed, got none")
     column = torch.tensor(values, dtype=torch.float64)
     mean, n = column.mean().item(), len(values)
     if n < 2:

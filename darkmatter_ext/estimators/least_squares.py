@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from darkmatter_ext.runtime.inputs import InputError
+
 # Directions whose variance is below this share of the largest (predictors scaled to unit variance) carry no
 # information in float64 statistics: p * eps with p up to ~4500.
 RELATIVE_RANK_TOLERANCE = 1e-12
@@ -67,11 +69,11 @@ def _check_pair(x: Tensor, y: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.ndim != 2:
-            raise ValueError(f"{name}: must have shape [n, features], got {list(tensor.shape)}")
+            raise InputError(f"{name}: must have shape [n, features], got {list(tensor.shape)}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: must be a floating-point tensor, got {tensor.dtype}")
     if len(x) != len(y):
-        raise ValueError(f"y: must have as many rows as x ({len(x)}), got {len(y)}")
+        raise InputError(f"y: must have as many rows as x ({len(x)}), got {len(y)}")
 
 
 @dataclass
@@ -107,7 +109,7 @@ class LinearStatistics:
         _check_pair(x, y)
         for name, tensor, width in (("x", x, self.n_predictors), ("y", y, self.n_targets)):
             if tensor.shape[1] != width:
-                raise ValueError(f"{name}: must have {width} columns, got {tensor.shape[1]}")
+                raise InputError(f"{name}: must have {width} columns, got {tensor.shape[1]}")
         if len(x) == 0:
             return
         batch = LinearStatistics(self.n_predictors, self.n_targets, self.device)
@@ -117,7 +119,7 @@ class LinearStatistics:
         batch.moment_xx, batch.moment_xy, batch.moment_yy = x.mT @ x, x.mT @ y, y.square().sum(0)
         for name, moment in (("x", batch.moment_xx.diagonal()), ("y", batch.moment_yy)):
             if not bool(moment.isfinite().all()):
-                raise ValueError(f"{name}: must be finite, got NaN or infinity in a batch of {batch.count} tokens")
+                raise InputError(f"{name}: must be finite, got NaN or infinity in a batch of {batch.count} tokens")
         self.merge(batch)
 
     @torch.no_grad()
@@ -128,7 +130,7 @@ class LinearStatistics:
         """
         mine, theirs = (self.n_predictors, self.n_targets), (other.n_predictors, other.n_targets)
         if mine != theirs:
-            raise ValueError(f"other: must have (predictors, targets) {mine}, got {theirs}")
+            raise InputError(f"other: must have (predictors, targets) {mine}, got {theirs}")
         total = self.count + other.count
         if other.count == 0:
             return
@@ -150,7 +152,7 @@ class LinearStatistics:
         Raises ValueError with fewer than two tokens.
         """
         if self.count < 2:
-            raise ValueError(f"x: a linear fit needs at least 2 tokens, got {self.count}")
+            raise InputError(f"x: a linear fit needs at least 2 tokens, got {self.count}")
         scale = self.moment_xx.diagonal().sqrt()
         scale = torch.where(scale > 0, scale, 1.0)
         correlation = self.moment_xx / torch.outer(
@@ -229,14 +231,14 @@ class SplitStatistics:
     def update(self, x: Tensor, y: Tensor, train: Tensor) -> None:
         """Add a batch: x [n, p], y [n, q], train [n] bool."""
         if train.dtype != torch.bool or train.shape != x.shape[:1]:
-            raise ValueError(f"train: must be bool of shape [{len(x)}], got {train.dtype} {list(train.shape)}")
+            raise InputError(f"train: must be bool of shape [{len(x)}], got {train.dtype} {list(train.shape)}")
         self.train.update(x[train], y[train])
         self.test.update(x[~train], y[~train])
 
     def fit(self, *, bias: bool = True) -> LinearFit:
         """Solve on the train tokens, score on both. Raises ValueError when either side has fewer than 2 tokens."""
         if self.test.count < 2:
-            raise ValueError(f"train: must leave at least 2 tokens held out, got {self.test.count}")
+            raise InputError(f"train: must leave at least 2 tokens held out, got {self.test.count}")
         solution = (self.train if bias else self.train.about_zero()).solve()
         return LinearFit(solution, self.train.score(solution), self.test.score(solution))
 
@@ -250,11 +252,11 @@ def train_mask(groups: Tensor, *, fraction: float, seed: int) -> Tensor:
     Raises ValueError when a side would be empty.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"fraction: must be between 0 and 1, got {fraction}")
+        raise InputError(f"fraction: must be between 0 and 1, got {fraction}")
     names, inverse = groups.unique(return_inverse=True)
     n_train = round(fraction * len(names))
     if not 0 < n_train < len(names):
-        raise ValueError(f"fraction: must leave groups on both sides, got {fraction} of {len(names)} groups")
+        raise InputError(f"fraction: must leave groups on both sides, got {fraction} of {len(names)} groups")
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
     chosen = torch.zeros(len(names), dtype=torch.bool)
     chosen[order[:n_train]] = True
@@ -310,5 +312,5 @@ def _fit_batches(batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> LinearFit:
             statistics = SplitStatistics.empty(x.shape[1], y.shape[1], x.device)
         statistics.update(x, y, train)
     if statistics is None:
-        raise ValueError("x: must yield at least one batch, got none")
+        raise InputError("x: must yield at least one batch, got none")
     return statistics.fit()

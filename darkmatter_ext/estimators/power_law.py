@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darkmatter_ext.estimators.intervals import LEVEL, Interval
+from darkmatter_ext.runtime.inputs import InputError
 
 MINIMUM_WIDTHS = 4  # one more than the law has constants
 STEEPEST, FLATTEST = -8.0, -1e-3  # bounds of m; flatter is a logarithm, steeper a step
@@ -65,13 +66,13 @@ def fit_power_law(widths: Sequence[float], fvu: Sequence[float]) -> PowerLaw:
     """
     x, y = np.asarray(widths, dtype=float), np.asarray(fvu, dtype=float)
     if x.shape != y.shape or x.ndim != 1:
-        raise ValueError(f"fvu: must have one value a width ({len(x)}), got {len(y)}")
+        raise InputError(f"fvu: must have one value a width ({len(x)}), got {len(y)}")
     if len(set(x.tolist())) < MINIMUM_WIDTHS:
-        raise ValueError(
+        raise InputError(
             f"widths: must be at least {MINIMUM_WIDTHS} different ones for c + a W^m, got {len(set(x.tolist()))}"
         )
     if not np.isfinite(y).all() or not (np.isfinite(x) & (x >= 1)).all():
-        raise ValueError("widths, fvu: must be finite, widths at least 1, got another value")
+        raise InputError("widths, fvu: must be finite, widths at least 1, got another value")
     fit = _Fit(x, y)
     m = fit.minimum(fit.free)[1]
     c, a, sse = fit.linear(m)

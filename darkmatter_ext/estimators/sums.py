@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.estimators.least_squares import LinearMap, LinearStatistics
+from darkmatter_ext.runtime.inputs import InputError
 
 PRODUCTS = ("float64", "float32")
 PRODUCT_ROWS = 4096  # rows of one float32 product: large enough for the matrix unit, small enough for the error above
@@ -68,13 +69,13 @@ class LinearSums:
         Raises ValueError for an unknown `products` or a shift of another width.
         """
         if products not in PRODUCTS:
-            raise ValueError(f"products: must be one of {', '.join(PRODUCTS)}, got {products!r}")
+            raise InputError(f"products: must be one of {', '.join(PRODUCTS)}, got {products!r}")
         columns, p = {}, 0
         for name, width in blocks.items():
             columns[name] = slice(p, p + width)
             p += width
         if list(shift.shape) != [p]:
-            raise ValueError(f"shift: must have shape [{p}], got {list(shift.shape)}")
+            raise InputError(f"shift: must have shape [{p}], got {list(shift.shape)}")
         # float32 products want a shift that float32 holds exactly: the same one is added back.
         shift = as_columns(shift, products).double()
         tensors: dict[str, tuple[int, ...]] = {"count": (1,), "v": (p,), "vv": (p, p)}
@@ -182,7 +183,7 @@ class LinearSums:
 
 def _check_finite(name: str, sums: Tensor, n: int) -> None:
     if not bool(sums.isfinite().all()):
-        raise ValueError(f"{name}: must be finite, got NaN or infinity in a batch of {n} tokens")
+        raise InputError(f"{name}: must be finite, got NaN or infinity in a batch of {n} tokens")
 
 
 def _as_statistics(n: int, mean_x: Tensor, mean_y: Tensor, xx: Tensor, xy: Tensor, yy: Tensor) -> LinearStatistics:

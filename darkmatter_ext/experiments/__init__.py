@@ -1,28 +1,64 @@
-"""The experiments by name. Each module has a config dataclass, `plan(config)` and `run(config, stages) -> Result`."""
+"""The experiments: one file, one question. A file in this folder is an experiment; nothing else lists it.
+
+Such a file has
+- a docstring, whose first line is its line in `darkmatter list`;
+- `PRESETS`, name -> settings: a dataclass whose fields are the flags of `darkmatter run`;
+- `plan(settings) -> list[str]`, what a run would do, and `run(settings, stages) -> Result`;
+- `table(result)`, `reading(result)` and `FIGURES`, name -> function of the result, for whoever reads it.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
-EXPERIMENTS = {
-    "baselines": "what predicts the norm of the error: a linear probe, or token mean, loss, L0 and the activation's norm?",
-    "decomposition": "how much of an SAE's error is linear in the activation (vector and norm tests, FVU)",
-    "downstream": "what the linear and the nonlinear error cost the language model, in cross-entropy and KL",
-    "earlier-layers": "what SAE outputs of earlier sites say about the error and its linear and nonlinear part",
-    "error-saes": "SAEs trained on the linear and the nonlinear error: FVU, dead latents, interpretability",
-    "latent-alignment": "do latents that predict a large error have a large mean active value?",
-    "norm-test": "how well a linear map of x predicts six squared norms, over a family of SAEs",
-    "pathology": "is Sae(x) worse for the language model than other points at the same distance from x?",
-    "per-token": "which tokens have large error: the error norm of one SAE predicted from another's, of several widths",
-    "pursuit": "FVU and its linear part with pursuit over the SAE's dictionary instead of its encoder",
-    "scaling": "FVU, FVU_nonlinear and both prediction tests over width and L0, with the power law",
-    "synthetic": "does the split into linear and nonlinear error find planted noise and ablated latents?",
-}
+from darkmatter_ext.report.figures import save_figures
+from darkmatter_ext.report.page import Section
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.runtime.inputs import InputError
+
+
+def names() -> list[str]:
+    """The experiments, as the command line names them."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+def _module_name(name: str) -> str:
+    if name not in names():
+        raise InputError(f"EXPERIMENT: must be one of {', '.join(names())}, got {name!r}")
+    return f"{__name__}.{name.replace('-', '_')}"
+
+
+def about(name: str) -> str:
+    """Its question, in a line; read from the file, which is not imported. Raises ValueError as `experiment`."""
+    spec = importlib.util.find_spec(_module_name(name))
+    assert spec is not None
+    assert spec.origin is not None  # a file of this folder
+    return (ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def experiment(name: str) -> ModuleType:
     """The module of an experiment. Raises ValueError naming the known ones."""
-    if name not in EXPERIMENTS:
-        raise ValueError(f"EXPERIMENT: must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
-    return importlib.import_module(f"darkmatter_ext.experiments.{name.replace('-', '_')}")
+    return importlib.import_module(_module_name(name))
+
+
+def section(result: Result, figures: Sequence[Path] = ()) -> Section:
+    """A result as its experiment shows it. Raises ValueError for a result of an unknown experiment."""
+    module = _of(result)
+    return Section(result, module.table(result), module.reading(result), figures)
+
+
+def draw(result: Result, folder: Path, *, kind: str = "png") -> list[Path]:
+    """Draw every figure of a result into `folder` (png, pdf or svg). Raises as `section`."""
+    return save_figures(result, _of(result).FIGURES, folder, kind=kind)
+
+
+def _of(result: Result) -> ModuleType:
+    if result.experiment not in names():
+        raise InputError(f"RESULT: must be of {', '.join(names())}, got a result of {result.experiment!r}")
+    return experiment(result.experiment)

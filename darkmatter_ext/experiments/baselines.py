@@ -1,4 +1,6 @@
-"""`darkmatter run baselines`: what else than a linear map of x knows how large the error is? (figure 13)
+"""What predicts the norm of the error: a linear probe, token mean, loss, L0 or the norm of x?
+
+What else than a linear map of x knows how large the error is? (figure 13)
 
 The squared norms of the error, of its linear and of its nonlinear part are predicted, on held-out tokens, from x (the norm
 prediction test, a probe) and from what costs nothing: the mean over the token's occurrences, the model's loss at the token, its
@@ -10,18 +12,26 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from darkmatter_ext.estimators.intervals import r2_interval
 from darkmatter_ext.measurement import family, many_saes, many_saes_config
-from darkmatter_ext.measurement.family import FamilyConfig, family_result, given_hooks, measured_family
+from darkmatter_ext.measurement.family import FamilyConfig, given_hooks, measured_family
 from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.token_table import read_tokens
+from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.style import GREY, SERIES, interval_bars, new_panels
+from darkmatter_ext.report.table import Table, shown, with_interval
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PARTS = ("error", "linear", "nonlinear")
 PREDICTORS = {
@@ -41,12 +51,12 @@ class BaselinesConfig(FamilyConfig):
     """Predict the norm of the error from x, and from the token, the loss, the L0 and the norm of x."""
 
     layers: tuple[int, ...] = ()
-    """blocks whose residual stream is measured, instead of --hook (with --sae: the sites of the SAEs)"""
+    """blocks whose residual stream is measured, instead of hook (with sae: the sites of the SAEs)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.layers, default=0) < 0 or len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"--layers: must be different numbers of at least 0, got {list(self.layers)}")
+            raise InputError(f"layers: must be different numbers of at least 0, got {list(self.layers)}")
 
     @property
     def hooks(self) -> list[str]:
@@ -146,4 +156,114 @@ def run(config: BaselinesConfig | ManySaesConfig, stages: Stages) -> Result:
         "any the overall mean, scored on the table of held-out tokens; its control takes as many random tokens instead."
     ]
     series = {"saes": saes, "predictors": {name: PREDICTORS[name] for name in shown}}
-    return family_result("baselines", found, stages, numbers, series=series, notes=notes)
+    return measured_result("baselines", found, stages, numbers, series=series, notes=notes)
+
+
+NOTHING = 0.01  # an R2 too small to speak of
+_HEADINGS = {
+    "probe": "linear map of x",
+    "token_mean": "token mean",
+    "scalars": "all scalars",
+    "x_norm": "norm of x",
+    "x": "squared norm",
+    "loss": "loss",
+    "l0": "L0",
+    "random_mean": "random tokens",
+}
+
+
+def table(result: Result) -> Table:
+    """One row an SAE and part of its error: R2 of its squared norm from every predictor."""
+    predictors, several = result.series["predictors"], len(result.series["saes"]) > 1
+    rows = []
+    for sae in result.series["saes"]:
+        for part in PARTS:
+            keys = [f"{sae['name']}/{part}/{predictor}" for predictor in predictors]
+            label = f"block {sae['layer']}, {part}" if several else part
+            rows.append([label, *(with_interval(result.numbers, key, "{:.2f}") for key in keys)])
+    return Table(
+        title=f"baselines: {result.config['model']}, held-out R² of the squared norm of the error and its parts",
+        headings=("block, part", *(_HEADINGS[name] for name in predictors)),
+        rows=rows,
+    )
+
+
+def reading(result: Result) -> list[str]:
+    """The probe against every baseline, part by part, over the SAEs."""
+    numbers, names = result.numbers, [sae["name"] for sae in result.series["saes"]]
+    baselines = [name for name in result.series["predictors"] if name not in ("probe", "random_mean")]
+
+    def span(key: str) -> str:
+        values = sorted(numbers[f"{name}/{key}"] for name in names)
+        low, high = shown(values[0], "{:.2f}"), shown(values[-1], "{:.2f}")
+        return low if low == high else f"{low} to {high}"
+
+    lines = []
+    for part in PARTS:
+        ahead = sum(
+            all(numbers[f"{name}/{part}/probe/low"] > numbers[f"{name}/{part}/{other}/high"] for other in baselines)
+            for name in names
+        )
+        others = ", ".join(f"{_HEADINGS[other]} {span(f'{part}/{other}')}" for other in baselines)
+        what = "error" if part == "error" else f"{part} error"
+        lines.append(
+            f"Squared norm of the {what}: a linear map of x has R² {span(f'{part}/probe')}; {others}. The map is ahead of all "
+            f"of these, intervals apart, for {ahead} of {len(names)} SAEs."
+        )
+    if "random_mean" in result.series["predictors"]:
+        lines.append(
+            f"Control: the mean over as many random tokens has R² {span('error/random_mean')} for the error; "
+            f"{span('random_mean_expected')} is what the noise of means over few tokens makes of nothing."
+        )
+    if (fixed := sum(abs(numbers[f"{name}/error/l0"]) < NOTHING for name in names)) > 0:
+        lines.append(
+            f"L0 explains less than {NOTHING} for {fixed} of {len(names)} SAEs: in a TopK SAE it is all but constant."
+        )
+    return lines
+
+
+_LABELS = {  # predictor -> name, marker
+    "probe": ("linear map of x", "o"),
+    "token_mean": ("token mean", "s"),
+    "scalars": ("all of the next four", "D"),
+    "x_norm": ("norm of x", "^"),
+    "x": ("squared norm of x", "v"),
+    "loss": ("model's loss", "P"),
+    "l0": ("L0", "X"),
+    "random_mean": ("control: random tokens' mean", "."),
+}
+_TITLES = {"error": "error", "linear": "linear error", "nonlinear": "nonlinear error"}
+_COLOURS = (*SERIES, "black", GREY)
+_LABELLED = 8  # SAEs whose labels fit below a panel
+
+
+def r2_by_layer(result: Result) -> Figure:
+    """Held-out R2 of the squared norm of each part of the error from every predictor, by layer, with intervals."""
+    saes = sorted(result.series["saes"], key=lambda sae: sae["layer"])
+    figure, panels = new_panels(3.5, len(_TITLES), sharey=True)
+    for axes, (part, title) in zip(panels, _TITLES.items(), strict=True):
+        axes.axhline(0, color="black", linewidth=0.6)
+        for number, predictor in enumerate(result.series["predictors"]):
+            label, marker = _LABELS[predictor]
+            places = [place + (number - 3.5) * 0.07 for place in range(len(saes))]
+            values, errors = interval_bars(result, [f"{sae['name']}/{part}/{predictor}" for sae in saes])
+            axes.errorbar(
+                places, values, yerr=errors, fmt=marker, markersize=3.5, linewidth=0.9, color=_COLOURS[number], label=label
+            )  # fmt: skip
+        axes.set_xticks(*_ticks(saes), fontsize=8)
+        axes.set_xlabel("block")
+        axes.set_title(f"norm² of the {title}", fontsize=9)
+    panels[0].set_ylabel("held-out R²")
+    panels[0].set_ylim(top=1)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def _ticks(saes: list[dict[str, Any]]) -> tuple[list[int], list[str]]:
+    """Places and labels: blocks, with the width where widths differ; every few where there are many."""
+    several = len({sae["d_sae"] for sae in saes}) > 1
+    places = list(range(0, len(saes), 1 + (len(saes) - 1) // _LABELLED))
+    return places, [str(saes[at]["layer"]) + (f"\n{saes[at]['d_sae']}" if several else "") for at in places]
+
+
+FIGURES = {"r2": r2_by_layer}

@@ -1,18 +1,29 @@
-"""`darkmatter run decomposition`: the dark matter of the SAEs of one site, measured on held-out text."""
+"""How much of an SAE's error is linear in the activation (vector and norm tests, FVU)?
+
+The dark matter of the SAEs of one site, measured on held-out text.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.activations.store import load_tokenizer
 from darkmatter_ext.measurement import family, many_saes, many_saes_config
-from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig, FamilySite, family_result
+from darkmatter_ext.measurement.error import NORM_TARGETS
+from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig, FamilySite
 from darkmatter_ext.measurement.many_saes import Measured
 from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement.selection import UNUSED
+from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.sae_table import sae_rows, sae_table
+from darkmatter_ext.report.style import BLUE, GREY, SERIES, SKY, legend_beside, new_figure, token_axis
 from darkmatter_ext.runtime.progress import Stages
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN_HIGH_NORM_TOKENS = 8
 
@@ -83,4 +94,129 @@ def run(config: AnyConfig, stages: Stages) -> Result:
         numbers |= _from_predictors(found, sae["name"])
     series["excerpt"] = many_saes.excerpt(found)
     series["per_token"] = {hook: str(site.per_token) for hook, site in found.sites.items()}
-    return family_result("decomposition", found, stages, numbers, series=series)
+    return measured_result("decomposition", found, stages, numbers, series=series)
+
+
+# What the paper reports for Gemma 2 9B, layer 20 (abstract and figures 3, 4); printed beside our numbers, never mixed in.
+PAPER_R2_VEC = "about 0.5"
+PAPER_R2_NORM = "above 0.9"
+
+
+table = sae_table  # a row an SAE
+
+
+def reading(result: Result) -> list[str]:
+    """How much of the error is linear, and how well norms are predicted."""
+    rows = sae_rows(result)
+
+    def span(key: str, form: str) -> str:
+        values = [row[key] for row in rows]
+        low, high = form.format(min(values)), form.format(max(values))
+        return low if low == high else f"{low} to {high}"
+
+    lines = [
+        f"A linear map of the activation explains {span('linear_share', '{:.0%}')} of the SAE error's energy on held-out text "
+        f"(R² of the error vector {span('r2_vec', '{:.2f}')}; the paper, Gemma 2 9B: {PAPER_R2_VEC}).",
+        f"The squared norm of the error is predicted with R² {span('r2_norm/error', '{:.2f}')} (the paper: {PAPER_R2_NORM}); "
+        f"the squared norm of x itself, the baseline, with {span('r2_norm/x', '{:.2f}')}; "
+        f"of the nonlinear error with {span('r2_norm/nonlinear', '{:.2f}')}.",
+    ]
+    if len(rows) > 1:
+        narrow, wide = min(rows, key=lambda row: row["d_sae"]), max(rows, key=lambda row: row["d_sae"])
+        lines.append(
+            f"From {narrow['d_sae']} to {wide['d_sae']} latents FVU goes from {narrow['fvu']:.3f} to {wide['fvu']:.3f}, "
+            f"FVU nonlinear from {narrow['fvu_nonlinear']:.3f} to {wide['fvu_nonlinear']:.3f}."
+        )
+    return lines
+
+
+_ROOMY = 4  # bars whose labels fit side by side in full size
+_MOST_LABELLED = 7  # more have no numbers in them, and names on their side
+NORM_TARGET_LABELS = {
+    "x": "x",
+    "sae": "Sae(x)",
+    "error": "SaeError",
+    "linear": "linear\nerror",
+    "nonlinear": "nonlinear\nerror",
+    "sae_plus_nonlinear": "Sae(x) +\nnonlinear",
+}
+
+
+def fvu_by_width(result: Result) -> Figure:
+    """FVU of each SAE, split into the part linear in the activation and the nonlinear part."""
+    saes = result.series["saes"]
+    crowded = len(saes) > _MOST_LABELLED
+    figure, axes = new_figure(3.8 if crowded else 2.8)
+    for place, sae in enumerate(saes):
+        fvu, nonlinear = (result.numbers[f"{sae['name']}/{key}"] for key in ("fvu", "fvu_nonlinear"))
+        axes.bar(place, nonlinear, width=0.6, color=BLUE, label="nonlinear error" if place == 0 else None)
+        axes.bar(
+            place, fvu - nonlinear, width=0.6, bottom=nonlinear, color=SKY, label="linear error" if place == 0 else None
+        )
+        if crowded:
+            continue
+        axes.annotate(f"{fvu:.3f}", (place, fvu), ha="center", va="bottom", xytext=(0, 1), textcoords="offset points")
+        share = result.numbers[f"{sae['name']}/linear_share"]
+        text = f"{share:.0%}" if len(saes) > _ROOMY else f"{share:.0%} linear"
+        axes.annotate(text, (place, (fvu + nonlinear) / 2), ha="center", va="center", fontsize=8)
+        axes.annotate(f"{nonlinear:.3f}", (place, nonlinear / 2), ha="center", va="center", color="white")
+    labels = [f"{sae['d_sae']} latents\nL0 {result.numbers[sae['name'] + '/l0']:.1f}" for sae in saes]
+    if crowded:
+        labels = [label.replace("\n", ", ") for label in labels]
+    axes.set_xticks(range(len(saes)), labels, fontsize=9 if len(saes) <= _ROOMY else 7, rotation=90 if crowded else 0)
+    axes.set_ylabel("fraction of variance unexplained")
+    axes.set_title("SAE error on held-out text, by what a linear map of x explains")
+    axes.margins(y=0.12)
+    legend_beside(axes)
+    return figure
+
+
+def norm_test(result: Result) -> Figure:
+    """Norm prediction test: R2 of a linear map from x to the squared norm of six vectors, one bar an SAE."""
+    saes = result.series["saes"]
+    figure, axes = new_figure(2.9)
+    width = 0.8 / len(saes)
+    lowest = 0.0
+    for number, sae in enumerate(saes):
+        heights = [result.numbers[f"{sae['name']}/r2_norm/{target}"] for target in NORM_TARGETS]
+        lowest = min([lowest, *(height for height in heights if math.isfinite(height))])
+        places = [place + (number - (len(saes) - 1) / 2) * width for place in range(len(NORM_TARGETS))]
+        axes.bar(places, heights, width=width, color=SERIES[number % len(SERIES)], label=f"{sae['d_sae']} latents")
+    axes.set_xticks(range(len(NORM_TARGETS)), [NORM_TARGET_LABELS[target] for target in NORM_TARGETS])
+    axes.set_ylabel("held-out R²")
+    axes.set_ylim(lowest, 1)
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_title("How well a linear map of x predicts the squared norm of ...")
+    legend_beside(axes)
+    return figure
+
+
+def per_token_error(result: Result) -> Figure | None:
+    """Error of every SAE over a piece of held-out text, token by token, with the nonlinear error of the widest.
+
+    None for SAEs of several sites: their errors have no scale in common.
+    """
+    if not (excerpt := result.series.get("excerpt")):
+        return None
+    tokens, norms = excerpt["tokens"], excerpt["squared_norm_x"]
+    figure, axes = new_figure(3.2)
+    places = range(len(tokens))
+    names = [sae["name"] for sae in result.series["saes"]]
+    widths = {sae["name"]: sae["d_sae"] for sae in result.series["saes"]}
+    for number, name in enumerate(names):
+        share = [error / norm for error, norm in zip(excerpt["squared_norms"][name]["error"], norms, strict=True)]
+        colour = SERIES[number % len(SERIES)]
+        axes.plot(places, share, color=colour, linewidth=1.2, label=f"error, {widths[name]} latents")
+    last = names[-1]
+    nonlinear = [part / norm for part, norm in zip(excerpt["squared_norms"][last]["nonlinear"], norms, strict=True)]
+    axes.plot(
+        places, nonlinear, color=GREY, linewidth=1, linestyle="--", label=f"nonlinear error,\n{widths[last]} latents"
+    )
+    token_axis(axes, tokens)
+    axes.set_ylabel("squared norm / squared norm of x")
+    axes.set_title("The same tokens are hard for every width")
+    legend_beside(axes)
+    return figure
+
+
+FIGURES = {"fvu": fvu_by_width, "norm_test": norm_test, "per_token": per_token_error}

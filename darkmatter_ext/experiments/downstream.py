@@ -1,4 +1,6 @@
-"""`darkmatter run downstream`: what the linear and the nonlinear part of SAE error cost the language model (figure 9).
+"""What the linear and the nonlinear error cost the language model, in cross-entropy and KL.
+
+What the linear and the nonlinear part of SAE error cost the language model (figure 9).
 
 Sae(x), Sae(x) + linear error and Sae(x) + nonlinear error take the place of x at the held-out tokens of whole contexts;
 the rest of the model runs on, and its cross-entropy and KL are compared with the unchanged model. b* is fitted on fit
@@ -37,11 +39,14 @@ from darkmatter_ext.measurement.site import (
     site_plan,
 )
 from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.report.style import BLUE, GREY, ORANGE, SKY, interval_bars, legend_beside, new_figure, new_panels
+from darkmatter_ext.report.table import Table, shown, with_interval
 from darkmatter_ext.runtime.progress import Stages
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from matplotlib.figure import Figure
     from sae_lens import SAE
 
 SETTINGS = {
@@ -214,3 +219,105 @@ def run(config: DownstreamConfig, stages: Stages) -> Result:
         seconds=stages.seconds,
         provenance=provenance(config.device) | {"text_sha256": cache.meta["text_sha256"]},
     )
+
+
+PAPER = "the nonlinear error carries a proportional share of the increase in CE"
+
+
+def table(result: Result) -> Table:
+    """One row a splice: what it costs, what it recovers, and the share of the error it puts back."""
+    numbers = result.numbers
+    rows = []
+    for name in result.series["controls"]:
+        rows.append([name.replace("_", " "), *_losses(result, name), "", ""])
+    for sae in result.series["saes"]:
+        for setting in result.series["settings"]:
+            splice = f"{sae['name']}/{setting}"
+            label = f"{sae['name']}" if setting == "sae" else f"{sae['name']} + {setting}"
+            recovered = with_interval(numbers, f"{splice}/ce_recovered", "{:.0f}%") if setting != "sae" else ""
+            share = numbers.get(f"{splice}/share_of_fvu")
+            rows.append([label, *_losses(result, splice), recovered, "" if share is None else shown(share, "{:.0f}%")])
+    return Table(
+        title=f"downstream: {result.config['model']}, {result.config['hook']}, held-out contexts, "
+        f"CE of the model {numbers['ce_original']:.3f}",
+        headings=("spliced in", "CE increase, nats", "KL, nats", "CE recovered", "share of error put back"),
+        rows=rows,
+    )
+
+
+def _losses(result: Result, name: str) -> list[str]:
+    return [with_interval(result.numbers, f"{name}/{quantity}", "{:.3f}") for quantity in ("ce_increase", "kl")]
+
+
+def reading(result: Result) -> list[str]:
+    """Recovery against the share of the error, for each SAE, and whether the interval leaves the share out."""
+    numbers, lines = result.numbers, []
+    for sae in result.series["saes"]:
+        parts = []
+        for setting in ("linear", "nonlinear"):
+            name = f"{sae['name']}/{setting}"
+            share = numbers[f"{name}/share_of_fvu"]
+            low, high = (numbers[f"{name}/ce_recovered/{end}"] for end in ("low", "high"))
+            verdict = (
+                "less than its share" if high < share else "more than its share" if low > share else "in proportion"
+            )
+            parts.append(
+                f"the {setting} error, {share:.0f}% of FVU, recovers "
+                f"{with_interval(numbers, f'{name}/ce_recovered', '{:.0f}%')} of the CE increase: {verdict}"
+            )
+        lines.append(f"{sae['name']}: {'; '.join(parts)}.")
+    return [*lines, f"The paper, Gemma 2 9B: {PAPER}."]
+
+
+_SETTINGS = {
+    "sae": ("Sae(x)", GREY),
+    "linear": ("+ linear error", SKY),
+    "nonlinear": ("+ nonlinear error", BLUE),
+    "shuffled": ("+ another token's\nlinear error", ORANGE),
+}
+
+
+def losses(result: Result) -> Figure:
+    """CE increase and KL of every setting of every SAE, with intervals over contexts."""
+    saes = result.series["saes"]
+    figure, panels = new_panels(2.9, 2)
+    width = 0.8 / len(_SETTINGS)
+    for axes, quantity, title in zip(panels, ("ce_increase", "kl"), ("Increase in cross-entropy", "KL"), strict=True):
+        for number, (setting, (label, colour)) in enumerate(_SETTINGS.items()):
+            places = [place + (number - (len(_SETTINGS) - 1) / 2) * width for place in range(len(saes))]
+            names = [f"{sae['name']}/{setting}/{quantity}" for sae in saes]
+            heights, errors = interval_bars(result, names)
+            axes.bar(places, heights, width=width, color=colour, label=label, yerr=errors, error_kw={"linewidth": 0.8})
+        axes.set_xticks(range(len(saes)), [f"{sae['d_sae']}\nlatents" for sae in saes])
+        axes.set_title(title)
+        axes.axhline(0, color="black", linewidth=0.6)
+    panels[0].set_ylabel("nats a token")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_SETTINGS))
+    return figure
+
+
+def recovered(result: Result) -> Figure:
+    """CE recovered by adding a part of the error back, against that part's share of the error."""
+    figure, axes = new_figure(3.2)
+    axes.plot([0, 100], [0, 100], color=GREY, linewidth=0.8, linestyle="--", label="in proportion")
+    for setting, marker in (("linear", "o"), ("nonlinear", "s")):
+        label, colour = _SETTINGS[setting]
+        names = [f"{sae['name']}/{setting}" for sae in result.series["saes"]]
+        heights, errors = interval_bars(result, [f"{name}/ce_recovered" for name in names])
+        shares = [result.numbers[f"{name}/share_of_fvu"] for name in names]
+        axes.errorbar(
+            shares, heights, yerr=errors, fmt=marker, color=colour, markersize=5, linewidth=1, label=f"Sae(x) {label}"
+        )
+        for sae, share, height, above in zip(result.series["saes"], shares, heights, errors[1], strict=True):
+            place = (share, height + above)
+            axes.annotate(str(sae["d_sae"]), place, xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]), top=max(100, axes.get_ylim()[1]))
+    axes.set_xlabel("share of the error's energy put back, %")
+    axes.set_ylabel("CE increase recovered, %")
+    axes.set_title("Does each part of the error cost its share?")
+    legend_beside(axes)
+    return figure
+
+
+FIGURES = {"losses": losses, "recovered": recovered}

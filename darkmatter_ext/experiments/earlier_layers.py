@@ -1,4 +1,6 @@
-"""`darkmatter run earlier-layers`: what SAE outputs of earlier sites say about the error (the paper's figure 10b).
+"""What SAE outputs of earlier sites say about the error and its linear and nonlinear part.
+
+What SAE outputs of earlier sites say about the error (the paper's figure 10b).
 
 Least squares from the outputs of SAEs at the same site (res), the previous residual stream, and the MLP and attention of
 the same block to SaeError(x), its linear and its nonlinear part; R2 on held-out tokens, each predictor alone and all
@@ -15,6 +17,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,17 +29,24 @@ from darkmatter_ext.measurement.many_saes import Measured
 from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement.measurement import MeasuredSae, SiteMeasurement
 from darkmatter_ext.measurement.nulls import other_tokens
+from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.style import BLUE, GREEN, ORANGE, interval_bars, new_panels
+from darkmatter_ext.report.table import Table, shown, with_interval
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.encoders import Encoded, Encoder, as_encoder, random_directions
 from darkmatter_ext.saes.loading import describe_sae
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PARTS = ("error", "linear", "nonlinear")
 OWN, PREVIOUS = "res", "previous res"
 CONTROLS = {
     "x": "control: the activation itself, which by construction says nothing about the nonlinear error",
     "shuffled": "control: the output of the first earlier SAE at another token",
-    "random": "control: a TopK SAE of random directions at the site of the first earlier SAE (k as there, else --k)",
+    "random": "control: a TopK SAE of random directions at the site of the first earlier SAE (k as there, else k)",
 }
 INTERVAL_GROUPS = 6  # each keeps a Gram matrix of all predictors side by side: 130 MB for seven of 576
 
@@ -48,8 +58,8 @@ class EarlierLayersConfig(FamilyConfig):
     """Predict the error of an SAE, and its linear and nonlinear part, from the outputs of SAEs at earlier sites."""
 
     predictor: tuple[str, ...] = ()
-    """with --sae: folders of SAEs of other sites whose outputs are the predictors; without: SAEs are trained at the previous
-    residual stream and at the MLP and attention of the block of --hook"""
+    """with sae: folders of SAEs of other sites whose outputs are the predictors; without: SAEs are trained at the previous
+    residual stream and at the MLP and attention of the block of hook"""
     widths: tuple[int, ...] = (2048,)
     """latents of the SAEs to train, at every site; the widest of a site is the predictor"""
     interval_groups: int = INTERVAL_GROUPS
@@ -58,9 +68,9 @@ class EarlierLayersConfig(FamilyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sae and not self.predictor:
-            raise ValueError("--predictor: must name at least one SAE of another site with --sae, got none")
+            raise InputError("predictor: must name at least one SAE of another site with sae, got none")
         if self.predictor and not self.sae:
-            raise ValueError("--sae: must be given with --predictor, got none")
+            raise InputError("sae: must be given with predictor, got none")
 
 
 def related_hooks(hook: str) -> dict[str, str]:
@@ -70,7 +80,7 @@ def related_hooks(hook: str) -> dict[str, str]:
     """
     point = parse_hook_point(hook)
     if point.kind != "hook_resid_post":
-        raise ValueError(f"--hook: must be a hook_resid_post, whose earlier sites are known, got {hook}")
+        raise InputError(f"hook: must be a hook_resid_post, whose earlier sites are known, got {hook}")
     block = f"blocks.{point.layer}"
     before = f"blocks.{point.layer - 1}.hook_resid_post" if point.layer else f"{block}.hook_resid_pre"
     return {OWN: hook, PREVIOUS: before, "mlp": f"{block}.hook_mlp_out", "attention": f"{block}.attn.hook_z"}
@@ -141,12 +151,12 @@ def _makers(config: EarlierLayersConfig) -> tuple[str, dict[str, str], dict[str,
     if config.sae:
         own = list(given_hooks(config))
         if len(own) > 1:
-            raise ValueError(f"--sae: must be of one site, got {own[0]} and {own[1]}")
+            raise InputError(f"sae: must be of one site, got {own[0]} and {own[1]}")
         given = given_hooks(dataclasses.replace(config, sae=config.predictor))
         if silent := next((own for own in config.predictor if not describe_sae(own).metadata.get("hook_name")), None):
-            raise ValueError(f"--predictor: must name its hook_name in its metadata, got {silent}")
+            raise InputError(f"predictor: must name its hook_name in its metadata, got {silent}")
         if own[0] in given:
-            raise ValueError(f"--predictor: must be of another site than --sae ({own[0]}), got {given[own[0]][0]}")
+            raise InputError(f"predictor: must be of another site than sae ({own[0]}), got {given[own[0]][0]}")
         named = {
             (hook if len(folders) == 1 else f"{hook} {folder}"): (hook, folder)
             for hook, folders in given.items()
@@ -190,7 +200,7 @@ def _measured(config: AnyConfig, stages: Stages) -> tuple[Measured, dict[str, st
     """The measurement, and the site of each predictor ("": where its own metadata says)."""
     if isinstance(config, ManySaesConfig):
         if not config.predictor:
-            raise ValueError("--predictor: must name at least one SAE of another site, got none")
+            raise InputError("predictor: must name at least one SAE of another site, got none")
         make = {"shuffled": lambda sae: shuffled("shuffled", sae, seed=config.seed)}
         found = many_saes.measured(config, stages, controls=make)
         return found, {name: "" for name in found.predictors if name not in CONTROLS}
@@ -224,4 +234,78 @@ def run(config: AnyConfig, stages: Stages) -> Result:
     ]
     if found.config["parity"] == "released-code":
         notes.append("As the released code: no bias in any regression; b* on all tokens, as its norm script has it.")
-    return family.family_result("earlier-layers", found, stages, numbers, series={"predictors": about}, notes=notes)
+    return measured_result("earlier-layers", found, stages, numbers, series={"predictors": about}, notes=notes)
+
+
+PAPER = "SAE outputs of earlier sites explain up to 50 % of the variance of the nonlinear error"
+_PARTS = ("error", "linear", "nonlinear")
+
+
+def table(result: Result) -> Table:
+    """One row a predictor: R2 for the error and its parts, and what a predictor that says nothing would score."""
+    rows, several = [], len(result.series["saes"]) > 1
+    for sae in result.series["saes"]:
+        for name, about in result.series["predictors"].items():
+            label = f"control: {name}" if about.startswith("control") else name
+            scores = [
+                with_interval(result.numbers, f"{sae['name']}/r2_from/{name}/{part}", "{:.3f}") for part in _PARTS
+            ]
+            floor = shown(result.numbers[f"{sae['name']}/noise_floor/{name}"], "{:.3f}")
+            rows.append([f"{sae['name']}: {label}" if several else label, *scores, floor])
+    return Table(
+        title=f"earlier-layers: {result.config['model']}, {result.config['hook']}, held-out R2 from SAE outputs",
+        headings=("from", "error", "linear error", "nonlinear error", "noise floor"),
+        rows=rows,
+    )
+
+
+def reading(result: Result) -> list[str]:
+    """How much of the nonlinear error other SAEs explain, beside the controls."""
+    numbers, predictors, lines = result.numbers, result.series["predictors"], []
+    real = [name for name, about in predictors.items() if not about.startswith("control")]
+    for sae in result.series["saes"]:
+
+        def score(name: str, own: str = sae["name"]) -> str:
+            return with_interval(numbers, f"{own}/r2_from/{name}/nonlinear", "{:.3f}")
+
+        best = max((name for name in real if not name.startswith("all")), key=lambda n, own=sae["name"]: numbers[
+            f"{own}/r2_from/{n}/nonlinear"
+        ])  # fmt: skip
+        together = f", all together {score('all')}" if "all" in real else ""
+        without = f", all but the SAE's own output {score('all but res')}" if "all but res" in real else ""
+        lines.append(f"{sae['name']}: of the nonlinear error {best} alone explains {score(best)}{together}{without}.")
+        controls = [f"{name} {score(name)}" for name in predictors if name not in real]
+        lines.append(f"{sae['name']}: the controls: {'; '.join(controls)}.")
+    return [*lines, f"The paper, Gemma 2 9B: {PAPER}."]
+
+
+_TITLES = {"error": ("SaeError(x)", BLUE), "linear": ("linear error", GREEN), "nonlinear": ("nonlinear error", ORANGE)}
+
+
+def parts(result: Result) -> Figure:
+    """R2 of each predictor for the error and its two parts, with intervals: a panel a part, a bar a predictor."""
+    saes, predictors = result.series["saes"], list(result.series["predictors"])
+    figure, panels = new_panels(0.9 + 0.26 * len(predictors), len(_TITLES), sharey=True)
+    height = 0.8 / len(saes)
+    for axes, (part, (title, colour)) in zip(panels, _TITLES.items(), strict=True):
+        for number, sae in enumerate(saes):
+            names = [f"{sae['name']}/r2_from/{predictor}/{part}" for predictor in predictors]
+            lengths, errors = interval_bars(result, names)
+            where = [place + (number - (len(saes) - 1) / 2) * height for place in range(len(predictors))]
+            axes.barh(where, lengths, height, xerr=errors, color=colour, alpha=0.9, error_kw={"linewidth": 0.8})
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.set_xlim(min(0, axes.get_xlim()[0]), 1)
+        axes.set_title(title)
+    labels = [_label(name, about) for name, about in result.series["predictors"].items()]
+    panels[0].set_yticks(range(len(predictors)), labels)
+    panels[0].invert_yaxis()
+    panels[1].set_xlabel("held-out R²" + (", SAEs from top to bottom as in the table" if len(saes) > 1 else ""))
+    return figure
+
+
+def _label(name: str, about: str) -> str:
+    own = f"control: {name}" if about.startswith("control") else name
+    return own if len(own) <= 28 else "…" + own[-27:]
+
+
+FIGURES = {"parts": parts}

@@ -1,4 +1,6 @@
-"""`darkmatter run error-saes`: what is in the error? TopK SAEs trained on its linear and on its nonlinear part (figure 8).
+"""SAEs trained on the linear and the nonlinear error: FVU, dead latents, interpretability.
+
+What is in the error? TopK SAEs trained on its linear and on its nonlinear part (figure 8).
 
 Both get the same latents, L0, tokens, steps and seeds. Training tokens are those b* is fitted on, which the first SAE has
 not seen; FVU, L0, dead latents and interpretability are of held-out tokens. Interpretability is detection accuracy per
@@ -9,6 +11,7 @@ read random directions.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -35,6 +38,19 @@ from darkmatter_ext.measurement.site import SiteConfig, listed_saes, prepared_si
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.encode import topk_encode
 from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SKY,
+    interval_bars,
+    legend_beside,
+    new_figure,
+    row_bars,
+)
+from darkmatter_ext.report.table import Table, shown, with_interval
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import cache_dir, fingerprint
 from darkmatter_ext.saes.drop_in import accelerate
@@ -44,6 +60,7 @@ from darkmatter_ext.saes.training import TrainingConfig, save_sae, train_topk_sa
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from matplotlib.figure import Figure
     from sae_lens import SAE
 
 TARGETS = ("linear", "nonlinear")
@@ -73,9 +90,9 @@ class ErrorSaesConfig(SiteConfig):
     scorer: str = "offline"
     """who explains and judges: offline (token lists, no model), local (a Hugging Face model) or endpoint"""
     scorer_model: str = ""
-    """name of the judging model; for local the default is --model"""
+    """name of the judging model; for local the default is model"""
     endpoint: str = ""
-    """URL of an OpenAI-compatible server, as http://localhost:8000/v1; asked only with --scorer endpoint"""
+    """URL of an OpenAI-compatible server, as http://localhost:8000/v1; asked only with scorer endpoint"""
     api_key_variable: str = "OPENAI_API_KEY"
     """environment variable with the server's key, if it wants one"""
     parity: str = "paper"
@@ -84,24 +101,22 @@ class ErrorSaesConfig(SiteConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.sae or self.widths) != 1:
-            raise ValueError(f"--sae, --widths: must name one SAE, got {len(self.sae or self.widths)}")
+            raise InputError(f"sae, widths: must name one SAE, got {len(self.sae or self.widths)}")
         for name, least in (("error_steps", 1), ("training_seeds", 1), ("latents", 0), ("error_k", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')}: must be at least {least}, got {getattr(self, name)}")
+                raise InputError(f"{name}: must be at least {least}, got {getattr(self, name)}")
         if self.error_width < self.error_k:
-            raise ValueError(f"--error-width: must be at least --error-k ({self.error_k}), got {self.error_width}")
+            raise InputError(f"error_width: must be at least error_k ({self.error_k}), got {self.error_width}")
         if self.parity not in ("paper", "released-code"):
-            raise ValueError(f"--parity: must be paper or released-code, got {self.parity!r}")
+            raise InputError(f"parity: must be paper or released-code, got {self.parity!r}")
         if self.scorer not in ("offline", "local", "endpoint"):
-            raise ValueError(f"--scorer: must be offline, local or endpoint, got {self.scorer!r}")
+            raise InputError(f"scorer: must be offline, local or endpoint, got {self.scorer!r}")
         if self.scorer == "endpoint" and not self.endpoint:
-            raise ValueError(
-                "--endpoint: must be the URL of an OpenAI-compatible server for --scorer endpoint, got none"
-            )
+            raise InputError("endpoint: must be the URL of an OpenAI-compatible server for scorer endpoint, got none")
         if self.scorer == "endpoint" and not self.scorer_model:
-            raise ValueError("--scorer-model: must name the server's model for --scorer endpoint, got none")
+            raise InputError("scorer_model: must name the server's model for scorer endpoint, got none")
         if self.endpoint and self.scorer != "endpoint":
-            raise ValueError(f"--endpoint: is asked only with --scorer endpoint, got --scorer {self.scorer}")
+            raise InputError(f"endpoint: is asked only with scorer endpoint, got scorer {self.scorer}")
 
 
 PRESETS = {"demo": ErrorSaesConfig(widths=(2048,))}
@@ -149,7 +164,7 @@ def fit_error_map(batches: MeasuredBatches, reconstruct: Reconstruct, *, on_all:
         chosen = torch.ones_like(batch.train) if on_all else batch.train
         statistics.update(batch.x[chosen], error[chosen])
     if statistics is None:
-        raise ValueError("x: must hold at least one token, got none")
+        raise InputError("x: must hold at least one token, got none")
     return statistics.solve()
 
 
@@ -221,9 +236,7 @@ class Snippets:
         whole = held_out[:, :usable].unflatten(1, (-1, length)).all(-1)  # [C, L / length]
         context, place = whole.nonzero(as_tuple=True)
         if len(context) == 0:
-            raise ValueError(
-                f"--context-length: must hold {length} held-out tokens in a row to judge latents, got none"
-            )
+            raise InputError(f"context_length: must hold {length} held-out tokens in a row to judge latents, got none")
         rows = row[:, :usable].unflatten(1, (-1, length))[context, place]
         ids = cache.column("tokens")[:, :usable].unflatten(1, (-1, length))[context, place]
         names = {token: decode(token) for token in ids.unique().tolist()}
@@ -351,3 +364,119 @@ def run(config: ErrorSaesConfig, stages: Stages) -> Result:
         seconds=stages.seconds,
         provenance=provenance(config.device) | {"text_sha256": cache.meta["text_sha256"]},
     )
+
+
+PAPER = "FVU 0.54 on the linear and 0.59 on the nonlinear error"
+
+
+def table(result: Result) -> Table:
+    """One row a kind of latents."""
+    numbers = result.numbers
+    rows = []
+    for name, about in result.series["about"].items():
+        accuracy = f"{name}/detection_accuracy"
+        detection = with_interval(numbers, accuracy, "{:.3f}") if accuracy in numbers else ""
+        rows.append([about, *_trained_cells(result, name), detection])
+    return Table(
+        title=f"error-saes: {result.config['model']}, {result.config['hook']}, held-out tokens",
+        headings=(
+            "latents of",
+            "FVU",
+            "L0",
+            "dead",
+            "FVU random dictionary",
+            "FVU shuffled decoder",
+            "detection accuracy",
+        ),
+        rows=rows,
+    )
+
+
+def _trained_cells(result: Result, name: str) -> list[str]:
+    """FVU, L0, dead latents and the controls' FVU, for what was trained here."""
+    numbers = result.numbers
+    if f"{name}/fvu" not in numbers:
+        return [""] * 5
+    forms = {"fvu": "{:.3f}", "l0": "{:.1f}", "dead": "{:.1%}"}
+    controls = ("fvu_random_dictionary", "fvu_shuffled_decoder")
+    return [
+        *(with_interval(numbers, f"{name}/{key}", form) for key, form in forms.items()),
+        *(shown(numbers[f"{name}/{key}"], "{:.3f}") for key in controls),
+    ]
+
+
+def reading(result: Result) -> list[str]:
+    """Which error is harder to explain, and whether its latents can be told better than random directions."""
+    numbers = result.numbers
+    linear, nonlinear = numbers["linear/fvu"], numbers["nonlinear/fvu"]
+    lower, upper = sorted(("linear", "nonlinear"), key=lambda target: numbers[f"{target}/fvu"])
+    apart = numbers[f"{lower}/fvu/high"] < numbers[f"{upper}/fvu/low"]
+    lines = [
+        f"An SAE of {result.config['error_width']} latents leaves {linear:.2f} of the variance of the linear error and "
+        f"{nonlinear:.2f} of the nonlinear error (the paper, Gemma 2 2B: {PAPER}); "
+        + ("the intervals over seeds are apart." if apart else "the intervals over seeds are not apart.")
+    ]
+    accuracies = {name: numbers.get(f"{name}/detection_accuracy", math.nan) for name in result.series["about"]}
+    if not math.isnan(accuracies["random"]):
+        lines.append(
+            f"Detection accuracy (0.5: chance): {accuracies['linear']:.2f} for latents of the linear error, "
+            f"{accuracies['nonlinear']:.2f} of the nonlinear error, {accuracies['activation']:.2f} of the SAE itself, "
+            f"{accuracies['random']:.2f} of random directions."
+        )
+    return lines
+
+
+_JUDGED = {"linear": (SKY, "o"), "nonlinear": (BLUE, "s"), "activation": (GREEN, "^"), "random": (GREY, "x")}
+
+
+def fvu_bars(result: Result) -> Figure:
+    """FVU of the SAEs trained on each part of the error, with intervals over seeds, and their controls."""
+    figure, axes = new_figure(2.7)
+    targets = ("linear", "nonlinear")
+    values, errors = interval_bars(result, [f"{target}/fvu" for target in targets])
+    axes.bar([0, 1], values, yerr=errors, width=0.5, color=[SKY, BLUE], error_kw={"linewidth": 0.8})
+    for place, (value, above) in enumerate(zip(values, errors[1], strict=True)):
+        axes.annotate(
+            f"{value:.3f}", (place, value + above), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom"
+        )
+    for key, colour, label in (
+        ("random_dictionary", GREY, "random dictionary, pursuit"),
+        ("shuffled_decoder", ORANGE, "decoder rows permuted"),
+    ):
+        heights = [result.numbers[f"{target}/fvu_{key}"] for target in targets]
+        for place, height in enumerate(heights):
+            axes.plot(
+                [place - 0.3, place + 0.3], [height] * 2, color=colour, linewidth=1.5, label=None if place else label
+            )
+    axes.set_xticks([0, 1], ["SAE on the\nlinear error", "SAE on the\nnonlinear error"])
+    axes.set_xlim(-0.6, 1.6)
+    axes.set_ylabel("fraction of variance unexplained")
+    axes.set_title("Equal latents, L0, tokens and steps")
+    legend_beside(axes)
+    return figure
+
+
+def detection(result: Result) -> Figure:
+    """Detection accuracy per decile of activation, with intervals over latents."""
+    figure, axes = new_figure(2.9)
+    for number, (name, judged) in enumerate(result.series["judged"].items()):
+        colour, marker = _JUDGED[name]
+        rows = judged["deciles"]
+        places = [place + 1 + (number - 1.5) * 0.1 for place in range(len(rows))]
+        axes.errorbar(
+            places, [row["value"] for row in rows], yerr=row_bars(rows), fmt=f"{marker}-", color=colour, markersize=4,
+            linewidth=1, label=result.series["about"][name].replace(": ", ":\n"),
+        )  # fmt: skip
+    if not result.series["judged"]:
+        axes.annotate("no latents were judged (latents 0)", (0.5, 0.5), xycoords="axes fraction", ha="center")
+        return figure
+    axes.axhline(0.5, color="black", linewidth=0.6, linestyle="--")
+    axes.set_xticks(range(1, 11))
+    axes.set_xlabel("decile of activation, weakest to strongest")
+    axes.set_ylabel("balanced detection accuracy")
+    axes.set_title("Can one tell from the explanation where a latent is active?")
+    legend_beside(axes)
+    return figure
+
+
+FIGURES = {"fvu": fvu_bars, "detection": detection}

@@ -1,4 +1,6 @@
-"""`darkmatter run latent-alignment`: do latents that predict a large error have a large mean active value (figure 14)?
+"""Do latents that predict a large error have a large mean active value?
+
+Do latents that predict a large error have a large mean active value (figure 14)?
 
 a* is the linear map from x to a squared norm, ||SaeError(x)||^2 first of all (the norm prediction test). W_dec . a*, a latent's
 decoder row with a*, is what one unit of that latent adds to the predicted squared norm: in squared units of activation per
@@ -22,12 +24,17 @@ from darkmatter_ext.estimators.intervals import LEVEL, RESAMPLES, Interval
 from darkmatter_ext.measurement import family, many_saes_config
 from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig
 from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.style import BLUE, GREY, ORANGE, interval_bars, new_panels
+from darkmatter_ext.report.table import Table, with_interval
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.loading import load_sae
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.figure import Figure
 
 TARGETS = ("error", "nonlinear", "x")  # squared norms that a* predicts
 ROWS = {
@@ -155,7 +162,7 @@ def decoder_rows(spec: str, d: int, *, dtype: str = "float32") -> tuple[Tensor, 
     w_dec = getattr(sae, "W_dec", None)
     shape = None if w_dec is None else list(w_dec.shape)
     if w_dec is None or w_dec.ndim != 2 or w_dec.shape[1] != d:
-        raise ValueError(f"--sae: must have decoder rows W_dec of shape [latents, {d}], got {shape} in {spec}")
+        raise InputError(f"sae: must have decoder rows W_dec of shape [latents, {d}], got {shape} in {spec}")
     return w_dec.detach(), str(sae.cfg.normalize_activations)
 
 
@@ -185,4 +192,121 @@ def run(config: AnyConfig, stages: Stages) -> Result:
         if normalised not in ("none", "None"):
             notes.append(f"{name} normalises activations ({normalised}): its latents are in units of their own.")
     series = {"targets": TARGETS, "rows": ROWS}
-    return family.family_result("latent-alignment", found, stages, numbers, series=series, arrays=arrays, notes=notes)
+    return measured_result("latent-alignment", found, stages, numbers, series=series, arrays=arrays, notes=notes)
+
+
+_NAMES = {"error": "error", "nonlinear": "nonlinear error", "x": "x"}
+
+
+def table(result: Result) -> Table:
+    """One row an SAE, squared norm and kind of direction: both correlations."""
+    rows = [
+        [
+            sae["name"],
+            _NAMES[target],
+            kind,
+            *(
+                with_interval(result.numbers, f"{sae['name']}/{target}/{kind}/{name}", "{:.2f}")
+                for name in ("pearson", "spearman")
+            ),
+        ]
+        for sae in result.series["saes"]
+        for target in result.series["targets"]
+        for kind in result.series["rows"]
+    ]
+    return Table(
+        title=f"latent-alignment: {result.config['model']}, {result.config['hook']}, direction . a* against mean active value",
+        headings=("SAE", "a* predicts the squared norm of", "directions", "Pearson", "Spearman"),
+        rows=rows,
+    )
+
+
+def reading(result: Result) -> list[str]:
+    """Whether the latents' sizes go with what they add to the predicted norm of the error, and with that of x."""
+    numbers, lines = result.numbers, []
+    for sae in result.series["saes"]:
+        name = sae["name"]
+        low, high = (numbers[f"{name}/error/decoder/spearman/{end}"] for end in ("low", "high"))
+        verdict = "go with" if low > 0 else "go against" if high < 0 else "do not clearly go with"
+        lines.append(
+            f"{name}: mean active values {verdict} W_dec . a* of the error (Spearman "
+            f"{with_interval(numbers, f'{name}/error/decoder/spearman', '{:.2f}')}; rows permuted "
+            f"{with_interval(numbers, f'{name}/error/permuted/spearman', '{:.2f}')}); with a* of x it is "
+            f"{with_interval(numbers, f'{name}/x/decoder/spearman', '{:.2f}')}. {numbers[f'{name}/latents_never_fired']:.0f} "
+            f"of {numbers[f'{name}/latents']:.0f} latents never fired."
+        )
+    return lines
+
+
+_TARGETS = {"error": "a* of the error", "nonlinear": "a* of the nonlinear error", "x": "a* of x"}
+_ROWS = {
+    "decoder": ("decoder rows", BLUE),
+    "permuted": ("rows permuted", GREY),
+    "random": ("random directions", ORANGE),
+}
+
+
+def scatter(result: Result) -> Figure:
+    """W_dec . a* against the mean active value, a point a latent that fired, of the widest SAE."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    sae = max(result.series["saes"], key=lambda sae: sae["d_sae"])
+    fired = result.arrays[f"{sae['name']}/fired"]
+    kept, values = fired > 0, result.arrays[f"{sae['name']}/mean_active_value"]
+    figure, panels = new_panels(2.9, len(_TARGETS), sharey=True)
+    norm = LogNorm(max(1.0, float(fired[kept].min())), max(2.0, float(fired.max())))
+    order = fired[kept].argsort()  # frequent latents on top
+    for axes, (target, title) in zip(panels, _TARGETS.items(), strict=True):
+        alignment = result.arrays[f"{sae['name']}/alignment/{target}"]
+        points = axes.scatter(
+            alignment[kept][order],
+            values[kept][order],
+            c=fired[kept][order],
+            norm=norm,
+            cmap="viridis",
+            s=4,
+            linewidths=0,
+            rasterized=True,
+        )
+        axes.axvline(0, color="black", linewidth=0.6)
+        pearson = result.numbers[f"{sae['name']}/{target}/decoder/pearson"]
+        axes.set_title(f"{title}\nPearson {pearson:.2f}", fontsize=8.5)
+        axes.set_xlabel("W_dec · a*")
+        axes.set_yscale("log")
+        if target == "x":
+            figure.colorbar(points, ax=axes, label="tokens where active")
+    panels[0].set_ylabel("mean active value")
+    panels[0].yaxis.set_major_formatter(ScalarFormatter())
+    panels[0].yaxis.set_minor_formatter(NullFormatter())
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    return figure
+
+
+def correlation_bars(result: Result) -> Figure:
+    """Pearson and Spearman correlation of every SAE, with intervals, beside the controls."""
+    saes = result.series["saes"]
+    figure, panels = new_panels(2.7, len(_TARGETS), sharey=True)
+    kinds = ("pearson", "spearman")
+    groups = [(sae, kind) for kind in kinds for sae in saes]
+    for axes, (target, title) in zip(panels, _TARGETS.items(), strict=True):
+        for number, (row, (label, colour)) in enumerate(_ROWS.items()):
+            names = [f"{sae['name']}/{target}/{row}/{kind}" for sae, kind in groups]
+            heights, errors = interval_bars(result, names)
+            where = [place + 0.22 * (number - 1) for place in range(len(groups))]
+            axes.errorbar(where, heights, yerr=errors, fmt="o", color=colour, markersize=3.5, linewidth=1, label=label)
+        axes.axhline(0, color="black", linewidth=0.6)
+        middles = [(len(saes) - 1) / 2 + number * len(saes) for number in range(len(kinds))]
+        axes.set_xticks(middles, [kind.capitalize() for kind in kinds])
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.set_title(title, fontsize=8.5)
+        if len(saes) > 1:
+            axes.axvline(len(saes) - 0.5, color=GREY, linewidth=0.6, linestyle=":")
+    panels[0].set_ylabel("correlation with\nmean active value")
+    if len(saes) > 1:
+        panels[1].set_xlabel("SAEs from left to right as in the table")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_ROWS))
+    return figure
+
+
+FIGURES = {"scatter": scatter, "correlations": correlation_bars}

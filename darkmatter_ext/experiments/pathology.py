@@ -1,4 +1,6 @@
-"""`darkmatter run pathology`: is Sae(x) a worse point than others at the same distance from x?
+"""Is Sae(x) worse for the language model than other points at the same distance from x?
+
+Is Sae(x) a worse point than others at the same distance from x?
 
 Gurnee (2024) finds Sae(x) 2 to 4.5 times as bad, in KL and CE, as a random point at its distance, in every layer of GPT-2
 small, not explained by shrinkage. Lee and Heimersheim (2410.12555) find the errors no longer pathological against
@@ -12,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,8 +40,25 @@ from darkmatter_ext.measurement.site import (
     sites_activations,
 )
 from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.report.style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    SERIES,
+    interval_bars,
+    legend_beside,
+    new_panels,
+    row_bars,
+    visible,
+)
+from darkmatter_ext.report.table import Table, with_interval
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.loading import describe_sae
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MIXTURE_ACTIVATIONS = 1024  # more than d, so that the mixtures span what activations span
 MINIMUM_COUNT = 10  # of a token in the table: the mean of fewer says nothing
@@ -51,7 +70,7 @@ class PathologyConfig(SiteConfig):
     """Compare what Sae(x) does to the model with other points at the same distance from x."""
 
     layers: tuple[int, ...] = ()
-    """blocks whose residual stream is measured, instead of --hook (with --sae: the sites of the SAEs)"""
+    """blocks whose residual stream is measured, instead of hook (with sae: the sites of the SAEs)"""
     contexts: int = 16
     """held-out contexts to splice into, at each layer"""
 
@@ -59,7 +78,7 @@ class PathologyConfig(SiteConfig):
         super().__post_init__()
         check_whole_contexts(self.contexts, self.split)
         if min(self.layers, default=0) < 0 or len(set(self.layers)) < len(self.layers):
-            raise ValueError(f"--layers: must be different numbers of at least 0, got {list(self.layers)}")
+            raise InputError(f"layers: must be different numbers of at least 0, got {list(self.layers)}")
 
 
 PRESETS = {"demo": PathologyConfig(layers=(5, 10, 15, 20), widths=(2048,))}
@@ -235,3 +254,141 @@ def run(config: PathologyConfig, stages: Stages) -> Result:
         seconds=stages.seconds,
         provenance=provenance(config.device) | {"text_sha256": hashes},
     )
+
+
+GURNEE = "2 to 4.5 times in GPT-2 small, all layers"
+LEE_HEIMERSHEIM = "no longer pathologically large against such nulls"
+
+
+def table(result: Result) -> Table:
+    """One row an SAE: its KL, and how many times each null's it is."""
+    nulls = [null for null in result.series["nulls"] if null != "norm_only"]  # not at the same distance: in the reading
+    rows = []
+    for sae in result.series["saes"]:
+        name = sae["name"]
+        ratios = [with_interval(result.numbers, f"{name}/{null}/kl_ratio", "{:.2f}") for null in nulls]
+        label = f"block {sae['layer']}, {name.split('/')[-1]}"
+        rows.append([label, with_interval(result.numbers, f"{name}/sae/kl", "{:.3f}"), *ratios])
+    return Table(
+        title=f"pathology: {result.config['model']}, KL of Sae(x) in nats, and in multiples of the KL of each null",
+        headings=("SAE", "KL", *(null.replace("_", " ") for null in nulls)),
+        rows=rows,
+    )
+
+
+def reading(result: Result) -> list[str]:
+    """Whether Sae(x) is worse than a random point, and whether that stays against covariance-matched ones."""
+    lines = []
+    for null, about in (
+        ("random", f"a random point at its distance (Gurnee: {GURNEE})"),
+        ("error_covariance", f"a direction of its errors' covariance (Lee and Heimersheim: {LEE_HEIMERSHEIM})"),
+        ("mixture", f"a mixture of activations (Lee and Heimersheim: {LEE_HEIMERSHEIM})"),
+    ):
+        names = [f"{sae['name']}/{null}/kl_ratio" for sae in result.series["saes"]]
+        values = [f"{result.numbers[name]:.2f}" for name in sorted(names, key=lambda name: result.numbers[name])]
+        span = values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
+        worse = sum(result.numbers[f"{name}/low"] > 1 for name in names)
+        better = sum(result.numbers[f"{name}/high"] < 1 for name in names)
+        lines.append(
+            f"KL of Sae(x) is {span} times that of {about}: "
+            f"worse beyond its interval for {worse} of {len(names)}, better for {better}."
+        )
+    shrinkage = [
+        result.numbers[f"{sae['name']}/norm_only/kl"] / result.numbers[f"{sae['name']}/sae/kl"]
+        for sae in result.series["saes"]
+    ]
+    lines.append(f"The norm of Sae(x) alone, put on x, has at most {max(shrinkage):.1%} of the KL of Sae(x).")
+    return lines
+
+
+_LABELS = {
+    "random": "random direction",
+    "same_angle": "same angle to x",
+    "error_covariance": "covariance of the errors",
+    "mixture": "mixture of activations",
+    "shuffled": "another token's error",
+    "norm_only": "norm alone (nearer)",
+}
+
+
+def ratios(result: Result) -> Figure:
+    """How many times each null's KL, and CE increase, that of Sae(x) is; a line at 1, where the error is ordinary."""
+    saes = result.series["saes"]
+    figure, panels = new_panels(3.3, 2)
+    step = 0.09
+    titles = {"kl_ratio": "KL of Sae(x) / KL of ...", "ce_increase_ratio": "CE increase of Sae(x) / of ..."}
+    for axes, (quantity, title) in zip(panels, titles.items(), strict=True):
+        axes.axhline(1, color="black", linewidth=0.8)
+        for number, null in enumerate(name for name in result.series["nulls"] if name != "norm_only"):
+            places = [place + (number - 2) * step for place in range(len(saes))]
+            values, errors = interval_bars(result, [f"{sae['name']}/{null}/{quantity}" for sae in saes])
+            axes.errorbar(
+                places, values, yerr=errors, fmt="o", markersize=3.5, linewidth=1, color=SERIES[number],
+                label=_LABELS[null],
+            )  # fmt: skip
+        axes.set_xticks(range(len(saes)), [_sae_label(result, sae) for sae in saes])
+        axes.set_ylim(bottom=0)
+        axes.set_title(title)
+    panels[0].set_ylabel("times")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _sae_label(result: Result, sae: dict[str, Any]) -> str:
+    several = len({entry["d_sae"] for entry in result.series["saes"]}) > 1
+    return f"block {sae['layer']}" + (f"\n{sae['d_sae']}" if several else "")
+
+
+def gap(result: Result) -> Figure:
+    """KL(Sae) less KL(random) by frequency of the token and by position, one line an SAE, with counts."""
+    figure, panels = new_panels(3.3, 2, sharey=True)
+    for axes, table, label in zip(
+        panels,
+        ("frequency", "position"),
+        ("times the token occurs in the text", "position in the context"),
+        strict=True,
+    ):
+        groups = {row["label"]: row["count"] for gaps in result.series["gaps"].values() for row in gaps[table]}
+        names = sorted(groups, key=lambda name: int(name.split(" ")[0]))
+        for number, sae in enumerate(result.series["saes"]):
+            rows = {row["label"]: row for row in result.series["gaps"][sae["name"]][table]}
+            shift = (number - (len(result.series["saes"]) - 1) / 2) * 0.08
+            shown = [(place + shift, rows[name]) for place, name in enumerate(names) if name in rows]
+            _gap_line(axes, shown, SERIES[number % len(SERIES)], _sae_label(result, sae))
+        axes.axhline(0, color="black", linewidth=0.6)
+        labels = [f"{name} (n {groups[name]})" for name in names]
+        axes.set_xticks(range(len(names)), labels, rotation=50, ha="right", rotation_mode="anchor", fontsize=7)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("KL(Sae) − KL(random), nats")
+    legend_beside(panels[1])
+    return figure
+
+
+def _gap_line(axes: Axes, shown: list[tuple[float, dict[str, Any]]], colour: str, label: str) -> None:
+    places, rows = [place for place, _ in shown], [row for _, row in shown]
+    values, errors = [row["value"] for row in rows], row_bars(rows)
+    axes.errorbar(places, values, yerr=errors, fmt="o-", markersize=3, linewidth=1, color=colour, label=label)
+
+
+def gap_by_token(result: Result) -> Figure:
+    """The tokens with the largest and the smallest gap, for the first SAE and the last, with counts and intervals."""
+    saes = result.series["saes"]
+    chosen = [saes[0]] if len(saes) == 1 else [saes[0], saes[-1]]
+    rows = [result.series["gaps"][sae["name"]]["token"] for sae in chosen]
+    figure, panels = new_panels(1.2 + 0.14 * max(map(len, rows)), len(chosen))
+    for axes, sae, own in zip(panels, chosen, rows, strict=True):
+        for place, row in enumerate(own):
+            colour = ORANGE if row["value"] > 0 else BLUE
+            axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=1)
+            axes.plot(row["value"], place, "o", color=colour, markersize=3)
+        axes.set_yticks(
+            range(len(own)), [f"{visible(row['label'], strip=False)}  ({row['count']})" for row in own], fontsize=7
+        )
+        axes.invert_yaxis()
+        axes.axvline(0, color=GREY, linewidth=0.6)
+        axes.set_title(f"{_sae_label(result, sae)}: token (count)".replace("\n", ", "))
+        axes.set_xlabel("KL(Sae) − KL(random), nats")
+    return figure
+
+
+FIGURES = {"ratios": ratios, "gap": gap, "tokens": gap_by_token}

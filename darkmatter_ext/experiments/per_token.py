@@ -1,4 +1,6 @@
-"""`darkmatter run per-token`: is a token hard for every SAE? Error norms of several widths, token by token (figures 5, 6).
+"""Which tokens have large error: the error norm of one SAE predicted from another's.
+
+Is a token hard for every SAE? Error norms of several widths, token by token (figures 5, 6).
 
 Over held-out tokens the (unsquared) norm of one SAE's error is predicted from that of another by a regression on one number,
 for every pair; a smaller SAE predicting a larger one is what the figures show. The gain is the share of what stays
@@ -8,8 +10,9 @@ unexplained, (R2' - R2) / (1 - R2), when the norm of the smaller SAE's nonlinear
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,15 +20,23 @@ from torch import Tensor
 from darkmatter_ext.estimators.intervals import Interval, r2_interval
 from darkmatter_ext.estimators.least_squares import fit_linear
 from darkmatter_ext.measurement import family, many_saes, many_saes_config
-from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig, family_result, given_hooks, measured_family
+from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig, given_hooks, measured_family
 from darkmatter_ext.measurement.many_saes import excerpt
 from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.nulls import other_tokens
 from darkmatter_ext.measurement.token_table import read_tokens
+from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.style import SERIES, new_panels, token_axis
+from darkmatter_ext.report.table import Table, shown, with_interval
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.catalogue import SAE_SETS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -38,11 +49,9 @@ class PerTokenConfig(FamilyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.sae) == 1:
-            raise ValueError(f"--sae: must name at least two SAEs, one predicts the other, got {self.sae[0]}")
+            raise InputError(f"sae: must name at least two SAEs, one predicts the other, got {self.sae[0]}")
         if not self.sae and len(self.widths) < 2:
-            raise ValueError(
-                f"--widths: must name at least two widths, one predicts the other, got {list(self.widths)}"
-            )
+            raise InputError(f"widths: must name at least two widths, one predicts the other, got {list(self.widths)}")
 
 
 PRESETS: dict[str, AnyConfig] = {
@@ -63,16 +72,14 @@ def _one_site(config: AnyConfig) -> str:
     """Where the SAEs are. Raises ValueError for fewer than two of them, or several sites."""
     if isinstance(config, ManySaesConfig):
         if len(config.sae) < 2:
-            raise ValueError(
-                f"--sae: must name at least two SAEs, one predicts the other, got {' '.join(config.sae) or 'none'}"
+            raise InputError(
+                f"sae: must name at least two SAEs, one predicts the other, got {' '.join(config.sae) or 'none'}"
             )
         hooks = many_saes.sae_sites(config)
     else:
         hooks = list(given_hooks(config)) or [config.hook]
     if len(hooks) > 1:
-        raise ValueError(
-            f"--sae: must be of one site, errors of several are not on one scale, got {' and '.join(hooks)}"
-        )
+        raise InputError(f"sae: must be of one site, errors of several are not on one scale, got {' and '.join(hooks)}")
     return hooks[0]
 
 
@@ -141,4 +148,132 @@ def run(config: AnyConfig, stages: Stages) -> Result:
     if config.parity == "released-code":
         notes.append("The released code shuffles without a seed; splits and shuffles here have one.")
     series = {"saes": saes, "excerpt": excerpt(found)}
-    return family_result("per-token", found, stages, numbers, series=series, notes=notes)
+    return measured_result("per-token", found, stages, numbers, series=series, notes=notes)
+
+
+def _pairs(result: Result) -> list[tuple[str, str]]:
+    """Predicting and predicted SAE, the smaller one first."""
+    names = [sae["name"] for sae in result.series["saes"]]
+    return [(first, second) for i, first in enumerate(names) for second in names[i + 1 :]]
+
+
+def table(result: Result) -> Table:
+    """One row a pair: R2 of the larger SAE's error norm, what further predictors gain; below, the controls of each SAE."""
+    numbers = result.numbers
+    rows = [
+        [
+            f"{first} → {second}",
+            with_interval(numbers, f"r2/{first}/{second}", "{:.3f}"),
+            with_interval(numbers, f"gain/{first}/{second}", "{:.1f}%"),
+            with_interval(numbers, f"gain_from_x/{first}/{second}", "{:.1f}%"),
+        ]
+        for first, second in _pairs(result)
+    ]
+    for name, label in (("x_norm", "norm of x"), ("shuffled", "another token's error norm")):
+        for sae in result.series["saes"]:
+            rows.append([f"{label} → {sae['name']}", with_interval(numbers, f"{name}/{sae['name']}", "{:.3f}"), "", ""])
+    return Table(
+        title=f"per-token: {result.config['model']}, {result.config['hook']}, held-out tokens",
+        headings=("error norm of → of", "R²", "gain, nonlinear norm", "gain, norm of x instead"),
+        rows=rows,
+    )
+
+
+def reading(result: Result) -> list[str]:
+    """How well smaller SAEs know which tokens are hard for larger ones, and whether the nonlinear norm adds to it."""
+    numbers, pairs, saes = result.numbers, _pairs(result), result.series["saes"]
+
+    def span(keys: list[str], form: str) -> str:
+        values = sorted(numbers[key] for key in keys)
+        low, high = shown(values[0], form), shown(values[-1], form)
+        return low if low == high else f"{low} to {high}"
+
+    def of_pairs(quantity: str) -> list[str]:
+        return [f"{quantity}/{first}/{second}" for first, second in pairs]
+
+    gains = of_pairs("gain")
+    above = sum(numbers[f"{key}/low"] > 0 for key in gains)
+    larger = sum(numbers[key] > numbers[key.replace("gain/", "gain_from_x/", 1)] for key in gains)
+    names = [sae["name"] for sae in saes]
+    first, last = names[0], names[-1]
+    return [
+        f"The error norm of a smaller SAE predicts, token by token, that of a larger one with R² "
+        f"{span(of_pairs('r2'), '{:.2f}')}; from {first} to {last} with "
+        f"{with_interval(numbers, f'r2/{first}/{last}', '{:.2f}')}.",
+        f"The norm of the smaller SAE's nonlinear error explains {span(gains, '{:.0f}%')} of what that leaves (beyond the "
+        f"interval for {above} of {len(pairs)} pairs); the norm of x in its place {span(of_pairs('gain_from_x'), '{:.0f}%')} "
+        f"(less for {larger} of {len(pairs)}).",
+        f"Controls: the norm of x alone has R² {span([f'x_norm/{name}' for name in names], '{:.2f}')}, "
+        f"another token's error norm {span([f'shuffled/{name}' for name in names], '{:.4f}')}.",
+    ]
+
+
+_ROOMY = 4  # cells a row that have room for an interval
+_TITLES = {"r2": "R² of the error norm", "gain": "gain from the nonlinear norm, %"}
+
+
+def matrices(result: Result) -> Figure:
+    """R2 of a larger SAE's error norm from a smaller one's, and the gain when the nonlinear norm joins, with intervals."""
+    saes = result.series["saes"]
+    figure, panels = new_panels(min(6.0, 1.2 + 0.48 * len(saes)), 2)
+    for axes, (quantity, title) in zip(panels, _TITLES.items(), strict=True):
+        _matrix(axes, result, quantity, "{:.3f}" if quantity == "r2" else "{:.1f}")
+        axes.set_title(title)
+        axes.set_xlabel("SAE predicted, latents")
+    panels[0].set_ylabel("from the SAE with latents")
+    return figure
+
+
+def _matrix(axes: Axes, result: Result, quantity: str, form: str) -> None:
+    """The upper triangle: row predicts column; text dark on light cells and light on dark ones."""
+    saes, last = result.series["saes"], len(result.series["saes"]) - 1
+    names = [sae["name"] for sae in saes]
+    values = [
+        [result.numbers[f"{quantity}/{first}/{second}"] if j > i else math.nan for j, second in enumerate(names) if j]
+        for i, first in enumerate(names[:-1])
+    ]
+    axes.imshow(values, cmap="Blues", aspect="auto")
+    finite = [value for row in values for value in row if math.isfinite(value)]
+    dark = min(finite, default=0.0) + 0.55 * (max(finite, default=0.0) - min(finite, default=0.0))
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            if not math.isfinite(value):
+                continue
+            key = f"{quantity}/{names[i]}/{names[j + 1]}"
+            colour = "white" if value > dark else "black"
+            axes.text(j, i - 0.1, form.format(value), ha="center", va="center", color=colour, fontsize=9)
+            low, high = (result.numbers[f"{key}/{end}"] for end in ("low", "high"))
+            if last <= _ROOMY and math.isfinite(low):
+                interval = f"{form.format(low)} to {form.format(high)}"
+                axes.text(j, i + 0.25, interval, ha="center", va="center", color=colour, fontsize=6)
+    labels = _labels(saes)
+    axes.set_xticks(range(last), labels[1:], fontsize=8)
+    axes.set_yticks(range(last), labels[:-1], fontsize=8)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _labels(saes: list[dict[str, Any]]) -> list[str]:
+    """Widths, or names where SAEs share one."""
+    widths = [str(sae["d_sae"]) for sae in saes]
+    return widths if len(set(widths)) == len(widths) else [sae["name"] for sae in saes]
+
+
+def curves(result: Result) -> Figure:
+    """Norms of the error and of the nonlinear error of every SAE over a piece of held-out text, token by token."""
+    excerpt, saes = result.series["excerpt"], result.series["saes"]
+    figure, panels = new_panels(4.6, 1, rows=2, sharex=True, sharey=True)
+    for axes, part in zip(panels, ("error", "nonlinear"), strict=True):
+        for number, (sae, label) in enumerate(zip(saes, _labels(saes), strict=True)):
+            norms = [math.sqrt(square) for square in excerpt["squared_norms"][sae["name"]][part]]
+            axes.plot(norms, color=SERIES[number % len(SERIES)], linewidth=1.1, label=label)
+        axes.set_ylabel(f"norm of the\n{part} error" if part != "error" else "norm of the error")
+        token_axis(axes, excerpt["tokens"])
+    panels[0].set_title("A token's error in SAEs of every width")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(saes)), title="latents")
+    return figure
+
+
+FIGURES = {"matrices": matrices, "curves": curves}

@@ -1,4 +1,6 @@
-"""`darkmatter run pursuit`: is the encoder to blame? The SAE's own latents, pursuit from zero, and a refit, side by side.
+"""FVU and its linear part with pursuit over the SAE's dictionary instead of its encoder.
+
+Is the encoder to blame? The SAE's own latents, pursuit from zero, and a refit, side by side.
 
 Engels et al. ask whether nonlinear error is what a better encoder would remove: the dictionary is kept, the codes are
 chosen by pursuit at the SAE's own L0, token by token (figure 10a: over widths). The refit keeps the encoder's choice of
@@ -9,22 +11,30 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from darkmatter_ext.measurement import family, many_saes_config
-from darkmatter_ext.measurement.family import FamilyConfig, family_result
+from darkmatter_ext.measurement.family import FamilyConfig
 from darkmatter_ext.measurement.many_saes import Encoders
 from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 from darkmatter_ext.ops.pursuit import METHODS
+from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.sae_table import sae_rows, sae_table
+from darkmatter_ext.report.style import BLUE, GREEN, ORANGE, interval_bars, new_panels, width_axis
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.encoders import as_encoder, pursuit_encoder, refit_encoder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 VARIANTS = {"encoder": "the SAE itself", "pursuit": "pursuit from zero", "refit": "the encoder's latents, refitted"}
 
 
 def _check_method(method: str) -> None:
     if method not in METHODS:
-        raise ValueError(f"--method: must be one of {', '.join(METHODS)}, got {method!r}")
+        raise InputError(f"method: must be one of {', '.join(METHODS)}, got {method!r}")
 
 
 @dataclass(frozen=True)
@@ -84,4 +94,61 @@ def run(config: AnyPursuitConfig, stages: Stages) -> Result:
     found = family.measured(config, stages, encoders(config.method))
     numbers = found.sae_numbers()
     notes = [f"Pursuit ({config.method}) takes as many steps at each token as the encoder has active latents there."]
-    return family_result("pursuit", found, stages, numbers, notes=notes)
+    return measured_result("pursuit", found, stages, numbers, notes=notes)
+
+
+PAPER_PURSUIT = "total FVU 3 to 5% lower, nonlinear error very slightly lower"
+
+
+table = sae_table  # a row an SAE
+
+
+def reading(result: Result) -> list[str]:
+    """What pursuit and the refit change against the encoder."""
+    rows = sae_rows(result)
+    lines = []
+    encoders = {row["sae"]: row for row in rows if row["variant"] == "encoder"}
+    for row in rows:
+        if row["variant"] == "encoder":
+            continue
+        encoder = encoders[row["sae"]]
+        change = row["fvu"] / encoder["fvu"] - 1
+        nonlinear = row["fvu_nonlinear"] / encoder["fvu_nonlinear"] - 1
+        lines.append(
+            f"{row['name']}: FVU {encoder['fvu']:.3f} to {row['fvu']:.3f} ({change:+.0%}), FVU nonlinear "
+            f"{encoder['fvu_nonlinear']:.3f} to {row['fvu_nonlinear']:.3f} ({nonlinear:+.0%}), L0 {row['l0']:.1f} "
+            f"({encoder['l0']:.1f} of the encoder)."
+        )
+    return [*lines, f"The paper, gradient pursuit on Gemma Scope: {PAPER_PURSUIT}."]
+
+
+_VARIANTS = {
+    "encoder": ("the SAE's own encoder", BLUE, "o"),
+    "pursuit": ("pursuit, same L0", ORANGE, "s"),
+    "refit": ("the encoder's latents, refitted", GREEN, "^"),
+}
+
+
+def by_width(result: Result) -> Figure:
+    """FVU and FVU_nonlinear over width with the encoder, with pursuit at its L0, and with its latents refitted."""
+    figure, panels = new_panels(3.0, 2)
+    titles = {"fvu": "FVU", "fvu_nonlinear": "FVU nonlinear"}
+    for axes, (quantity, title) in zip(panels, titles.items(), strict=True):
+        for variant, (label, colour, marker) in _VARIANTS.items():
+            saes = [sae for sae in result.series["saes"] if sae["variant"] == variant]
+            saes.sort(key=lambda sae: sae["d_sae"])
+            values, errors = interval_bars(result, [f"{sae['name']}/{quantity}" for sae in saes])
+            style = f"{marker}-" if len({sae["d_sae"] for sae in saes}) == len(saes) else marker
+            axes.errorbar(
+                [sae["d_sae"] for sae in saes], values, yerr=errors, fmt=style, markersize=4, linewidth=1,
+                color=colour, label=label,
+            )  # fmt: skip
+        width_axis(axes, [sae["d_sae"] for sae in result.series["saes"]])
+        axes.set_title(title)
+        axes.set_ylim(bottom=0)
+    panels[0].set_ylabel("fraction of variance")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+FIGURES = {"widths": by_width}

@@ -1,4 +1,6 @@
-"""`darkmatter run scaling`: how FVU, its nonlinear part and both prediction tests go with width and L0 (figures 1 to 4).
+"""FVU, FVU_nonlinear and both prediction tests over width and L0, with the power law.
+
+How FVU, its nonlinear part and both prediction tests go with width and L0 (figures 1 to 4).
 
 At a fixed L0 the FVU follows c + a W^m in the width W, while FVU_nonlinear hardly changes. With that, error comes apart
 (figure 1): what more latents would remove, curve - c; linear error that no width removes, c - mean FVU_nonlinear; what a
@@ -12,19 +14,39 @@ import functools
 import math
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.estimators.intervals import Interval
 from darkmatter_ext.estimators.power_law import MINIMUM_WIDTHS, PowerLaw, fit_power_law
 from darkmatter_ext.measurement import family, many_saes, many_saes_config
-from darkmatter_ext.measurement.family import KS, WIDTHS, FamilyConfig, family_result
+from darkmatter_ext.measurement.family import KS, WIDTHS, FamilyConfig
 from darkmatter_ext.measurement.many_saes import Measured
 from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement.metadata import narrowed
+from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SERIES,
+    SKY,
+    WIDTH,
+    interval_bars,
+    new_figure,
+    new_panels,
+    width_axis,
+)
+from darkmatter_ext.report.table import Table, shown, with_interval
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.encoders import as_encoder, pursuit_encoder, random_directions, shuffled_sae
 from darkmatter_ext.saes.loading import describe_sae
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 L0_TOLERANCE = (
     1.3  # an SAE is at the L0 of the law if it is off by no more than this factor (the paper: 48 to 64 for 60)
@@ -47,7 +69,7 @@ class ScalingConfig(FamilyConfig):
 
     def __post_init__(self) -> None:
         if not self.sae and len(self.widths) < 2:
-            raise ValueError(f"--widths: must name at least 2 widths to see how error scales, got {list(self.widths)}")
+            raise InputError(f"widths: must name at least 2 widths to see how error scales, got {list(self.widths)}")
         _check_l0(self.l0)
         super().__post_init__()
 
@@ -68,7 +90,7 @@ class ManyScalingConfig(ManySaesConfig):
 
 def _check_l0(l0: float) -> None:
     if not l0 > 0:
-        raise ValueError(f"--l0: must be above 0, got {l0}")
+        raise InputError(f"l0: must be above 0, got {l0}")
 
 
 AnyScalingConfig = ScalingConfig | ManyScalingConfig
@@ -104,7 +126,7 @@ def at_fixed_l0(saes: list[dict[str, Any]], numbers: dict[str, float], l0: float
 
 
 def _candidates(config: AnyScalingConfig, saes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The SAEs that the law may be made of: of a family trained with several k, those of the k nearest to --l0."""
+    """The SAEs that the law may be made of: of a family trained with several k, those of the k nearest to l0."""
     if isinstance(config, ManySaesConfig) or config.sae or len(config.ks) < 2:
         return saes
     return [sae for sae in saes if sae["name"].endswith(f"-k{_k(config, config.l0)}")]
@@ -162,11 +184,11 @@ def _check_widths(config: AnyScalingConfig) -> None:
     """Raises ValueError for given SAEs of one width only."""
     widths = {describe_sae(spec).d_sae for spec in config.sae}
     if len(widths) == 1:
-        raise ValueError(f"--sae: must be SAEs of at least 2 widths to see how error scales, got {sorted(widths)}")
+        raise InputError(f"sae: must be SAEs of at least 2 widths to see how error scales, got {sorted(widths)}")
 
 
 def run(config: AnyScalingConfig, stages: Stages) -> Result:
-    """Measure all SAEs, fit the power law at --l0, and take the error apart.
+    """Measure all SAEs, fit the power law at l0, and take the error apart.
 
     Raises ValueError for bad settings, SAEs of one width only or of several sites; RuntimeError for damaged files.
     """
@@ -175,7 +197,7 @@ def run(config: AnyScalingConfig, stages: Stages) -> Result:
     _check_widths(config)
     found = family.measured(config, stages)
     if len(found.sites) > 1:
-        raise ValueError(f"--sae: must be of one site to see how error scales, got {', '.join(found.sites)}")
+        raise InputError(f"sae: must be of one site to see how error scales, got {', '.join(found.sites)}")
     numbers = found.sae_numbers()
     chosen = at_fixed_l0(_candidates(config, found.saes), numbers, config.l0)
     notes: list[str] = []
@@ -201,7 +223,7 @@ def run(config: AnyScalingConfig, stages: Stages) -> Result:
             f"Power law from {len(chosen)} widths with {len(chosen) - 3} residuals to spare; its intervals are profiles of "
             "the likelihood, NaN where the points set no bound."
         )
-    return family_result("scaling", found, stages, numbers, series=series, notes=notes)
+    return measured_result("scaling", found, stages, numbers, series=series, notes=notes)
 
 
 def _renamed(pursued: Measured, chosen: list[dict[str, Any]]) -> dict[str, float]:
@@ -213,3 +235,207 @@ def _renamed(pursued: Measured, chosen: list[dict[str, Any]]) -> dict[str, float
         name = next(name for name in names if key.startswith(f"{name}/"))
         found[names[name] + key.removeprefix(name)] = value
     return found
+
+
+PAPER = "FVU_nonlinear is about constant in width at fixed L0"
+
+
+def table(result: Result) -> Table:
+    """One row an SAE, pursuit and controls below."""
+    saes = sorted(result.series["saes"], key=lambda sae: (round(result.numbers[f"{sae['name']}/l0"]), sae["d_sae"]))
+    names = [sae["name"] for sae in saes]
+    if result.series["with_pursuit"]:
+        names += [f"{name} pursuit" for name in result.series["law"]]
+    names += [sae["name"] for sae in result.series["controls"]]
+    forms = {"fvu": "{:.3f}", "fvu_nonlinear": "{:.3f}", "r2_vec": "{:.3f}", "r2_norm/error": "{:.3f}"}
+    rows = [
+        [name, shown(result.numbers[f"{name}/l0"], "{:.1f}")]
+        + [with_interval(result.numbers, f"{name}/{key}", form) for key, form in forms.items()]
+        for name in names
+    ]
+    return Table(
+        title=f"scaling: {result.config['model']}, {result.config['hook']}, held-out tokens",
+        headings=("SAE", "L0", "FVU", "FVU nonlin.", "R² error", "R² error norm"),
+        rows=rows,
+    )
+
+
+def reading(result: Result) -> list[str]:
+    """How far the law is known, how flat FVU_nonlinear is, and what the error is made of."""
+    numbers, names = result.numbers, result.series["law"]
+    if not names:
+        return ["Too few widths at one L0 for a power law; see the notes."]
+    constants = ", ".join(f"{name} = {with_interval(numbers, f'law/{name}', '{:.3g}')}" for name in "cam")
+    widths = {sae["name"]: sae["d_sae"] for sae in result.series["saes"]}
+    narrow, wide = names[0], names[-1]
+    lines = [
+        f"FVU(W) = c + a W^m over {len(names)} widths at L0 about {fmean(numbers[f'{name}/l0'] for name in names):.0f}: "
+        f"{constants}; R² {numbers['law/r2']:.4f}, largest residual {numbers['law/largest_residual']:.4f}.",
+        f"From {widths[narrow]} to {widths[wide]} latents FVU goes {_change(result, narrow, wide, 'fvu')}, FVU nonlinear "
+        f"{_change(result, narrow, wide, 'fvu_nonlinear')} (the paper: {PAPER}).",
+        f"Of the FVU {numbers[f'{wide}/fvu']:.3f} at {widths[wide]} latents, {numbers[f'{wide}/breakdown/absent']:.3f} is what "
+        f"more latents would remove, {with_interval(numbers, 'breakdown/linear', '{:.3f}')} linear error at any width, "
+        f"{numbers['breakdown/nonlinear']:.3f} nonlinear error (its mean over widths).",
+    ]
+    if numbers["breakdown/linear/low"] <= 0 or numbers["breakdown/linear"] <= 0:
+        lines.append(
+            "The interval of c reaches below the mean FVU nonlinear: whether linear error stays at any width cannot be told "
+            "from these widths."
+        )
+    if result.series["with_pursuit"]:
+        removed = [numbers[f"{name}/breakdown/encoder"] for name in names]
+        lines.append(
+            f"Gradient pursuit at the same L0 takes {min(removed):+.4f} to {max(removed):+.4f} off FVU nonlinear."
+        )
+    return lines
+
+
+def _change(result: Result, narrow: str, wide: str, key: str) -> str:
+    first, last = (result.numbers[f"{name}/{key}"] for name in (narrow, wide))
+    return f"from {first:.3f} to {last:.3f} ({last / first - 1:+.0%})"
+
+
+_L0_STEP = 1.25  # SAEs whose L0 differ by less are one line
+QUANTITIES = {
+    "fvu": "FVU",
+    "fvu_nonlinear": "FVU nonlinear",
+    "r2_vec": "R² of the error vector",
+    "r2_norm/error": "R² of the error's norm",
+}
+
+
+def _lines(result: Result) -> list[tuple[float, list[dict[str, Any]]]]:
+    """SAEs grouped by about the same L0, least first, each group by width."""
+    l0 = {sae["name"]: result.numbers[f"{sae['name']}/l0"] for sae in result.series["saes"]}
+    groups: list[list[dict[str, Any]]] = []
+    for sae in sorted(result.series["saes"], key=lambda sae: l0[sae["name"]]):
+        if groups and l0[sae["name"]] <= _L0_STEP * l0[groups[-1][0]["name"]]:
+            groups[-1].append(sae)
+        else:
+            groups.append([sae])
+    mean = [math.fsum(l0[sae["name"]] for sae in group) / len(group) for group in groups]
+    return [(value, sorted(group, key=lambda sae: sae["d_sae"])) for value, group in zip(mean, groups, strict=True)]
+
+
+def lines(result: Result) -> Figure:
+    """FVU and FVU_nonlinear over width, one line an L0, with the power law at its L0."""
+    figure, panels = new_panels(3.3, 2, sharey=True)
+    for axes, quantity in zip(panels, ("fvu", "fvu_nonlinear"), strict=True):
+        for number, (l0, saes) in enumerate(_lines(result)):
+            values, errors = interval_bars(result, [f"{sae['name']}/{quantity}" for sae in saes])
+            axes.errorbar(
+                [sae["d_sae"] for sae in saes], values, yerr=errors, fmt="o-", markersize=3.5, linewidth=1,
+                color=SERIES[number % len(SERIES)], label=f"L0 {l0:.0f}",
+            )  # fmt: skip
+        width_axis(axes, [sae["d_sae"] for sae in result.series["saes"]])
+        axes.set_title(QUANTITIES[quantity])
+        axes.set_ylim(bottom=0)
+    if result.series["law"]:
+        _draw_law(panels[0], result)
+    panels[0].set_ylabel("fraction of variance")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def _draw_law(axes: Axes, result: Result) -> None:
+    c, a, m = (result.numbers[f"law/{name}"] for name in "cam")
+    widths = [sae["d_sae"] for sae in result.series["saes"]]
+    low, high = math.log2(min(widths)), math.log2(max(widths))
+    places = [2 ** (low + (high - low) * step / 60) for step in range(61)]
+    axes.plot(
+        places,
+        [c + a * width**m for width in places],
+        color="black",
+        linewidth=1.1,
+        linestyle="--",
+        zorder=3,
+        label="c + a Wᵐ",
+    )
+    axes.axhline(c, color=GREY, linewidth=0.9, linestyle=":", label="c")
+
+
+def contours(result: Result) -> Figure:
+    """FVU, FVU_nonlinear, R2 of the error vector and of its norm over width and L0."""
+    from matplotlib.figure import Figure
+
+    saes = result.series["saes"]
+    x = [math.log2(sae["d_sae"]) for sae in saes]
+    y = [math.log2(max(1e-3, result.numbers[f"{sae['name']}/l0"])) for sae in saes]
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    for axes, (quantity, title) in zip(figure.subplots(2, 2).flat, QUANTITIES.items(), strict=True):
+        values = [result.numbers[f"{sae['name']}/{quantity}"] for sae in saes]
+        if _spread(x, y):
+            shown = axes.tricontourf(x, y, values, levels=10, cmap="viridis")
+            figure.colorbar(shown, ax=axes, format="%.3f")
+            axes.plot(x, y, "o", color="white", markeredgecolor="black", markersize=4)
+        else:  # all SAEs on one line: nothing to interpolate between
+            shown = axes.scatter(x, y, c=values, cmap="viridis", edgecolors="black")
+            figure.colorbar(shown, ax=axes, format="%.3f")
+        axes.set_title(title)
+        _log2_ticks(axes, x, y)
+    return figure
+
+
+def _log2_ticks(axes: Axes, x: list[float], y: list[float]) -> None:
+    for axis, values in ((axes.xaxis, x), (axes.yaxis, y)):
+        powers = range(math.floor(min(values)), math.ceil(max(values)) + 1)
+        axis.set_ticks(list(powers), [str(2**power) if power < 14 else f"{2 ** (power - 10)}k" for power in powers])
+    axes.set_xlim(min(x) - 0.2, max(x) + 0.2)
+    axes.set_ylim(min(y) - 0.2, max(y) + 0.2)
+    axes.set_xlabel("latents")
+    axes.set_ylabel("L0")
+
+
+def _spread(x: list[float], y: list[float]) -> bool:
+    """Whether three of the points make a triangle wide enough to interpolate in."""
+    import numpy as np
+
+    if len(x) < 3:
+        return False
+    points = np.stack([x, y], axis=1)
+    return bool(np.linalg.svd(points - points.mean(0), compute_uv=False)[1] > 0.1)
+
+
+def stacked_breakdown(result: Result) -> Figure:
+    """FVU at each width of the law, stacked: absent latents, linear error, what pursuit removes, the rest (figure 1)."""
+    figure, axes = new_figure(3.0)
+    names = result.series["law"]
+    if not names:
+        axes.annotate("no power law: too few widths at one L0", (0.5, 0.5), xycoords="axes fraction", ha="center")
+        return figure
+    widths = {sae["name"]: sae["d_sae"] for sae in result.series["saes"]}
+    bottom = [0.0] * len(names)
+    linear = result.numbers["breakdown/linear"]
+    parts = {
+        "rest": (BLUE, "nonlinear error that stays" if result.series["with_pursuit"] else "nonlinear error"),
+        "encoder": (ORANGE, "removed by pursuit"),
+        "linear": (SKY, "linear error at any width"),
+        "absent": (GREEN, "absent latents"),
+    }
+    for key, (colour, label) in parts.items():
+        if key == "encoder" and not result.series["with_pursuit"]:
+            continue
+        heights = [linear if key == "linear" else result.numbers[f"{name}/breakdown/{key}"] for name in names]
+        heights = [max(0.0, height) for height in heights]
+        top = [low + height for low, height in zip(bottom, heights, strict=True)]
+        axes.fill_between([widths[name] for name in names], bottom, top, color=colour, linewidth=0, label=label)
+        bottom = top
+    places = [widths[name] for name in names]
+    axes.plot(places, [result.numbers[f"{name}/fvu"] for name in names], "o", color="black", markersize=4, label="FVU")
+    values, errors = interval_bars(result, ["law/c"])
+    axes.errorbar(
+        [max(places) * 1.1], values, yerr=errors, fmt="D", color=GREY, markersize=4, linewidth=1, label="c, 95 %"
+    )
+    width_axis(axes, places)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("fraction of variance")
+    l0 = [result.numbers[f"{name}/l0"] for name in names]
+    axes.set_title(
+        f"What the error is made of, L0 {min(l0):.0f}" + (f" to {max(l0):.0f}" if max(l0) > min(l0) + 1 else "")
+    )
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+FIGURES = {"lines": lines, "contours": contours, "breakdown": stacked_breakdown}

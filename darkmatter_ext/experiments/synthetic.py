@@ -1,4 +1,6 @@
-"""`darkmatter run synthetic`: does the split into linear and nonlinear error find what was planted? (figure 15, table 1)
+"""Does the split into linear and nonlinear error find planted noise and ablated latents?
+
+Does the split into linear and nonlinear error find what was planted? (figure 15, table 1)
 
 Sae(x) takes the place of the activation, so that its latents are all there is to find. The "SAE" of this activation is the
 same one with the weakest active latents of each token ablated. Noise of known standard deviation is added to the
@@ -27,10 +29,15 @@ from darkmatter_ext.measurement.selection import FIT, HELD_OUT, TokenSelection, 
 from darkmatter_ext.measurement.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.report.style import BLUE, SKY, WIDTH, new_panels
+from darkmatter_ext.report.table import Table, with_interval
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.drop_in import accelerate
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from darkmatter_ext.activations.store import ActivationCache
 
 RELEASED_CODE_TOKENS = 50_000  # fitted and scored on the same ones
@@ -44,7 +51,7 @@ class SyntheticConfig(SiteConfig):
     """Plant noise of known size and ablate latents, and see where the estimated linear and nonlinear error go."""
 
     levels: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0)
-    """noise levels, standard deviations in units of --unit, on the activation and on the reconstruction"""
+    """noise levels, standard deviations in units of unit, on the activation and on the reconstruction"""
     ablations: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
     """shares of the active latents of each token to ablate, the weakest first"""
     unit: float = 0.0
@@ -61,16 +68,16 @@ class SyntheticConfig(SiteConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.parity not in ("paper", "released-code"):
-            raise ValueError(f"--parity: must be paper or released-code, got {self.parity!r}")
+            raise InputError(f"parity: must be paper or released-code, got {self.parity!r}")
         if len(self.levels) < 2 or min(self.levels) < 0:
-            raise ValueError(f"--levels: must be at least 2 numbers of at least 0, got {list(self.levels)}")
+            raise InputError(f"levels: must be at least 2 numbers of at least 0, got {list(self.levels)}")
         if not self.ablations or not all(0 <= share < 1 for share in self.ablations):
-            raise ValueError(f"--ablations: must be shares of at least 0 and below 1, got {list(self.ablations)}")
+            raise InputError(f"ablations: must be shares of at least 0 and below 1, got {list(self.ablations)}")
         if self.unit < 0:
-            raise ValueError(f"--unit: must be at least 0, got {self.unit}")
+            raise InputError(f"unit: must be at least 0, got {self.unit}")
         for name, least in (("fit_tokens", 2), ("score_tokens", 2), ("noise_seeds", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')}: must be at least {least}, got {getattr(self, name)}")
+                raise InputError(f"{name}: must be at least {least}, got {getattr(self, name)}")
 
 
 PRESETS = {"demo": SyntheticConfig(widths=(2048,))}
@@ -255,3 +262,88 @@ def run(config: SyntheticConfig, stages: Stages) -> Result:
         seconds=stages.seconds,
         provenance=provenance(config.device) | {"text_sha256": cache.meta["text_sha256"]},
     )
+
+
+def table(result: Result) -> Table:
+    """One row an SAE and planted quantity: where its energy went, and Pearson's r over the cells."""
+    rows = []
+    for sae in result.series["saes"]:
+        for planted in result.series["planted"]:
+            cells = [
+                with_interval(result.numbers, f"{sae['name']}/{planted}/{kind}/{estimate}", "{:.2f}")
+                for kind in ("share_as", "correlation")
+                for estimate in result.series["estimated"]
+            ]
+            rows.append([f"{sae['name']}: {planted.replace('_', ' ')}", *cells])
+    return Table(
+        title=f"synthetic: {result.config['model']}, {result.config['hook']}, Sae(x) as the activation",
+        headings=("planted", "estimated as linear", "as nonlinear", "r with linear", "r with nonlinear"),
+        rows=rows,
+    )
+
+
+def reading(result: Result) -> list[str]:
+    """Where a unit of each planted energy is found, and how much of it is overfitting."""
+    lines = []
+    for sae_name in (sae["name"] for sae in result.series["saes"]):
+        kinds = result.series["estimated"]
+        noise, reconstruction, ablation = (
+            [f"{result.numbers[f'{sae_name}/{planted}/share_as/{kind}']:.0%}" for kind in kinds]
+            for planted in result.series["planted"]
+        )
+        lines.append(
+            f"{sae_name}: noise in the activation is estimated as linear error to {noise[0]} and as nonlinear to "
+            f"{noise[1]}; noise in the reconstruction {reconstruction[0]} and {reconstruction[1]} (planted: 0% and 100%); "
+            f"ablated latents {ablation[0]} and {ablation[1]}."
+        )
+    return lines
+
+
+def noise_grid(result: Result) -> Figure:
+    """Estimated linear and nonlinear error over the two noises, nothing ablated; one row of panels an SAE."""
+    from matplotlib.figure import Figure
+
+    saes, levels = result.series["saes"], result.config["levels"]
+    figure = Figure(figsize=(WIDTH, 2.9 * len(saes)), layout="constrained")
+    panels = figure.subplots(len(saes), 2, squeeze=False, sharey=True)
+    for row, sae in zip(panels, saes, strict=True):
+        cells = result.series["grids"][sae["name"]]["estimated"]
+        top = max(max(entry[0]) for line in cells for entry in line)
+        for axes, (which, title) in zip(row, enumerate(("linear", "nonlinear")), strict=True):
+            values = [[cells[a][r][0][which] for r in range(len(levels))] for a in range(len(levels))]
+            axes.imshow(values, origin="lower", cmap="cividis", vmin=0, vmax=top, aspect="auto")
+            for a, line in enumerate(values):
+                for r, value in enumerate(line):
+                    colour = "black" if value > 0.5 * top else "white"
+                    axes.annotate(f"{value:.1f}", (r, a), ha="center", va="center", fontsize=8, color=colour)
+            ticks = [f"{level:g}" for level in levels]
+            axes.set_xticks(range(len(levels)), ticks)
+            axes.set_yticks(range(len(levels)), ticks)
+            axes.set_xlabel("noise on the reconstruction, std")
+            axes.set_title(f"Estimated {title} error" + (f", {sae['d_sae']} latents" if len(saes) > 1 else ""))
+        row[0].set_ylabel("noise on the activation, std")
+    return figure
+
+
+def ablation(result: Result) -> Figure:
+    """Estimated error without noise against the energy of the ablated latents, which it adds up to."""
+    saes = result.series["saes"]
+    figure, panels = new_panels(2.7, len(saes), sharey=True)
+    for axes, sae in zip(panels, saes, strict=True):
+        grid = result.series["grids"][sae["name"]]
+        shares = [100 * share for share in result.config["ablations"]]
+        linear, nonlinear = ([cell[which] for cell in grid["estimated"][0][0]] for which in (0, 1))
+        axes.stackplot(
+            shares, nonlinear, linear, colors=(BLUE, SKY), labels=("estimated nonlinear", "estimated linear")
+        )
+        axes.plot(
+            shares, [cell[2] for cell in grid["planted"][0][0]], "ko--", markersize=3, linewidth=1, label="planted"
+        )
+        axes.set_xlabel("weakest active latents ablated, %")
+        axes.set_title(f"Ablation without noise, {sae['d_sae']} latents")
+    panels[0].set_ylabel("error, units of noise level 1")
+    panels[0].legend(loc="upper left")
+    return figure
+
+
+FIGURES = {"noise": noise_grid, "ablation": ablation}

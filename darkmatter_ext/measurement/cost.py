@@ -167,7 +167,7 @@ def cost_lines(found: Cost, rates: Rates, *, products: str, model_known: bool) -
     return [
         f"download  {_size(found.download_bytes)}{unknown}",
         f"memory    SAE weights {_size(found.weight_bytes)} (the largest {_size(found.largest_sae_bytes)}), "
-        f"sums {_size(found.sum_bytes)}; --sae-memory-gb loads SAEs in turn",
+        f"sums {_size(found.sum_bytes)}; sae_memory_gb loads SAEs in turn",
         f"operations  model {found.model_operations:.1e}, SAEs {found.encode_operations:.1e}, sums {found.sum_operations:.1e}",
         f"time      about {duration(sum(parts.values()))} on this device, one process ({shares}): arithmetic from "
         f"timings of a second ({rates.dense / 1e9:.0f} GFLOPS float32, {rates.double / 1e9:.0f} float64, "

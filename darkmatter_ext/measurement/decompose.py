@@ -18,6 +18,7 @@ from torch import Tensor
 
 from darkmatter_ext.estimators.least_squares import LinearMap, SplitStatistics, train_mask
 from darkmatter_ext.measurement.error import NORM_TARGETS, ErrorStatistics, norm_targets, sae_error, varies
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.flat_activations import for_flat_activations
 
 
@@ -102,7 +103,7 @@ def _first_pass(batches: Iterable[TokenBatch], saes: Sequence[Reconstruct]) -> _
             errors.append(error)
         state.regression.update(x, torch.cat(errors, dim=1), batch.train)
     if state is None:
-        raise ValueError("x: must hold at least one token, got none")
+        raise InputError("x: must hold at least one token, got none")
     return state
 
 
@@ -120,7 +121,7 @@ def _second_pass(
         ]
         statistics.update(x, torch.cat(targets, dim=1), batch.train)
     if statistics is None:
-        raise ValueError("batches: must be readable twice (a list, or an object with __iter__), got a spent iterator")
+        raise InputError("batches: must be readable twice (a list, or an object with __iter__), got a spent iterator")
     return statistics
 
 
@@ -143,12 +144,12 @@ def decompose_stream(batches: Iterable[TokenBatch], saes: Mapping[str, Reconstru
     """
     functions = list(saes.values())
     if not functions:
-        raise ValueError("saes: must name at least one SAE, got none")
+        raise InputError("saes: must name at least one SAE, got none")
     first = _first_pass(batches, functions)
     test = first.regression.test
     for side, own in (("train", first.regression.train), ("held-out", test)):
         if not varies(own.moment_xx.diagonal().sum().item(), own.mean_x, own.count):
-            raise ValueError(
+            raise InputError(
                 f"x: must vary over the {side} tokens, got a constant: shares of its variance cannot be told"
             )
     all_errors = first.regression.fit()
@@ -234,14 +235,14 @@ def decompose(
     """
     if not isinstance(x, Tensor) or x.ndim != 2:
         given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x: must be a tensor of shape [n, d], got {given}")
+        raise InputError(f"x: must be a tensor of shape [n, d], got {given}")
     if train is None:
         train = train_mask(torch.arange(len(x)) if groups is None else groups, fraction=train_fraction, seed=seed)
     if train.dtype != torch.bool or train.shape != x.shape[:1]:
-        raise ValueError(f"train: must be bool of shape [{len(x)}], got {train.dtype} {list(train.shape)}")
+        raise InputError(f"train: must be bool of shape [{len(x)}], got {train.dtype} {list(train.shape)}")
     d_in = getattr(getattr(sae, "cfg", None), "d_in", x.shape[1])
     if d_in != x.shape[1]:
-        raise ValueError(f"x: must be of shape [n, {d_in}] as the SAE's d_in, got {list(x.shape)}")
+        raise InputError(f"x: must be of shape [n, {d_in}] as the SAE's d_in, got {list(x.shape)}")
     starts = range(0, len(x), batch_size)
     batches = [TokenBatch(x[i : i + batch_size], train[i : i + batch_size], i) for i in starts]
     reconstruct = _from_stored(x, sae) if isinstance(sae, Tensor) else _from_sae(sae)

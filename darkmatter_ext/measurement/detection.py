@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.estimators.intervals import Interval, bootstrap
+from darkmatter_ext.runtime.inputs import InputError
 
 DECILES = 10
 
@@ -143,8 +144,8 @@ def score_latents(
     enough = (firing >= 4 * DECILES) & (firing <= len(tokens) - 4 * settings.inactive)
     usable = enough.nonzero().flatten()
     if len(usable) == 0:
-        raise ValueError(
-            f"--tokens: no latent is active on enough snippets to be judged (at least {4 * DECILES} of {len(tokens)})"
+        raise InputError(
+            f"tokens: no latent is active on enough snippets to be judged (at least {4 * DECILES} of {len(tokens)})"
         )
     latents = usable[torch.randperm(len(usable), generator=generator)[: settings.latents]].sort().values.tolist()
     owner = torch.tensor(contexts)

@@ -37,6 +37,7 @@ from darkmatter_ext.measurement.selection import FIT, HELD_OUT, UNUSED, kept_pos
 from darkmatter_ext.measurement.sweeps import Sweep, context_groups, context_roles, sweeps
 from darkmatter_ext.measurement.token_table import TokenTable
 from darkmatter_ext.runtime.checkpoint import CheckpointFolder
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.processes import Processes
 from darkmatter_ext.saes.encoders import Encoded, Encoder
 
@@ -205,7 +206,7 @@ class _Engine:
         typical = norms[kept].median().item() if bool(kept.any()) else 0.0
         usable = kept & self._usual(norms, typical)
         if not bool(usable.any()):
-            raise ValueError(self._nothing_left(norms.shape[1]))
+            raise InputError(self._nothing_left(norms.shape[1]))
         x = {name: _rows(pilot.activations[name], usable, self.device) for name in self._read_hooks(hook, predictors)}
         outputs = [self._outputs(predictor, x) for predictor in predictors]
         shift = torch.cat([x[hook], *outputs], dim=1).double().mean(0)
@@ -265,7 +266,7 @@ class _Engine:
         cut = f" within {slice(*settings.positions)}" if settings.positions else ""
         special = f" and {len(settings.excluded_tokens)} special tokens" if settings.excluded_tokens else ""
         return (
-            "--drop-positions, --max-norm-ratio: must leave tokens to measure, got "
+            "drop_positions, max_norm_ratio: must leave tokens to measure, got "
             f"{settings.drop_positions} of contexts of {length}{cut} and {settings.max_norm_ratio:g}{special}"
         )
 
@@ -463,7 +464,7 @@ class _Engine:
         parts = [site.linear[FIT], *(site.groups if released else ())]
         x = site.linear[FIT].reduced(self.processes.sum, targets=[]).statistics(["x"], ["x"])
         if not varies(x.moment_yy.sum().item(), x.mean_x, x.count):
-            raise ValueError(f"activations: must vary over the fit tokens, got a constant at {site.hook}")
+            raise InputError(f"activations: must vary over the fit tokens, got a constant at {site.hook}")
         for sae in site.saes:
             name = f"error/{sae.name}"
             total = LinearSums.merged(
@@ -544,7 +545,7 @@ def measure(
         RuntimeError: damaged checkpoint or source. OSError: a folder that cannot be written; what was saved is kept.
     """
     if not saes:
-        raise ValueError("saes: must name at least one SAE, got none")
+        raise InputError("saes: must name at least one SAE, got none")
     everything = {
         **dataclasses.asdict(settings),
         "saes": [[sae.name, sae.hook, sae.d_sae] for sae in saes],

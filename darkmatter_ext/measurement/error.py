@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from darkmatter_ext.runtime.inputs import InputError
+
 
 def sae_error(x: Tensor, x_hat: Tensor) -> Tensor:
     """SaeError(x) = x - Sae(x), [..., d], for x and Sae(x) of shape [..., d].
@@ -17,7 +19,7 @@ def sae_error(x: Tensor, x_hat: Tensor) -> Tensor:
     Raises ValueError when the shapes differ.
     """
     if x.shape != x_hat.shape:
-        raise ValueError(f"x_hat: must have the shape of x {list(x.shape)}, got {list(x_hat.shape)}")
+        raise InputError(f"x_hat: must have the shape of x {list(x.shape)}, got {list(x_hat.shape)}")
     return x - x_hat
 
 

@@ -35,14 +35,13 @@ from darkmatter_ext.measurement.site import (
     sites_activations,
     trained_saes,
 )
-from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import cache_dir, fingerprint
 from darkmatter_ext.saes.encoders import Encoder, as_encoder
 from darkmatter_ext.saes.loading import describe_sae, load_sae
 
 if TYPE_CHECKING:
-    import numpy as np
     from sae_lens import SAE
 
 WIDTHS = (512, 1024, 2048, 4096, 8192)  # of the demo's families
@@ -54,9 +53,9 @@ class FamilyConfig(SiteConfig):
     """Train TopK SAEs of several widths and k, and measure them all in one pass over the rest of the text."""
 
     ks: tuple[int, ...] = ()
-    """instead of --k, several: SAEs of every width are trained with each, the widest of several with the middle one only"""
+    """instead of k, several: SAEs of every width are trained with each, the widest of several with the middle one only"""
     full_grid: bool = False
-    """train the widest with every one of --ks too: it takes about as long as all the others"""
+    """train the widest with every one of ks too: it takes about as long as all the others"""
     parity: str = "paper"
     """paper, or released-code: regressions on x without bias, b* of the norm tests and FVU on all tokens"""
     interval_groups: int = 10
@@ -67,15 +66,15 @@ class FamilyConfig(SiteConfig):
         MeasureSettings(interval_groups=self.interval_groups, parity=self.parity, split=self.split)  # their own checks
         for k in () if self.sae else self.ks:
             if not 1 <= k <= min(self.widths, default=k):
-                raise ValueError(f"--ks: must be from 1 to the least of --widths ({min(self.widths)}), got {k}")
+                raise InputError(f"ks: must be from 1 to the least of widths ({min(self.widths)}), got {k}")
         for name in ("ks", "widths"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"--{name}: must be different numbers, got {list(values)}")
+                raise InputError(f"{name}: must be different numbers, got {list(values)}")
 
     @property
     def least_width(self) -> int:
-        """Of an SAE to train; with --ks, which have a rule of their own, --k does not count."""
+        """Of an SAE to train; with ks, which have a rule of their own, k does not count."""
         return 1 if self.ks else self.k
 
     @property
@@ -114,7 +113,7 @@ class FamilySite:
 
 
 def given_hooks(config: FamilyConfig) -> dict[str, tuple[str, ...]]:
-    """Hook point -> folders of --sae that name it (--hook where one names none).
+    """Hook point -> folders of sae that name it (hook where one names none).
 
     Raises ValueError for an SAE that cannot be loaded.
     """
@@ -126,13 +125,13 @@ def given_hooks(config: FamilyConfig) -> dict[str, tuple[str, ...]]:
 
 
 def family_sites(config: FamilyConfig, hooks: Sequence[str], stages: Stages) -> dict[str, FamilySite]:
-    """Activations and SAEs at each of `hooks`, from one reading of the text: those of --sae, or trained here.
+    """Activations and SAEs at each of `hooks`, from one reading of the text: those of sae, or trained here.
 
     Raises ValueError for bad settings, an SAE of another site; RuntimeError for a damaged cache.
     """
     given = given_hooks(config)
     if stray := next((hook for hook in given if hook not in hooks), None):
-        raise ValueError(f"--sae: must be of the site {' or '.join(hooks)}, got one of {stray} in {given[stray][0]}")
+        raise InputError(f"sae: must be of the site {' or '.join(hooks)}, got one of {stray} in {given[stray][0]}")
     caches = sites_activations(config, hooks, site_contexts(config, stages), stages)
     sites = {}
     for hook in hooks:
@@ -164,7 +163,7 @@ def measured_family(
     """Measure every SAE of a family on the text that trained none of them.
 
     Args:
-        hooks: sites of the family; default --hook alone.
+        hooks: sites of the family; default hook alone.
         sites: of `family_sites`, where the caller has them already.
         predictors: name -> what makes its SAE from the sites; joins x as a predictor of the errors.
         targets: the sites whose SAEs are measured (the others serve predictors only); default all.
@@ -280,30 +279,3 @@ def measured(config: AnyConfig, stages: Stages, encoders: Encoders | None = None
     if isinstance(config, ManySaesConfig):
         return many_saes.measured(config, stages, encoders)
     return measured_family(config, stages, encoders=encoders)
-
-
-def family_result(
-    experiment: str,
-    found: Measured,
-    stages: Stages,
-    numbers: Mapping[str, float],
-    *,
-    series: Mapping[str, Any] | None = None,
-    arrays: Mapping[str, np.ndarray] | None = None,
-    notes: Sequence[str] = (),
-) -> Result:
-    """The result of an experiment on a measurement: its numbers beside token counts, SAEs, notes and provenance."""
-    groups = found.config["interval_groups"]
-    intervals = (
-        f"Intervals: 95 %, leaving out one of {groups} groups of held-out contexts at a time; maps stay as fitted."
-    )
-    return Result(
-        experiment=experiment,
-        config=found.config,
-        numbers=found.numbers | dict(numbers),
-        series={"saes": found.saes, **(series or {})},
-        arrays=dict(arrays or {}),
-        notes=[*found.notes, *notes, *([intervals] if groups > 1 else [])],
-        seconds=stages.seconds,
-        provenance=provenance(found.config["device"]) | found.provenance,
-    )

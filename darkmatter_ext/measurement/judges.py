@@ -18,6 +18,7 @@ import torch
 
 from darkmatter_ext.activations.store import load_model, load_tokenizer
 from darkmatter_ext.measurement.detection import Snippet
+from darkmatter_ext.runtime.inputs import InputError, StateError
 
 TIMEOUT_SECONDS = 120
 SNIPPETS_PER_QUESTION = 5  # more at once and answers lose track of the numbers
@@ -63,7 +64,7 @@ class EndpointJudge:
 
     def __init__(self, url: str, model: str, *, key_variable: str = "OPENAI_API_KEY") -> None:
         if not re.match(r"https?://\S+$", url):
-            raise ValueError(f"--endpoint: must be the URL of an OpenAI-compatible server, got {url!r}")
+            raise InputError(f"endpoint: must be the URL of an OpenAI-compatible server, got {url!r}")
         self.url, self.model, self.key_variable = url.rstrip("/"), model, key_variable
 
     def check(self) -> None:
@@ -106,7 +107,7 @@ class EndpointJudge:
             reason = str(getattr(error, "reason", "") or error) or type(error).__name__
         except (ValueError, LookupError, TypeError) as error:
             reason = f"not an answer of an OpenAI-compatible server: {type(error).__name__}"
-        raise RuntimeError(f"--endpoint: must answer chat completions, got {self.url} ({' '.join(reason.split())})")
+        raise StateError(f"endpoint: must answer chat completions, got {self.url} ({' '.join(reason.split())})")
 
 
 class LocalJudge:

@@ -28,6 +28,7 @@ from darkmatter_ext.measurement.measurement import MeasuredSae, MeasureSettings,
 from darkmatter_ext.measurement.metadata import Usage, excluded_ids, own_hook, usage
 from darkmatter_ext.measurement.run_checks import RunChecks, measured_samples
 from darkmatter_ext.measurement.token_table import read_tokens
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.processes import Processes, processes
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import cache_dir, fingerprint
@@ -67,14 +68,14 @@ class _Resolved(NamedTuple):
 def _resolve(config: ManySaesConfig) -> _Resolved:
     """Raises ValueError when an SAE cannot be read, or they do not fit together."""
     if not config.sae:
-        raise ValueError("--sae: must name at least one SAE, got none")
+        raise InputError("sae: must name at least one SAE, got none")
     saes, predictors = ([describe_sae(spec) for spec in specs] for specs in (config.sae, config.predictor))
     hooks = [_hook(config, sae, config.hook) for sae in saes]
     predictor_hooks = [_hook(config, sae, "") for sae in predictors]
     model = published_name(config.model) or _named_model([*saes, *predictors])
     if not model and not config.cache:
-        raise ValueError(f"--model: must be given, {saes[0].spec} does not say its model, got none")
-    stored = "--cache" if config.cache else "--tokenised" if config.tokenised else ""
+        raise InputError(f"model: must be given, {saes[0].spec} does not say its model, got none")
+    stored = "cache" if config.cache else "tokenised" if config.tokenised else ""
     own = usage(saes, config, others=predictors, model=config.model, hook=config.hook, stored=stored)
     excluded = excluded_ids(own.special_tokens, model)
     settings = dataclasses.replace(config.settings(), positions=own.positions, excluded_tokens=excluded)
@@ -86,9 +87,7 @@ def _named_model(saes: Sequence[SaeDescription]) -> str:
     named = {published_name(name): name for sae in saes if (name := str(sae.metadata.get("model_name") or ""))}
     if len(named) > 1:
         first, second = list(named.values())[:2]
-        raise ValueError(
-            f"--model: must be given, the SAEs were made with {first} and {second}, got {saes[0].spec} ..."
-        )
+        raise InputError(f"model: must be given, the SAEs were made with {first} and {second}, got {saes[0].spec} ...")
     return next(iter(named), "")
 
 
@@ -97,7 +96,7 @@ def _hook(config: ManySaesConfig, sae: SaeDescription, given: str) -> str:
     own = own_hook(sae)
     hook = given or (own if config.cache else translated_hook(own))
     if not hook:
-        raise ValueError(f"--hook: must be given, {sae.spec} does not say where it reads, got none")
+        raise InputError(f"hook: must be given, {sae.spec} does not say where it reads, got none")
     if not config.cache:
         parse_hook_point(hook)
     return hook
@@ -121,11 +120,9 @@ def _source(config: ManySaesConfig, found: _Resolved, folder: Path, own: Process
         source: Any = open_cache(config.cache)
         missing = [hook for hook in found.read if hook not in source.widths]
         if missing:
-            raise ValueError(f"--cache: must hold {missing[0]}, got {', '.join(source.widths)}")
+            raise InputError(f"cache: must hold {missing[0]}, got {', '.join(source.widths)}")
         if found.settings.excluded_tokens and int(source.read([0]).tokens.min()) < 0:
-            raise ValueError(
-                "--exclude-special-tokens: must be no for a --cache that holds no token ids, got auto or yes"
-            )
+            raise InputError("exclude_special_tokens: must be no for a cache that holds no token ids, got auto or yes")
         wanted = max(2, config.tokens // source.context_length)
         return SelectedContexts(source, torch.arange(min(source.n_contexts, wanted)))
     check_fits(found.model, context_length=found.usage.context_length)
@@ -142,7 +139,7 @@ def _source(config: ManySaesConfig, found: _Resolved, folder: Path, own: Process
     with stages.stage("load the language model"):
         if found.usage.processing or config.backend == "transformer-lens":
             if config.loss:
-                raise ValueError("--loss: must be left out with TransformerLens' processed weights, got --loss")
+                raise InputError("loss: must be left out with TransformerLens' processed weights, got loss")
             return LensSource.load(
                 found.model, found.read, store, processing=found.usage.processing, device=own.device, dtype=dtype
             )
@@ -162,7 +159,7 @@ def _check_widths(source: Source, found: _Resolved) -> None:
     every = [*zip(found.saes, found.hooks, strict=True), *zip(found.predictors, found.predictor_hooks, strict=True)]
     for sae, hook in every:
         if sae.d_in != source.widths[hook]:
-            raise ValueError(f"--sae: must have d_in {source.widths[hook]} as {hook}, got {sae.d_in} in {sae.spec}")
+            raise InputError(f"sae: must have d_in {source.widths[hook]} as {hook}, got {sae.d_in} in {sae.spec}")
 
 
 def _names(saes: Sequence[SaeDescription]) -> list[str]:
@@ -205,7 +202,7 @@ def sae_sites(config: ManySaesConfig) -> list[str]:
 
 
 def run_folder(config: ManySaesConfig, variants: Sequence[str] = ()) -> Path:
-    """Where the run keeps its state: --checkpoint, or the cache folder by everything that decides the result.
+    """Where the run keeps its state: checkpoint, or the cache folder by everything that decides the result.
 
     A checkpoint has a folder of its own below it for each set of `variants` (encoders, controls).
     """
@@ -251,7 +248,7 @@ def measured(
 
     Args:
         encoders: name -> how an SAE is used; every SAE is measured once with each, as `SAE NAME`, instead of with its own.
-        controls: name -> what makes a further predictor out of the first of --predictor.
+        controls: name -> what makes a further predictor out of the first of predictor.
 
     Raises ValueError for bad settings, an SAE or model that cannot be read; RuntimeError for damaged files; OSError for a
     folder that cannot be written.

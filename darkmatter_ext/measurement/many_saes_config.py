@@ -11,6 +11,7 @@ import torch
 from darkmatter_ext.activations.hook_points import parse_hook_point
 from darkmatter_ext.measurement.measurement import MeasureSettings
 from darkmatter_ext.measurement.metadata import InputFlags
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.catalogue import SAE_SETS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -23,7 +24,7 @@ class ManySaesConfig(InputFlags):
     sae: tuple[str, ...] = ()
     """SAEs: folders (SAELens, sparsify or dictionary_learning), or RELEASE:ID of SAELens' list (or a repository of one)"""
     predictor: tuple[str, ...] = ()
-    """SAEs of other sites (as --sae) whose outputs join x as predictors of the errors, as in the earlier-layer test"""
+    """SAEs of other sites (as sae) whose outputs join x as predictors of the errors, as in the earlier-layer test"""
     model: str = ""
     """the embedded model, a local folder, or a Hugging Face id; default: as the SAEs' metadata says"""
     hook: str = ""
@@ -33,15 +34,15 @@ class ManySaesConfig(InputFlags):
     text: str = ""
     """UTF-8 text file to measure on; default: the documentation installed on this machine"""
     dataset: str = ""
-    """Hugging Face dataset (hub id or local path) with a column `text`, instead of --text"""
+    """Hugging Face dataset (hub id or local path) with a column `text`, instead of text"""
     tokenised: str = ""
-    """pre-tokenised dataset with a column `input_ids` or `tokens`, instead of --text"""
+    """pre-tokenised dataset with a column `input_ids` or `tokens`, instead of text"""
     shuffle_buffer: int = 0
-    """shuffle the streamed --dataset in a buffer of so many documents; 0: in its order"""
+    """shuffle the streamed dataset in a buffer of so many documents; 0: in its order"""
     contexts_per_document: int = 0
     """take at most so many contexts of a document; 0: all"""
     tokens: int = 200_000
-    """tokens to measure on, first positions included (of a --cache: at most)"""
+    """tokens to measure on, first positions included (of a cache: at most)"""
     drop_positions: int = 8
     """leave out the first positions of each context"""
     max_norm_ratio: float = 10.0
@@ -51,11 +52,11 @@ class ManySaesConfig(InputFlags):
     fit_fraction: float = 0.6
     """share of the text that b* is fitted on"""
     norm_fit_fraction: float = 0.5
-    """with --passes 1: share of the other text that the norm tests are fitted on; the rest is held out"""
+    """with passes 1: share of the other text that the norm tests are fitted on; the rest is held out"""
     passes: int = 2
     """2: the paper's procedure, every token read twice; 1: every token read once, norm tests fitted on text of their own"""
     parity: str = "paper"
-    """paper, or released-code: regressions on x without bias, b* of the norm tests and FVU on all tokens (--passes 2)"""
+    """paper, or released-code: regressions on x without bias, b* of the norm tests and FVU on all tokens (passes 2)"""
     interval_groups: int = 10
     """groups of held-out contexts that confidence intervals come from; each keeps a Gram matrix; 1: no intervals"""
     products: str = "float64"
@@ -85,7 +86,7 @@ class ManySaesConfig(InputFlags):
     device: str = "cpu"
     """cpu or cuda"""
     device_map: str = ""
-    """spread the model over devices as transformers does ("auto"), instead of --device"""
+    """spread the model over devices as transformers does ("auto"), instead of device"""
     seed: int = 0
     """of the splits and the shuffle"""
 
@@ -100,19 +101,19 @@ class ManySaesConfig(InputFlags):
         self.check_inputs()
         for name in ("dtype", "sae_dtype"):
             if getattr(self, name) not in DTYPES:
-                raise ValueError(f"{_flag(name)}: must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
+                raise InputError(f"{name}: must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
         least = {"tokens": 2, "batch_tokens": 1, "forward_tokens": 1, "block_contexts": 1, "drop_positions": 0}
         least |= dict.fromkeys(("shuffle_buffer", "contexts_per_document", "table_contexts"), 0)
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
-                raise ValueError(f"{_flag(name)}: must be at least {minimum}, got {getattr(self, name)}")
+                raise InputError(f"{name}: must be at least {minimum}, got {getattr(self, name)}")
         given = [name for name in ("text", "dataset", "tokenised", "cache") if getattr(self, name)]
         if len(given) > 1:
-            raise ValueError(f"{_flag(given[0])}: give one of {' and '.join(map(_flag, given))}, got both")
+            raise InputError(f"{given[0]}: give one of {' and '.join(given)}, got both")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
-            raise ValueError(f"--device: must be cpu or cuda, got {self.device!r}")
+            raise InputError(f"device: must be cpu or cuda, got {self.device!r}")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device: must be available, got {self.device!r} on a machine without a CUDA device")
+            raise InputError(f"device: must be available, got {self.device!r} on a machine without a CUDA device")
         self.settings()  # its own checks
 
     def settings(self) -> MeasureSettings:
@@ -122,10 +123,6 @@ class ManySaesConfig(InputFlags):
         }
         own = {name: getattr(self, name) for name in names - {"token_means", "positions"}}
         return MeasureSettings(**own, sae_memory=self.sae_memory_gb * 1e9)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 PRESETS: dict[str, ManySaesConfig] = {"one-pass": ManySaesConfig()}

@@ -46,6 +46,7 @@ from darkmatter_ext.estimators.sums import PRODUCTS, LatentSums, LinearSums, Tok
 from darkmatter_ext.measurement.decompose import Decomposition
 from darkmatter_ext.measurement.error import NORM_TARGETS
 from darkmatter_ext.measurement.selection import FIT, HELD_OUT
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.encoders import Encoder
 
 NORM_FIT = 4  # role beside selection's: tokens the norm tests are fitted on when every token is read once
@@ -81,22 +82,22 @@ class MeasureSettings:
 
     def __post_init__(self) -> None:
         if self.passes not in (1, 2):
-            raise ValueError(f"--passes: must be 1 or 2, got {self.passes}")
+            raise InputError(f"passes: must be 1 or 2, got {self.passes}")
         if self.products not in PRODUCTS:
-            raise ValueError(f"--products: must be one of {', '.join(PRODUCTS)}, got {self.products!r}")
+            raise InputError(f"products: must be one of {', '.join(PRODUCTS)}, got {self.products!r}")
         if self.split not in SPLITS:
-            raise ValueError(f"--split: must be documents, contexts or tokens, got {self.split!r}")
+            raise InputError(f"split: must be documents, contexts or tokens, got {self.split!r}")
         if self.passes == 1 and self.split == "tokens":
-            raise ValueError("--split: must be documents or contexts with --passes 1, got 'tokens'")
+            raise InputError("split: must be documents or contexts with passes 1, got 'tokens'")
         if self.parity not in PARITIES:
-            raise ValueError(f"--parity: must be one of {', '.join(PARITIES)}, got {self.parity!r}")
+            raise InputError(f"parity: must be one of {', '.join(PARITIES)}, got {self.parity!r}")
         if self.passes == 1 and self.parity == "released-code":
-            raise ValueError("--passes: must be 2 with --parity released-code, got 1")
+            raise InputError("passes: must be 2 with parity released-code, got 1")
         if self.interval_groups < 1:
-            raise ValueError(f"--interval-groups: must be at least 1, got {self.interval_groups}")
+            raise InputError(f"interval_groups: must be at least 1, got {self.interval_groups}")
         for name in ("fit_fraction", "norm_fit_fraction"):
             if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: must be between 0 and 1, got {getattr(self, name)}")
+                raise InputError(f"{name}: must be between 0 and 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class SiteMeasurement:
             "nonlinear": lambda sums: sums.affine_statistics(predictors, "x", self.maps[sae], subtract_from=error),
         }
         if part not in kinds:
-            raise ValueError(f"part: must be one of {', '.join(kinds)}, got {part!r}")
+            raise InputError(f"part: must be one of {', '.join(kinds)}, got {part!r}")
         return kinds[part]
 
     def n_columns(self, predictors: Sequence[str]) -> int:

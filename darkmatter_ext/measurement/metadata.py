@@ -16,6 +16,7 @@ from darkmatter_ext.activations.sources import asked_processing
 from darkmatter_ext.activations.store import load_tokenizer, published_name
 from darkmatter_ext.activations.text import special_token_ids
 from darkmatter_ext.measurement.selection import Positions
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.flat_activations import SCALED, WHITENED
 from darkmatter_ext.saes.loading import SaeDescription, describe_sae
 
@@ -31,7 +32,7 @@ _NOTHING_TO_DO |= {"training_architecture_details", "normalize_decoder", "traine
 _NOTHING_TO_DO |= {"context_size", "prepend_bos", "seqpos_slice", "exclude_special_tokens"}
 _NOTHING_TO_DO |= {"model_from_pretrained_kwargs"}
 # What a source that was made before has decided.
-_STORED = {"--cache": ("context_size", "prepend_bos"), "--tokenised": ("prepend_bos",)}
+_STORED = {"cache": ("context_size", "prepend_bos"), "tokenised": ("prepend_bos",)}
 _MODEL_CLASSES = ("HookedTransformer", "AutoModelForCausalLM")  # the same activations as our sources give
 # Options of a model's loading that decide which weights it has, and those that change no activation.
 _OTHER_WEIGHTS = ("revision", "checkpoint_index", "checkpoint_value", "checkpoint_label", "first_n_layers")
@@ -61,18 +62,14 @@ class InputFlags:
         yes_no = ("auto", "yes", "no")
         for name, allowed in (("backend", BACKENDS), ("bos", yes_no), ("exclude_special_tokens", yes_no)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{_flag(name)}: must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise InputError(f"{name}: must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.context_length < 0:
-            raise ValueError(f"--context-length: must be at least 0, got {self.context_length}")
+            raise InputError(f"context_length: must be at least 0, got {self.context_length}")
         if self.positions != "auto":
             given_positions(self.positions)
         for scale in self.activation_scale:
             if not 0 < scale < float("inf"):
-                raise ValueError(f"--activation-scale: must be above 0 and finite, got {scale:g}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+                raise InputError(f"activation_scale: must be above 0 and finite, got {scale:g}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def given_positions(text: str) -> Positions:
             raise ValueError
         return _slice(list(numbers))
     except ValueError:
-        raise ValueError(f"--positions: must be auto, START:STOP or START:STOP:STEP, got {text!r}") from None
+        raise InputError(f"positions: must be auto, START:STOP or START:STOP:STEP, got {text!r}") from None
 
 
 def _slice(value: Any) -> Positions:
@@ -139,7 +136,7 @@ class _Reading:
 
     def __init__(self, saes: Sequence[SaeDescription], stored: str = "") -> None:
         self.saes = saes
-        self.stored = stored  # the flag of a source that was made before, "--cache" or "--tokenised"
+        self.stored = stored  # the flag of a source that was made before, "cache" or "tokenised"
         self.followed: list[str] = []
         self.overridden: list[str] = []
         self.unsaid: list[str] = []
@@ -154,7 +151,7 @@ class _Reading:
                 try:
                     found.setdefault(str(parse(value)), (parse(value), str(value)))
                 except ValueError as error:
-                    raise ValueError(f"--sae: {error}, got {value!r} in {sae.spec}") from None
+                    raise InputError(f"sae: {error}, got {value!r} in {sae.spec}") from None
         return {written: parsed for parsed, written in found.values()}
 
     def one(self, key: str, flag: str, given: Any, parse: Callable[[Any], Any], default: Any) -> Any:
@@ -166,7 +163,7 @@ class _Reading:
             return given
         if len(values) > 1 and key not in _STORED.get(self.stored, ()):
             first, second = list(values)[:2]
-            raise ValueError(
+            raise InputError(
                 f"{flag}: must be given, the SAEs were made with {first} and {second}, got {self.saes[0].spec} ..."
             )
         self._chosen(key, flag, values, [])
@@ -176,30 +173,30 @@ class _Reading:
         """The flag's context length, else the shortest of the SAEs'."""
         values = self.values("context_size", _length)
         if given:
-            self._chosen("context_size", "--context-length", values, [w for w, size in values.items() if size != given])
+            self._chosen("context_size", "context_length", values, [w for w, size in values.items() if size != given])
             return given
         least = min(values.values(), default=DEFAULT_CONTEXT_LENGTH)
-        if len(values) > 1 and self.stored != "--cache":
+        if len(values) > 1 and self.stored != "cache":
             self.followed.append(f"context_size {least} (the shortest of {', '.join(values)})")
         else:
-            self._chosen("context_size", "--context-length", values, [])
+            self._chosen("context_size", "context_length", values, [])
         return least
 
     def processing(self, backend: str) -> dict[str, bool]:
-        """The weight processing all SAEs ask for (one that names none asks for none), unless --backend huggingface."""
+        """The weight processing all SAEs ask for (one that names none asks for none), unless backend huggingface."""
         asked = [asked_processing(sae.metadata.get("model_from_pretrained_kwargs")) for sae in self.saes]
         named = {", ".join(options) or "none": options for options in asked}
         shown = [f"processed weights ({name})" for name, options in named.items() if options]
-        if self.stored == "--cache":
+        if self.stored == "cache":
             self.as_stored += shown
             return {}
         if backend == "huggingface":
-            self.overridden += [f"{text} (by --backend)" for text in shown]
+            self.overridden += [f"{text} (by backend)" for text in shown]
             return {}
         if len(named) > 1:
             first, second = list(named)[:2]
-            raise ValueError(
-                f"--backend: must be huggingface, the SAEs ask for different processing of the model's weights ({first}; "
+            raise InputError(
+                f"backend: must be huggingface, the SAEs ask for different processing of the model's weights ({first}; "
                 f"{second}), got {backend} for {self.saes[0].spec} ..."
             )
         self.followed += shown
@@ -229,7 +226,7 @@ class _Reading:
 
 def _places(reading: _Reading, own: Sequence[SaeDescription], model: str, hook: str) -> None:
     """The model of all SAEs and the hook point of `own` that flags name otherwise than the metadata."""
-    for key, flag, given in (("model_name", "--model", published_name(model)), ("hook_name", "--hook", hook)):
+    for key, flag, given in (("model_name", "model", published_name(model)), ("hook_name", "hook", hook)):
         for sae in reading.saes:
             named = str(sae.metadata.get(key) or "")
             known = published_name(named) if key == "model_name" else translated_hook(named)
@@ -243,8 +240,8 @@ def _model_options(reading: _Reading, model_given: bool) -> None:
         asked = sae.metadata.get("model_from_pretrained_kwargs") or {}
         for option, value in asked.items():
             if option in _OTHER_WEIGHTS and value is not None and not model_given:
-                raise ValueError(
-                    f"--model: must be given, {sae.spec} was made on other weights ({option} {value}), got none"
+                raise InputError(
+                    f"model: must be given, {sae.spec} was made on other weights ({option} {value}), got none"
                 )
             if value and option not in _NO_MATTER and not asked_processing({option: value}):
                 reading.ignored.append(f"{option} {value}")
@@ -268,25 +265,25 @@ def _scales(reading: _Reading, given: tuple[float, ...]) -> tuple[float | None, 
     lacking = [sae.normalize_activations == SCALED for sae in saes]
     for sae in saes:
         if sae.normalize_activations == WHITENED:
-            raise ValueError(
-                f"--sae: must have its whitening folded in or beside it, got normalize_activations "
+            raise InputError(
+                f"sae: must have its whitening folded in or beside it, got normalize_activations "
                 f"{WHITENED!r} without its matrices in {sae.spec}"
             )
     if given and not any(lacking):
-        raise ValueError(f"--activation-scale: must be left out, no SAE lacks its factor, got {given[0]:g}")
+        raise InputError(f"activation_scale: must be left out, no SAE lacks its factor, got {given[0]:g}")
     if len(given) not in (0, 1, len(saes)):
-        raise ValueError(f"--activation-scale: must be one number or {len(saes)}, one an SAE, got {len(given)}")
+        raise InputError(f"activation_scale: must be one number or {len(saes)}, one an SAE, got {len(given)}")
     if any(lacking) and not given:
         sae = saes[lacking.index(True)]
-        raise ValueError(
-            f"--activation-scale: must be given, {sae.spec} was made on activations scaled by a factor that its files "
+        raise InputError(
+            f"activation_scale: must be given, {sae.spec} was made on activations scaled by a factor that its files "
             f"do not give (normalize_activations {SCALED!r}), got none"
         )
     every = given * len(saes) if len(given) == 1 else given or (0.0,) * len(saes)
     scales = tuple(scale if lacks else None for scale, lacks in zip(every, lacking, strict=True))
     if any(lacking):
         shown = ", ".join(dict.fromkeys(f"{scale:g}" for scale in scales if scale is not None))
-        reading.followed.append(f"normalize_activations {SCALED} (factor {shown} of --activation-scale)")
+        reading.followed.append(f"normalize_activations {SCALED} (factor {shown} of activation_scale)")
     return scales
 
 
@@ -305,7 +302,7 @@ def usage(
         flags: what the user says, which overrides the metadata.
         others: more SAEs that get the same inputs, such as predictors.
         model, hook: as the user names them; nothing: as the SAEs say.
-        stored: "--cache" or "--tokenised" where activations or tokens were made before.
+        stored: "cache" or "tokenised" where activations or tokens were made before.
 
     Raises ValueError, one line, for metadata that cannot be followed, or SAEs that do not agree where no flag decides.
     """
@@ -314,25 +311,25 @@ def usage(
         positions = () if flags.positions == "auto" else given_positions(flags.positions)
         length = flags.context_length or DEFAULT_CONTEXT_LENGTH
         if flags.backend == "transformer-lens":
-            raise ValueError("--backend: must be auto or huggingface without --sae, got 'transformer-lens'")
+            raise InputError("backend: must be auto or huggingface without sae, got 'transformer-lens'")
         if flags.activation_scale:
-            raise ValueError(f"--activation-scale: must be left out without --sae, got {flags.activation_scale[0]:g}")
+            raise InputError(f"activation_scale: must be left out without sae, got {flags.activation_scale[0]:g}")
         return Usage(length, flags.bos != "no", positions, flags.exclude_special_tokens == "yes")
     yes_no = {"yes": True, "no": False}
     length = reading.shortest(flags.context_length)
-    bos = reading.one("prepend_bos", "--bos", yes_no.get(flags.bos), _boolean, default=True)
+    bos = reading.one("prepend_bos", "bos", yes_no.get(flags.bos), _boolean, default=True)
     cut = None if flags.positions == "auto" else given_positions(flags.positions)
-    positions = reading.one("seqpos_slice", "--positions", cut, _slice, default=())
+    positions = reading.one("seqpos_slice", "positions", cut, _slice, default=())
     special = reading.one(
         "exclude_special_tokens",
-        "--exclude-special-tokens",
+        "exclude_special_tokens",
         yes_no.get(flags.exclude_special_tokens),
         _special,
         default=False,
     )
     processing = reading.processing(flags.backend)
     _places(reading, saes, model, hook)
-    _model_options(reading, bool(model) or stored == "--cache")
+    _model_options(reading, bool(model) or stored == "cache")
     scales = _scales(reading, flags.activation_scale)
     _rest(reading)
     return Usage(length, bos, positions, special, processing, scales, reading.notes())
@@ -345,9 +342,9 @@ def own_hook(sae: SaeDescription) -> str:
     """
     own, head = str(sae.metadata.get("hook_name") or ""), sae.metadata.get("hook_head_index")
     if head is not None:
-        raise ValueError(f"--sae: must read a whole hook point, got one of head {head} in {sae.spec}")
+        raise InputError(f"sae: must read a whole hook point, got one of head {head} in {sae.spec}")
     if sae.metadata.get("hook_name_out") not in (None, own) or "transcoder" in sae.architecture:
-        raise ValueError(f"--sae: must reconstruct its own input, got the {sae.architecture} {sae.spec}")
+        raise InputError(f"sae: must reconstruct its own input, got the {sae.architecture} {sae.spec}")
     return own
 
 
@@ -362,7 +359,7 @@ Config = TypeVar("Config", bound=InputFlags)  # with a field `sae`
 
 
 def narrowed(config: Config, sae: Sequence[str]) -> Config:
-    """The same configuration for some of its SAEs, with their own factors of --activation-scale."""
+    """The same configuration for some of its SAEs, with their own factors of activation_scale."""
     every: Any = config
     scales = every.activation_scale
     if len(scales) == len(every.sae) > 1:

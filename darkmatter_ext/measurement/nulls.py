@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from darkmatter_ext.runtime.inputs import InputError
+
 Null = Callable[[Tensor, Tensor], Tensor]  # x [n, d], Sae(x) [n, d] -> the point of the null model [n, d]
 
 NULLS = {
@@ -69,7 +71,7 @@ class NullModels:
         Raises ValueError for fewer than 2 activations.
         """
         if len(activations) < 2:
-            raise ValueError(f"activations: must be at least 2 for a mixture, got {len(activations)}")
+            raise InputError(f"activations: must be at least 2 for a mixture, got {len(activations)}")
         values, vectors = torch.linalg.eigh(error_covariance.double())
         root = (vectors * values.clamp(min=0).sqrt()).to(activations.dtype)
         return cls(root, activations - activations.mean(0))

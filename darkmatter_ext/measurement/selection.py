@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from darkmatter_ext.activations.splicing import PlacesToSplice
 from darkmatter_ext.activations.store import CONTEXTS_PER_FORWARD, ActivationCache
 from darkmatter_ext.estimators.least_squares import train_mask
 from darkmatter_ext.measurement.decompose import TokenBatch
+from darkmatter_ext.runtime.inputs import InputError
 
 UNUSED, SAE_TRAINING, FIT, HELD_OUT = range(4)  # roles of a token
 Positions = tuple[int | None, ...]  # arguments of slice; () stands for all positions
@@ -87,12 +88,12 @@ def select_tokens(
     Raises ValueError when a rule leaves nothing on a side.
     """
     if split not in ("documents", "contexts", "tokens"):
-        raise ValueError(f"--split: must be documents, contexts or tokens, got {split!r}")
+        raise InputError(f"split: must be documents, contexts or tokens, got {split!r}")
     norms, documents = cache.column("norms"), cache.column("documents")
     n_contexts, length = norms.shape
     if not 0 <= drop_positions < length:
-        raise ValueError(
-            f"--drop-positions: must be from 0 to {length - 1} (context length {length}), got {drop_positions}"
+        raise InputError(
+            f"drop_positions: must be from 0 to {length - 1} (context length {length}), got {drop_positions}"
         )
     in_place = torch.zeros(length, dtype=torch.bool)
     in_place[kept_positions(length, positions=positions, first=drop_positions)] = True
@@ -116,8 +117,8 @@ def select_tokens(
     roles[~usable | high] = UNUSED
     for name, role in (("fit", FIT), ("held-out", HELD_OUT)):
         if not bool((roles == role).any()):
-            raise ValueError(
-                f"--drop-positions, --max-norm-ratio: must leave {name} tokens, got 0 of {roles.numel()} tokens "
+            raise InputError(
+                f"drop_positions, max_norm_ratio: must leave {name} tokens, got 0 of {roles.numel()} tokens "
                 f"with {drop_positions} and {max_norm_ratio:g}"
             )
     return TokenSelection(
@@ -134,9 +135,9 @@ def select_tokens(
 def check_whole_contexts(contexts: int, split: str) -> None:
     """What an experiment that splices into whole held-out contexts needs of its settings. Raises ValueError."""
     if contexts < 2:
-        raise ValueError(f"--contexts: must be at least 2 (intervals are over contexts), got {contexts}")
+        raise InputError(f"contexts: must be at least 2 (intervals are over contexts), got {contexts}")
     if split == "tokens":
-        raise ValueError("--split: must be documents or contexts to splice into whole contexts, got 'tokens'")
+        raise InputError("split: must be documents or contexts to splice into whole contexts, got 'tokens'")
 
 
 @dataclass(frozen=True)
@@ -157,15 +158,6 @@ class MeasuredBatches:
             start += len(x)
 
 
-class ContextBatch(NamedTuple):
-    """Some whole contexts and which of their tokens are held out."""
-
-    numbers: Tensor  # [c] int64, of the contexts within the cache
-    tokens: Tensor  # [c, L] int64
-    x: Tensor  # [c, L, d]
-    held_out: Tensor  # [c, L] bool
-
-
 @dataclass(frozen=True)
 class HeldOutContexts:
     """Whole contexts that are held out, all of them or a seeded sample: for what needs every position of a context."""
@@ -182,24 +174,24 @@ class HeldOutContexts:
         """
         held_out = (roles == HELD_OUT).any(1)
         if bool((held_out & (roles == FIT).any(1)).any()):
-            raise ValueError("--split: must be documents or contexts to splice into whole contexts, got tokens")
+            raise InputError("split: must be documents or contexts to splice into whole contexts, got tokens")
         numbers = held_out.nonzero().flatten()
         if count > len(numbers):
-            raise ValueError(f"--contexts: must be at most the {len(numbers)} held-out contexts, got {count}")
+            raise InputError(f"contexts: must be at most the {len(numbers)} held-out contexts, got {count}")
         order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
         return cls(cache, roles, numbers[order[:count]].sort().values)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __iter__(self) -> Iterator[ContextBatch]:
+    def __iter__(self) -> Iterator[PlacesToSplice]:
         for shard in self.cache.shards():
             first, last = shard.first_context, shard.first_context + len(shard.tokens)
             inside = self.numbers[(self.numbers >= first) & (self.numbers < last)]
             for part in inside.split(CONTEXTS_PER_FORWARD) if len(inside) else ():
                 rows = part - first
                 held_out = self.roles[part] == HELD_OUT
-                yield ContextBatch(part, shard.tokens[rows], shard.activations[rows], held_out)
+                yield PlacesToSplice(part, shard.tokens[rows], shard.activations[rows], held_out)
 
 
 def tokens_with_role(cache: ActivationCache, roles: Tensor, role: int) -> Tensor:
@@ -226,13 +218,13 @@ def require_same_tokens(given: Tensor, stored: Tensor) -> None:
     Both [C, L] int64.
     """
     if given.shape != stored.shape:
-        raise ValueError(
+        raise InputError(
             f"tokens: must be those of the stored activations {list(stored.shape)}, got {list(given.shape)} tokens"
         )
     different = (given != stored).nonzero()
     if len(different):
         context, position = different[0].tolist()
-        raise ValueError(
+        raise InputError(
             f"tokens: must be those of the stored activations, got token {int(given[context, position])} where "
             f"{int(stored[context, position])} is stored (context {context}, position {position}; "
             f"{len(different)} places differ)"

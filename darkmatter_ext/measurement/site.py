@@ -32,6 +32,7 @@ from darkmatter_ext.measurement.selection import (
     select_tokens,
     tokens_with_role,
 )
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import cache_dir, fingerprint
 from darkmatter_ext.saes.loading import describe_sae, load_sae
@@ -51,11 +52,11 @@ class SiteConfig(InputFlags):
     hook: str = "blocks.10.hook_resid_post"
     """site, as TransformerLens and SAELens name it"""
     sae: tuple[str, ...] = ()
-    """folders of SAEs in SAELens' format; none: train TopK SAEs of --widths here"""
+    """folders of SAEs in SAELens' format; none: train TopK SAEs of widths here"""
     text: str = ""
     """UTF-8 text file to measure on; default: the documentation installed on this machine"""
     dataset: str = ""
-    """Hugging Face dataset (hub id or local path) with a column `text`, instead of --text"""
+    """Hugging Face dataset (hub id or local path) with a column `text`, instead of text"""
     tokens: int = 200_000
     """tokens of text, first positions included; both SAE training and measurement come out of them"""
     drop_positions: int = 8
@@ -65,7 +66,7 @@ class SiteConfig(InputFlags):
     split: str = "documents"
     """what is never divided between fit and held-out: documents, contexts or tokens (as in the paper)"""
     sae_fraction: float = 0.6
-    """share of the text that trains the SAEs and is not measured (unused with --sae)"""
+    """share of the text that trains the SAEs and is not measured (unused with sae)"""
     fit_fraction: float = 0.6
     """share of the measured text that the linear map is fitted on; the rest is held out"""
     widths: tuple[int, ...] = (1024, 2048, 4096)
@@ -83,33 +84,29 @@ class SiteConfig(InputFlags):
         parse_hook(self.hook)
         self.check_inputs()
         if self.context_length == 1:
-            raise ValueError("--context-length: must be at least 2 (0: as the SAEs' metadata says), got 1")
+            raise InputError("context_length: must be at least 2 (0: as the SAEs' metadata says), got 1")
         shortest = 2 * (self.context_length or (2 if self.sae else DEFAULT_CONTEXT_LENGTH))
         minimum = {"tokens": shortest, "k": 1, "steps": 1, "drop_positions": 0}
         for name, least in minimum.items():
             if getattr(self, name) < least:
-                raise ValueError(f"{_flag(name)}: must be at least {least}, got {getattr(self, name)}")
+                raise InputError(f"{name}: must be at least {least}, got {getattr(self, name)}")
         for name in ("sae_fraction", "fit_fraction"):
             if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{_flag(name)}: must be between 0 and 1, got {getattr(self, name)}")
+                raise InputError(f"{name}: must be between 0 and 1, got {getattr(self, name)}")
         if not self.sae and not self.widths:
-            raise ValueError("--widths: must name at least one width when no --sae is given, got none")
+            raise InputError("widths: must name at least one width when no sae is given, got none")
         for width in self.widths:
             if width < self.least_width:
-                raise ValueError(f"--widths: must be at least k ({self.least_width}), got {width}")
+                raise InputError(f"widths: must be at least k ({self.least_width}), got {width}")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
-            raise ValueError(f"--device: must be cpu or cuda, got {self.device!r}")
+            raise InputError(f"device: must be cpu or cuda, got {self.device!r}")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device: must be available, got {self.device!r} on a machine without a CUDA device")
+            raise InputError(f"device: must be available, got {self.device!r} on a machine without a CUDA device")
 
     @property
     def least_width(self) -> int:
         """Of an SAE to train."""
         return self.k
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def site_usage(config: SiteConfig) -> Usage:
@@ -123,8 +120,8 @@ def site_usage(config: SiteConfig) -> Usage:
 def refuse_processing(config: SiteConfig) -> None:
     """What an experiment that splices into the model needs. Raises ValueError for SAEs of processed weights."""
     if asked := site_usage(config).processing:
-        raise ValueError(
-            "--backend: must be huggingface to splice into the model, got auto for SAEs that ask for weights processed by "
+        raise InputError(
+            "backend: must be huggingface to splice into the model, got auto for SAEs that ask for weights processed by "
             f"TransformerLens ({', '.join(asked)})"
         )
 
@@ -214,14 +211,14 @@ def trained_saes(
 
 
 def given_saes(config: SiteConfig, cache: ActivationCache) -> dict[str, tuple[SAE, Path]]:
-    """Name -> (SAE, folder) of --sae. Raises ValueError for one that cannot be loaded or is of another site."""
+    """Name -> (SAE, folder) of sae. Raises ValueError for one that cannot be loaded or is of another site."""
     saes: dict[str, tuple[SAE, Path]] = {}
     for given, scale in zip(config.sae, site_usage(config).scales, strict=True):
         found = describe_sae(given)
         if found.d_in != cache.d_in:
-            raise ValueError(f"--sae: must have d_in {cache.d_in} as {config.hook}, got {found.d_in} in {given}")
+            raise InputError(f"sae: must have d_in {cache.d_in} as {config.hook}, got {found.d_in} in {given}")
         if (hook := translated_hook(own_hook(found))) not in ("", config.hook):
-            raise ValueError(f"--sae: must be of the site {config.hook}, got one of {hook} in {given}")
+            raise InputError(f"sae: must be of the site {config.hook}, got one of {hook} in {given}")
         name = found.name if found.name not in saes else given
         saes[name] = load_sae(given, device=config.device, activation_scale=scale), Path(given)
     return saes

@@ -13,6 +13,7 @@ from torch import Tensor
 from darkmatter_ext.estimators.least_squares import train_mask
 from darkmatter_ext.measurement.measurement import NORM_FIT, MeasureSettings
 from darkmatter_ext.measurement.selection import FIT, HELD_OUT
+from darkmatter_ext.runtime.inputs import InputError
 
 
 class Sweep(NamedTuple):
@@ -39,8 +40,8 @@ def context_roles(documents: Tensor, settings: MeasureSettings) -> Tensor:
             rest = train_mask(groups[~fit], fraction=settings.norm_fit_fraction, seed=settings.seed + 2)
             roles[~fit] = torch.where(rest, NORM_FIT, HELD_OUT)
     except ValueError:
-        raise ValueError(
-            f"--tokens: must leave {settings.split} on every side of the split, got {len(groups.unique())} {settings.split}"
+        raise InputError(
+            f"tokens: must leave {settings.split} on every side of the split, got {len(groups.unique())} {settings.split}"
         ) from None
     return roles
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from darkmatter_ext.runtime.inputs import InputError, StateError
 from darkmatter_ext.runtime.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class TokenTable:
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
             raise OSError(
-                f"--checkpoint: {self.folder} cannot be written ({reason}); what was saved before is kept"
+                f"checkpoint: {self.folder} cannot be written ({reason}); what was saved before is kept"
             ) from None
         self._waiting, self._bytes, self.n_parts = [], 0, self.n_parts + 1
 
@@ -74,7 +75,7 @@ class TokenTable:
         for leftover in self.folder.glob(f".part-{self.rank:04d}-*.part"):  # of a process killed while it wrote
             shutil.rmtree(leftover, ignore_errors=True)
         if len(own) < n_parts:
-            raise RuntimeError(f"--checkpoint: {self.folder} is damaged (a part is missing); nothing was deleted")
+            raise StateError(f"checkpoint: {self.folder} is damaged (a part is missing); nothing was deleted")
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{self.rank:04d}-{number:06d}.parquet"
@@ -96,5 +97,5 @@ def read_tokens(folder: str | Path, columns: Sequence[str] | None = None) -> pya
         table = ds.dataset(Path(folder), format="parquet").to_table(columns=names)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"per_token: must be a folder of parquet parts, got {folder} ({reason})") from None
+        raise InputError(f"per_token: must be a folder of parquet parts, got {folder} ({reason})") from None
     return table.sort_by([("context", "ascending"), ("position", "ascending")])

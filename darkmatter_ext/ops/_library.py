@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from darkmatter_ext.runtime.inputs import StateError
+
 _FOLDER = Path(__file__).resolve().parents[1]
 CPU_LIBRARY = _FOLDER / "libdarkmatter_cpu.so"
 CUDA_LIBRARY = _FOLDER / "libdarkmatter_cuda.so"
@@ -16,16 +18,14 @@ def _load(path: Path) -> None:
         torch.ops.load_library(path)
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise RuntimeError(
+        raise StateError(
             f"darkmatter_ext: {path.name} must load with torch {torch.__version__}, got: {reason}; "
-            "build again with pip install --no-build-isolation ."
+            "build again with pip install no_build_isolation ."
         ) from None
 
 
 if not CPU_LIBRARY.exists():
-    raise RuntimeError(
-        f"darkmatter_ext: the compiled ops are missing ({CPU_LIBRARY}); pip install --no-build-isolation ."
-    )
+    raise StateError(f"darkmatter_ext: the compiled ops are missing ({CPU_LIBRARY}); pip install no_build_isolation .")
 _load(CPU_LIBRARY)
 
 # The CUDA library needs torch's own CUDA library in the process; a CPU torch has none.

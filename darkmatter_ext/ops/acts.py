@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from darkmatter_ext.runtime.inputs import InputError
+
 
 @dataclass(frozen=True, eq=False)
 class SparseActs:
@@ -32,7 +34,7 @@ class SparseActs:
         """
         _check_parts(values, indices=indices)
         if values.shape != indices.shape or values.ndim < 1:
-            raise ValueError(f"indices: must have the shape of values {list(values.shape)}, got {list(indices.shape)}")
+            raise InputError(f"indices: must have the shape of values {list(values.shape)}, got {list(indices.shape)}")
         return cls(values, indices, d_sae)
 
     @classmethod
@@ -45,11 +47,11 @@ class SparseActs:
         """
         _check_parts(values, col_indices=col_indices, crow_indices=crow_indices)
         if values.shape != col_indices.shape or values.ndim != 1:
-            raise ValueError(
+            raise InputError(
                 f"col_indices: must have the shape of values {list(values.shape)}, got {list(col_indices.shape)}"
             )
         if crow_indices.shape != (math.prod(batch_shape) + 1,):
-            raise ValueError(
+            raise InputError(
                 f"crow_indices: must have shape [{math.prod(batch_shape) + 1}] for batch {list(batch_shape)}, "
                 f"got {list(crow_indices.shape)}"
             )
@@ -65,7 +67,7 @@ class SparseActs:
             given = acts.dtype if isinstance(acts, Tensor) else type(acts).__name__
             raise TypeError(f"acts: must be a floating-point tensor, got {given}")
         if acts.ndim < 1:
-            raise ValueError("acts: must have shape [..., F], got a scalar")
+            raise InputError("acts: must have shape [..., F], got a scalar")
         flat = acts.reshape(math.prod(acts.shape[:-1]), acts.shape[-1])
         token, latent = flat.detach().nonzero(as_tuple=True)
         crow = torch.zeros(len(flat) + 1, dtype=torch.int64, device=acts.device)
@@ -94,7 +96,7 @@ class SparseActs:
     def indices(self) -> Tensor:
         """[..., k] int64. Raises ValueError for the ragged form, whose tokens have no common k."""
         if self.is_ragged:
-            raise ValueError("indices: ragged acts have col_indices and crow_indices, got a ragged SparseActs")
+            raise InputError("indices: ragged acts have col_indices and crow_indices, got a ragged SparseActs")
         return self.stored_indices
 
     @property
@@ -173,4 +175,4 @@ def _check_parts(values: Tensor, **indices: Tensor) -> None:
         if tensor.dtype != torch.int64:
             raise TypeError(f"{name}: must be int64, got {tensor.dtype}")
         if tensor.device != values.device:
-            raise ValueError(f"{name}: must be on {values.device} as values, got {tensor.device}")
+            raise InputError(f"{name}: must be on {values.device} as values, got {tensor.device}")

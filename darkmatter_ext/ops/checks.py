@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.ops._library import has_kernels
+from darkmatter_ext.runtime.inputs import InputError, StateError
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,16 +30,16 @@ def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...], like:
     )
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: must have shape [{wanted}], got {list(tensor.shape)}")
+        raise InputError(f"{name}: must have shape [{wanted}], got {list(tensor.shape)}")
     if like is not None and tensor.dtype != like.dtype:
         raise TypeError(f"{name}: must have dtype {like.dtype} as the other arguments, got {tensor.dtype}")
     if like is not None and tensor.device != like.device:
-        raise ValueError(f"{name}: must be on {like.device} as the other arguments, got {tensor.device}")
+        raise InputError(f"{name}: must be on {like.device} as the other arguments, got {tensor.device}")
 
 
 def check_device(op: str, name: str, tensor: Tensor) -> None:
     if not has_kernels(tensor.device):
-        raise RuntimeError(
+        raise StateError(
             f"{name}: {op} has no kernel for {tensor.device} in this build; move the tensors to the CPU, "
             f"or use darkmatter_ext.reference.{op}"
         )
@@ -64,7 +65,7 @@ def call(op: Any, *arguments: Any) -> Any:
     except RuntimeError as error:
         line = str(error).split("\n", maxsplit=1)[0]
         if any(rule in line for rule in _CONTENT_RULES):
-            raise ValueError(line) from None
+            raise InputError(line) from None
         raise
 
 

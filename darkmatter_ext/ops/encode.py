@@ -24,6 +24,7 @@ from torch import Tensor
 from darkmatter_ext.ops import _registrations  # noqa: F401  (registers fakes and gradients)
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.checks import call, check_tensor, check_weights, flat_rows
+from darkmatter_ext.runtime.inputs import InputError
 
 _ops = torch.ops.darkmatter
 _NOT_PACKED = (None,) * 7
@@ -94,22 +95,22 @@ def _check_encode(
     if not isinstance(x, Tensor):
         raise TypeError(f"x: must be a torch.Tensor, got {type(x).__name__}")
     if x.ndim < 1:
-        raise ValueError("x: must have shape [..., d], got a scalar")
+        raise InputError("x: must have shape [..., d], got a scalar")
     check_tensor("x", x, (*x.shape[:-1], W_enc.shape[0]), W_enc)
     if prepared is None:
         return
     if not isinstance(prepared, PreparedEncoder):
         raise TypeError(f"prepared: must come from prepare_encoder, got {type(prepared).__name__}")
     if (prepared.d_in, prepared.d_sae) != tuple(W_enc.shape):
-        raise ValueError(f"prepared: must be of W_enc {list(W_enc.shape)}, got {[prepared.d_in, prepared.d_sae]}")
+        raise InputError(f"prepared: must be of W_enc {list(W_enc.shape)}, got {[prepared.d_in, prepared.d_sae]}")
     if prepared.weight.dtype != W_enc.dtype or prepared.weight.device != W_enc.device:
-        raise ValueError(
+        raise InputError(
             f"prepared: must be {W_enc.dtype} on {W_enc.device} as W_enc, "
             f"got {prepared.weight.dtype} on {prepared.weight.device}"
         )
     if prepared.has_b_dec != (b_dec is not None):
         with_or_without = "with" if prepared.has_b_dec else "without"
-        raise ValueError(f"prepared: must be prepared with the b_dec of the call, got one {with_or_without} b_dec")
+        raise InputError(f"prepared: must be prepared with the b_dec of the call, got one {with_or_without} b_dec")
 
 
 @torch.no_grad()
@@ -192,7 +193,7 @@ def topk_encode(
     if isinstance(k, bool) or not isinstance(k, Integral | torch.SymInt):
         raise TypeError(f"k: must be an int, got {type(k).__name__}")
     if not 0 <= k <= W_enc.shape[1]:
-        raise ValueError(f"k: must be from 0 to {W_enc.shape[1]} (latents), got {k}")
+        raise InputError(f"k: must be from 0 to {W_enc.shape[1]} (latents), got {k}")
     packed = _packed(x, W_enc, b_enc, b_dec, prepared)
     values, indices = call(_ops.topk_encode, flat_rows(x), W_enc, b_enc, b_dec, k, *packed)
     shape = (*x.shape[:-1], k)

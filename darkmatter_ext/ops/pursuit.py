@@ -27,6 +27,7 @@ from darkmatter_ext.ops.encode import prepare_encoder
 from darkmatter_ext.ops.pursuit_choice import PreparedDictionary
 from darkmatter_ext.ops.pursuit_cuda import run_gradient_on_cuda
 from darkmatter_ext.ops.pursuit_steps import Rules, nonnegative, run_chunk
+from darkmatter_ext.runtime.inputs import InputError
 
 METHODS = ("gradient", "matching", "orthogonal")
 CHUNK_TOKENS = 1024  # at a time: residuals stay in the cache, progress is seen, an interrupt is prompt
@@ -48,11 +49,11 @@ def prepare_dictionary(dictionary: Tensor) -> PreparedDictionary:
         given = dictionary.dtype if isinstance(dictionary, Tensor) else type(dictionary).__name__
         raise TypeError(f"dictionary: must be a dense floating-point tensor, got {given}")
     if dictionary.ndim != 2 or 0 in dictionary.shape:
-        raise ValueError(f"dictionary: must have shape [F, d] with at least one atom, got {list(dictionary.shape)}")
+        raise InputError(f"dictionary: must have shape [F, d] with at least one atom, got {list(dictionary.shape)}")
     if dictionary.is_meta or not has_kernels(dictionary.device):
-        raise ValueError(f"dictionary: must be on a device with kernels in this build, got {dictionary.device}")
+        raise InputError(f"dictionary: must be on a device with kernels in this build, got {dictionary.device}")
     if not bool(dictionary.isfinite().all()):
-        raise ValueError(f"dictionary: must be finite, got NaN or Inf in shape {list(dictionary.shape)}")
+        raise InputError(f"dictionary: must be finite, got NaN or Inf in shape {list(dictionary.shape)}")
     dtype = torch.promote_types(dictionary.dtype, torch.float32)
     rows = dictionary.detach().to(torch.float64 if dictionary.is_cuda else dtype).contiguous()
     no_bias = rows.new_zeros(len(rows))
@@ -64,7 +65,7 @@ def _as_prepared(dictionary: Tensor | PreparedDictionary) -> PreparedDictionary:
     if isinstance(dictionary, PreparedDictionary):
         return dictionary
     if isinstance(dictionary, Tensor) and dictionary.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
+        raise InputError(
             "dictionary: must not require a gradient (pursuit has none; detach it), got requires_grad=True"
         )
     return prepare_dictionary(dictionary)
@@ -80,17 +81,17 @@ def _checked(x: Any, dictionary: PreparedDictionary, bias: Any) -> Tensor:
             given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name}: must be a floating-point tensor, got {given}")
         if tensor.device != dictionary.rows.device:
-            raise ValueError(f"{name}: must be on {dictionary.rows.device} as the dictionary, got {tensor.device}")
+            raise InputError(f"{name}: must be on {dictionary.rows.device} as the dictionary, got {tensor.device}")
         if tensor.ndim < 1 or tensor.shape[-1] != d or (name == "bias" and tensor.ndim != 1):
             wanted = f"[{d}]" if name == "bias" else f"[..., {d}]"
-            raise ValueError(f"{name}: must have shape {wanted}, got {list(tensor.shape)}")
+            raise InputError(f"{name}: must have shape {wanted}, got {list(tensor.shape)}")
         if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(
+            raise InputError(
                 f"{name}: must not require a gradient (pursuit has none; use x.detach()), got requires_grad=True"
             )
     rows = x.detach().reshape(math.prod(x.shape[:-1]), d)
     if not bool(rows.isfinite().all()):
-        raise ValueError(f"x: must be finite, got NaN or Inf in shape {list(x.shape)}")
+        raise InputError(f"x: must be finite, got NaN or Inf in shape {list(x.shape)}")
     return rows
 
 
@@ -106,20 +107,20 @@ def _checked_l0(l0: Any, shape: tuple[int, ...], n_atoms: int) -> Tensor:
         given = l0.dtype if isinstance(l0, Tensor) else type(l0).__name__
         raise TypeError(f"l0: must be an int, or an int64 tensor of the tokens' shape {list(shape)}, got {given}")
     if tuple(l0.shape) != shape:
-        raise ValueError(f"l0: must have the tokens' shape {list(shape)}, got {list(l0.shape)}")
+        raise InputError(f"l0: must have the tokens' shape {list(shape)}, got {list(l0.shape)}")
     if l0.numel() and not 0 <= int(l0.min()) <= int(l0.max()) <= n_atoms:
-        raise ValueError(f"l0: must be from 0 to {n_atoms} (atoms), got {int(l0.min())} to {int(l0.max())}")
+        raise InputError(f"l0: must be from 0 to {n_atoms} (atoms), got {int(l0.min())} to {int(l0.max())}")
     return l0.reshape(-1).long()
 
 
 def _checked_rules(rules: Rules) -> Rules:
     if rules.method not in METHODS:
-        raise ValueError(f"method: must be one of {', '.join(METHODS)}, got {rules.method!r}")
+        raise InputError(f"method: must be one of {', '.join(METHODS)}, got {rules.method!r}")
     for name, method in (("keep_chosen", "gradient"), ("nonnegative", "orthogonal"), ("stop_on_duplicate", "matching")):
         if getattr(rules, name) and rules.method != method:
-            raise ValueError(f'{name}: must be False unless method is "{method}", got True with "{rules.method}"')
+            raise InputError(f'{name}: must be False unless method is "{method}", got True with "{rules.method}"')
     if not rules.residual_threshold >= 0:
-        raise ValueError(f"residual_threshold: must be at least 0, got {rules.residual_threshold}")
+        raise InputError(f"residual_threshold: must be at least 0, got {rules.residual_threshold}")
     return rules
 
 
@@ -226,7 +227,7 @@ def refit(
     dictionary = _as_prepared(dictionary)
     rows = _checked(x, dictionary, bias)
     if acts.shape != (*x.shape[:-1], dictionary.n_atoms):
-        raise ValueError(f"acts: must have shape {[*x.shape[:-1], dictionary.n_atoms]}, got {list(acts.shape)}")
+        raise InputError(f"acts: must have shape {[*x.shape[:-1], dictionary.n_atoms]}, got {list(acts.shape)}")
     with torch.no_grad():
         values, atoms, counts = _positive_places(acts)
         parts = []

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
             return dict(file)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or "not an .npz file"
-        raise ValueError(f"RESULT: must have its per-token arrays beside it, got {path} ({reason})") from None
+        raise InputError(f"RESULT: must have its per-token arrays beside it, got {path} ({reason})") from None
 
 
 def load_result(path: Path) -> Result:
@@ -110,16 +111,16 @@ def load_result(path: Path) -> Result:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"RESULT: must be a result file, got {path} ({error.strerror})") from None
+        raise InputError(f"RESULT: must be a result file, got {path} ({error.strerror})") from None
     except ValueError:
-        raise ValueError(f"RESULT: must be a JSON result file, got {path} (not JSON)") from None
+        raise InputError(f"RESULT: must be a JSON result file, got {path} (not JSON)") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise ValueError(f"RESULT: must be a result of format {FORMAT}, got {path}")
+        raise InputError(f"RESULT: must be a result of format {FORMAT}, got {path}")
     stored = content.pop("arrays", None)
     arrays = _load_arrays(path.with_name(stored)) if stored else {}
     try:
         result = Result(**content, arrays=arrays)
     except TypeError as error:
-        raise ValueError(f"RESULT: must be a result file, got {path} ({error})") from None
+        raise InputError(f"RESULT: must be a result file, got {path} ({error})") from None
     numbers = {name: math.nan if number is None else number for name, number in result.numbers.items()}
     return dataclasses.replace(result, numbers=numbers)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from darkmatter_ext.runtime.inputs import InputError, StateError
 from darkmatter_ext.runtime.storage import atomic_file, fingerprint, sha256_of_file
 
 FORMAT = 1  # raised when a reader of the old one would misread the new one
@@ -47,8 +48,8 @@ class CheckpointFolder:
                 _flush(part)
         found = _read_json(path)
         if found.get("format") != FORMAT:
-            raise ValueError(
-                f"--checkpoint: must be of format {FORMAT}, got {found.get('format')} in {self.folder}; name another folder"
+            raise InputError(
+                f"checkpoint: must be of format {FORMAT}, got {found.get('format')} in {self.folder}; name another folder"
             )
         if found.get("hash") != fingerprint(**own):
             theirs = found.get("config", {})
@@ -57,15 +58,15 @@ class CheckpointFolder:
                 for key in sorted({*own, *theirs})
                 if theirs.get(key) != own.get(key)
             ]
-            raise ValueError(
-                f"--checkpoint: must hold a run of this configuration, got {self.folder} with {'; '.join(changed)}; "
+            raise InputError(
+                f"checkpoint: must hold a run of this configuration, got {self.folder} with {'; '.join(changed)}; "
                 "name another folder, or delete it"
             )
 
         others = [path.name for path in self.folder.glob("state-*.json") if f"-of-{self.size}.json" not in path.name]
         if others:
-            raise ValueError(
-                f"--nproc-per-node: must stay what the run was started with, got {self.size} processes in {self.folder} "
+            raise InputError(
+                f"nproc_per_node: must stay what the run was started with, got {self.size} processes in {self.folder} "
                 f"with {min(others)}"
             )
         for leftover in self.folder.glob(f".state-{self.rank}-of-{self.size}*.part"):  # of a process killed at writing
@@ -91,7 +92,7 @@ class CheckpointFolder:
             path.unlink(missing_ok=True)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OSError(
-                f"--checkpoint: {self.folder} cannot be written ({reason}); what was saved before is kept, "
+                f"checkpoint: {self.folder} cannot be written ({reason}); what was saved before is kept, "
                 "make room and start the same command again"
             ) from None
         self._remove_others(path.name)
@@ -108,8 +109,8 @@ class CheckpointFolder:
         pointer = _read_json(self._pointer)
         path = self.folder / str(pointer.get("tensors"))
         if not path.is_file() or sha256_of_file(path) != pointer.get("sha256"):
-            raise RuntimeError(
-                f"--checkpoint: {path} is damaged (its sha256 is not the one recorded); nothing was deleted, "
+            raise StateError(
+                f"checkpoint: {path} is damaged (its sha256 is not the one recorded); nothing was deleted, "
                 f"restore it or remove {self._pointer.name} to start this process anew"
             )
         return load_file(path), pointer["state"]
@@ -128,11 +129,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise RuntimeError(
-            f"--checkpoint: {path} is damaged ({reason}); nothing was deleted, restore or remove it"
+        raise StateError(
+            f"checkpoint: {path} is damaged ({reason}); nothing was deleted, restore or remove it"
         ) from None
     if not isinstance(content, dict):
-        raise RuntimeError(f"--checkpoint: {path} is damaged (not a JSON object); nothing was deleted")
+        raise StateError(f"checkpoint: {path} is damaged (not a JSON object); nothing was deleted")
     return content
 
 

@@ -1,11 +1,48 @@
-"""Errors of other libraries told in one line: the reason is kept, whatever line it stands on."""
+"""Bad input in one line: the argument, the rule, the value given. What is not said here is a bug, and keeps its traceback."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 LONGEST_REASON = 400  # characters: torch lists every key of a state_dict, the hub a page of advice
 
 
-def told(error: BaseException) -> str:
+class InputError(ValueError):
+    """Input that cannot be used. Its text is one line: `argument: rule, got value`."""
+
+    @property
+    def argument(self) -> str:
+        """The argument the line is about, as the function called names it."""
+        return str(self).partition(":")[0]
+
+
+class StateError(InputError, RuntimeError):
+    """What a run finds on this machine is damaged or missing: a cache, a checkpoint, the compiled ops, a server."""
+
+
+def require(holds: bool, argument: str, rule: str, given: object) -> None:
+    """Raise InputError unless a rule holds: `argument: rule, got given`."""
+    if not holds:
+        raise InputError(f"{argument}: {rule}, got {given}")
+
+
+def require_one_of(argument: str, allowed: tuple[str, ...], given: object) -> None:
+    """Raise InputError unless a name is among those allowed."""
+    require(given in allowed, argument, f"must be {_choice(allowed)}", repr(given))
+
+
+def require_at_least(argument: str, minimum: float, given: float) -> None:
+    """Raise InputError for a number below the minimum."""
+    require(given >= minimum, argument, f"must be at least {minimum:g}", given)
+
+
+def _choice(allowed: tuple[str, ...]) -> str:
+    return " or ".join(allowed) if len(allowed) == 2 else f"one of {', '.join(allowed)}"
+
+
+def reason(error: BaseException) -> str:
     """What an exception says, on one line: never only its first line, for torch puts the reason on the second."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyError):
@@ -13,3 +50,18 @@ def told(error: BaseException) -> str:
     if not text:
         return type(error).__name__
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 4]} ..."
+
+
+@contextmanager
+def told(argument: str, rule: str, given: object) -> Iterator[None]:
+    """Turn the errors of other libraries, each with its own kinds, into one line: `argument: rule, got given (reason)`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        _refuse(argument, rule, given, error)
+
+
+def _refuse(argument: str, rule: str, given: object, error: Exception) -> NoReturn:
+    raise InputError(f"{argument}: {rule}, got {given} ({reason(error)})") from None

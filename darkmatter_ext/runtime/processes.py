@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from darkmatter_ext.runtime.inputs import InputError
+
 TIMEOUT = datetime.timedelta(hours=2)  # a process may wait for another that has a slower share, not for a dead one
 
 
@@ -80,8 +82,8 @@ def processes(device: str) -> Iterator[Processes]:
     on_gpu = device.startswith("cuda")
     if on_gpu:
         if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"--nproc-per-node: must be at most the number of GPUs ({torch.cuda.device_count()}), got process {local}"
+            raise InputError(
+                f"nproc_per_node: must be at most the number of GPUs ({torch.cuda.device_count()}), got process {local}"
             )
         device = f"cuda:{local}"
         torch.cuda.set_device(local)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from darkmatter_ext.runtime.inputs import InputError
+
 CACHE_ENVIRONMENT_VARIABLE = "DARKMATTER_CACHE"
 
 
@@ -86,5 +88,5 @@ def require_writable_folder(argument: str, folder: Path) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ValueError(f"{argument}: must be a folder that can be written, got {folder} ({reason})") from None
+        raise InputError(f"{argument}: must be a folder that can be written, got {folder} ({reason})") from None
     return folder

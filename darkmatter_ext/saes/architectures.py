@@ -17,6 +17,7 @@ from darkmatter_ext.ops.decode import decoder_dot
 from darkmatter_ext.ops.encode import PreparedEncoder, prepare_encoder, threshold_encode
 from darkmatter_ext.ops.pursuit import prepare_dictionary, pursuit
 from darkmatter_ext.ops.unchecked import Tried, try_threshold_encode, try_topk_encode
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.packed_weights import NO_KERNEL
 from darkmatter_ext.saes.soundness import has_hooks, is_hooked
 from darkmatter_ext.saes.stepping_aside import DENSE_SHARE
@@ -332,4 +333,4 @@ def architecture_of(plain: type) -> Architecture:
         why = "its encode or decode is not one of SAELens' own inference classes that are known here"
     else:
         return known_encoders()[plain.encode]  # type: ignore[attr-defined]
-    raise ValueError(f"sae: must be an SAE that can be accelerated, got {plain.__name__} ({why})")
+    raise InputError(f"sae: must be an SAE that can be accelerated, got {plain.__name__} ({why})")

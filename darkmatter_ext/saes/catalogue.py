@@ -1,6 +1,6 @@
 """Known models and sets of public SAEs: names, sizes, where they are read. Data only.
 
-SAEs are named as `--sae` takes them, RELEASE:ID. Those of SAELens' list go by its release names; Gemma Scope has more SAEs
+SAEs are named as `sae` takes them, RELEASE:ID. Those of SAELens' list go by its release names; Gemma Scope has more SAEs
 than the list (26 of the 60 the paper uses at layer 20 of Gemma 2 9B), and these go by the name of the repository.
 """
 

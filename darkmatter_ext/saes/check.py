@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from darkmatter_ext.runtime.inputs import told
+from darkmatter_ext.runtime.inputs import InputError, told
 from darkmatter_ext.saes.drop_in import Stats, accelerate, stats
 from darkmatter_ext.saes.loading import load_sae
 from darkmatter_ext.saes.sanity import signs
@@ -77,7 +77,7 @@ def read_activations(path: Path, d_in: int) -> Tensor:
 
     Raises ValueError when the file is none of these or has another last dimension.
     """
-    try:
+    with told("activations", "must be a .safetensors, .npy or .pt tensor", path):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -88,13 +88,9 @@ def read_activations(path: Path, d_in: int) -> Tensor:
             x = torch.from_numpy(np.load(path, allow_pickle=False))
         else:
             x = torch.load(path, weights_only=True)
-    except Exception as error:  # each format has its own errors
-        raise ValueError(
-            f"--activations: must be a .safetensors, .npy or .pt tensor, got {path} ({told(error)})"
-        ) from None
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1 or x.shape[-1] != d_in or x.numel() == 0:
         given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"--activations: must be floating point of shape [..., {d_in}], got {given} in {path}")
+        raise InputError(f"activations: must be floating point of shape [..., {d_in}], got {given} in {path}")
     return x.reshape(-1, d_in)
 
 
@@ -250,9 +246,9 @@ def check_sae(
 
     Raises ValueError for an SAE that cannot be accelerated, or settings below 1.
     """
-    for name, value in (("--tokens", n_tokens), ("--rounds", rounds)):
+    for name, value in (("tokens", n_tokens), ("rounds", rounds)):
         if value < 1:
-            raise ValueError(f"{name}: must be at least 1, got {value}")
+            raise InputError(f"{name}: must be at least 1, got {value}")
     plain, fast = copy.deepcopy(sae), accelerate(copy.deepcopy(sae))
     for each in (plain, fast):
         each._setup_activation_normalization()  # a copy's closures write to the original

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from darkmatter_ext.ops import unchecked
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.decode import decoder_outer, find_support, sparse_decode, to_dense
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.architectures import Architecture, architecture_of, known_forwards, weight
 from darkmatter_ext.saes.drop_in_state import Decoder, Pass, Ready, State, Stats, same_pass
 from darkmatter_ext.saes.row_layout import lay_as_rows, lay_contiguous
@@ -438,7 +439,7 @@ def _latent_numbers(latents: Tensor | Sequence[int], d_sae: int) -> Tensor:
     if numbers.ndim != 1 or numbers.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise TypeError(f"latents: must be a list of whole numbers, got {numbers.dtype} of shape {list(numbers.shape)}")
     if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < d_sae:
-        raise ValueError(f"latents: must be from 0 to {d_sae - 1}, got {int(numbers.min())} to {int(numbers.max())}")
+        raise InputError(f"latents: must be from 0 to {d_sae - 1}, got {int(numbers.min())} to {int(numbers.max())}")
     return numbers.long()
 
 

@@ -23,6 +23,7 @@ from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.decode import sparse_decode
 from darkmatter_ext.ops.encode import prepare_encoder, topk_encode
 from darkmatter_ext.ops.pursuit import METHODS, prepare_dictionary, pursuit, refit
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.drop_in import accelerate, is_accelerated
 from darkmatter_ext.saes.flat_activations import for_flat_activations
 
@@ -76,7 +77,7 @@ def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encoder:
     `batched_pursuit.pursuit`.
     """
     if method not in METHODS:
-        raise ValueError(f"--method: must be one of {', '.join(METHODS)}, got {method!r}")
+        raise InputError(f"method: must be one of {', '.join(METHODS)}, got {method!r}")
     sae = for_flat_activations(sae)
     dictionary, bias = _dictionary(sae)
 
@@ -99,8 +100,8 @@ def _dictionary(sae: Any) -> tuple[Any, Tensor]:
     cfg = sae.cfg
     plain = cfg.normalize_activations == "none" and cfg.reshape_activations == "none"
     if not plain or sae.W_dec.shape[1] != cfg.d_in or getattr(cfg, "rescale_acts_by_decoder_norm", False):
-        raise ValueError(
-            "--sae: must be without normalisation, reshaping or another output site for pursuit, "
+        raise InputError(
+            "sae: must be without normalisation, reshaping or another output site for pursuit, "
             f"got {cfg.architecture()} with {cfg.normalize_activations}, {cfg.reshape_activations}"
         )
     accelerate(sae)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from darkmatter_ext.runtime.inputs import InputError
+
 # SAELens' values of `normalize_activations` whose factor is not among the weights: an SAE that still says so was saved
 # before the factor was folded in, and its latents mean nothing on activations as they are.
 SCALED, WHITENED = "expected_average_only_in", "covariance_whitening"
@@ -27,7 +29,7 @@ def for_flat_activations(sae: Any) -> Any:
     Raises ValueError when the SAE needs activations scaled by a factor that it does not carry.
     """
     if reason := why_not_usable(sae):
-        raise ValueError(f"sae: {reason}")
+        raise InputError(f"sae: {reason}")
     twin = copy.copy(sae)
     if hasattr(twin, "_setup_activation_normalization"):
         twin._setup_activation_normalization()  # its closures keep their state on the object they were made for

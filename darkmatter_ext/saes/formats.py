@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from darkmatter_ext.runtime.inputs import InputError
+
 Config = dict[str, Any]
 Weights = dict[str, Tensor]
 # Modules whose output is a hook point: blocks by the names Hugging Face gives them, or the MLP or attention inside.
@@ -66,7 +68,7 @@ def format_of(folder: Path) -> Format:
     wanted = " or ".join(f"{known.config_name} and {known.weights_name}" for known in FORMATS)
     config, weights = FORMATS[0].config_name, FORMATS[0].weights_name
     missing = weights if (folder / config).is_file() else config
-    raise ValueError(f"--sae: must be a folder with {wanted}, got {folder} without {missing}")
+    raise InputError(f"sae: must be a folder with {wanted}, got {folder} without {missing}")
 
 
 def _json(path: Path) -> Config:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from darkmatter_ext.runtime.inputs import told
+from darkmatter_ext.runtime.inputs import InputError, told
 from darkmatter_ext.saes.flat_activations import SCALED, WHITENED
 from darkmatter_ext.saes.formats import FORMATS, folder_of, format_of
 
@@ -51,8 +51,8 @@ def _release_and_id(spec: str) -> tuple[str, str]:
     release, _, sae_id = spec.partition(":")
     if not sae_id:
         first, *others = FORMATS
-        raise ValueError(
-            f"--sae: must be a folder with {first.config_name} and {first.weights_name}, or RELEASE:ID, got {spec!r} "
+        raise InputError(
+            f"sae: must be a folder with {first.config_name} and {first.weights_name}, or RELEASE:ID, got {spec!r} "
             f"(no such folder; other layouts: {', '.join(known.name for known in others)})"
         )
     return release, sae_id
@@ -108,7 +108,7 @@ def describe_sae(spec: str) -> SaeDescription:
     Raises ValueError, one line, when there is none or it cannot be read.
     """
     folder = folder_of(spec)
-    try:
+    with told("sae", "must be an SAE that can be read", spec):
         if folder is not None:
             config, name = format_of(folder).config(folder), folder.resolve().name
             if (kind := config.get("normalize_activations", "none")) in (SCALED, WHITENED):
@@ -127,10 +127,6 @@ def describe_sae(spec: str) -> SaeDescription:
             config.get("normalize_activations") or "none",
             _expected_l0(spec, config),
         )
-    except Exception as error:  # hub, network, json and configuration errors each have their own kind
-        if isinstance(error, ValueError) and str(error).startswith("--sae"):
-            raise
-        raise ValueError(f"--sae: must be an SAE that can be read, got {spec} ({told(error)})") from None
 
 
 def load_sae(
@@ -154,7 +150,7 @@ def load_sae(
     for name, parameter in sae.named_parameters():
         if not bool(parameter.isfinite().all()):
             found = "NaN" if bool(parameter.isnan().any()) else "infinity"
-            raise ValueError(f"--sae: weights must be finite, got {found} in {name} of {spec}")
+            raise InputError(f"sae: weights must be finite, got {found} in {name} of {spec}")
     _fold_scaling(sae, folder, activation_scale)
     sae = sae if dtype is None else sae.to(getattr(torch, dtype))
     return sae.eval().requires_grad_(False)
@@ -164,12 +160,8 @@ def _from_folder(folder: Path, device: str) -> SAE:
     from sae_lens import SAE
 
     layout = format_of(folder)
-    try:
+    with told("sae", f"must be a complete SAE in {layout.name} format", folder):
         return SAE.load_from_disk(folder, device=device, converter=layout.converter)  # type: ignore[arg-type]  (it takes a Path)
-    except Exception as error:  # json, safetensors, torch and sae_lens each raise their own kinds
-        raise ValueError(
-            f"--sae: must be a complete SAE in {layout.name} format, got {folder} ({told(error)})"
-        ) from None
 
 
 def _from_hub(spec: str, device: str, dtype: str) -> SAE:
@@ -177,14 +169,12 @@ def _from_hub(spec: str, device: str, dtype: str) -> SAE:
     from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 
     release, sae_id = _release_and_id(spec)
-    try:
+    with told("sae", "must be an SAE that can be loaded", spec):
         converter = _converter(release)
         loader = None if converter is None else NAMED_PRETRAINED_SAE_LOADERS[converter]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are loading an SAE using the HuggingFace repo_id")
             return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype, converter=loader)
-    except Exception as error:  # hub, network and configuration errors each have their own kind
-        raise ValueError(f"--sae: must be an SAE that can be loaded, got {spec} ({told(error)})") from None
 
 
 def _fold_scaling(sae: SAE, folder: Path | None, given: float | None) -> None:
@@ -194,18 +184,16 @@ def _fold_scaling(sae: SAE, folder: Path | None, given: float | None) -> None:
     kind, scaler = sae.cfg.normalize_activations, ActivationScaler()
     if kind not in (SCALED, WHITENED):
         if given is not None:
-            raise ValueError(f"activation_scale: must be left out for normalize_activations {kind!r}, got {given}")
+            raise InputError(f"activation_scale: must be left out for normalize_activations {kind!r}, got {given}")
         return
     if folder is not None and (folder / SCALER_NAME).is_file():
-        try:
+        with told("sae", f"{SCALER_NAME} must be as SAELens writes it", folder):
             scaler.load(folder / SCALER_NAME)
-        except Exception as error:
-            raise ValueError(f"--sae: {SCALER_NAME} must be as SAELens writes it, got {told(error)}") from None
     own = getattr(scaler, "whitening", None)  # older releases of SAELens have none
     if kind == WHITENED and own is not None:
         sae.fold_activation_whitening(own.mean, own.matrix, own.inverse_matrix)
     factor = scaler.scaling_factor if scaler.scaling_factor is not None else given
     if kind == SCALED and factor is not None:
         if not factor > 0:
-            raise ValueError(f"activation_scale: must be above 0, got {factor}")
+            raise InputError(f"activation_scale: must be above 0, got {factor}")
         sae.fold_activation_norm_scaling_factor(factor)

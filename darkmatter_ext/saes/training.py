@@ -23,6 +23,7 @@ from torch import Tensor
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.decode import sparse_decode
 from darkmatter_ext.ops.encode import topk_encode
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.storage import atomic_folder
 
 if TYPE_CHECKING:
@@ -46,11 +47,11 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("d_sae", "steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
+                raise InputError(f"{name}: must be at least 1, got {getattr(self, name)}")
         if not 1 <= self.k <= self.d_sae:
-            raise ValueError(f"k: must be from 1 to d_sae ({self.d_sae}), got {self.k}")
+            raise InputError(f"k: must be from 1 to d_sae ({self.d_sae}), got {self.k}")
         if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: must be above 0, got {self.learning_rate}")
+            raise InputError(f"learning_rate: must be above 0, got {self.learning_rate}")
 
 
 @dataclass
@@ -149,14 +150,14 @@ def train_topk_sae(
     Cost: steps * batch_size exact encodes (batch_size k d_sae values are never made dense) and Adam on 2 d_sae d weights.
     """
     if x.ndim != 2 or len(x) < config.batch_size:
-        raise ValueError(f"x: must hold at least one batch [{config.batch_size}, d], got {list(x.shape)}")
+        raise InputError(f"x: must hold at least one batch [{config.batch_size}, d], got {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: must be a floating-point tensor, got {x.dtype}")
     x = x.float()
     mean = x.mean(0)
     scale = (x - mean).square().mean().sqrt().item()  # activations are trained at unit variance a dimension
     if not 0 < scale < float("inf"):
-        raise ValueError(f"x: must be finite and vary, got a standard deviation of {scale}")
+        raise InputError(f"x: must be finite and vary, got a standard deviation of {scale}")
     trainer = _TopKTrainer.start(config, mean / scale)
     generator = torch.Generator().manual_seed(config.seed + 1)
     order, at, mse = torch.empty(0, dtype=torch.int64), 0, 0.0
@@ -169,7 +170,7 @@ def train_topk_sae(
         mse = trainer.step(x[order[at : at + config.batch_size]] / scale)
         at += config.batch_size
         if math.isnan(mse):
-            raise ValueError(f"learning_rate: training diverged at step {step}, got {config.learning_rate}")
+            raise InputError(f"learning_rate: training diverged at step {step}, got {config.learning_rate}")
         if progress is not None:
             progress(1)
     report = {"final_mse": mse, "dead_share": len(trainer.dead()) / config.d_sae}

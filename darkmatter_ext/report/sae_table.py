@@ -1,0 +1,43 @@
+"""The table of results whose rows are SAEs, or SAEs with several encoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from darkmatter_ext.report.result import Result
+from darkmatter_ext.report.table import Table, shown
+
+
+def sae_rows(result: Result) -> list[dict[str, Any]]:
+    """The headline numbers of a decomposition result, one row an SAE."""
+    rows = []
+    for sae in result.series["saes"]:
+        own = {
+            key.removeprefix(f"{sae['name']}/"): value
+            for key, value in result.numbers.items()
+            if key.startswith(f"{sae['name']}/")
+        }
+        rows.append({**sae, **own})
+    return rows
+
+
+COLUMNS = (  # (key, heading, format)
+    ("name", "SAE", "{}"),
+    ("l0", "L0", "{:.1f}"),
+    ("fvu", "FVU", "{:.3f}"),
+    ("fvu_nonlinear", "FVU nonlin.", "{:.3f}"),
+    ("linear_share", "linear share", "{:.0%}"),
+    ("r2_vec", "R² error", "{:.3f}"),
+    ("r2_norm/error", "R² error norm", "{:.3f}"),
+    ("r2_norm/nonlinear", "R² nonlin. norm", "{:.3f}"),
+    ("r2_norm/x", "R² norm of x", "{:.3f}"),
+)
+
+
+def sae_table(result: Result) -> Table:
+    """One row an SAE (and variant)."""
+    return Table(
+        title=f"{result.experiment}: {result.config['model']}, {result.config['hook']}, held-out tokens",
+        headings=tuple(heading for _, heading, _ in COLUMNS),
+        rows=[[shown(row[key], form) for key, _, form in COLUMNS] for row in sae_rows(result)],
+    )

@@ -1,0 +1,69 @@
+"""Results on a terminal: the table, what it says, and where things were written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from darkmatter_ext.report.page import Section
+from darkmatter_ext.report.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from darkmatter_ext.saes.check import Verdict
+
+LOG_WIDTH = 120  # in a file or a pipe, where no terminal says its width
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+
+
+def _print_table(console: Console, table: Table) -> None:
+    import rich.table
+
+    shown = rich.table.Table(title=table.title, pad_edge=False)
+    for number, heading in enumerate(table.headings):
+        shown.add_column(heading, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def show_result(section: Section, written: Sequence[Path], seconds: float) -> None:
+    """Print a result: table, reading, notes, its SAEs and the files written."""
+    console, result = _console(), section.result
+    _print_table(console, section.table)
+    for line in [*section.reading, *result.notes]:
+        console.print(f"- {line}", highlight=False, markup=False)
+    for sae in result.series.get("saes", ()):
+        console.print(f"SAE      {sae['folder']}", highlight=False, markup=False, soft_wrap=True)
+    for path in written:
+        console.print(f"wrote    {path}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"took     {seconds:.0f} s", highlight=False)
+
+
+def show_verdict(title: str, verdict: Verdict) -> None:
+    """Print how an accelerated SAE compares with its plain self."""
+    from rich.table import Table
+
+    console = _console()
+    comparisons = Table("activations", "compared with SAELens", "found", "limit", "verdict", title=title)
+    for row in verdict.comparisons:
+        comparisons.add_row(
+            row.data, row.quantity, f"{row.found:.2g}", f"{row.limit:.2g}", "same" if row.passed else "DIFFERENT"
+        )
+    timings = Table("call", "SAELens, ms", "accelerated, ms", "faster by", title="median time")
+    for row in verdict.timings:
+        timings.add_row(row.call, f"{row.plain_ms:.1f}", f"{row.fast_ms:.1f}", f"{row.plain_ms / row.fast_ms:.1f}x")
+    console.print(comparisons)
+    console.print(timings)
+    console.print(str(verdict.stats), highlight=False, markup=False)
+    for sign in verdict.signs:
+        console.print(f"looks misloaded: {sign}", highlight=False, markup=False, soft_wrap=True)
+    console.print("same answer" if verdict.passed else "DIFFERENT ANSWER", highlight=False)

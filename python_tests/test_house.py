@@ -1,0 +1,90 @@
+"""The rules of the house, read from the source: who may import whom, sizes, nothing heavy at import."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from children import run_python
+
+import darkmatter_ext as dm
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "darkmatter_ext"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+# A folder imports folders of lower floors, never a neighbour's or a higher one.
+FLOORS = [
+    {"runtime"}, {"estimators"}, {"ops"}, {"activations", "saes"}, {"measurement"}, {"report"}, {"experiments"}, {"cli"},
+]  # fmt: skip
+FLOOR = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
+TOP = {"__init__", "__main__", "_C"}
+
+
+def _name(path):
+    """`darkmatter_ext/ops/encode.py` -> `ops.encode`; a folder is its `__init__`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {_name(path) for path in SOURCES}
+
+
+def _imports(path):
+    """The modules of the package that a file names in its imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "darkmatter_ext":
+            inside = node.module.partition(".")[2]
+            below = [f"{inside}.{alias.name}".strip(".") for alias in node.names]
+            yield from (name if name in MODULES else inside for name in below)
+        elif isinstance(node, ast.Import):
+            yield from (a.name.partition(".")[2] for a in node.names if a.name.startswith("darkmatter_ext."))
+
+
+def _folder(name):
+    return name.split(".")[0]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_imports_point_downward(path):
+    own = _folder(_name(path))
+    if own in TOP:
+        return
+    for other in filter(None, _imports(path)):
+        if _folder(other) not in TOP | {own}:
+            assert FLOOR[_folder(other)] < FLOOR[own], f"{_name(path)} imports {other}"
+
+
+def test_no_circle_inside_a_folder():
+    graph = {_name(path): {o for o in _imports(path) if "." in o and _folder(o) not in TOP} for path in SOURCES}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError naming the circle
+
+
+def test_experiments_do_not_import_each_other():
+    for path in (PACKAGE / "experiments").glob("*.py"):
+        assert not [other for other in _imports(path) if _folder(other) == "experiments"], path
+
+
+def test_torch_ops_are_called_in_ops_only():
+    for path in SOURCES:
+        if _folder(_name(path)) != "ops":
+            assert "torch.ops" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    "pattern", ["darkmatter_ext/**/*.py", "csrc/**/*.*", "python_tests/**/*.py", "benchmarks/**/*.py"]
+)
+def test_files_stay_under_500_lines(pattern):
+    assert {str(path): n for path in ROOT.glob(pattern) if (n := len(path.read_text().splitlines())) > 500} == {}
+
+
+def test_importing_the_package_starts_no_heavy_library():
+    code = (
+        "import sys, darkmatter_ext; "
+        "heavy = {'sae_lens', 'transformers', 'transformer_lens', 'matplotlib', 'datasets'} & set(sys.modules); "
+        "import torch; assert not heavy, heavy; assert not torch.cuda.is_initialized()"
+    )
+    run_python(code)
+
+
+def test_no_exported_name_is_also_a_module():
+    """Importing a module sets its name on the package: an exported function of that name would be gone."""
+    assert not set(dm.__all__) & {_folder(name) for name in MODULES}
