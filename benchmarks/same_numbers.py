@@ -76,7 +76,7 @@ RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; nam
     "latent-alignment-stream": f"latent-alignment {READ} {KINDS}",
     "norm-test": f"norm-test {DEMO} --widths 24 48 --ks 2 4",
     "norm-test-code": f"norm-test {DEMO} --widths 24 48 --ks 2 4 {CODE}",
-    "norm-test-stream": f"norm-test {READ} {SITES} --activation-scale 2",
+    "norm-test-stream": f"norm-test {READ} {SITES}",
     "norm-test-stream-code": f"norm-test {READ} {KINDS} {CODE}",
     "pathology": f"pathology {SINGLE} --layers 0 1 --widths 24 --contexts 6",
     "pathology-given": f"pathology {SINGLE} {SITES} --contexts 6",
