@@ -29,8 +29,10 @@ from typing import Any
 
 HOOK = "blocks.1.hook_resid_post"
 SITE = f"--model IN/model --hook {HOOK} --text IN/text.txt --tokens 16000 --context-length 32"
-DEMO = f"{SITE} --interval-groups 5 --k 4 --steps 40"  # of families: SAEs trained here, unless given
+DEMO = f"{SITE} --interval-groups 5 --k 4 --steps 40"  # of families: SAEs trained here
+KEPT = DEMO.replace(f" --hook {HOOK}", "") + " --store True"  # SAEs given, activations kept
 SINGLE = f"{SITE} --k 4 --steps 40"  # of the experiments that splice or plant
+GIVEN = SINGLE.replace(f" --hook {HOOK}", "")
 STREAM = "--preset one-pass --interval-groups 5 --tokens 12000"
 READ = f"{STREAM} --model IN/model --text IN/text.txt"  # a model is run
 FOUR = "--sae IN/topk-24 IN/topk-32 IN/topk-48 IN/topk-64"
@@ -45,14 +47,14 @@ CODE = "--parity released-code"
 RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; names stay when flags are renamed
     "baselines": f"baselines {DEMO} --layers 0 1 --widths 24",
     "baselines-code": f"baselines {DEMO} --layers 1 --widths 24 {CODE}",
-    "baselines-given": f"baselines {DEMO} {SITES}",
+    "baselines-given": f"baselines {KEPT} {SITES}",
     "baselines-stream": f"baselines {READ} {SITES}",
     "baselines-cache": f"baselines {STREAM} --cache IN/cache-0 IN/cache-1 {SITES}",
     "decomposition": f"decomposition {DEMO} --widths 24 48 --ks 2 4 --full-grid",
     "decomposition-code": f"decomposition {DEMO} --widths 24 48 {CODE}",
     "decomposition-tokens": f"decomposition {DEMO} --widths 24 --split tokens --seed 3 --max-norm-ratio 1.3",
-    "decomposition-given": f"decomposition {DEMO} {KINDS} --max-norm-ratio 1.3",
-    "decomposition-given-processed": f"decomposition {DEMO} --sae IN/processed",
+    "decomposition-given": f"decomposition {KEPT} {KINDS} --max-norm-ratio 1.3",
+    "decomposition-given-processed": f"decomposition {KEPT} --sae IN/processed",
     "decomposition-stream": f"decomposition {READ} {KINDS} --table-contexts 0",
     "decomposition-stream-code": f"decomposition {READ} {KINDS} {CODE} --split tokens",
     "decomposition-once": f"decomposition {READ} {SITES} --passes 1 --loss --token-means --max-norm-ratio 1.3",
@@ -67,7 +69,7 @@ RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; nam
     "downstream-given": f"downstream {SINGLE} --sae IN/topk-24 IN/jumprelu --contexts 6",
     "earlier-layers": f"earlier-layers {DEMO} --widths 24",
     "earlier-layers-code": f"earlier-layers {DEMO} --widths 24 {CODE}",
-    "earlier-layers-given": f"earlier-layers {DEMO} {EARLIER}",
+    "earlier-layers-given": f"earlier-layers {KEPT} {EARLIER}",
     "earlier-layers-stream": f"earlier-layers {READ} {EARLIER}",
     "error-saes": f"error-saes {SINGLE} --widths 64 {ERRORS}",
     "error-saes-code": f"error-saes {SINGLE} --widths 64 {ERRORS} {CODE}",
@@ -79,7 +81,7 @@ RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; nam
     "norm-test-stream": f"norm-test {READ} {SITES}",
     "norm-test-stream-code": f"norm-test {READ} {KINDS} {CODE}",
     "pathology": f"pathology {SINGLE} --layers 0 1 --widths 24 --contexts 6",
-    "pathology-given": f"pathology {SINGLE} {SITES} --contexts 6",
+    "pathology-given": f"pathology {GIVEN} {SITES} --contexts 6",
     "per-token": f"per-token {DEMO} --widths 24 48",
     "per-token-code": f"per-token {DEMO} --widths 24 48 {CODE}",
     "per-token-stream": f"per-token {READ} {FOUR}",
@@ -88,7 +90,7 @@ RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; nam
     "pursuit-stream": f"pursuit {READ} {FOUR} --method matching",
     "scaling": f"scaling {DEMO} --widths 24 32 48 64 --ks 4 6 --l0 4 --with-pursuit",
     "scaling-code": f"scaling {DEMO} --widths 24 48 --ks 4 --l0 4 {CODE}",
-    "scaling-given": f"scaling {DEMO} {FOUR} --l0 4",
+    "scaling-given": f"scaling {KEPT} {FOUR} --l0 4",
     "scaling-stream": f"scaling {READ} {FOUR} --l0 4 --with-pursuit",
     "scaling-once": f"scaling {READ} {FOUR} --l0 4 --passes 1",
     "synthetic": f"synthetic {SINGLE} --widths 24 {NOISE}",

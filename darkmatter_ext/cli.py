@@ -53,13 +53,9 @@ def _run_experiment(name: str, settings: Any, out: Path) -> None:
     from darkmatter_ext import experiments
     from darkmatter_ext.report.page import write_page
     from darkmatter_ext.report.terminal import show_result
-    from darkmatter_ext.runtime.processes import is_first_process, processes, under_torchrun
+    from darkmatter_ext.runtime.processes import is_first_process, processes
     from darkmatter_ext.runtime.progress import Stages
 
-    if under_torchrun() and not getattr(settings, "shares_work", False):
-        raise InputError(
-            "torchrun: must be used with a preset whose work is divided, such as one-pass, got preset demo"
-        )
     require_writable_folder("out", out)
     _quiet_libraries()
     start = time.perf_counter()

@@ -80,6 +80,11 @@ class Source(Protocol):
         """[C] int64: the document each context comes from (its own number where that is not known)."""
         ...
 
+    @property
+    def largest_token(self) -> int:
+        """The largest token id."""
+        ...
+
     def read(self, numbers: Sequence[int]) -> ContextBatch:
         """The contexts with these numbers. Raises RuntimeError for NaN or infinity, or damaged files."""
         ...
@@ -107,6 +112,10 @@ class _StoredContexts:
     @property
     def documents(self) -> Tensor:
         return self.store.documents
+
+    @property
+    def largest_token(self) -> int:
+        return self.store.token_range[1]
 
     def __post_init__(self) -> None:
         self._widths: dict[str, int] = {}
@@ -261,6 +270,10 @@ class CacheSource:
     def documents(self) -> Tensor:
         return self._any.column("documents")
 
+    @property
+    def largest_token(self) -> int:
+        return int(self._any.column("tokens").max())
+
     def read(self, numbers: Sequence[int]) -> ContextBatch:
         first = next(iter(self.caches))
         tokens = self._rows(first, "tokens", numbers)
@@ -347,6 +360,13 @@ class DatasetSource:
     def documents(self) -> Tensor:
         return torch.arange(self.n_contexts)
 
+    @property
+    def largest_token(self) -> int:
+        if "token_ids" not in self._dataset.column_names:
+            return -1
+        ids = self._dataset.select_columns("token_ids")
+        return max(int(rows["token_ids"].max()) for rows in ids.iter(batch_size=1024))
+
     def read(self, numbers: Sequence[int]) -> ContextBatch:
         rows = self._dataset[list(numbers)]
         found = {hook: rows[hook] for hook in self._hooks}
@@ -382,6 +402,10 @@ class SelectedContexts:
     @property
     def documents(self) -> Tensor:
         return self.source.documents[self.chosen]
+
+    @property
+    def largest_token(self) -> int:
+        return self.source.largest_token
 
     def read(self, numbers: Sequence[int]) -> ContextBatch:
         batch = self.source.read(self.chosen[list(numbers)].tolist())

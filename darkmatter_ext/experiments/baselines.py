@@ -9,7 +9,6 @@ number of active latents, the norm of x. All regressions are fitted on the same 
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,16 +17,16 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.estimators.intervals import r2_interval
-from darkmatter_ext.measurement import family, many_saes, many_saes_config
-from darkmatter_ext.measurement.family import FamilyConfig, given_hooks, measured_family
-from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement.measurement import SiteMeasurement
+from darkmatter_ext.measurement.plan import plan_lines
+from darkmatter_ext.measurement.presets import presets
+from darkmatter_ext.measurement.run import measured, prepare
+from darkmatter_ext.measurement.settings import Settings, replaced
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import GREY, SERIES, interval_bars, new_panels
 from darkmatter_ext.report.table import Table, shown, with_interval
-from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 
 if TYPE_CHECKING:
@@ -47,38 +46,24 @@ PREDICTORS = {
 
 
 @dataclass(frozen=True)
-class BaselinesConfig(FamilyConfig):
+class BaselinesSettings(Settings):
     """Predict the norm of the error from x, and from the token, the loss, the L0 and the norm of x."""
 
-    layers: tuple[int, ...] = ()
-    """blocks whose residual stream is measured, instead of hook (with sae: the sites of the SAEs)"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.layers, default=0) < 0 or len(set(self.layers)) < len(self.layers):
-            raise InputError(f"layers: must be different numbers of at least 0, got {list(self.layers)}")
-
-    @property
-    def hooks(self) -> list[str]:
-        """The sites. Raises ValueError for an SAE that cannot be loaded."""
-        named = list(given_hooks(self)) or [f"blocks.{layer}.hook_resid_post" for layer in self.layers]
-        return named or [self.hook]
+PRESETS = presets(
+    BaselinesSettings,
+    {"layers": (5, 10, 15, 20), "widths": (2048,)},
+    loss=True,
+    token_means=True,
+    table_contexts=0,
+)
+# TransformerLens' processed weights, which the SAEs of GPT-2 ask for, give no loss.
+PRESETS["gpt2-small"] = replaced(PRESETS["gpt2-small"], loss=False)
 
 
-PRESETS: dict[str, BaselinesConfig | ManySaesConfig] = {
-    "demo": BaselinesConfig(layers=(5, 10, 15, 20), widths=(2048,)),
-    **{
-        # TransformerLens' processed weights, which the SAEs of GPT-2 ask for, give no loss.
-        name: dataclasses.replace(config, loss=name != "gpt2-small", token_means=True, table_contexts=0)
-        for name, config in many_saes_config.PRESETS.items()
-    },
-}
-
-
-def plan(config: BaselinesConfig | ManySaesConfig) -> list[str]:
-    """What a run would do, in lines, without doing it."""
-    hooks = [] if isinstance(config, ManySaesConfig) else config.hooks
-    return [*family.plan(config, hooks), *(f"predict   by {about}" for about in PREDICTORS.values())]
+def plan(settings: BaselinesSettings) -> list[str]:
+    """Describe a run, one line a step, without starting it."""
+    return [*plan_lines(settings), *(f"predict   by {about}" for about in PREDICTORS.values())]
 
 
 def scalar_sets(sae: str, *, loss: bool) -> dict[str, list[str]]:
@@ -131,15 +116,12 @@ def _layer(hook: str) -> int:
     return int(number[0]) if number else 0
 
 
-def run(config: BaselinesConfig | ManySaesConfig, stages: Stages) -> Result:
+def run(settings: BaselinesSettings, stages: Stages) -> Result:
     """Measure, then predict the norms from everything.
 
     Raises ValueError for bad settings, an SAE of another model; RuntimeError for a damaged cache or checkpoint.
     """
-    if isinstance(config, ManySaesConfig):
-        found = many_saes.measured(config, stages)
-    else:
-        found = measured_family(config, stages, hooks=config.hooks, loss=True, token_means=True)
+    found = measured(prepare(settings, stages), stages)
     saes = [sae | {"layer": _layer(sae["hook"])} for sae in found.saes]
     numbers: dict[str, float] = {}
     with stages.stage("predict the norms", len(saes)) as advance:
@@ -147,7 +129,7 @@ def run(config: BaselinesConfig | ManySaesConfig, stages: Stages) -> Result:
             name = str(sae["name"])
             site = found.site_of(name)
             numbers[f"{name}/l0"] = site.l0(name)
-            own = sae_numbers(site, name, seed=config.seed)
+            own = sae_numbers(site, name, seed=settings.seed)
             numbers |= {f"{name}/{key}": value for key, value in own.items()}
             advance(1)
     shown = [name for name in PREDICTORS if f"{saes[0]['name']}/error/{name}" in numbers]

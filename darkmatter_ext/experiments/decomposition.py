@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.activations.store import load_tokenizer
-from darkmatter_ext.measurement import family, many_saes, many_saes_config
 from darkmatter_ext.measurement.error import NORM_TARGETS
-from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig, FamilySite
-from darkmatter_ext.measurement.many_saes import Measured
-from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
-from darkmatter_ext.measurement.selection import UNUSED
+from darkmatter_ext.measurement.excerpt import excerpt
+from darkmatter_ext.measurement.plan import plan_lines
+from darkmatter_ext.measurement.presets import presets
+from darkmatter_ext.measurement.run import Inputs, Measured, measured, prepare
+from darkmatter_ext.measurement.settings import Settings
+from darkmatter_ext.measurement.tokens import UNUSED
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.sae_table import sae_rows, sae_table
@@ -29,33 +30,32 @@ SHOWN_HIGH_NORM_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class DecompositionConfig(FamilyConfig):
-    """Measure linear and nonlinear SAE error at one site of a language model."""
+class DecompositionSettings(Settings):
+    """Measure linear and nonlinear error of the SAEs of a language model."""
 
 
-DEMO = DecompositionConfig()
-PRESETS: dict[str, AnyConfig] = {"demo": DEMO, **many_saes_config.PRESETS}
+PRESETS = presets(DecompositionSettings, {})
 
 
-def plan(config: AnyConfig) -> list[str]:
-    """What a run would do, in lines, without doing it."""
-    return family.plan(config)
+def plan(settings: DecompositionSettings) -> list[str]:
+    """Describe a run, one line a step, without starting it."""
+    return plan_lines(settings)
 
 
-def _high_norm_tokens(model: str, site: FamilySite) -> list[dict[str, Any]]:
-    """The tokens of largest norm, whatever rule they fell under: nothing is left out unseen."""
-    cache, selection = site.cache, site.selection
-    norms, tokens = cache.column("norms"), cache.column("tokens")
-    tokenizer = load_tokenizer(model)
+def _high_norm_tokens(inputs: Inputs) -> list[dict[str, Any]]:
+    """The stored tokens of largest norm, whatever rule they fell under: nothing is left out unseen."""
+    (tokens,) = inputs.stored.values()
+    norms, ids = tokens.cache.column("norms"), tokens.cache.column("tokens")
+    tokenizer = load_tokenizer(inputs.model)
     shown = []
     for flat in norms.flatten().topk(min(SHOWN_HIGH_NORM_TOKENS, norms.numel())).indices.tolist():
-        context, position = divmod(flat, cache.context_length)
+        context, position = divmod(flat, tokens.cache.context_length)
         shown.append(
             {
-                "token": tokenizer.decode([int(tokens[context, position])]),
+                "token": tokenizer.decode([int(ids[context, position])]),
                 "position": position,
-                "norm_over_median": norms[context, position].item() / selection.median_norm,
-                "left_out": int(selection.roles[context, position]) == UNUSED,
+                "norm_over_median": norms[context, position].item() / tokens.typical_norm,
+                "left_out": int(tokens.roles[context, position]) == UNUSED,
             }
         )
     return shown
@@ -73,26 +73,20 @@ def _from_predictors(measured: Measured, sae: str) -> dict[str, float]:
     return numbers
 
 
-def run(config: AnyConfig, stages: Stages) -> Result:
-    """Measure; see the module of the same name one level up for the method.
+def run(settings: DecompositionSettings, stages: Stages) -> Result:
+    """Measure every SAE.
 
-    Raises ValueError for bad settings, a missing SAE, text too short; RuntimeError for a damaged cache or checkpoint.
+    Raises InputError for settings, SAEs or a text that do not fit; StateError for a damaged cache or checkpoint.
     """
-    more: dict[str, float] = {}
+    inputs = prepare(settings, stages)
+    found = measured(inputs, stages)
+    numbers = found.sae_numbers()
     series: dict[str, Any] = {}
-    if isinstance(config, ManySaesConfig):
-        found = many_saes.measured(config, stages)
-    else:
-        sites = family.family_sites(config, [config.hook], stages)
-        found = family.measured_family(config, stages, sites=sites)
-        more = sites[config.hook].selection.numbers()
-        series["largest_norm_tokens"] = _high_norm_tokens(config.model, sites[config.hook])
-    # Left-out tokens are counted over the whole text; of the others what was measured counts, not what was selected.
-    measured = {name: found.numbers[f"tokens/{name}"] for name in ("fit", "norm_fit", "held_out")}
-    numbers = more | {f"tokens/{name}": count for name, count in measured.items()} | found.sae_numbers()
+    if len(inputs.stored) == 1:
+        series["largest_norm_tokens"] = _high_norm_tokens(inputs)
     for sae in found.saes:
         numbers |= _from_predictors(found, sae["name"])
-    series["excerpt"] = many_saes.excerpt(found)
+    series["excerpt"] = excerpt(found)
     series["per_token"] = {hook: str(site.per_token) for hook, site in found.sites.items()}
     return measured_result("decomposition", found, stages, numbers, series=series)
 

@@ -10,7 +10,7 @@ adding the linear part recovers the linear share.
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,34 +20,28 @@ from torch import Tensor
 from darkmatter_ext.activations.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
 from darkmatter_ext.estimators.intervals import bootstrap, group_sums
 from darkmatter_ext.estimators.least_squares import LinearMap
-from darkmatter_ext.measurement.decompose import Decomposition, Reconstruct, TokenBatch, decompose_stream
+from darkmatter_ext.measurement.decompose import Decomposition, TokenBatch, decompose_stream
 from darkmatter_ext.measurement.nulls import other_tokens
-from darkmatter_ext.measurement.reconstruct import as_reconstruct, random_dictionary, shuffled_decoder
-from darkmatter_ext.measurement.selection import (
-    FIT,
+from darkmatter_ext.measurement.plan import plan_lines
+from darkmatter_ext.measurement.presets import DEMO
+from darkmatter_ext.measurement.run import Inputs, prepare
+from darkmatter_ext.measurement.settings import Settings, extended
+from darkmatter_ext.measurement.stored_tokens import (
     HeldOutContexts,
     MeasuredBatches,
+    StoredTokens,
     check_whole_contexts,
-    mean_activation,
 )
-from darkmatter_ext.measurement.site import (
-    SiteConfig,
-    listed_saes,
-    prepared_site,
-    refuse_processing,
-    site_notes,
-    site_plan,
-)
-from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.measurement.tokens import FIT
+from darkmatter_ext.report.measured import stored_result
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import BLUE, GREY, ORANGE, SKY, interval_bars, legend_beside, new_figure, new_panels
 from darkmatter_ext.report.table import Table, shown, with_interval
 from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.encoders import Encode, Encoded, as_encoder, random_dictionary, shuffled_sae
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from matplotlib.figure import Figure
-    from sae_lens import SAE
 
 SETTINGS = {
     "sae": "Sae(x)",
@@ -63,7 +57,7 @@ CONTROLS = {
 
 
 @dataclass(frozen=True)
-class DownstreamConfig(SiteConfig):
+class DownstreamSettings(Settings):
     """Splice Sae(x), with and without each part of its error, into the model: what does each part cost?"""
 
     contexts: int = 32
@@ -71,28 +65,27 @@ class DownstreamConfig(SiteConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole_contexts(self.contexts, self.split)
+        check_whole_contexts(self.contexts, self.measure.split)
 
 
-PRESETS = {"demo": DownstreamConfig()}
+PRESETS = {"demo": extended(DEMO, DownstreamSettings)}
 
 
-def plan(config: DownstreamConfig) -> list[str]:
-    """What a run would do, in lines, without doing it."""
-    settings = [*SETTINGS.values(), *CONTROLS.values()]
+def plan(settings: DownstreamSettings) -> list[str]:
+    """Describe a run, one line a step, without starting it."""
     return [
-        *site_plan(config),
-        f"splice    into {config.contexts} held-out contexts",
-        *(f"          {about}" for about in settings),
+        *plan_lines(settings),
+        f"splice    into {settings.contexts} held-out contexts",
+        *(f"          {about}" for about in [*SETTINGS.values(), *CONTROLS.values()]),
     ]
 
 
-def sae_splices(reconstruct: Reconstruct, error_map: LinearMap, *, seed: int) -> dict[str, Splice]:
+def sae_splices(encode: Encode, error_map: LinearMap, *, seed: int) -> dict[str, Splice]:
     """The four settings of one SAE, each a function of the activations [n, d] at the replaced places."""
     generator = torch.Generator().manual_seed(seed)
 
     def sae(x: Tensor) -> Tensor:
-        return reconstruct(TokenBatch(x, torch.zeros(len(x), dtype=torch.bool, device=x.device))).x_hat
+        return encode(x).x_hat
 
     def linear(x: Tensor) -> Tensor:
         return error_map(x).to(x.dtype)
@@ -154,71 +147,68 @@ def _share_numbers(name: str, decomposition: Decomposition) -> dict[str, float]:
     }
 
 
-def _all_splices(
-    config: DownstreamConfig,
-    saes: dict[str, tuple[SAE, Path]],
-    reconstruct: dict[str, Reconstruct],
-    found: dict[str, Decomposition],
-    mean: Tensor,
-) -> dict[str, Splice]:
+def _all_splices(inputs: Inputs, found: dict[str, Decomposition], mean: Tensor) -> dict[str, Splice]:
     """The controls by their name, then every setting of every SAE as `SAE/SETTING`."""
-    widest = max(saes, key=lambda name: saes[name][0].cfg.d_sae)
-    sae, l0 = saes[widest][0], max(1, round(found[widest].l0))
+    widest, seed = inputs.widest(inputs.one_site), inputs.settings.seed
+    l0 = max(1, round(found[widest.name].l0))
     controls = {
-        "random_dictionary": random_dictionary(mean, sae.cfg.d_sae, l0, seed=config.seed),
-        "shuffled_decoder": shuffled_decoder(sae, seed=config.seed),
+        "random_dictionary": random_dictionary(mean, widest.d_sae, l0, seed=seed),
+        "shuffled_decoder": as_encoder(shuffled_sae(widest.load(), seed=seed)),
     }
     splices: dict[str, Splice] = {"mean": lambda x: mean.to(x.dtype).expand_as(x)}
     for name, control in controls.items():
-        splices[name] = sae_splices(control, found[widest].error_map, seed=config.seed)["sae"]
-    for name, function in reconstruct.items():
-        own = sae_splices(function, found[name].error_map, seed=config.seed)
-        splices |= {f"{name}/{setting}": splice for setting, splice in own.items()}
+        splices[name] = sae_splices(control, found[widest.name].error_map, seed=seed)["sae"]
+    for sae in inputs.saes:
+        own = sae_splices(sae.own, found[sae.name].error_map, seed=seed)
+        splices |= {f"{sae.name}/{setting}": splice for setting, splice in own.items()}
     return splices
 
 
+def _decomposed(inputs: Inputs, tokens: StoredTokens) -> dict[str, Decomposition]:
+    """b* and the numbers of every SAE, from all measured tokens."""
+
+    def reads(encode: Encode) -> Callable[[TokenBatch], Encoded]:
+        return lambda batch: encode(batch.x)
+
+    batches = MeasuredBatches(tokens, inputs.settings.device)
+    return decompose_stream(batches, {sae.name: reads(sae.own) for sae in inputs.saes})
+
+
 @torch.no_grad()
-def run(config: DownstreamConfig, stages: Stages) -> Result:
+def run(settings: DownstreamSettings, stages: Stages) -> Result:
     """Splice and compare.
 
-    Raises ValueError for bad settings, an SAE of another site, stored activations that are not the model's, fewer
-    held-out contexts than asked for; RuntimeError for a damaged cache.
+    Raises InputError for bad settings, SAEs of several sites, stored activations that are not the model's, fewer held-out
+    contexts than asked for; StateError for a damaged cache.
     """
-    refuse_processing(config)
-    cache, selection, saes = prepared_site(config, stages)
-    contexts = HeldOutContexts.sample(cache, selection.roles, config.contexts, seed=config.seed)
-    reconstruct = {name: as_reconstruct(sae) for name, (sae, _) in saes.items()}
+    inputs = prepare(settings, stages, splices=True)
+    hook = inputs.one_site
+    tokens = inputs.stored[hook]
+    contexts = HeldOutContexts.sample(tokens, settings.contexts, seed=settings.seed)
     with stages.stage("fit the linear error"):
-        found = decompose_stream(MeasuredBatches(cache, selection.roles, config.device), reconstruct)
-        mean = mean_activation(cache, selection.roles, FIT).to(config.device)
-    splices = _all_splices(config, saes, reconstruct, found, mean)
+        found = _decomposed(inputs, tokens)
+        mean = tokens.mean(FIT).to(settings.device)
+    splices = _all_splices(inputs, found, mean)
     with stages.stage("load the language model"):
-        model = SplicedModel.load(config.model, config.hook, device=config.device)
+        model = SplicedModel.load(inputs.model, hook, device=settings.device)
     with stages.stage("splice into the language model", len(contexts)) as advance:
-        tokens = splice_contexts(model, contexts, splices, progress=advance)
-    numbers = selection.numbers() | {
+        spliced = splice_contexts(model, contexts, splices, progress=advance)
+    numbers: dict[str, float] = {
         "spliced_contexts": len(contexts),
-        "spliced_tokens": len(tokens.context),
-        "ce_original": tokens.losses.cross_entropy.double().mean().item(),
+        "spliced_tokens": len(spliced.context),
+        "ce_original": spliced.losses.cross_entropy.double().mean().item(),
     }
     for name in splices:
-        numbers |= loss_numbers(tokens, name, seed=config.seed)
-    for name in saes:
-        numbers |= _share_numbers(name, found[name]) | recovery_numbers(tokens, name, seed=config.seed)
-    return Result(
-        experiment="downstream",
-        config=dataclasses.asdict(config),
-        numbers=numbers,
-        series={"saes": listed_saes(saes), "settings": SETTINGS, "controls": CONTROLS},
-        arrays=tokens.columns(),
-        notes=[
-            *site_notes(config, cache, selection, saes),
-            f"Spliced at all held-out tokens of {len(contexts)} whole contexts at once; losses of {len(tokens.context)} "
-            "tokens. Intervals: 95 %, contexts drawn again.",
-        ],
-        seconds=stages.seconds,
-        provenance=provenance(config.device) | {"text_sha256": cache.meta["text_sha256"]},
-    )
+        numbers |= loss_numbers(spliced, name, seed=settings.seed)
+    for sae in inputs.saes:
+        numbers |= _share_numbers(sae.name, found[sae.name])
+        numbers |= recovery_numbers(spliced, sae.name, seed=settings.seed)
+    notes = [
+        f"Spliced at all held-out tokens of {len(contexts)} whole contexts at once; losses of {len(spliced.context)} "
+        "tokens. Intervals: 95 %, contexts drawn again."
+    ]
+    series = {"settings": SETTINGS, "controls": CONTROLS}
+    return stored_result("downstream", inputs, stages, numbers, series=series, arrays=spliced.columns(), notes=notes)
 
 
 PAPER = "the nonlinear error carries a proportional share of the increase in CE"

@@ -13,30 +13,26 @@ that sparse codes of another tensor are nonlinear in x).
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from darkmatter_ext.activations.hook_points import parse_hook_point
-from darkmatter_ext.measurement import family, many_saes, many_saes_config
-from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig, FamilySite, given_hooks, measured_family
-from darkmatter_ext.measurement.many_saes import Measured
-from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
-from darkmatter_ext.measurement.measurement import MeasuredSae, SiteMeasurement
+from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.nulls import other_tokens
+from darkmatter_ext.measurement.plan import plan_lines
+from darkmatter_ext.measurement.presets import presets
+from darkmatter_ext.measurement.run import Inputs, measured, prepare, resolve
+from darkmatter_ext.measurement.settings import Settings, replaced
+from darkmatter_ext.measurement.site_saes import SiteSae
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import BLUE, GREEN, ORANGE, interval_bars, new_panels
 from darkmatter_ext.report.table import Table, shown, with_interval
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
-from darkmatter_ext.saes.encoders import Encoded, Encoder, as_encoder, random_directions
-from darkmatter_ext.saes.loading import describe_sae
+from darkmatter_ext.saes.encoders import Encode, Encoder, random_directions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,27 +46,10 @@ CONTROLS = {
 }
 INTERVAL_GROUPS = 6  # each keeps a Gram matrix of all predictors side by side: 130 MB for seven of 576
 
-Maker = Callable[[dict[str, FamilySite]], MeasuredSae]
-
 
 @dataclass(frozen=True)
-class EarlierLayersConfig(FamilyConfig):
+class EarlierLayersSettings(Settings):
     """Predict the error of an SAE, and its linear and nonlinear part, from the outputs of SAEs at earlier sites."""
-
-    predictor: tuple[str, ...] = ()
-    """with sae: folders of SAEs of other sites whose outputs are the predictors; without: SAEs are trained at the previous
-    residual stream and at the MLP and attention of the block of hook"""
-    widths: tuple[int, ...] = (2048,)
-    """latents of the SAEs to train, at every site; the widest of a site is the predictor"""
-    interval_groups: int = INTERVAL_GROUPS
-    """groups of held-out contexts that confidence intervals come from, each with a Gram matrix of all predictors"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sae and not self.predictor:
-            raise InputError("predictor: must name at least one SAE of another site with sae, got none")
-        if self.predictor and not self.sae:
-            raise InputError("sae: must be given with predictor, got none")
 
 
 def related_hooks(hook: str) -> dict[str, str]:
@@ -86,90 +65,62 @@ def related_hooks(hook: str) -> dict[str, str]:
     return {OWN: hook, PREVIOUS: before, "mlp": f"{block}.hook_mlp_out", "attention": f"{block}.attn.hook_z"}
 
 
-PRESETS: dict[str, AnyConfig] = {
-    "demo": EarlierLayersConfig(),
-    **{
-        name: dataclasses.replace(preset, interval_groups=INTERVAL_GROUPS)
-        for name, preset in many_saes_config.PRESETS.items()
-    },
-}
+PRESETS = presets(EarlierLayersSettings, {"widths": (2048,)}, interval_groups=INTERVAL_GROUPS)
 
 
-def plan(config: AnyConfig) -> list[str]:
-    """What a run would do, in lines, without doing it."""
-    if isinstance(config, ManySaesConfig):
-        return family.plan(config)
-    if config.sae:
-        predictors = [f"predictor {folder}" for folder in getattr(config, "predictor", ())]
-        return [*family.plan(config), *predictors]
-    return family.plan(config, list(related_hooks(config.hook).values()))
+def plan(settings: EarlierLayersSettings) -> list[str]:
+    """Describe a run, one line a step, without starting it."""
+    if settings.saes.sae:
+        return plan_lines(settings)
+    lines = [
+        plan_lines(replaced(settings, hook=hook)) for hook in related_hooks(settings.saes.trained_hooks[0]).values()
+    ]
+    return list(dict.fromkeys(line for own in lines for line in own))
 
 
 # ---- predictors
 
 
-def shuffled(name: str, sae: MeasuredSae, *, seed: int) -> MeasuredSae:
+@dataclass(frozen=True)
+class Predictors:
+    """Encoders whose outputs predict the error, and what each is."""
+
+    encoders: list[Encoder]
+    about: dict[str, str]  # predictor -> its site
+
+
+def shuffled(sae: SiteSae, *, seed: int) -> Encoder:
     """The SAE's output of other tokens: every batch is permuted first, the same way in every reading."""
 
-    def load() -> Encoder:
-        encode = sae.load()
+    def make(_sae: object) -> Encode:
+        encode = sae.own
+        return lambda x: encode(x[other_tokens(len(x), torch.Generator().manual_seed(seed)).to(x.device)])
 
-        def other(x: Tensor) -> Encoded:
-            order = other_tokens(len(x), torch.Generator().manual_seed(seed))
-            return encode(x[order.to(x.device)])
-
-        return other
-
-    return MeasuredSae(name, sae.hook, sae.d_sae, load, sae.weight_bytes)
+    return sae.encoder(make, name="shuffled")
 
 
-def _of_site(name: str, hook: str, folder: str = "") -> Maker:
-    """The SAE of a folder, or the widest at a site, as a predictor."""
+def randomised(sae: SiteSae, *, k: int, seed: int) -> Encoder:
+    """A TopK SAE of random directions where an SAE is, as many and as many active; `k` where it is no TopK SAE."""
 
-    def make(sites: dict[str, FamilySite]) -> MeasuredSae:
-        saes = [sae for sae, own in sites[hook].saes.values() if not folder or own == Path(folder)]
-        widest = max(saes, key=lambda sae: sae.cfg.d_sae)
-        return MeasuredSae(name, hook, widest.cfg.d_sae, lambda: as_encoder(widest))
+    def make(own: Any) -> Encode:
+        return random_directions(own, getattr(own.cfg, "k", k), seed=seed)
 
-    return make
+    return sae.encoder(make, name="random")
 
 
-def _random_at(hook: str, config: EarlierLayersConfig) -> Maker:
-    def make(sites: dict[str, FamilySite]) -> MeasuredSae:
-        widest = max((sae for sae, _ in sites[hook].saes.values()), key=lambda sae: sae.cfg.d_sae)
-        k = getattr(widest.cfg, "k", config.k)
-        return MeasuredSae("random", hook, widest.cfg.d_sae, lambda: random_directions(widest, k, seed=config.seed))
-
-    return make
-
-
-def _makers(config: EarlierLayersConfig) -> tuple[str, dict[str, str], dict[str, Maker]]:
-    """The target site; predictor -> its site; predictor and control -> what makes its SAE.
-
-    Raises ValueError for SAEs that cannot be loaded, targets of several sites, predictors of the target's own site.
-    """
-    if config.sae:
-        own = list(given_hooks(config))
-        if len(own) > 1:
-            raise InputError(f"sae: must be of one site, got {own[0]} and {own[1]}")
-        given = given_hooks(dataclasses.replace(config, sae=config.predictor))
-        if silent := next((own for own in config.predictor if not describe_sae(own).metadata.get("hook_name")), None):
-            raise InputError(f"predictor: must name its hook_name in its metadata, got {silent}")
-        if own[0] in given:
-            raise InputError(f"predictor: must be of another site than sae ({own[0]}), got {given[own[0]][0]}")
-        named = {
-            (hook if len(folders) == 1 else f"{hook} {folder}"): (hook, folder)
-            for hook, folders in given.items()
-            for folder in folders
-        }
-        named = {OWN: (own[0], ""), **named}
+def predictors_of(inputs: Inputs, target: str) -> Predictors:
+    """The SAEs of other sites with the target's own, the widest of each site, and the controls."""
+    settings = inputs.settings
+    if inputs.predictors:
+        if inside := next((sae for sae in inputs.predictors if sae.hook == target), None):
+            raise InputError(f"predictor: must be of another site than sae ({target}), got {inside.folder}")
+        named = {OWN: inputs.widest(target), **{sae.name: sae for sae in inputs.predictors}}
     else:
-        named = {name: (hook, "") for name, hook in related_hooks(config.hook).items()}
-    makers = {name: _of_site(name, hook, folder) for name, (hook, folder) in named.items()}
-    first = list(named)[1]
-    makers["shuffled"] = lambda sites: shuffled("shuffled", makers[first](sites), seed=config.seed)
-    makers["random"] = _random_at(named[first][0], config)
-    return named[OWN][0], {name: hook for name, (hook, _) in named.items()}, makers
+        named = {name: inputs.widest(hook) for name, hook in related_hooks(target).items()}
+    first = list(named.values())[1]
+    encoders = [sae.encoder(name=name) for name, sae in named.items()]
+    encoders += [shuffled(first, seed=settings.seed), randomised(first, k=settings.saes.k, seed=settings.seed)]
+    return Predictors(encoders, {name: sae.hook for name, sae in named.items()})
 
 
 # ---- the run
@@ -196,35 +147,27 @@ def predictor_sets(predictors: list[str]) -> dict[str, list[str]]:
     return sets | {name: [name] for name in CONTROLS if name == "x" or name in predictors}
 
 
-def _measured(config: AnyConfig, stages: Stages) -> tuple[Measured, dict[str, str]]:
-    """The measurement, and the site of each predictor ("": where its own metadata says)."""
-    if isinstance(config, ManySaesConfig):
-        if not config.predictor:
-            raise InputError("predictor: must name at least one SAE of another site, got none")
-        make = {"shuffled": lambda sae: shuffled("shuffled", sae, seed=config.seed)}
-        found = many_saes.measured(config, stages, controls=make)
-        return found, {name: "" for name in found.predictors if name not in CONTROLS}
-    assert isinstance(config, EarlierLayersConfig)
-    target, sites, makers = _makers(config)
-    everywhere = dataclasses.replace(config, hook=target, sae=(*config.sae, *config.predictor))
-    hooks = list(dict.fromkeys(sites.values()))
-    found = measured_family(everywhere, stages, hooks=hooks, targets=[target], predictors=makers)
-    shown = dataclasses.asdict(config) | {"hook": target}
-    return dataclasses.replace(found, config=shown), sites
-
-
-def run(config: AnyConfig, stages: Stages) -> Result:
+def run(settings: EarlierLayersSettings, stages: Stages) -> Result:
     """Measure, and regress the parts of the error on the outputs of the other SAEs.
 
-    Raises ValueError for bad settings, SAEs that do not fit; RuntimeError for damaged files.
+    Raises InputError for bad settings, SAEs that do not fit; StateError for damaged files.
     """
-    found, sites = _measured(config, stages)
+    if settings.saes.sae and not settings.saes.predictor:
+        raise InputError("predictor: must name at least one SAE of another site with sae, got none")
+    target, *others = resolve(settings).sites
+    if others:
+        raise InputError(f"sae: must be of one site, got {target} and {others[0]}")
+    train_at = () if settings.saes.sae else tuple(related_hooks(target).values())
+    inputs = prepare(settings, stages, train_at=train_at)
+    predictors = predictors_of(inputs, target)
+    found = measured(inputs, stages, saes=inputs.of(target), predictors=predictors.encoders)
     sets = predictor_sets(found.predictors)
     numbers: dict[str, float] = {}
     with stages.stage("regress the error", len(found.saes)) as advance:
         for sae in found.saes:
             numbers |= part_numbers(found.site_of(sae["name"]), sae["name"], sets)
             advance(1)
+    sites = predictors.about
     about = {name: CONTROLS.get(name) or f"{name}: {sites.get(name) or ', '.join(used)}" for name, used in sets.items()}
     notes = [
         "R2 is the mean over dimensions, on held-out tokens. A set of p predictors that says nothing scores about "

@@ -14,15 +14,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from darkmatter_ext.activations.store import ActivationCache, load_tokenizer
+from darkmatter_ext.activations.store import load_tokenizer
 from darkmatter_ext.estimators.intervals import seed_interval
 from darkmatter_ext.estimators.least_squares import LinearMap, LinearStatistics
-from darkmatter_ext.measurement.decompose import Reconstruct, TokenBatch
 from darkmatter_ext.measurement.detection import (
     DetectionSettings,
     Judge,
@@ -32,12 +32,16 @@ from darkmatter_ext.measurement.detection import (
 )
 from darkmatter_ext.measurement.error import sae_error
 from darkmatter_ext.measurement.judges import EndpointJudge, LocalJudge
-from darkmatter_ext.measurement.reconstruct import as_reconstruct, random_dictionary, shuffled_decoder
-from darkmatter_ext.measurement.selection import HELD_OUT, MeasuredBatches, TokenSelection
-from darkmatter_ext.measurement.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
+from darkmatter_ext.measurement.plan import plan_lines
+from darkmatter_ext.measurement.presets import DEMO
+from darkmatter_ext.measurement.run import Inputs, prepare, resolve
+from darkmatter_ext.measurement.settings import Settings, extended
+from darkmatter_ext.measurement.stored_tokens import MeasuredBatches, StoredTokens
+from darkmatter_ext.measurement.tokens import HELD_OUT
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.encode import topk_encode
-from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.report.measured import stored_result
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import (
     BLUE,
     GREEN,
@@ -50,16 +54,15 @@ from darkmatter_ext.report.style import (
     row_bars,
 )
 from darkmatter_ext.report.table import Table, shown, with_interval
-from darkmatter_ext.runtime.inputs import InputError
+from darkmatter_ext.runtime.inputs import InputError, require, require_at_least
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import cache_dir, fingerprint
 from darkmatter_ext.saes.drop_in import accelerate
+from darkmatter_ext.saes.encoders import Encode, as_encoder, random_dictionary, shuffled_sae
 from darkmatter_ext.saes.loading import load_sae
 from darkmatter_ext.saes.training import TrainingConfig, save_sae, train_topk_sae
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from matplotlib.figure import Figure
     from sae_lens import SAE
 
@@ -70,11 +73,12 @@ JUDGED = {
     "activation": "the SAE whose error it is",
     "random": "control: random directions on the nonlinear error",
 }
+SCORERS = ("offline", "local", "endpoint")
 _BATCH = 4096  # tokens reconstructed at a time
 
 
 @dataclass(frozen=True)
-class ErrorSaesConfig(SiteConfig):
+class ErrorSaesSettings(Settings):
     """Train TopK SAEs on the linear and on the nonlinear error of an SAE, and compare them."""
 
     error_width: int = 1024
@@ -95,22 +99,14 @@ class ErrorSaesConfig(SiteConfig):
     """URL of an OpenAI-compatible server, as http://localhost:8000/v1; asked only with scorer endpoint"""
     api_key_variable: str = "OPENAI_API_KEY"
     """environment variable with the server's key, if it wants one"""
-    parity: str = "paper"
-    """paper, or released-code: b* fitted on all measured tokens, the held-out ones too"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.sae or self.widths) != 1:
-            raise InputError(f"sae, widths: must name one SAE, got {len(self.sae or self.widths)}")
         for name, least in (("error_steps", 1), ("training_seeds", 1), ("latents", 0), ("error_k", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+            require_at_least(name, least, getattr(self, name))
         if self.error_width < self.error_k:
             raise InputError(f"error_width: must be at least error_k ({self.error_k}), got {self.error_width}")
-        if self.parity not in ("paper", "released-code"):
-            raise InputError(f"parity: must be paper or released-code, got {self.parity!r}")
-        if self.scorer not in ("offline", "local", "endpoint"):
-            raise InputError(f"scorer: must be offline, local or endpoint, got {self.scorer!r}")
+        require(self.scorer in SCORERS, "scorer", "must be offline, local or endpoint", repr(self.scorer))
         if self.scorer == "endpoint" and not self.endpoint:
             raise InputError("endpoint: must be the URL of an OpenAI-compatible server for scorer endpoint, got none")
         if self.scorer == "endpoint" and not self.scorer_model:
@@ -119,29 +115,34 @@ class ErrorSaesConfig(SiteConfig):
             raise InputError(f"endpoint: is asked only with scorer endpoint, got scorer {self.scorer}")
 
 
-PRESETS = {"demo": ErrorSaesConfig(widths=(2048,))}
+PRESETS = {"demo": extended(DEMO, ErrorSaesSettings, widths=(2048,))}
 
 
-def plan(config: ErrorSaesConfig) -> list[str]:
-    """What a run would do, in lines, without doing it."""
-    judge = {"offline": "token lists, no model", "local": config.scorer_model or config.model}
-    asked = judge.get(config.scorer, f"{config.scorer_model} at {config.endpoint}")
+def plan(settings: ErrorSaesSettings) -> list[str]:
+    """Describe a run, one line a step, without starting it."""
     return [
-        *site_plan(config),
-        f"train     {config.training_seeds} TopK SAEs each on linear and nonlinear error: {config.error_width} latents, "
-        f"k {config.error_k}, {config.error_steps} steps",
-        f"judge     {config.latents} latents of each of {len(JUDGED)}; {config.scorer}: {asked}",
+        *plan_lines(settings),
+        f"train     {settings.training_seeds} TopK SAEs each on linear and nonlinear error: {settings.error_width} latents, "
+        f"k {settings.error_k}, {settings.error_steps} steps",
+        f"judge     {settings.latents} latents of each of {len(JUDGED)}; {settings.scorer}: {_asked(settings)}",
     ]
 
 
-def _judge(config: ErrorSaesConfig) -> Judge:
+def _asked(settings: ErrorSaesSettings) -> str:
+    """Who judges, in words."""
+    if settings.scorer == "endpoint":
+        return f"{settings.scorer_model} at {settings.endpoint}"
+    return (settings.scorer_model or "the model itself") if settings.scorer == "local" else "token lists, no model"
+
+
+def _judge(settings: ErrorSaesSettings) -> Judge:
     """The configured judge; a server is asked once here, before any long work."""
-    if config.scorer == "endpoint":
-        judge = EndpointJudge(config.endpoint, config.scorer_model, key_variable=config.api_key_variable)
+    if settings.scorer == "endpoint":
+        judge = EndpointJudge(settings.endpoint, settings.scorer_model, key_variable=settings.api_key_variable)
         judge.check()
         return judge
-    if config.scorer == "local":
-        return LocalJudge(config.scorer_model or config.model, device=config.device)
+    if settings.scorer == "local":
+        return LocalJudge(settings.scorer_model or resolve(settings).model, device=settings.device)
     return WordListJudge()
 
 
@@ -153,14 +154,14 @@ class Errors(NamedTuple):
     nonlinear: Tensor
 
 
-def fit_error_map(batches: MeasuredBatches, reconstruct: Reconstruct, *, on_all: bool) -> LinearMap:
+def fit_error_map(batches: MeasuredBatches, encode: Encode, *, on_all: bool) -> LinearMap:
     """b*: least squares from x to SaeError(x) on fit tokens, or on all measured ones as the released code does."""
     statistics: LinearStatistics | None = None
     for batch in batches:
         if statistics is None:
             d = batch.x.shape[1]
             statistics = LinearStatistics(d, d, batch.x.device)
-        error = sae_error(batch.x, reconstruct(batch).x_hat)
+        error = sae_error(batch.x, encode(batch.x).x_hat)
         chosen = torch.ones_like(batch.train) if on_all else batch.train
         statistics.update(batch.x[chosen], error[chosen])
     if statistics is None:
@@ -168,11 +169,11 @@ def fit_error_map(batches: MeasuredBatches, reconstruct: Reconstruct, *, on_all:
     return statistics.solve()
 
 
-def split_errors(batches: MeasuredBatches, reconstruct: Reconstruct, error_map: LinearMap) -> tuple[Errors, Errors]:
+def split_errors(batches: MeasuredBatches, encode: Encode, error_map: LinearMap) -> tuple[Errors, Errors]:
     """The error parts of the fit and of the held-out tokens. Memory: 12 n d bytes."""
     sides: tuple[list[Errors], list[Errors]] = ([], [])
     for batch in batches:
-        error = sae_error(batch.x, reconstruct(batch).x_hat)
+        error = sae_error(batch.x, encode(batch.x).x_hat)
         linear = error_map(batch.x).to(error.dtype)
         for side, chosen in zip(sides, (batch.train, ~batch.train), strict=True):
             side.append(Errors(batch.x[chosen], linear[chosen], (error - linear)[chosen]))
@@ -193,27 +194,24 @@ def trained_error_sae(
 
 
 @torch.no_grad()
-def fvu(reconstruct: Reconstruct, y: Tensor) -> float:
+def fvu(encode: Encode, y: Tensor) -> float:
     """FVU on y [n, d]."""
     squared_error = 0.0
     for part in y.split(_BATCH):
-        batch = TokenBatch(part, torch.zeros(len(part), dtype=torch.bool, device=part.device))
-        squared_error += sae_error(part, reconstruct(batch).x_hat).double().square().sum().item()
+        squared_error += sae_error(part, encode(part).x_hat).double().square().sum().item()
     return squared_error / (y - y.mean(0)).double().square().sum().item()
 
 
 @torch.no_grad()
-def reconstruction_numbers(
-    reconstruct: Reconstruct, encode: Callable[[Tensor], SparseActs], y: Tensor
-) -> dict[str, float]:
+def reconstruction_numbers(encode: Encode, y: Tensor) -> dict[str, float]:
     """FVU, L0 and share of dead latents (silent on every token) on y [n, d]."""
     active, fired = 0, []
     for part in y.split(_BATCH):
-        acts = encode(part)
+        acts = encode(part).acts
         active += int(acts.l0().sum())
         fired.append(torch.bincount(acts.col_indices[acts.values.reshape(-1) != 0], minlength=acts.d_sae))
     dead = (torch.stack(fired).sum(0) == 0).double().mean().item()
-    return {"fvu": fvu(reconstruct, y), "l0": active / len(y), "dead": dead}
+    return {"fvu": fvu(encode, y), "l0": active / len(y), "dead": dead}
 
 
 @dataclass(frozen=True)
@@ -225,12 +223,12 @@ class Snippets:
     tokens: list[list[str]]  # [w][length]
 
     @classmethod
-    def cut(cls, cache: ActivationCache, roles: Tensor, length: int, decode: Callable[[int], str]) -> Snippets:
+    def cut(cls, stored: StoredTokens, length: int, decode: Callable[[int], str]) -> Snippets:
         """All runs of `length` held-out tokens, side by side, that start at a multiple of it.
 
         Raises ValueError when there is none.
         """
-        held_out = roles == HELD_OUT
+        cache, held_out = stored.cache, stored.roles == HELD_OUT
         row = held_out.flatten().long().cumsum(0).view_as(held_out) - 1
         usable = cache.context_length // length * length
         whole = held_out[:, :usable].unflatten(1, (-1, length)).all(-1)  # [C, L / length]
@@ -276,94 +274,105 @@ def interpret(
     }
 
 
-def _encoders(sae: SAE, trained: dict[str, SAE], held_out: Errors, config: ErrorSaesConfig) -> dict[str, SparseActs]:
+def _encoders(
+    sae: SAE, trained: dict[str, SAE], held_out: Errors, settings: ErrorSaesSettings
+) -> dict[str, SparseActs]:
     """The codes of everything in JUDGED on held-out tokens."""
     acts = {name: cast("Any", accelerate(own)).encode_sparse(getattr(held_out, name)) for name, own in trained.items()}
     acts["activation"] = cast("Any", accelerate(sae)).encode_sparse(held_out.activation.to(sae.dtype))
     y = held_out.nonlinear
-    generator = torch.Generator().manual_seed(config.seed)
-    directions = torch.randn(y.shape[1], config.error_width, generator=generator).to(y)
-    bias = torch.zeros(config.error_width).to(y)
-    acts["random"] = topk_encode(y, directions / directions.norm(dim=0), bias, config.error_k, b_dec=y.mean(0))
+    generator = torch.Generator().manual_seed(settings.seed)
+    directions = torch.randn(y.shape[1], settings.error_width, generator=generator).to(y)
+    bias = torch.zeros(settings.error_width).to(y)
+    acts["random"] = topk_encode(y, directions / directions.norm(dim=0), bias, settings.error_k, b_dec=y.mean(0))
     return acts
 
 
 def _train_and_measure(
-    config: ErrorSaesConfig, folder: Path, selection: TokenSelection, fit: Errors, held_out: Errors, stages: Stages
+    inputs: Inputs, settings: ErrorSaesSettings, fit: Errors, held_out: Errors, stages: Stages
 ) -> tuple[dict[str, float], dict[str, SAE], list[dict[str, Any]]]:
     """Numbers with intervals over seeds, the SAE of the first seed by target, and what is listed."""
     numbers, first, listed = {}, {}, []
-    roles = fingerprint(roles=selection.roles.flatten().tolist())
+    (sae,) = inputs.saes
+    roles = fingerprint(roles=inputs.stored[sae.hook].roles.flatten().tolist())
     for target in TARGETS:
         y, found = getattr(held_out, target), []
-        for number in range(config.training_seeds):
+        for number in range(settings.training_seeds):
+            seed = settings.seed + number
             training = TrainingConfig(
-                d_sae=config.error_width, k=config.error_k, steps=config.error_steps, seed=config.seed + number
+                d_sae=settings.error_width, k=settings.error_k, steps=settings.error_steps, seed=seed
             )
-            metadata = {"model_name": config.model, "hook_name": config.hook, "trained_on": f"{target} error"}
-            key = {"sae": folder.name, "roles": roles, "target": target, "parity": config.parity, "metadata": metadata}
+            metadata = {"model_name": inputs.model, "hook_name": sae.hook, "trained_on": f"{target} error"}
+            key = {"sae": Path(sae.folder).name, "roles": roles, "target": target, "metadata": metadata}
+            key["parity"] = settings.measure.parity
             with stages.stage(f"train on the {target} error", training.steps) as advance:
-                sae, own = trained_error_sae(getattr(fit, target), training, key, advance, config.device)
-            first.setdefault(target, sae)
-            listed += [e | {"target": target} for e in listed_saes({f"{target}, seed {training.seed}": (sae, own)})]
-            encode = cast("Any", accelerate(sae)).encode_sparse
-            found.append(reconstruction_numbers(as_reconstruct(sae), encode, y))
+                own, folder = trained_error_sae(getattr(fit, target), training, key, advance, settings.device)
+            first.setdefault(target, own)
+            name, kind = f"{target}, seed {seed}", own.cfg.architecture()
+            entry = {"name": name, "d_sae": own.cfg.d_sae, "architecture": kind, "folder": str(folder)}
+            listed.append(entry | {"target": target})
+            found.append(reconstruction_numbers(as_encoder(own), y))
         for quantity in found[0]:
             numbers |= seed_interval([entry[quantity] for entry in found]).numbers(f"{target}/{quantity}")
         with stages.stage("controls"):
-            random = random_dictionary(
-                getattr(fit, target).float().mean(0), config.error_width, config.error_k, seed=config.seed
-            )
+            mean = getattr(fit, target).float().mean(0)
+            random = random_dictionary(mean, settings.error_width, settings.error_k, seed=settings.seed)
+            shuffled = as_encoder(shuffled_sae(first[target], seed=settings.seed))
             numbers[f"{target}/fvu_random_dictionary"] = fvu(random, y)
-            numbers[f"{target}/fvu_shuffled_decoder"] = fvu(shuffled_decoder(first[target], seed=config.seed), y)
+            numbers[f"{target}/fvu_shuffled_decoder"] = fvu(shuffled, y)
     return numbers, first, listed
 
 
+def _judged(
+    inputs: Inputs, settings: ErrorSaesSettings, judge: Judge, acts: dict[str, SparseActs], stages: Stages
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Detection accuracy of everything in JUDGED, and what was judged."""
+    tokenizer, detection = load_tokenizer(inputs.model), DetectionSettings(latents=settings.latents, seed=settings.seed)
+    stored = inputs.stored[inputs.one_site]
+    snippets = Snippets.cut(stored, detection.snippet_length, lambda token: str(tokenizer.decode([token])))
+    numbers: dict[str, float] = {}
+    judged: dict[str, Any] = {}
+    for name, own in acts.items():
+        with stages.stage(f"judge latents, {name}", settings.latents) as advance:
+            judged[name] = interpret(own, snippets, judge, detection, advance)
+        mean = judged[name]["mean"]
+        ends = {"": "value", "/low": "low", "/high": "high"}
+        numbers |= {f"{name}/detection_accuracy{end}": mean[key] for end, key in ends.items()}
+    return numbers, judged
+
+
 @torch.no_grad()
-def run(config: ErrorSaesConfig, stages: Stages) -> Result:
+def run(settings: ErrorSaesSettings, stages: Stages) -> Result:
     """Train, measure, judge.
 
-    Raises ValueError for bad settings, an SAE of another site, text too short to judge; RuntimeError for a server that
-    does not answer, a damaged cache.
+    Raises InputError for bad settings, more than one SAE, text too short to judge; StateError for a server that does not
+    answer, a damaged cache.
     """
-    judge = _judge(config)
-    cache, selection, saes = prepared_site(config, stages)
-    ((_, (sae, folder)),) = saes.items()
-    batches, reconstruct = MeasuredBatches(cache, selection.roles, config.device), as_reconstruct(sae)
+    saes = settings.saes
+    n_saes = len(saes.sae) or sum(map(len, saes.widths_by_k.values())) * len(saes.trained_hooks)
+    require(n_saes == 1, "sae, widths", "must name one SAE", n_saes)
+    judge = _judge(settings)
+    inputs = prepare(settings, stages, splices=True)
+    (sae,) = inputs.saes
+    batches = MeasuredBatches(inputs.stored[sae.hook], settings.device)
     with stages.stage("split the error"):
-        error_map = fit_error_map(batches, reconstruct, on_all=config.parity == "released-code")
-        fit, held_out = split_errors(batches, reconstruct, error_map)
-    found, first, listed = _train_and_measure(config, folder, selection, fit, held_out, stages)
-    numbers, judged = selection.numbers() | found, {}
-    if config.latents:
-        tokenizer, settings = load_tokenizer(config.model), DetectionSettings(latents=config.latents, seed=config.seed)
-        snippets = Snippets.cut(
-            cache, selection.roles, settings.snippet_length, lambda token: str(tokenizer.decode([token]))
-        )
-        for name, acts in _encoders(sae, first, held_out, config).items():
-            with stages.stage(f"judge latents, {name}", config.latents) as advance:
-                judged[name] = interpret(acts, snippets, judge, settings, advance)
-            mean = judged[name]["mean"]
-            ends = {"": "value", "/low": "low", "/high": "high"}
-            numbers |= {f"{name}/detection_accuracy{end}": mean[key] for end, key in ends.items()}
-    asked = {"offline": "token lists", "local": config.scorer_model or config.model}
+        error_map = fit_error_map(batches, sae.own, on_all=settings.measure.parity == "released-code")
+        fit, held_out = split_errors(batches, sae.own, error_map)
+    numbers, first, listed = _train_and_measure(inputs, settings, fit, held_out, stages)
+    judged: dict[str, Any] = {}
+    if settings.latents:
+        acts = _encoders(sae.load(), first, held_out, settings)
+        found, judged = _judged(inputs, settings, judge, acts, stages)
+        numbers |= found
     notes = [
-        *site_notes(config, cache, selection, saes),
         f"FVU, L0 and dead latents (silent on all {len(held_out.linear)} held-out tokens): intervals 95 %, Student's t over "
-        f"{config.training_seeds} training seeds. Detection: SAEs of the first seed, intervals 95 %, latents drawn again; "
-        f"judge: {asked.get(config.scorer, f'{config.scorer_model} at {config.endpoint}')}.",
+        f"{settings.training_seeds} training seeds. Detection: SAEs of the first seed, intervals 95 %, latents drawn again; "
+        f"judge: {_asked(settings)}.",
     ]
-    if config.parity == "released-code":
+    if settings.measure.parity == "released-code":
         notes.append("Released code: b* is fitted on the held-out tokens too.")
-    return Result(
-        experiment="error-saes",
-        config=dataclasses.asdict(config),
-        numbers=numbers,
-        series={"saes": listed, "judged": judged, "about": JUDGED},
-        notes=notes,
-        seconds=stages.seconds,
-        provenance=provenance(config.device) | {"text_sha256": cache.meta["text_sha256"]},
-    )
+    series = {"saes": listed, "judged": judged, "about": JUDGED}
+    return stored_result("error-saes", inputs, stages, numbers, series=series, notes=notes)
 
 
 PAPER = "FVU 0.54 on the linear and 0.59 on the nonlinear error"

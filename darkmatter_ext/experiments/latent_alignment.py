@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.estimators.intervals import LEVEL, RESAMPLES, Interval
-from darkmatter_ext.measurement import family, many_saes_config
-from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig
-from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.measurement.plan import plan_lines
+from darkmatter_ext.measurement.presets import presets
+from darkmatter_ext.measurement.run import measured, prepare
+from darkmatter_ext.measurement.settings import Settings
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import BLUE, GREY, ORANGE, interval_bars, new_panels
 from darkmatter_ext.report.table import Table, with_interval
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
-from darkmatter_ext.saes.loading import load_sae
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,19 +47,16 @@ BLOCK_VALUES = 1_000_000  # draws times latents at a time: 8 MB a tensor
 
 
 @dataclass(frozen=True)
-class LatentAlignmentConfig(FamilyConfig):
+class LatentAlignmentSettings(Settings):
     """Compare each latent's part in predicting the norm of the error with its mean active value."""
 
-    widths: tuple[int, ...] = (2048,)
-    """latents of the SAEs to train"""
+
+PRESETS = presets(LatentAlignmentSettings, {"widths": (2048,)})
 
 
-PRESETS: dict[str, AnyConfig] = {"demo": LatentAlignmentConfig(), **many_saes_config.PRESETS}
-
-
-def plan(config: AnyConfig) -> list[str]:
-    """What a run would do, in lines, without doing it."""
-    return [*family.plan(config), "compare   decoder rows . a* with mean active values, latent by latent"]
+def plan(settings: LatentAlignmentSettings) -> list[str]:
+    """Describe a run, one line a step, without starting it."""
+    return [*plan_lines(settings), "compare   decoder rows . a* with mean active values, latent by latent"]
 
 
 # ---- correlations
@@ -153,26 +150,25 @@ def alignment(
     return Alignment(values, mean_active_value.cpu(), fired.cpu())
 
 
-def decoder_rows(spec: str, d: int, *, dtype: str = "float32") -> tuple[Tensor, str]:
-    """W_dec [F, d] of an SAE (folder or RELEASE:ID), and how it normalises activations before encoding.
+def decoder_rows(sae: Any, d: int, folder: str) -> tuple[Tensor, str]:
+    """W_dec [F, d] of an SAE, and how it normalises activations before encoding.
 
-    Raises ValueError when it cannot be loaded or has no decoder rows of the site's width.
+    Raises InputError when it has no decoder rows of the site's width.
     """
-    sae: Any = load_sae(spec, dtype=dtype)
     w_dec = getattr(sae, "W_dec", None)
     shape = None if w_dec is None else list(w_dec.shape)
     if w_dec is None or w_dec.ndim != 2 or w_dec.shape[1] != d:
-        raise InputError(f"sae: must have decoder rows W_dec of shape [latents, {d}], got {shape} in {spec}")
+        raise InputError(f"sae: must have decoder rows W_dec of shape [latents, {d}], got {shape} in {folder}")
     return w_dec.detach(), str(sae.cfg.normalize_activations)
 
 
-def run(config: AnyConfig, stages: Stages) -> Result:
+def run(settings: LatentAlignmentSettings, stages: Stages) -> Result:
     """Measure the family and compare its latents.
 
     Raises ValueError for bad settings, SAEs that do not fit or have no decoder rows; RuntimeError for damaged files.
     """
-    found = family.measured(config, stages)
-    dtype = config.sae_dtype if isinstance(config, ManySaesConfig) else "float32"
+    inputs = prepare(settings, stages)
+    found = measured(inputs, stages)
     numbers: dict[str, float] = {}
     arrays: dict[str, np.ndarray] = {}
     notes = [
@@ -184,10 +180,10 @@ def run(config: AnyConfig, stages: Stages) -> Result:
         name, site = sae["name"], found.site_of(sae["name"])
         with stages.stage(f"align {name}"):
             maps = {target: site.norm_map(name, target).weight for target in TARGETS}
-            w_dec, normalised = decoder_rows(sae["folder"], len(maps["error"]), dtype=dtype)
+            w_dec, normalised = decoder_rows(inputs.sae(name).load(), len(maps["error"]), sae["folder"])
             latents = site.latents[name]
-            own = alignment(w_dec, maps, latents.mean_active_value, latents.fired, seed=config.seed)
-            numbers |= {f"{name}/{key}": value for key, value in own.numbers(seed=config.seed).items()}
+            own = alignment(w_dec, maps, latents.mean_active_value, latents.fired, seed=settings.seed)
+            numbers |= {f"{name}/{key}": value for key, value in own.numbers(seed=settings.seed).items()}
             arrays |= {f"{name}/{key}": column for key, column in own.arrays().items()}
         if normalised not in ("none", "None"):
             notes.append(f"{name} normalises activations ({normalised}): its latents are in units of their own.")

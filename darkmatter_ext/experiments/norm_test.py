@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.activations.hook_points import parse_hook_point
-from darkmatter_ext.measurement import family, many_saes_config
 from darkmatter_ext.measurement.error import NORM_TARGETS
-from darkmatter_ext.measurement.family import KS, WIDTHS, AnyConfig, FamilyConfig
-from darkmatter_ext.measurement.many_saes import Measured
 from darkmatter_ext.measurement.measurement import SiteMeasurement
+from darkmatter_ext.measurement.plan import plan_lines
+from darkmatter_ext.measurement.presets import KS, WIDTHS, presets
+from darkmatter_ext.measurement.run import Measured, measured, prepare
+from darkmatter_ext.measurement.settings import Settings
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import BLUE, GREEN, GREY, ORANGE, interval_bars, legend_beside, new_figure
@@ -35,16 +36,16 @@ MIN_VIOLIN = 4  # SAEs: a density of fewer would be drawn from nothing
 
 
 @dataclass(frozen=True)
-class NormTestConfig(FamilyConfig):
+class NormTestSettings(Settings):
     """Predict the squared norms of x, of Sae(x) and of each part of its error from x, for every SAE of a family."""
 
 
-PRESETS: dict[str, AnyConfig] = {"demo": NormTestConfig(widths=WIDTHS, ks=KS), **many_saes_config.PRESETS}
+PRESETS = presets(NormTestSettings, {"widths": WIDTHS, "ks": KS})
 
 
-def plan(config: AnyConfig) -> list[str]:
-    """What a run would do, in lines, without doing it."""
-    return family.plan(config)
+def plan(settings: NormTestSettings) -> list[str]:
+    """Describe a run, one line a step, without starting it."""
+    return plan_lines(settings)
 
 
 def norm_numbers(site: SiteMeasurement, sae: str) -> dict[str, float]:
@@ -86,12 +87,12 @@ def _notes(found: Measured, numbers: dict[str, float]) -> list[str]:
     return notes
 
 
-def run(config: AnyConfig, stages: Stages) -> Result:
+def run(settings: NormTestSettings, stages: Stages) -> Result:
     """Measure the family and read its norm tests.
 
     Raises ValueError for bad settings, SAEs that do not fit; RuntimeError for damaged files.
     """
-    found = family.measured(config, stages)
+    found = measured(prepare(settings, stages), stages)
     numbers: dict[str, float] = {}
     with stages.stage("norm tests", len(found.saes)) as advance:
         for sae in found.saes:

@@ -19,27 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from darkmatter_ext.activations.hook_points import translated_hook
 from darkmatter_ext.activations.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
 from darkmatter_ext.activations.store import load_tokenizer
 from darkmatter_ext.estimators.intervals import Interval, bootstrap, group_sums
 from darkmatter_ext.estimators.least_squares import LinearStatistics
-from darkmatter_ext.measurement.decompose import Reconstruct, TokenBatch
-from darkmatter_ext.measurement.metadata import narrowed, own_hook
 from darkmatter_ext.measurement.nulls import NULLS, NullModels
-from darkmatter_ext.measurement.reconstruct import as_reconstruct
-from darkmatter_ext.measurement.selection import HeldOutContexts, MeasuredBatches, check_whole_contexts
-from darkmatter_ext.measurement.site import (
-    SiteConfig,
-    listed_saes,
-    prepared_site,
-    refuse_processing,
-    site_contexts,
-    site_notes,
-    site_plan,
-    sites_activations,
-)
-from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.measurement.plan import plan_lines
+from darkmatter_ext.measurement.presets import DEMO
+from darkmatter_ext.measurement.run import prepare
+from darkmatter_ext.measurement.settings import Settings, extended
+from darkmatter_ext.measurement.stored_tokens import HeldOutContexts, MeasuredBatches, check_whole_contexts
+from darkmatter_ext.report.measured import stored_result
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import (
     BLUE,
     GREY,
@@ -52,9 +43,8 @@ from darkmatter_ext.report.style import (
     visible,
 )
 from darkmatter_ext.report.table import Table, with_interval
-from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
-from darkmatter_ext.saes.loading import describe_sae
+from darkmatter_ext.saes.encoders import Encode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,69 +56,50 @@ SHOWN_TOKENS = 12  # with the largest gaps, and as many with the smallest
 
 
 @dataclass(frozen=True)
-class PathologyConfig(SiteConfig):
+class PathologySettings(Settings):
     """Compare what Sae(x) does to the model with other points at the same distance from x."""
 
-    layers: tuple[int, ...] = ()
-    """blocks whose residual stream is measured, instead of hook (with sae: the sites of the SAEs)"""
     contexts: int = 16
-    """held-out contexts to splice into, at each layer"""
+    """held-out contexts to splice into, at each site"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole_contexts(self.contexts, self.split)
-        if min(self.layers, default=0) < 0 or len(set(self.layers)) < len(self.layers):
-            raise InputError(f"layers: must be different numbers of at least 0, got {list(self.layers)}")
+        check_whole_contexts(self.contexts, self.measure.split)
 
 
-PRESETS = {"demo": PathologyConfig(layers=(5, 10, 15, 20), widths=(2048,))}
+PRESETS = {"demo": extended(DEMO, PathologySettings, layers=(5, 10, 15, 20), widths=(2048,))}
 
 
-def sites(config: PathologyConfig) -> list[PathologyConfig]:
-    """One configuration a site: of each layer, or of each site the given SAEs name.
-
-    Raises ValueError for an SAE that cannot be loaded.
-    """
-    if config.sae:
-        by_hook: dict[str, list[str]] = {}
-        for folder in config.sae:
-            by_hook.setdefault(translated_hook(own_hook(describe_sae(folder))) or config.hook, []).append(folder)
-        return [dataclasses.replace(narrowed(config, folders), hook=hook) for hook, folders in by_hook.items()]
-    hooks = [f"blocks.{layer}.hook_resid_post" for layer in config.layers] or [config.hook]
-    return [dataclasses.replace(config, hook=hook) for hook in hooks]
-
-
-def plan(config: PathologyConfig) -> list[str]:
-    """What a run would do, in lines, without doing it."""
-    lines = [line for site in sites(config) for line in site_plan(site)]
+def plan(settings: PathologySettings) -> list[str]:
+    """Describe a run, one line a step, without starting it."""
     nulls = [f"null      {name}: {about}" for name, about in NULLS.items()]
-    return [*lines, f"splice    into {config.contexts} held-out contexts at each site", *nulls]
+    return [*plan_lines(settings), f"splice    into {settings.contexts} held-out contexts at each site", *nulls]
 
 
 @torch.no_grad()
-def null_models(batches: MeasuredBatches, reconstruct: Reconstruct, *, seed: int) -> NullModels:
+def null_models(batches: MeasuredBatches, encode: Encode, *, seed: int) -> NullModels:
     """Covariance of the SAE's errors, and a seeded sample of activations, over fit tokens; memory: one shard."""
     statistics: LinearStatistics | None = None
     kept, generator = [], torch.Generator().manual_seed(seed)
     n_fit = sum(int(batch.train.sum()) for batch in batches)
     share = min(1.0, MIXTURE_ACTIVATIONS / n_fit)
     for batch in batches:
-        fit = TokenBatch(batch.x[batch.train], batch.train[batch.train])
+        x = batch.x[batch.train]
         if statistics is None:
-            statistics = LinearStatistics(fit.x.shape[1], 0, fit.x.device)
-        error = fit.x - reconstruct(fit).x_hat
+            statistics = LinearStatistics(x.shape[1], 0, x.device)
+        error = x - encode(x).x_hat
         statistics.update(error, error[:, :0])
-        chosen = torch.rand(len(fit.x), generator=generator) < share
-        kept.append(fit.x[chosen.to(fit.x.device)].float())
-    assert statistics is not None  # select_tokens leaves fit tokens
+        chosen = torch.rand(len(x), generator=generator) < share
+        kept.append(x[chosen.to(x.device)].float())
+    assert statistics is not None  # StoredTokens has fit tokens
     return NullModels.from_covariance(statistics.moment_xx / statistics.count, torch.cat(kept))
 
 
-def patches(reconstruct: Reconstruct, nulls: NullModels, *, seed: int) -> dict[str, Splice]:
+def patches(encode: Encode, nulls: NullModels, *, seed: int) -> dict[str, Splice]:
     """Sae(x) and every null model as functions of the activations [n, d] at the replaced places."""
 
     def sae(x: Tensor) -> Tensor:
-        return reconstruct(TokenBatch(x, torch.zeros(len(x), dtype=torch.bool, device=x.device))).x_hat
+        return encode(x).x_hat
 
     functions = nulls.functions(seed=seed)
     return {"sae": sae} | {name: lambda x, null=null: null(x, sae(x)) for name, null in functions.items()}
@@ -206,54 +177,39 @@ def gap_tables(
 
 
 @torch.no_grad()
-def run(config: PathologyConfig, stages: Stages) -> Result:
+def run(settings: PathologySettings, stages: Stages) -> Result:
     """Patch every site with Sae(x) and its nulls.
 
-    Raises ValueError for bad settings, an SAE of another model, stored activations that are not the model's, fewer
-    held-out contexts than asked for; RuntimeError for a damaged cache.
+    Raises InputError for bad settings, an SAE of another model, stored activations that are not the model's, fewer
+    held-out contexts than asked for; StateError for a damaged cache.
     """
-    refuse_processing(config)
+    inputs = prepare(settings, stages, splices=True)
+    seed, device = settings.seed, settings.device
     numbers: dict[str, float] = {}
-    listed, arrays, gaps, notes = [], {}, {}, []
-    tokenizer, hashes = load_tokenizer(config.model), {}
-    every = sites(config)
-    caches = sites_activations(config, [site.hook for site in every], site_contexts(config, stages), stages)
-    for site in every:
-        cache, selection, saes = prepared_site(site, stages, caches[site.hook])
-        contexts = HeldOutContexts.sample(cache, selection.roles, config.contexts, seed=config.seed)
-        model = SplicedModel.load(config.model, site.hook, device=config.device)
-        text, layer = cache.column("tokens"), model.layer
-        for sae, entry in zip(saes.values(), listed_saes(saes), strict=True):
-            name, reconstruct = f"{site.hook}/{entry['name']}", as_reconstruct(sae[0])
-            listed.append(entry | {"name": name, "hook": site.hook, "layer": layer})
+    listed, arrays, gaps = [], {}, {}
+    tokenizer = load_tokenizer(inputs.model)
+    for hook, stored in inputs.stored.items():
+        contexts = HeldOutContexts.sample(stored, settings.contexts, seed=seed)
+        model = SplicedModel.load(inputs.model, hook, device=device)
+        text, layer = stored.cache.column("tokens"), model.layer
+        for sae in inputs.of(hook):
+            name = f"{hook}/{sae.name.removeprefix(f'{hook}/')}"
+            listed.append(sae.listed | {"name": name, "layer": layer})
             with stages.stage(f"covariance of the errors, block {layer}"):
-                nulls = null_models(
-                    MeasuredBatches(cache, selection.roles, config.device), reconstruct, seed=config.seed
-                )
+                nulls = null_models(MeasuredBatches(stored, device), sae.own, seed=seed)
             with stages.stage(f"patch the language model, block {layer}", len(contexts)) as advance:
-                functions = patches(reconstruct, nulls, seed=config.seed)
-                tokens = splice_contexts(model, contexts, functions, progress=advance)
-            found = ratio_numbers(tokens, seed=config.seed)
+                tokens = splice_contexts(model, contexts, patches(sae.own, nulls, seed=seed), progress=advance)
+            found = ratio_numbers(tokens, seed=seed)
             numbers |= {f"{name}/{key}": value for key, value in found.items()}
             arrays |= {f"{name}/{key}": column for key, column in tokens.columns().items()}
-            gaps[name] = gap_tables(tokens, text, lambda i: str(tokenizer.decode([i])), seed=config.seed)
+            gaps[name] = gap_tables(tokens, text, lambda i: str(tokenizer.decode([i])), seed=seed)
             numbers[f"{name}/spliced_tokens"] = len(tokens.context)
-        notes += [f"Block {layer}: {note}" for note in site_notes(site, cache, selection, saes)]
-        hashes[site.hook] = cache.meta["text_sha256"]
-    notes.append(
-        f"Spliced at all held-out tokens of {config.contexts} whole contexts at once. Intervals: 95 %, contexts drawn "
+    notes = [
+        f"Spliced at all held-out tokens of {settings.contexts} whole contexts at once. Intervals: 95 %, contexts drawn "
         "again; draws of the nulls are one a token."
-    )
-    return Result(
-        experiment="pathology",
-        config=dataclasses.asdict(config),
-        numbers=numbers,
-        series={"saes": listed, "nulls": NULLS, "gaps": gaps},
-        arrays=arrays,
-        notes=notes,
-        seconds=stages.seconds,
-        provenance=provenance(config.device) | {"text_sha256": hashes},
-    )
+    ]
+    series = {"saes": listed, "nulls": NULLS, "gaps": gaps}
+    return stored_result("pathology", inputs, stages, numbers, series=series, arrays=arrays, notes=notes)
 
 
 GURNEE = "2 to 4.5 times in GPT-2 small, all layers"

@@ -9,7 +9,6 @@ unexplained, (R2' - R2) / (1 - R2), when the norm of the smaller SAE's nonlinear
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,12 +18,13 @@ from torch import Tensor
 
 from darkmatter_ext.estimators.intervals import Interval, r2_interval
 from darkmatter_ext.estimators.least_squares import fit_linear
-from darkmatter_ext.measurement import family, many_saes, many_saes_config
-from darkmatter_ext.measurement.family import AnyConfig, FamilyConfig, given_hooks, measured_family
-from darkmatter_ext.measurement.many_saes import excerpt
-from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.measurement.excerpt import excerpt
 from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.nulls import other_tokens
+from darkmatter_ext.measurement.plan import plan_lines
+from darkmatter_ext.measurement.presets import WIDTHS, presets
+from darkmatter_ext.measurement.run import measured, prepare, resolve
+from darkmatter_ext.measurement.settings import Settings, replaced
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
@@ -40,47 +40,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PerTokenConfig(FamilyConfig):
+class PerTokenSettings(Settings):
     """Predict the norm of one SAE's error, token by token, from that of an SAE of another width."""
 
-    widths: tuple[int, ...] = family.WIDTHS
-    """latents of the SAEs to train, two widths or more"""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.sae) == 1:
-            raise InputError(f"sae: must name at least two SAEs, one predicts the other, got {self.sae[0]}")
-        if not self.sae and len(self.widths) < 2:
-            raise InputError(f"widths: must name at least two widths, one predicts the other, got {list(self.widths)}")
+PRESETS = presets(PerTokenSettings, {"widths": WIDTHS})
+del PRESETS["gemma-2-9b-all-layers"]  # errors of several sites are not on one scale
+PRESETS["gemma-2-9b-l20"] = replaced(
+    PRESETS["gemma-2-9b-l20"], sae=tuple(sae.spec for sae in SAE_SETS["gemma-2-9b-l20-near-60"])
+)
 
 
-PRESETS: dict[str, AnyConfig] = {
-    "demo": PerTokenConfig(),
-    **{name: config for name, config in many_saes_config.PRESETS.items() if name != "gemma-2-9b-all-layers"},
-}
-_NEAR_60 = tuple(sae.spec for sae in SAE_SETS["gemma-2-9b-l20-near-60"])
-PRESETS["gemma-2-9b-l20"] = dataclasses.replace(many_saes_config.PRESETS["gemma-2-9b-l20"], sae=_NEAR_60)
+def plan(settings: PerTokenSettings) -> list[str]:
+    """Describe a run, one line a step, without starting it."""
+    return [*plan_lines(settings), "regress   the error norm of every SAE on that of every other, token by token"]
 
 
-def plan(config: AnyConfig) -> list[str]:
-    """What a run would do, in lines, without doing it."""
-    hooks = [] if isinstance(config, ManySaesConfig) else list(given_hooks(config))
-    return [*family.plan(config, hooks), "regress   the error norm of every SAE on that of every other, token by token"]
-
-
-def _one_site(config: AnyConfig) -> str:
-    """Where the SAEs are. Raises ValueError for fewer than two of them, or several sites."""
-    if isinstance(config, ManySaesConfig):
-        if len(config.sae) < 2:
-            raise InputError(
-                f"sae: must name at least two SAEs, one predicts the other, got {' '.join(config.sae) or 'none'}"
-            )
-        hooks = many_saes.sae_sites(config)
-    else:
-        hooks = list(given_hooks(config)) or [config.hook]
+def _check_one_site(settings: PerTokenSettings) -> None:
+    """Raises InputError for fewer than two SAEs, or several sites."""
+    saes = settings.saes
+    if len(saes.sae) == 1:
+        raise InputError(f"sae: must name at least two SAEs, one predicts the other, got {saes.sae[0]}")
+    if not saes.sae and sum(map(len, saes.widths_by_k.values())) < 2:
+        raise InputError(f"widths: must name at least two widths, one predicts the other, got {list(saes.widths)}")
+    hooks = resolve(settings).sites
     if len(hooks) > 1:
         raise InputError(f"sae: must be of one site, errors of several are not on one scale, got {' and '.join(hooks)}")
-    return hooks[0]
 
 
 def pair_numbers(site: SiteMeasurement, first: str, second: str) -> dict[str, float]:
@@ -119,17 +104,14 @@ def _controls(site: SiteMeasurement, names: list[str], *, seed: int) -> dict[str
     return numbers
 
 
-def run(config: AnyConfig, stages: Stages) -> Result:
+def run(settings: PerTokenSettings, stages: Stages) -> Result:
     """Measure all SAEs, then regress every pair.
 
     Raises ValueError for bad settings, fewer than two SAEs, SAEs of several sites; RuntimeError for a damaged cache or
     checkpoint.
     """
-    hook = _one_site(config)
-    if isinstance(config, ManySaesConfig):
-        found = many_saes.measured(config, stages)
-    else:
-        found = measured_family(config, stages, hooks=[hook])
+    _check_one_site(settings)
+    found = measured(prepare(settings, stages), stages)
     (site,) = found.sites.values()
     saes: list[dict[str, Any]] = sorted(found.saes, key=lambda sae: sae["d_sae"])
     names = [sae["name"] for sae in saes]
@@ -141,11 +123,11 @@ def run(config: AnyConfig, stages: Stages) -> Result:
             for second in names:
                 numbers |= pair_numbers(site, first, second) if second != first else {}
                 advance(1)
-        numbers |= _controls(site, names, seed=config.seed)
+        numbers |= _controls(site, names, seed=settings.seed)
     notes = [
         "Another token's error norm: a seeded shuffle, fitted on every other held-out context and scored on the rest."
     ]
-    if config.parity == "released-code":
+    if settings.measure.parity == "released-code":
         notes.append("The released code shuffles without a seed; splits and shuffles here have one.")
     series = {"saes": saes, "excerpt": excerpt(found)}
     return measured_result("per-token", found, stages, numbers, series=series, notes=notes)

@@ -13,16 +13,17 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from darkmatter_ext.measurement import family, many_saes_config
-from darkmatter_ext.measurement.family import FamilyConfig
-from darkmatter_ext.measurement.many_saes import Encoders
-from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.measurement.plan import plan_lines
+from darkmatter_ext.measurement.presets import presets
+from darkmatter_ext.measurement.run import measured, prepare
+from darkmatter_ext.measurement.settings import Settings
+from darkmatter_ext.measurement.site_saes import Make
 from darkmatter_ext.ops.pursuit import METHODS
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.sae_table import sae_rows, sae_table
 from darkmatter_ext.report.style import BLUE, GREEN, ORANGE, interval_bars, new_panels, width_axis
-from darkmatter_ext.runtime.inputs import InputError
+from darkmatter_ext.runtime.inputs import require_one_of
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.encoders import as_encoder, pursuit_encoder, refit_encoder
 
@@ -32,13 +33,8 @@ if TYPE_CHECKING:
 VARIANTS = {"encoder": "the SAE itself", "pursuit": "pursuit from zero", "refit": "the encoder's latents, refitted"}
 
 
-def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise InputError(f"method: must be one of {', '.join(METHODS)}, got {method!r}")
-
-
 @dataclass(frozen=True)
-class PursuitConfig(FamilyConfig):
+class PursuitSettings(Settings):
     """Compare SAEs' encoders with pursuit over their dictionaries at the same L0, token by token."""
 
     method: str = "gradient"
@@ -46,38 +42,22 @@ class PursuitConfig(FamilyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_method(self.method)
+        require_one_of("method", METHODS, self.method)
 
 
-@dataclass(frozen=True)
-class ManyPursuitConfig(ManySaesConfig):
-    """Compare the encoders of SAEs that exist with pursuit over their dictionaries at the same L0, token by token."""
-
-    method: str = "gradient"
-    """gradient, matching or orthogonal (non-negative)"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_method(self.method)
+PRESETS = presets(PursuitSettings, {"widths": (512, 1024, 2048)})
 
 
-AnyPursuitConfig = PursuitConfig | ManyPursuitConfig
-PRESETS: dict[str, AnyPursuitConfig] = {
-    "demo": PursuitConfig(widths=(512, 1024, 2048)),
-    **{name: many_saes_config.extended(config, ManyPursuitConfig) for name, config in many_saes_config.PRESETS.items()},
-}
-
-
-def plan(config: AnyPursuitConfig) -> list[str]:
-    """What a run would do, in lines, without doing it."""
+def plan(settings: PursuitSettings) -> list[str]:
+    """Describe a run, one line a step, without starting it."""
     return [
-        *family.plan(config),
+        *plan_lines(settings),
         *(f"variant   {about}" for about in VARIANTS.values()),
-        f"pursuit   {config.method}",
+        f"pursuit   {settings.method}",
     ]
 
 
-def encoders(method: str) -> Encoders:
+def encoders(method: str) -> dict[str, Make]:
     """The three ways to use an SAE, by the names of VARIANTS."""
     return {
         "encoder": as_encoder,
@@ -86,14 +66,14 @@ def encoders(method: str) -> Encoders:
     }
 
 
-def run(config: AnyPursuitConfig, stages: Stages) -> Result:
+def run(settings: PursuitSettings, stages: Stages) -> Result:
     """Measure FVU, FVU_nonlinear, R2 and L0 of every SAE with every encoder.
 
     Raises ValueError for bad settings, an SAE with maps pursuit knows nothing of; RuntimeError for a damaged cache.
     """
-    found = family.measured(config, stages, encoders(config.method))
+    found = measured(prepare(settings, stages), stages, encoders=encoders(settings.method))
     numbers = found.sae_numbers()
-    notes = [f"Pursuit ({config.method}) takes as many steps at each token as the encoder has active latents there."]
+    notes = [f"Pursuit ({settings.method}) takes as many steps at each token as the encoder has active latents there."]
     return measured_result("pursuit", found, stages, numbers, notes=notes)
 
 

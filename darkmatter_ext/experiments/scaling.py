@@ -9,7 +9,6 @@ better encoder removes, mean FVU_nonlinear - FVU_nonlinear under pursuit at the 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.estimators.intervals import Interval
 from darkmatter_ext.estimators.power_law import MINIMUM_WIDTHS, PowerLaw, fit_power_law
-from darkmatter_ext.measurement import family, many_saes, many_saes_config
-from darkmatter_ext.measurement.family import KS, WIDTHS, FamilyConfig
-from darkmatter_ext.measurement.many_saes import Measured
-from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
-from darkmatter_ext.measurement.metadata import narrowed
+from darkmatter_ext.measurement.plan import plan_lines
+from darkmatter_ext.measurement.presets import KS, WIDTHS, presets
+from darkmatter_ext.measurement.run import Inputs, Measured, measured, prepare
+from darkmatter_ext.measurement.settings import Settings, replaced
+from darkmatter_ext.measurement.site_saes import Make
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import (
@@ -39,7 +38,7 @@ from darkmatter_ext.report.style import (
     width_axis,
 )
 from darkmatter_ext.report.table import Table, shown, with_interval
-from darkmatter_ext.runtime.inputs import InputError
+from darkmatter_ext.runtime.inputs import InputError, require
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.encoders import as_encoder, pursuit_encoder, random_directions, shuffled_sae
 from darkmatter_ext.saes.loading import describe_sae
@@ -59,53 +58,31 @@ PURSUIT = "pursuit"
 
 
 @dataclass(frozen=True)
-class ScalingConfig(FamilyConfig):
-    """Train SAEs of every width and k, and see how FVU and its linear and nonlinear part go with width and L0."""
+class ScalingSettings(Settings):
+    """See how FVU and its linear and nonlinear part go with the width and L0 of SAEs."""
 
-    l0: float = 32.0
+    l0: float = 60.0
     """L0 of the power law: at each width the SAE nearest to it counts, if it is off by a factor of 1.3 at most"""
     with_pursuit: bool = False
     """also measure gradient pursuit over these SAEs' dictionaries: what a better encoder would remove (minutes)"""
 
     def __post_init__(self) -> None:
-        if not self.sae and len(self.widths) < 2:
-            raise InputError(f"widths: must name at least 2 widths to see how error scales, got {list(self.widths)}")
-        _check_l0(self.l0)
         super().__post_init__()
+        require(self.l0 > 0, "l0", "must be above 0", self.l0)
+        widths = self.saes.widths
+        if not self.saes.sae and len(widths) < 2:
+            raise InputError(f"widths: must name at least 2 widths to see how error scales, got {list(widths)}")
 
 
-@dataclass(frozen=True)
-class ManyScalingConfig(ManySaesConfig):
-    """See how FVU and its linear and nonlinear part go with the width and L0 of SAEs that exist."""
-
-    l0: float = 60.0
-    """L0 of the power law: at each width the SAE nearest to it counts, if it is off by a factor of 1.3 at most"""
-    with_pursuit: bool = False
-    """also measure gradient pursuit over these SAEs' dictionaries: what a better encoder would remove"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_l0(self.l0)
+PRESETS = presets(ScalingSettings, {"widths": WIDTHS, "ks": KS, "l0": 32.0})
 
 
-def _check_l0(l0: float) -> None:
-    if not l0 > 0:
-        raise InputError(f"l0: must be above 0, got {l0}")
-
-
-AnyScalingConfig = ScalingConfig | ManyScalingConfig
-PRESETS: dict[str, AnyScalingConfig] = {
-    "demo": ScalingConfig(widths=WIDTHS, ks=KS),
-    **{name: many_saes_config.extended(config, ManyScalingConfig) for name, config in many_saes_config.PRESETS.items()},
-}
-
-
-def plan(config: AnyScalingConfig) -> list[str]:
-    """What a run would do, in lines, without doing it."""
-    pursued = ["pursuit   gradient, over the dictionaries of these SAEs"] if config.with_pursuit else []
+def plan(settings: ScalingSettings) -> list[str]:
+    """Describe a run, one line a step, without starting it."""
+    pursued = ["pursuit   gradient, over the dictionaries of these SAEs"] if settings.with_pursuit else []
     return [
-        *family.plan(config),
-        f"law       c + a W^m at L0 about {config.l0:g}, from {MINIMUM_WIDTHS} widths on",
+        *plan_lines(settings),
+        f"law       c + a W^m at L0 about {settings.l0:g}, from {MINIMUM_WIDTHS} widths on",
         *pursued,
         *(f"          {about}" for about in CONTROLS.values()),
     ]
@@ -118,22 +95,18 @@ def at_fixed_l0(saes: list[dict[str, Any]], numbers: dict[str, float], l0: float
         own = numbers[f"{sae['name']}/l0"]
         return abs(math.log(own / l0)) if own > 0 else math.inf
 
-    nearest: dict[int, dict[str, Any]] = {}
-    for sae in sorted(saes, key=distance, reverse=True):
-        nearest[sae["d_sae"]] = sae
-    kept = [sae for sae in nearest.values() if distance(sae) <= math.log(L0_TOLERANCE)]
-    return sorted(kept, key=lambda sae: sae["d_sae"])
+    widths = sorted({sae["d_sae"] for sae in saes})
+    nearest = [min((sae for sae in saes if sae["d_sae"] == width), key=distance) for width in widths]
+    return [sae for sae in nearest if distance(sae) <= math.log(L0_TOLERANCE)]
 
 
-def _candidates(config: AnyScalingConfig, saes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _candidates(inputs: Inputs, saes: list[dict[str, Any]], l0: float) -> list[dict[str, Any]]:
     """The SAEs that the law may be made of: of a family trained with several k, those of the k nearest to l0."""
-    if isinstance(config, ManySaesConfig) or config.sae or len(config.ks) < 2:
+    ks = {k for sae in inputs.saes if (k := sae.k) is not None}
+    if len(ks) < 2:
         return saes
-    return [sae for sae in saes if sae["name"].endswith(f"-k{_k(config, config.l0)}")]
-
-
-def _k(config: FamilyConfig, l0: float) -> int:
-    return min(config.widths_by_k, key=lambda k: abs(k - l0))
+    nearest = min(ks, key=lambda k: (abs(k - l0), k))
+    return [sae for sae in saes if inputs.sae(sae["name"]).k == nearest]
 
 
 def breakdown(
@@ -158,83 +131,60 @@ def breakdown(
     return found
 
 
-def _restricted(config: AnyScalingConfig, saes: list[dict[str, Any]]) -> family.AnyConfig:
-    """The same measurement of some of the SAEs of the law."""
-    base = ManySaesConfig if isinstance(config, ManySaesConfig) else FamilyConfig
-    plain = base(**{own.name: getattr(config, own.name) for own in dataclasses.fields(base)})
-    if isinstance(plain, ManySaesConfig) or plain.sae:
-        return narrowed(plain, [sae["folder"] for sae in saes])
-    widths = tuple(sae["d_sae"] for sae in saes)
-    return dataclasses.replace(plain, widths=widths, ks=(), k=_k(plain, config.l0))
-
-
-def _controls(
-    config: AnyScalingConfig, saes: list[dict[str, Any]], numbers: dict[str, float], stages: Stages
-) -> Measured:
+def _controls(inputs: Inputs, widest: dict[str, Any], numbers: dict[str, float], stages: Stages) -> Measured:
     """The controls of the widest SAE, measured as it was."""
-    l0 = max(1, round(numbers[f"{saes[-1]['name']}/l0"]))
-    controls: many_saes.Encoders = {
-        "shuffled decoder": lambda sae: as_encoder(shuffled_sae(sae, seed=config.seed)),
-        "random directions": functools.partial(random_directions, l0=l0, seed=config.seed),
+    l0, seed = max(1, round(numbers[f"{widest['name']}/l0"])), inputs.settings.seed
+    controls: dict[str, Make] = {
+        "shuffled decoder": lambda sae: as_encoder(shuffled_sae(sae, seed=seed)),
+        "random directions": functools.partial(random_directions, l0=l0, seed=seed),
     }
-    return family.measured(_restricted(config, saes[-1:]), stages, controls)
+    return measured(inputs, stages, saes=[inputs.sae(widest["name"])], encoders=controls)
 
 
-def _check_widths(config: AnyScalingConfig) -> None:
-    """Raises ValueError for given SAEs of one width only."""
-    widths = {describe_sae(spec).d_sae for spec in config.sae}
+def _check_widths(settings: ScalingSettings) -> None:
+    """Raises InputError for given SAEs of one width only."""
+    widths = {describe_sae(spec).d_sae for spec in settings.saes.sae}
     if len(widths) == 1:
         raise InputError(f"sae: must be SAEs of at least 2 widths to see how error scales, got {sorted(widths)}")
 
 
-def run(config: AnyScalingConfig, stages: Stages) -> Result:
+def run(settings: ScalingSettings, stages: Stages) -> Result:
     """Measure all SAEs, fit the power law at l0, and take the error apart.
 
-    Raises ValueError for bad settings, SAEs of one width only or of several sites; RuntimeError for damaged files.
+    Raises InputError for bad settings, SAEs of one width only or of several sites; StateError for damaged files.
     """
-    if config.parity == "released-code":  # its scaling script leaves out the first position and the last
-        config = dataclasses.replace(config, drop_positions=1)
-    _check_widths(config)
-    found = family.measured(config, stages)
+    if settings.measure.parity == "released-code":  # its scaling script leaves out the first position and the last
+        settings = replaced(settings, drop_positions=1)
+    _check_widths(settings)
+    inputs = prepare(settings, stages)
+    found = measured(inputs, stages)
     if len(found.sites) > 1:
         raise InputError(f"sae: must be of one site to see how error scales, got {', '.join(found.sites)}")
     numbers = found.sae_numbers()
-    chosen = at_fixed_l0(_candidates(config, found.saes), numbers, config.l0)
+    chosen = at_fixed_l0(_candidates(inputs, found.saes, settings.l0), numbers, settings.l0)
     notes: list[str] = []
-    series: dict[str, Any] = {"law": [], "controls": [], "about": CONTROLS, "with_pursuit": config.with_pursuit}
+    series: dict[str, Any] = {"law": [], "controls": [], "about": CONTROLS, "with_pursuit": settings.with_pursuit}
     if chosen:
-        if config.with_pursuit:
-            own = _restricted(config, chosen)
-            pursued = family.measured(own, stages, {PURSUIT: pursuit_encoder})
-            numbers |= _renamed(pursued, chosen)
-        controls = _controls(config, chosen, numbers, stages)
+        if settings.with_pursuit:
+            saes = [inputs.sae(sae["name"]) for sae in chosen]
+            numbers |= measured(inputs, stages, saes=saes, encoders={PURSUIT: pursuit_encoder}).sae_numbers()
+        controls = _controls(inputs, chosen[-1], numbers, stages)
         numbers |= controls.sae_numbers()
         series["controls"] = controls.saes
     if len(chosen) < MINIMUM_WIDTHS:
         notes.append(
-            f"No power law: it needs {MINIMUM_WIDTHS} widths at L0 about {config.l0:g}, there are {len(chosen)} "
+            f"No power law: it needs {MINIMUM_WIDTHS} widths at L0 about {settings.l0:g}, there are {len(chosen)} "
             f"(of {len({sae['d_sae'] for sae in found.saes})} measured)."
         )
     else:
         law = fit_power_law([sae["d_sae"] for sae in chosen], [numbers[f"{sae['name']}/fvu"] for sae in chosen])
-        numbers |= law.numbers("law") | breakdown(law, chosen, numbers, pursued=config.with_pursuit)
+        numbers |= law.numbers("law") | breakdown(law, chosen, numbers, pursued=settings.with_pursuit)
         series["law"] = [sae["name"] for sae in chosen]
         notes.append(
             f"Power law from {len(chosen)} widths with {len(chosen) - 3} residuals to spare; its intervals are profiles of "
             "the likelihood, NaN where the points set no bound."
         )
     return measured_result("scaling", found, stages, numbers, series=series, notes=notes)
-
-
-def _renamed(pursued: Measured, chosen: list[dict[str, Any]]) -> dict[str, float]:
-    """Numbers of pursuit under the names the SAEs have in the whole family."""
-    own = {sae["d_sae"]: sae["name"] for sae in chosen}
-    names = {sae["name"]: f"{own[sae['d_sae']]} {PURSUIT}" for sae in pursued.saes}
-    found = {}
-    for key, value in pursued.sae_numbers().items():
-        name = next(name for name in names if key.startswith(f"{name}/"))
-        found[names[name] + key.removeprefix(name)] = value
-    return found
 
 
 PAPER = "FVU_nonlinear is about constant in width at fixed L0"

@@ -25,20 +25,24 @@ from torch import Tensor
 
 from darkmatter_ext.estimators.intervals import seed_interval
 from darkmatter_ext.estimators.least_squares import LinearStatistics
-from darkmatter_ext.measurement.selection import FIT, HELD_OUT, TokenSelection, tokens_with_role
-from darkmatter_ext.measurement.site import SiteConfig, listed_saes, prepared_site, site_notes, site_plan
+from darkmatter_ext.measurement.plan import plan_lines
+from darkmatter_ext.measurement.presets import DEMO
+from darkmatter_ext.measurement.run import prepare
+from darkmatter_ext.measurement.settings import Settings, extended
+from darkmatter_ext.measurement.stored_tokens import StoredTokens
+from darkmatter_ext.measurement.tokens import FIT, HELD_OUT
 from darkmatter_ext.ops.acts import SparseActs
-from darkmatter_ext.report.result import Result, provenance
+from darkmatter_ext.report.measured import stored_result
+from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import BLUE, SKY, WIDTH, new_panels
 from darkmatter_ext.report.table import Table, with_interval
-from darkmatter_ext.runtime.inputs import InputError
+from darkmatter_ext.runtime.inputs import InputError, require_at_least
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.drop_in import accelerate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from darkmatter_ext.activations.store import ActivationCache
 
 RELEASED_CODE_TOKENS = 50_000  # fitted and scored on the same ones
 FIT_BATCH = 2048  # tokens widened to float64 at a time: (Q + 2) d columns of them
@@ -47,7 +51,7 @@ ESTIMATED = ("linear", "nonlinear")
 
 
 @dataclass(frozen=True)
-class SyntheticConfig(SiteConfig):
+class SyntheticSettings(Settings):
     """Plant noise of known size and ablate latents, and see where the estimated linear and nonlinear error go."""
 
     levels: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0)
@@ -62,42 +66,41 @@ class SyntheticConfig(SiteConfig):
     """held-out tokens the error is estimated on, at most"""
     noise_seeds: int = 3
     """draws of all noises; intervals are over them"""
-    parity: str = "paper"
-    """paper, or released-code: fitted and scored on the same 50 000 tokens, level 1 = 1"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.parity not in ("paper", "released-code"):
-            raise InputError(f"parity: must be paper or released-code, got {self.parity!r}")
         if len(self.levels) < 2 or min(self.levels) < 0:
             raise InputError(f"levels: must be at least 2 numbers of at least 0, got {list(self.levels)}")
         if not self.ablations or not all(0 <= share < 1 for share in self.ablations):
             raise InputError(f"ablations: must be shares of at least 0 and below 1, got {list(self.ablations)}")
-        if self.unit < 0:
-            raise InputError(f"unit: must be at least 0, got {self.unit}")
+        require_at_least("unit", 0, self.unit)
         for name, least in (("fit_tokens", 2), ("score_tokens", 2), ("noise_seeds", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+            require_at_least(name, least, getattr(self, name))
+
+    @property
+    def released(self) -> bool:
+        """As the released code: fitted and scored on the same 50 000 tokens, level 1 = 1."""
+        return self.measure.parity == "released-code"
 
 
-PRESETS = {"demo": SyntheticConfig(widths=(2048,))}
+PRESETS = {"demo": extended(DEMO, SyntheticSettings, widths=(2048,))}
 
 
-def plan(config: SyntheticConfig) -> list[str]:
-    """What a run would do, in lines, without doing it."""
-    cells = len(config.levels) ** 2 * len(config.ablations)
+def plan(settings: SyntheticSettings) -> list[str]:
+    """Describe a run, one line a step, without starting it."""
+    cells = len(settings.levels) ** 2 * len(settings.ablations)
     return [
-        *site_plan(config),
-        f"noise     levels {list(config.levels)} (standard deviations) on activation and reconstruction",
-        f"ablate    {', '.join(f'{share:.0%}' for share in config.ablations)} of the active latents: {cells} cells",
-        f"tokens    {_token_plan(config)}; {config.noise_seeds} draws of the noises",
+        *plan_lines(settings),
+        f"noise     levels {list(settings.levels)} (standard deviations) on activation and reconstruction",
+        f"ablate    {', '.join(f'{share:.0%}' for share in settings.ablations)} of the active latents: {cells} cells",
+        f"tokens    {_token_plan(settings)}; {settings.noise_seeds} draws of the noises",
     ]
 
 
-def _token_plan(config: SyntheticConfig) -> str:
-    if config.parity == "released-code":
+def _token_plan(settings: SyntheticSettings) -> str:
+    if settings.released:
         return f"fitted and scored on the same {RELEASED_CODE_TOKENS} (released code)"
-    return f"b* fitted on {config.fit_tokens}, scored on {config.score_tokens} held-out ones"
+    return f"b* fitted on {settings.fit_tokens}, scored on {settings.score_tokens} held-out ones"
 
 
 def ablate_weakest(acts: SparseActs, share: float, strength: Tensor) -> SparseActs:
@@ -197,71 +200,64 @@ def attribution(planted: Tensor, estimated: Tensor) -> dict[str, float]:
     return numbers
 
 
-def _tokens(config: SyntheticConfig, cache: ActivationCache, selection: TokenSelection) -> tuple[Tensor, slice, slice]:
+def _tokens(settings: SyntheticSettings, stored: StoredTokens) -> tuple[Tensor, slice, slice]:
     """Activations [n, d] with the slices to fit and to score on, a seeded sample of each side."""
-    sides = [tokens_with_role(cache, selection.roles, role) for role in (FIT, HELD_OUT)]
-    generator = torch.Generator().manual_seed(config.seed)
-    if config.parity == "released-code":
+    sides = [stored.with_role(role) for role in (FIT, HELD_OUT)]
+    generator = torch.Generator().manual_seed(settings.seed)
+    if settings.released:
         every = torch.cat(sides)
         x = every[torch.randperm(len(every), generator=generator)[:RELEASED_CODE_TOKENS]]
-        return x.to(config.device), slice(None), slice(None)
-    limits = (config.fit_tokens, config.score_tokens)
+        return x.to(settings.device), slice(None), slice(None)
+    limits = (settings.fit_tokens, settings.score_tokens)
     parts = [
         side[torch.randperm(len(side), generator=generator)[:limit]] for side, limit in zip(sides, limits, strict=True)
     ]
     n_fit = len(parts[0])
-    return torch.cat(parts).to(config.device), slice(0, n_fit), slice(n_fit, None)
+    return torch.cat(parts).to(settings.device), slice(0, n_fit), slice(n_fit, None)
 
 
 @torch.no_grad()
-def _planted_in(sae: Any, x: Tensor, config: SyntheticConfig) -> tuple[Tensor, list[Tensor], float]:
+def _planted_in(sae: Any, x: Tensor, settings: SyntheticSettings) -> tuple[Tensor, list[Tensor], float]:
     """Sae(x), what each ablation takes from it, and the standard deviation of level 1."""
     own = cast("Any", accelerate(sae))
     acts = own.encode_sparse(x.to(own.dtype))
     clean = own.decode_sparse(acts).float()
     strength = own.W_dec.detach().norm(dim=1)
-    ablated = [clean - own.decode_sparse(ablate_weakest(acts, share, strength)).float() for share in config.ablations]
-    unit = config.unit or (1.0 if config.parity == "released-code" else 0.5 * (x - clean).square().mean().sqrt().item())
+    ablated = [clean - own.decode_sparse(ablate_weakest(acts, share, strength)).float() for share in settings.ablations]
+    unit = settings.unit or (1.0 if settings.released else 0.5 * (x - clean).square().mean().sqrt().item())
     return clean, ablated, unit
 
 
-def run(config: SyntheticConfig, stages: Stages) -> Result:
+def run(settings: SyntheticSettings, stages: Stages) -> Result:
     """Plant and estimate, for every SAE.
 
-    Raises ValueError for bad settings, an SAE of another site, or one without sparse codes; RuntimeError for a damaged
-    cache.
+    Raises InputError for bad settings, SAEs of several sites, or one without sparse codes; StateError for a damaged cache.
     """
-    cache, selection, saes = prepared_site(config, stages)
-    x, fit, score = _tokens(config, cache, selection)
-    numbers, grids = selection.numbers(), {}
-    for name, (sae, _) in saes.items():
-        with stages.stage(f"estimate planted error, {name}", config.noise_seeds * len(config.levels)) as advance:
-            clean, ablated, unit = _planted_in(sae, x, config)
-            planted = planted_energies(ablated, score, config.levels, unit)
+    inputs = prepare(settings, stages, splices=True)
+    x, fit, score = _tokens(settings, inputs.stored[inputs.one_site])
+    numbers: dict[str, float] = {}
+    grids: dict[str, Any] = {}
+    levels, seed = settings.levels, settings.seed
+    for sae in inputs.saes:
+        name = sae.name
+        with stages.stage(f"estimate planted error, {name}", settings.noise_seeds * len(levels)) as advance:
+            clean, ablated, unit = _planted_in(sae.load(), x, settings)
+            planted = planted_energies(ablated, score, levels, unit)
             draws = [
-                measure_cells(
-                    clean, ablated, fit, score, config.levels, unit, seed=config.seed + number, progress=advance
-                )
-                for number in range(config.noise_seeds)
+                measure_cells(clean, ablated, fit, score, levels, unit, seed=seed + number, progress=advance)
+                for number in range(settings.noise_seeds)
             ]
         found = [attribution(planted, estimated) for estimated in draws]
         numbers[f"{name}/unit"] = unit
         for key in found[0]:
             numbers |= seed_interval([draw[key] for draw in found]).numbers(f"{name}/{key}")
         grids[name] = {"planted": planted.tolist(), "estimated": torch.stack(draws).mean(0).tolist()}
-    return Result(
-        experiment="synthetic",
-        config=dataclasses.asdict(config),
-        numbers=numbers,
-        series={"saes": listed_saes(saes), "grids": grids, "planted": PLANTED, "estimated": ESTIMATED},
-        notes=[
-            *site_notes(config, cache, selection, saes),
-            f"Synthetic: {_token_plan(config)}. Levels are standard deviations; energies are in units of level 1. "
-            "Intervals: 95 %, Student's t over draws of the noises.",
-        ],
-        seconds=stages.seconds,
-        provenance=provenance(config.device) | {"text_sha256": cache.meta["text_sha256"]},
-    )
+    notes = [
+        f"Synthetic: {_token_plan(settings)}. Levels are standard deviations; energies are in units of level 1. "
+        "Intervals: 95 %, Student's t over draws of the noises.",
+    ]
+    series = {"grids": grids, "planted": PLANTED, "estimated": ESTIMATED}
+    return stored_result("synthetic", inputs, stages, numbers, series=series, notes=notes)
 
 
 def table(result: Result) -> Table:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,14 +30,17 @@ class TokenBatch(NamedTuple):
     start: int = 0  # number of the first token within the measurement
 
 
-class Reconstruction(NamedTuple):
-    """What an SAE makes of a batch."""
+class Reconstructed(Protocol):
+    """What an SAE makes of a batch, as `saes.encoders.Encoded` has it."""
 
-    x_hat: Tensor  # [n, d]
-    l0: Tensor  # [n] number of active latents
+    @property
+    def x_hat(self) -> Tensor: ...  # [n, d]
+
+    @property
+    def l0(self) -> Tensor: ...  # [n] number of active latents
 
 
-Reconstruct = Callable[[TokenBatch], Reconstruction]
+Reconstruct = Callable[[TokenBatch], Reconstructed]
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Decomposition:
     @property
     def linear_share(self) -> float:
         """1 - FVU_nonlinear / FVU: the share of the error's energy that is linear. Not r2_vec: that is a mean of
-        ratios over dimensions, this a ratio of sums (PAPER: report both)."""
+        ratios over dimensions, this a ratio of sums; both are reported."""
         return 1 - self.fvu_nonlinear / self.fvu if self.fvu > 0 else float("nan")
 
     def numbers(self) -> dict[str, float]:
@@ -96,10 +99,10 @@ def _first_pass(batches: Iterable[TokenBatch], saes: Sequence[Reconstruct]) -> _
             state = _FirstPass(regression, [ErrorStatistics() for _ in saes], [0.0] * len(saes))
         errors = []
         for number, reconstruct in enumerate(saes):
-            x_hat, l0 = reconstruct(batch)
-            error = sae_error(x, x_hat)
+            found = reconstruct(batch)
+            error = sae_error(x, found.x_hat)
             state.errors[number].update(x[held_out], error[held_out])
-            state.active[number] += l0[held_out].double().sum().item()
+            state.active[number] += found.l0[held_out].double().sum().item()
             errors.append(error)
         state.regression.update(x, torch.cat(errors, dim=1), batch.train)
     if state is None:
@@ -131,7 +134,7 @@ def decompose_stream(batches: Iterable[TokenBatch], saes: Mapping[str, Reconstru
 
     Args:
         batches: an iterable that can be read twice; see TokenBatch.
-        saes: name -> function from a TokenBatch to its Reconstruction.
+        saes: name -> function from a TokenBatch to x_hat [n, d] and l0 [n].
 
     Returns:
         name -> Decomposition.
@@ -180,27 +183,32 @@ def decompose_stream(batches: Iterable[TokenBatch], saes: Mapping[str, Reconstru
     return results
 
 
+class _Stored(NamedTuple):
+    x_hat: Tensor
+    l0: Tensor
+
+
 def _from_stored(x: Tensor, x_hat: Tensor) -> Reconstruct:
-    """A Reconstruct that reads Sae(x) from a tensor [n, d]."""
+    """A function that reads Sae(x) from a tensor [n, d]; L0 is not known."""
     sae_error(x, x_hat)  # the shape check
 
-    def reconstruct(batch: TokenBatch) -> Reconstruction:
+    def reconstruct(batch: TokenBatch) -> Reconstructed:
         part = x_hat[batch.start : batch.start + len(batch.x)]
-        return Reconstruction(part, torch.full((len(part),), torch.nan, device=part.device))
+        return _Stored(part, torch.full((len(part),), torch.nan, device=part.device))
 
     return reconstruct
 
 
 def _from_sae(sae: Any) -> Reconstruct:
-    """A Reconstruct from a SAELens SAE (or anything with `encode` and `decode`)."""
+    """A function from a SAELens SAE (or anything with `encode` and `decode`), which runs its own code."""
     if not all(callable(getattr(sae, name, None)) for name in ("encode", "decode")):
         raise TypeError(f"sae: must be a tensor Sae(x) or an SAE with encode and decode, got {type(sae).__name__}")
     own = for_flat_activations(sae)
 
-    def reconstruct(batch: TokenBatch) -> Reconstruction:
+    def reconstruct(batch: TokenBatch) -> Reconstructed:
         acts: Any = own.encode(batch.x)
         x_hat: Any = own.decode(acts)
-        return Reconstruction(x_hat, (acts != 0).sum(-1))
+        return _Stored(x_hat, (acts != 0).sum(-1))
 
     return reconstruct
 

@@ -1,4 +1,4 @@
-"""What one pass over the tokens measures for every SAE of every site, and how it is asked (`one_pass.py` does it).
+"""What one pass over the tokens measures for every SAE of every site, and how it is asked (`engine.py` does it).
 
 A *measurement* reads the contexts of a source in blocks. Each block goes through all SAEs and into sums (`moments.py`)
 that every estimator is computed from afterwards, without reading a token again: error vector test, norm prediction test,
@@ -12,7 +12,7 @@ before the nonlinear error of a single token is, so tokens come in two sweeps:
 
 What an experiment does with it:
 
-    measurement = one_pass.measure(source, saes, settings, folder=folder)      # {hook: SiteMeasurement}
+    measurement = engine.measure(source, saes, roles, folder=folder)           # {hook: SiteMeasurement}
     site = measurement["blocks.20.hook_resid_post"]
     site.decomposition("16k").numbers()                # FVU, FVU_nonlinear, R2, R2 of norms, L0 (scaling, norm-test)
     site.norm_map("16k", "error").weight               # a*: what the latents are compared with (latent-alignment)
@@ -42,81 +42,15 @@ from torch import Tensor
 
 from darkmatter_ext.estimators.intervals import Interval, jackknife
 from darkmatter_ext.estimators.least_squares import LinearFit, LinearMap, LinearStatistics, SplitStatistics
-from darkmatter_ext.estimators.sums import PRODUCTS, LatentSums, LinearSums, TokenSums
+from darkmatter_ext.estimators.sums import LatentSums, LinearSums, TokenSums
 from darkmatter_ext.measurement.decompose import Decomposition
 from darkmatter_ext.measurement.error import NORM_TARGETS
-from darkmatter_ext.measurement.selection import FIT, HELD_OUT
+from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, NORM_FIT, LeftOut
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.encoders import Encoder
 
-NORM_FIT = 4  # role beside selection's: tokens the norm tests are fitted on when every token is read once
-SPLITS = ("documents", "contexts", "tokens")
-PARITIES = ("paper", "released-code")
 # Per SAE and token, squared norms first; the two unsquared norms are what the per-token figures regress.
 SAE_SCALARS = ("sae", "error", "linear", "nonlinear", "sae_plus_nonlinear", "l0", "error_norm", "nonlinear_norm")
-
-
-@dataclass(frozen=True)
-class MeasureSettings:
-    """How a measurement is made; `fields` below are documented where the command line shows them (`many_saes.py`)."""
-
-    passes: int = 2
-    products: str = "float64"
-    split: str = "documents"
-    fit_fraction: float = 0.6
-    norm_fit_fraction: float = 0.5  # passes=1: share of the other tokens that the norm tests are fitted on
-    drop_positions: int = 8
-    positions: tuple[int | None, ...] = ()  # of a context to measure, as arguments of slice; (): all
-    excluded_tokens: tuple[int, ...] = ()  # ids that are not measured
-    max_norm_ratio: float = 10.0
-    interval_groups: int = 10  # of held-out contexts; 1: no intervals
-    # released-code: no bias in regressions on x, the norm tests' b* fitted on held-out tokens too, FVU on all tokens
-    parity: str = "paper"
-    batch_tokens: int = 4096  # through an SAE at a time
-    block_contexts: int = 16  # through the model at a time, and through all SAEs before the next
-    table_contexts: int = 0  # held-out contexts whose tokens are written to the table; 0: all
-    token_means: int = 0  # vocabulary size for the token-mean baseline; 0: leave it out
-    sae_memory: float = 0.0  # bytes of weights kept loaded; others are loaded once a block; 0: all are kept
-    checkpoint_seconds: float = 300.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.passes not in (1, 2):
-            raise InputError(f"passes: must be 1 or 2, got {self.passes}")
-        if self.products not in PRODUCTS:
-            raise InputError(f"products: must be one of {', '.join(PRODUCTS)}, got {self.products!r}")
-        if self.split not in SPLITS:
-            raise InputError(f"split: must be documents, contexts or tokens, got {self.split!r}")
-        if self.passes == 1 and self.split == "tokens":
-            raise InputError("split: must be documents or contexts with passes 1, got 'tokens'")
-        if self.parity not in PARITIES:
-            raise InputError(f"parity: must be one of {', '.join(PARITIES)}, got {self.parity!r}")
-        if self.passes == 1 and self.parity == "released-code":
-            raise InputError("passes: must be 2 with parity released-code, got 1")
-        if self.interval_groups < 1:
-            raise InputError(f"interval_groups: must be at least 1, got {self.interval_groups}")
-        for name in ("fit_fraction", "norm_fit_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"{name}: must be between 0 and 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class MeasuredSae:
-    """One SAE of a measurement: `load` gives its encoder (see `sae.as_encoder`), as often as it is called."""
-
-    name: str
-    hook: str
-    d_sae: int
-    load: Callable[[], Encoder]
-    weight_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """The output of an SAE at another hook point, as a predictor of the errors at a site."""
-
-    name: str
-    sae: MeasuredSae
 
 
 def scalar_names(saes: Sequence[str], *, loss: bool) -> tuple[str, ...]:
@@ -130,15 +64,13 @@ class SiteMeasurement:
     """What was measured at one site: sums of all processes, and every estimator made from them on demand."""
 
     hook: str
-    saes: dict[str, MeasuredSae]
+    saes: dict[str, Encoder]
     maps: dict[str, LinearMap]  # SAE -> b*
     latents: dict[str, LatentSums]  # SAE -> firing of each latent on the fit and held-out tokens
     per_token: Path  # folder of the table of held-out tokens
-    left_out_by_position: int
-    left_out_by_token: int
-    left_out_by_norm: int
+    left_out: LeftOut
     typical_norm: float  # median of the first contexts
-    released: bool  # the released code's choices, see MeasureSettings.parity
+    released: bool  # the released code's choices, see Measure.parity
     _linear: dict[int, LinearSums]
     _scalars: dict[int, LinearSums]
     _groups: list[LinearSums]  # of held-out contexts

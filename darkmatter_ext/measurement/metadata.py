@@ -6,22 +6,21 @@ scaling of activations. An SAE measured on anything else has latents that mean s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from darkmatter_ext.activations.hook_points import translated_hook
 from darkmatter_ext.activations.sources import asked_processing
 from darkmatter_ext.activations.store import load_tokenizer, published_name
 from darkmatter_ext.activations.text import special_token_ids
-from darkmatter_ext.measurement.selection import Positions
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.flat_activations import SCALED, WHITENED
-from darkmatter_ext.saes.loading import SaeDescription, describe_sae
+from darkmatter_ext.saes.loading import SaeDescription
 
 DEFAULT_CONTEXT_LENGTH = 256  # where no SAE says what it was trained on
 BACKENDS = ("auto", "huggingface", "transformer-lens")
+Positions = tuple[int | None, ...]  # arguments of slice; () stands for all positions
 SpecialTokens = bool | tuple[int, ...]  # to leave out: all of the tokenizer, or these ids
 
 # Keys that say where an SAE comes from, or that are read elsewhere (hook point, architecture).
@@ -353,18 +352,3 @@ def excluded_ids(special_tokens: SpecialTokens, model: str) -> tuple[int, ...]:
     if not isinstance(special_tokens, bool):
         return special_tokens
     return special_token_ids(load_tokenizer(model)) if special_tokens else ()
-
-
-Config = TypeVar("Config", bound=InputFlags)  # with a field `sae`
-
-
-def narrowed(config: Config, sae: Sequence[str]) -> Config:
-    """The same configuration for some of its SAEs, with their own factors of activation_scale."""
-    every: Any = config
-    scales = every.activation_scale
-    if len(scales) == len(every.sae) > 1:
-        by_spec = dict(zip(every.sae, scales, strict=True))
-        scales = tuple(by_spec[spec] for spec in sae)
-    if scales and not any(describe_sae(spec).normalize_activations == SCALED for spec in sae):
-        scales = ()
-    return dataclasses.replace(every, sae=tuple(sae), activation_scale=scales)

@@ -6,17 +6,19 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from darkmatter_ext.activations.sources import Source
-from darkmatter_ext.measurement.measurement import MeasureSettings
-from darkmatter_ext.measurement.selection import kept_positions
+from darkmatter_ext.measurement.tokens import TokenRoles
 from darkmatter_ext.runtime.storage import atomic_file
-from darkmatter_ext.saes.encoders import Encoder
+from darkmatter_ext.saes.encoders import Encode
 from darkmatter_ext.saes.sanity import SAMPLE_TOKENS, misloaded, signs
+
+if TYPE_CHECKING:
+    from darkmatter_ext.measurement.site_saes import SiteSae
 
 SAMPLE_CONTEXTS = 8
 
@@ -29,7 +31,7 @@ class RunChecks:
         self._samples = functools.cache(samples)  # hook point -> [n, d] measured tokens, read once if at all
         self._found: dict[str, list[str]] = json.loads(self._path.read_text()) if self._path.exists() else {}
 
-    def see(self, name: str, hook: str, sae: Any, encode: Encoder | None, expected_l0: float | None) -> None:
+    def see(self, name: str, hook: str, sae: Any, encode: Encode | None, expected_l0: float | None) -> None:
         """Look at an SAE, once. `encode`: where it is used with its own encoder."""
         if name not in self._found:
             self._found[name] = signs(sae, self._samples()[hook], expected_l0=expected_l0, encode=encode)
@@ -44,20 +46,25 @@ class RunChecks:
         return [misloaded(name, sign) for name, every in self._found.items() for sign in every]
 
 
-def measured_samples(
-    source: Source, hooks: Sequence[str], settings: MeasureSettings, device: str = "cpu"
-) -> dict[str, Tensor]:
+def measured_samples(source: Source, hooks: Sequence[str], roles: TokenRoles, device: str = "cpu") -> dict[str, Tensor]:
     """[n, d] measured tokens of the first contexts at each hook point, at most SAMPLE_TOKENS, spread over them."""
     batch = source.read(list(range(min(SAMPLE_CONTEXTS, source.n_contexts))))
-    length = batch.tokens.shape[1]
-    kept = kept_positions(length, positions=settings.positions, first=settings.drop_positions)
-    excluded = torch.isin(batch.tokens, torch.tensor(settings.excluded_tokens, dtype=batch.tokens.dtype))
+    wanted = roles.wanted(batch.tokens)
     found = {}
     for hook in hooks:
-        rows = batch.activations[hook][:, kept][~excluded[:, kept]].float()
-        if settings.max_norm_ratio > 0 and len(rows):
+        rows = batch.activations[hook][wanted].float()
+        if roles.settings.max_norm_ratio > 0 and len(rows):
             norms = rows.norm(dim=-1)
-            rows = rows[norms <= settings.max_norm_ratio * norms.median()]
+            rows = rows[norms <= roles.settings.max_norm_ratio * norms.median()]
         chosen = torch.linspace(0, max(0, len(rows) - 1), min(len(rows), SAMPLE_TOKENS)).long()
         found[hook] = rows[chosen].to(device)
     return found
+
+
+def signs_of(saes: Sequence[SiteSae], samples: Mapping[str, Tensor]) -> list[str]:
+    """What looks wrong with SAEs, for a result that does not measure them in sweeps."""
+    return [
+        misloaded(sae.name, sign)
+        for sae in saes
+        for sign in signs(sae.load(), samples[sae.hook], expected_l0=sae.expected_l0, encode=sae.own)
+    ]

@@ -1,11 +1,14 @@
-"""The result of a measurement: what every experiment on one has in common."""
+"""The result of an experiment on measured SAEs: what all have in common beside their own numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from darkmatter_ext.measurement.many_saes import Measured
+from darkmatter_ext.measurement.notes import few_tokens_note, token_notes
+from darkmatter_ext.measurement.run import Inputs, Measured
+from darkmatter_ext.measurement.run_checks import measured_samples, signs_of
+from darkmatter_ext.measurement.tokens import FIT
 from darkmatter_ext.report.result import Result, provenance
 from darkmatter_ext.runtime.progress import Stages
 
@@ -23,7 +26,7 @@ def measured_result(
     arrays: Mapping[str, np.ndarray] | None = None,
     notes: Sequence[str] = (),
 ) -> Result:
-    """The result of an experiment on a measurement: its numbers beside token counts, SAEs, notes and provenance."""
+    """The result of a measurement: its numbers beside token counts, SAEs, notes and provenance."""
     groups = found.config["interval_groups"]
     intervals = (
         f"Intervals: 95 %, leaving out one of {groups} groups of held-out contexts at a time; maps stay as fitted."
@@ -37,4 +40,38 @@ def measured_result(
         notes=[*found.notes, *notes, *([intervals] if groups > 1 else [])],
         seconds=stages.seconds,
         provenance=provenance(found.config["device"]) | found.provenance,
+    )
+
+
+def stored_result(
+    experiment: str,
+    inputs: Inputs,
+    stages: Stages,
+    numbers: Mapping[str, float],
+    *,
+    series: Mapping[str, Any] | None = None,
+    arrays: Mapping[str, np.ndarray] | None = None,
+    notes: Sequence[str] = (),
+) -> Result:
+    """The result of an experiment that reads stored tokens itself; of several sites, each is counted in a note."""
+    one = len(inputs.stored) == 1
+    counts: dict[str, float] = {}
+    about: list[str] = []
+    for hook, tokens in inputs.stored.items():
+        counts = tokens.numbers()
+        own = [*token_notes(inputs.resolved, counts), *few_tokens_note(tokens.cache.d_in, tokens.count(FIT))]
+        about += own if one else [f"{hook}: {note}" for note in own]
+    if inputs.settings.saes.sae:
+        hooks = list(inputs.stored)
+        samples = measured_samples(inputs.source, hooks, inputs.roles, inputs.settings.device)
+        about += [*inputs.resolved.usage.notes, *signs_of(inputs.saes, samples)]
+    return Result(
+        experiment=experiment,
+        config=inputs.config(),
+        numbers=(counts if one else {}) | dict(numbers),
+        series={"saes": [sae.listed for sae in inputs.saes], **(series or {})},
+        arrays=dict(arrays or {}),
+        notes=[*about, *notes],
+        seconds=stages.seconds,
+        provenance=provenance(inputs.settings.device) | {"text_sha256": inputs.text},
     )

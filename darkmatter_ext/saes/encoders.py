@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -39,11 +40,39 @@ class Encoded(NamedTuple):
     acts: SparseActs  # [n, F]
 
 
-Encoder = Callable[[Tensor], Encoded]
+Encode = Callable[[Tensor], Encoded]  # x [n, d] -> ...
+Inputs = Mapping[str, Tensor]  # hook point -> [n, d]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """One way from activations to a reconstruction, by name: an SAE with its own encoder, with another, a control.
+
+    A transcoder reads one hook point and writes another, a crosscoder reads several; an SAE writes what it reads.
+    """
+
+    name: str
+    reads: tuple[str, ...]  # hook points it is given
+    writes: str  # hook point it reconstructs
+    d_sae: int
+    load: Callable[[], Callable[[Inputs], Encoded]]
+    weight_bytes: int = 0
+
+    @classmethod
+    def of_site(cls, name: str, hook: str, d_sae: int, load: Callable[[], Encode], *, weight_bytes: int = 0) -> Encoder:
+        """An encoder that reconstructs the one hook point it reads."""
+
+        def load_inputs() -> Callable[[Inputs], Encoded]:
+            encode = load()
+            return lambda x: encode(x[hook])
+
+        return cls(name, (hook,), hook, d_sae, load_inputs, weight_bytes)
+
+
 Choose = Callable[[Tensor, SparseActs], SparseActs]  # x [n, d] and the SAE's own acts -> other acts
 
 
-def as_encoder(sae: SAE) -> Encoder:
+def as_encoder(sae: SAE) -> Encode:
     """x [n, d] -> Sae(x), L0 and active latents, Sae(x) in the dtype of x.
 
     Accelerated where it can be; others (temporal, own classes) run SAELens' code. SAEs on hook_z take x with heads
@@ -66,7 +95,7 @@ def as_encoder(sae: SAE) -> Encoder:
     return encode
 
 
-def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encoder:
+def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encode:
     """Pursuit over W_dec from zero, with as many steps at each token as the SAE has active latents there.
 
     Args:
@@ -88,7 +117,7 @@ def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encoder:
     return _encoder(sae, dictionary.rows.to(dictionary.dtype), choose)
 
 
-def refit_encoder(sae: SAE) -> Encoder:
+def refit_encoder(sae: SAE) -> Encode:
     """The SAE's own choice of latents with least-squares values (not below zero). Raises as `pursuit_encoder`."""
     sae = for_flat_activations(sae)
     dictionary, bias = _dictionary(sae)
@@ -108,7 +137,7 @@ def _dictionary(sae: Any) -> tuple[Any, Tensor]:
     return prepare_dictionary(sae.W_dec), sae.b_dec.detach()
 
 
-def _encoder(sae: Any, rows: Tensor, choose: Choose) -> Encoder:
+def _encoder(sae: Any, rows: Tensor, choose: Choose) -> Encode:
     """`rows` [F, d]: the decoder in the dtype of the acts, float32 for a 16-bit SAE."""
     bias = sae.b_dec.detach().to(rows.dtype)
 
@@ -121,14 +150,35 @@ def _encoder(sae: Any, rows: Tensor, choose: Choose) -> Encoder:
     return encode
 
 
-def random_directions(sae: SAE, l0: int, *, seed: int) -> Encoder:
+def random_dictionary(mean: Tensor, n_latents: int, l0: int, *, seed: int) -> Encode:
+    """Pursuit with `l0` steps over `n_latents` random unit directions about `mean` [d]: good codes, nothing learned.
+
+    Gradient pursuit chooses the codes: an encoder for directions nobody trained would have to be invented. It runs on
+    the CPU, wherever x is. Cost: see `ops.pursuit.pursuit`. Raises InputError as it does.
+    """
+    rows = _random_rows((n_latents, len(mean)), seed)
+    dictionary, bias = prepare_dictionary(rows), mean.float().cpu()
+
+    def encode(x: Tensor) -> Encoded:
+        acts = pursuit(x.float().cpu(), dictionary, l0, bias=bias)
+        x_hat = sparse_decode(acts, dictionary.rows, bias).to(x)
+        return Encoded(x_hat, acts.l0().to(x.device), acts)
+
+    return encode
+
+
+def _random_rows(shape: tuple[int, int], seed: int) -> Tensor:
+    """Unit rows [F, d] in random directions."""
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def random_directions(sae: SAE, l0: int, *, seed: int) -> Encode:
     """As many latents as `sae` has, with random unit directions: TopK of the tied encoder, `l0` active, about b_dec.
 
     Its codes are as cheap as an SAE's, and poorer than those of `random_dictionary`. Raises ValueError as `topk_encode`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(sae.W_dec.shape, generator=generator)
-    rows = (rows / rows.norm(dim=1, keepdim=True)).to(sae.W_dec)
+    rows = _random_rows((len(sae.W_dec), sae.W_dec.shape[1]), seed).to(sae.W_dec)
     columns, center, no_bias = rows.mT.contiguous(), sae.b_dec.detach(), rows.new_zeros(len(rows))
     prepared = prepare_encoder(columns, no_bias, b_dec=center)
 

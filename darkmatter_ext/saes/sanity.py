@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darkmatter_ext.saes.encoders import Encoder, as_encoder
+from darkmatter_ext.saes.encoders import Encode, as_encoder
 from darkmatter_ext.saes.flat_activations import why_not_usable
 
 SAMPLE_TOKENS = 512  # enough for FVU and L0 to a few percent, cheap beside loading the weights
@@ -102,14 +102,14 @@ def known_l0(sae: Any) -> float | None:
     return None if k is None else float(k)
 
 
-def _fvu(encode: Encoder, x: Tensor) -> tuple[float, float]:
+def _fvu(encode: Encode, x: Tensor) -> tuple[float, float]:
     """FVU about the mean and mean L0 of x [n, d]; FVU is NaN where x does not vary."""
     encoded = encode(x)
     error, variance = (t.double().square().sum() for t in (x - encoded.x_hat, x - x.mean(0)))
     return (error / variance).item() if variance > 0 else math.nan, encoded.l0.double().mean().item()
 
 
-def _changes(sae: Any, encode: Encoder, x: Tensor) -> Iterator[tuple[str, Callable[[], float]]]:
+def _changes(sae: Any, encode: Encode, x: Tensor) -> Iterator[tuple[str, Callable[[], float]]]:
     """What would explain a wrong reconstruction, each with the FVU it would leave."""
 
     def at_scale(factor: float) -> float:
@@ -144,7 +144,7 @@ def _or_infinite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _cause(sae: Any, encode: Encoder, x: Tensor, fvu: float) -> str:
+def _cause(sae: Any, encode: Encode, x: Tensor, fvu: float) -> str:
     """The change that explains most of the FVU, or what is left to look at."""
     tried = [(_or_infinite(left()), what) for what, left in _changes(sae, encode, x)]
     left, what = min(tried, default=(math.inf, ""))
@@ -155,7 +155,7 @@ def _cause(sae: Any, encode: Encoder, x: Tensor, fvu: float) -> str:
 
 @torch.no_grad()
 def signs(
-    sae: Any, x: Tensor | None = None, *, expected_l0: float | None = None, encode: Encoder | None = None
+    sae: Any, x: Tensor | None = None, *, expected_l0: float | None = None, encode: Encode | None = None
 ) -> list[str]:
     """Everything that makes an SAE look misloaded, one line each; none for one that works.
 

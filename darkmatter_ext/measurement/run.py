@@ -1,0 +1,431 @@
+"""Settings to inputs, inputs to a measurement: the one way every experiment goes.
+
+`prepare` makes the inputs once: what the SAEs' metadata says, the activations, the role of every token, the SAEs.
+`measured` measures them, as often as an experiment wants, with the SAEs' own encoders or others. Activations are
+streamed from a model or read from disk; a run can be stopped at any moment, and `torchrun` divides it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from darkmatter_ext.activations.embedded_model import EMBEDDED_MODEL
+from darkmatter_ext.activations.hook_points import parse_hook_point, translated_hook
+from darkmatter_ext.activations.sources import CacheSource, SelectedContexts, Source, stored_losses
+from darkmatter_ext.activations.store import ActivationCache, published_name
+from darkmatter_ext.measurement.engine import measure, tokens_to_read
+from darkmatter_ext.measurement.measurement import SiteMeasurement
+from darkmatter_ext.measurement.metadata import Usage, excluded_ids, own_hook, usage
+from darkmatter_ext.measurement.notes import run_notes
+from darkmatter_ext.measurement.opening import opened_source, stored_activations
+from darkmatter_ext.measurement.run_checks import RunChecks, measured_samples
+from darkmatter_ext.measurement.settings import Settings
+from darkmatter_ext.measurement.site_saes import Make, SiteSae, given_saes, trained_saes
+from darkmatter_ext.measurement.stored_tokens import StoredTokens
+from darkmatter_ext.measurement.tokens import TokenRoles, training_contexts
+from darkmatter_ext.runtime.inputs import InputError
+from darkmatter_ext.runtime.processes import Processes, processes
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.runtime.storage import cache_dir, fingerprint
+from darkmatter_ext.saes.encoders import Encoder
+from darkmatter_ext.saes.loading import SaeDescription, describe_sae
+
+# Where a state is kept, and how fast a run is, changes no number.
+OPERATIONAL = ("checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings with what the SAEs' metadata says filled in."""
+
+    settings: Settings
+    model: str
+    usage: Usage
+    saes: Sequence[SaeDescription]  # given ones
+    hooks: list[str]  # of each of them
+    predictors: Sequence[SaeDescription]
+    predictor_hooks: list[str]
+    trained: list[str]  # hook points at which SAEs are trained
+
+    @property
+    def sites(self) -> list[str]:
+        """Where SAEs are, predictors aside."""
+        return list(dict.fromkeys(self.hooks)) or self.trained
+
+    @property
+    def read(self) -> list[str]:
+        """All hook points whose activations are needed."""
+        return list(dict.fromkeys([*self.sites, *self.predictor_hooks]))
+
+    @functools.cached_property
+    def excluded(self) -> tuple[int, ...]:
+        """Ids of tokens that are not measured."""
+        return excluded_ids(self.usage.special_tokens, self.model)
+
+
+def resolve(settings: Settings, *, train_at: Sequence[str] = ()) -> Resolved:
+    """What the SAEs say of themselves, and what follows from it. Downloads at most small files.
+
+    `train_at`: hook points at which SAEs are trained, instead of those of the settings.
+
+    Raises InputError when an SAE cannot be read, or they do not fit together.
+    """
+    data, saes = settings.data, settings.saes
+    given, predictors = ([describe_sae(spec) for spec in specs] for specs in (saes.sae, saes.predictor))
+    hooks = [_hook(settings, sae, saes.hook) for sae in given]
+    predictor_hooks = [_hook(settings, sae, "") for sae in predictors]
+    model = published_name(data.model) or _named_model([*given, *predictors]) or ("" if given else EMBEDDED_MODEL)
+    if not model and not data.cache:
+        raise InputError(f"model: must be given, {given[0].spec} does not say its model, got none")
+    own = usage(given, data, others=predictors, model=data.model, hook=saes.hook, stored=data.stored)
+    trained = [] if given else list(train_at) or saes.trained_hooks
+    return Resolved(settings, model, own, given, hooks, predictors, predictor_hooks, trained)
+
+
+def _named_model(saes: Sequence[SaeDescription]) -> str:
+    """The model all SAEs name. Raises InputError when they differ."""
+    named = {published_name(name): name for sae in saes if (name := str(sae.metadata.get("model_name") or ""))}
+    if len(named) > 1:
+        first, second = list(named.values())[:2]
+        raise InputError(f"model: must be given, the SAEs were made with {first} and {second}, got {saes[0].spec} ...")
+    return next(iter(named), "")
+
+
+def _hook(settings: Settings, sae: SaeDescription, given: str) -> str:
+    """Where an SAE reads: as it says, or as `given` for one that does not, or for a cache with names of its own.
+
+    Raises InputError when that is not known, the two differ, or the SAE does not reconstruct what it reads.
+    """
+    own = own_hook(sae)
+    if settings.data.cache:
+        hook = given or own
+    else:
+        hook = translated_hook(own) or given
+        if hook:
+            parse_hook_point(hook)
+        if given and hook != given:
+            raise InputError(f"sae: must be of the site {given}, got one of {hook} in {sae.spec}")
+    if not hook:
+        raise InputError(f"hook: must be given, {sae.spec} does not say where it reads, got none")
+    return hook
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run works on, made once by `prepare` and handed on."""
+
+    resolved: Resolved
+    source: Source  # the contexts that train no SAE, at every hook point
+    roles: TokenRoles  # of its tokens
+    saes: tuple[SiteSae, ...]  # that are measured
+    predictors: tuple[SiteSae, ...]
+    processes: Processes
+    stored: Mapping[str, StoredTokens] = field(default_factory=dict)  # hook point -> all tokens, where they are on disk
+    text: str = ""  # a hash of the text or its tokens
+
+    @property
+    def settings(self) -> Settings:
+        return self.resolved.settings
+
+    @property
+    def model(self) -> str:
+        return self.resolved.model
+
+    def of(self, hook: str) -> list[SiteSae]:
+        """The SAEs of a site."""
+        return [sae for sae in self.saes if sae.hook == hook]
+
+    def sae(self, name: str) -> SiteSae:
+        """The SAE of that name."""
+        return next(sae for sae in (*self.saes, *self.predictors) if sae.name == name)
+
+    @property
+    def one_site(self) -> str:
+        """The hook point of all SAEs. Raises InputError for several."""
+        hooks = list(dict.fromkeys(sae.hook for sae in self.saes))
+        if len(hooks) > 1:
+            raise InputError(f"sae: must be of one site, got {hooks[0]} and {hooks[1]}")
+        return hooks[0]
+
+    def config(self, hooks: Sequence[str] = ()) -> dict[str, Any]:
+        """What a result says of its settings, with what the SAEs filled in."""
+        shown = ", ".join(hooks or dict.fromkeys(sae.hook for sae in self.saes))
+        return self.settings.flat() | {"model": self.model, "hook": shown}
+
+    def widest(self, hook: str) -> SiteSae:
+        """The SAE of a site with the most latents."""
+        return max(self.of(hook), key=lambda sae: sae.d_sae)
+
+
+def prepare(settings: Settings, stages: Stages, *, splices: bool = False, train_at: Sequence[str] = ()) -> Inputs:
+    """Make the inputs of a run; every process of a torchrun calls it.
+
+    Args:
+        splices: the caller reads whole stored contexts, and runs the model on from some; else activations are stored when
+            SAEs are trained, or if the settings say so.
+        train_at: hook points at which SAEs are trained, instead of those of the settings.
+
+    Raises InputError for settings, SAEs or a model that do not fit; StateError for damaged files.
+    """
+    found = resolve(settings, train_at=train_at)
+    if splices and (asked := found.usage.processing):
+        raise InputError(
+            "backend: must be huggingface to splice into the model, got auto for SAEs that ask for weights processed by "
+            f"TransformerLens ({', '.join(asked)})"
+        )
+    with processes(settings.device) as own:
+        if splices or settings.stores:
+            return _from_store(found, stages, own, drop_last=not splices)
+        source = opened_source(found, contexts_folder(found), own, stages)
+        _check_widths(found, source.widths)
+        return Inputs(
+            resolved=found,
+            source=source,
+            roles=_roles(found, source),
+            saes=tuple(_given(found, own.device)),
+            predictors=tuple(_predictors(found, own.device)),
+            processes=own,
+            text=source.identity,
+        )
+
+
+def _described(found: Resolved) -> list[tuple[SaeDescription, str]]:
+    """All given SAEs with their hook points."""
+    measured = zip(found.saes, found.hooks, strict=True)
+    return [*measured, *zip(found.predictors, found.predictor_hooks, strict=True)]
+
+
+def _check_widths(found: Resolved, widths: Mapping[str, int]) -> None:
+    for sae, hook in _described(found):
+        if sae.d_in != widths[hook]:
+            raise InputError(f"sae: must have d_in {widths[hook]} as {hook}, got {sae.d_in} in {sae.spec}")
+
+
+def _given(found: Resolved, device: str) -> list[SiteSae]:
+    return given_saes(found.saes, found.hooks, found.usage.scales[: len(found.saes)], found.settings, device)
+
+
+def _predictors(found: Resolved, device: str) -> list[SiteSae]:
+    scales = found.usage.scales[len(found.saes) :]
+    return given_saes(found.predictors, found.predictor_hooks, scales, found.settings, device)
+
+
+def _roles(found: Resolved, source: Source, *, drop_last: bool = True) -> TokenRoles:
+    """`drop_last`: the released code's measurements leave out the last position; its other scripts do not."""
+    settings, positions = found.settings.measure, found.usage.positions
+    return TokenRoles.decide(
+        source,
+        settings,
+        found.sites,
+        positions=positions,
+        excluded=found.excluded,
+        drop_last=drop_last and settings.parity == "released-code",
+    )
+
+
+def _from_store(found: Resolved, stages: Stages, own: Processes, *, drop_last: bool) -> Inputs:
+    """Activations on disk, and SAEs trained on a share of them, or given."""
+    settings = found.settings
+    if own.size > 1:
+        raise InputError(
+            "torchrun: must be used with SAEs that exist (sae) and activations that are streamed, got store"
+        )
+    for sae in _given(found, settings.device):
+        sae.load()  # a bad SAE is told before the model runs for minutes
+    caches = stored_activations(found, stages)
+    widths = {hook: cache.d_in for hook, cache in caches.items()}
+    _check_widths(found, widths)
+    documents = next(iter(caches.values())).column("documents")
+    training = training_contexts(documents, settings.measure, 0.0 if settings.saes.sae else settings.saes.sae_fraction)
+    measured = (~training).nonzero().flatten()
+    losses = _losses(found, next(iter(caches.values())), measured, stages) if settings.measure.loss else None
+    source = SelectedContexts(CacheSource(caches), measured, losses)
+    roles = _roles(found, source, drop_last=drop_last)
+    stored = {hook: StoredTokens.of(caches[hook], hook, training, roles) for hook in found.sites}
+    given = _given(found, settings.device)
+    return Inputs(
+        resolved=found,
+        source=source,
+        roles=roles,
+        saes=tuple(given or trained_saes(settings, found.usage, found.model, stored, stages)),
+        predictors=tuple(_predictors(found, settings.device)),
+        processes=own,
+        stored=stored,
+        text=next(iter(caches.values())).meta["text_sha256"],
+    )
+
+
+def _losses(found: Resolved, cache: ActivationCache, chosen: Tensor, stages: Stages) -> Tensor:
+    tokens = cache.column("tokens")[chosen]
+    with stages.stage("loss of the language model", tokens.numel()) as advance:
+        return stored_losses(found.model, tokens, device=found.settings.device, progress=advance)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished measurement with what a result tells about it."""
+
+    sites: dict[str, SiteMeasurement]
+    saes: list[dict[str, Any]]  # name, d_sae, architecture, folder, hook: what figures and tables list
+    predictors: list[str]  # names, as `SiteMeasurement.part_fit` takes them
+    config: dict[str, Any]
+    notes: list[str]
+    numbers: dict[str, float]  # token counts
+    provenance: dict[str, Any]  # what identifies the text
+
+    def site_of(self, name: str) -> SiteMeasurement:
+        """The site of an SAE."""
+        return next(self.sites[sae["hook"]] for sae in self.saes if sae["name"] == name)
+
+    def sae_numbers(self) -> dict[str, float]:
+        """`SAE/NAME` for all numbers of `Decomposition`, with `/low` and `/high` where there are intervals."""
+        numbers: dict[str, float] = {}
+        for sae in self.saes:
+            name, site = sae["name"], self.site_of(sae["name"])
+            numbers |= {f"{name}/{key}": value for key, value in site.decomposition(name).numbers().items()}
+            for key, interval in site.intervals(name).items():
+                numbers |= {f"{name}/{key}/low": interval.low, f"{name}/{key}/high": interval.high}
+        return numbers
+
+
+def measured(
+    inputs: Inputs,
+    stages: Stages,
+    *,
+    saes: Sequence[SiteSae] | None = None,
+    encoders: Mapping[str, Make] | None = None,
+    predictors: Sequence[Encoder] | None = None,
+) -> Measured:
+    """Measure SAEs; every process of a torchrun calls it and has the same result.
+
+    Args:
+        saes: some of the inputs' SAEs; default all.
+        encoders: name -> how an SAE is used; every SAE is measured once with each, as `SAE NAME`, instead of with its own.
+        predictors: whose outputs join x as predictors of the errors; default the inputs' predictors, with their own encoders.
+
+    Raises InputError for SAEs that do not fit; StateError for damaged files; OSError for a folder that cannot be written.
+    """
+    chosen = list(inputs.saes if saes is None else saes)
+    roles, own = inputs.roles, inputs.processes
+    folder = run_folder(inputs, chosen, encoders, predictors)
+    folder.mkdir(parents=True, exist_ok=True)
+    sites = list(dict.fromkeys(sae.hook for sae in chosen))
+    hooks = list(dict.fromkeys([*sites, *(sae.hook for sae in inputs.predictors)]))
+    checks = RunChecks(folder, lambda: measured_samples(inputs.source, hooks, roles, own.device))
+    look = checks if inputs.settings.saes.sae else None
+    variants = [(sae, name) for sae in chosen for name in (encoders or {"": None})]
+    listed = [_listed(sae, name) for sae, name in variants]
+    measuring = [
+        sae.encoder((encoders or {})[name], name=entry["name"], checks=look) if name else sae.encoder(checks=look)
+        for (sae, name), entry in zip(variants, listed, strict=True)
+    ]
+    others = [sae.encoder(checks=look) for sae in inputs.predictors] if predictors is None else list(predictors)
+    with stages.stage("measure", tokens_to_read(inputs.source, roles.settings) // own.size) as advance:
+        found = measure(
+            inputs.source,
+            measuring,
+            roles,
+            folder=folder,
+            predictors=dict.fromkeys(sites, others),
+            processes=own,
+            config=deciding(inputs, chosen, encoders, predictors),
+            progress=advance,
+        )
+    if own.is_first and look is not None:
+        checks.save()
+    counts = token_counts(inputs, found)
+    return Measured(
+        sites=found,
+        saes=listed,
+        predictors=[other.name for other in others],
+        config=inputs.config(sites),
+        notes=[*run_notes(inputs.resolved, inputs.source, found, counts), *checks.notes()],
+        numbers=counts,
+        provenance={"text_sha256" if inputs.stored else "tokens_sha256": inputs.text},
+    )
+
+
+def _listed(sae: SiteSae, variant: str) -> dict[str, Any]:
+    entry = sae.listed
+    return entry | {"name": f"{sae.name} {variant}", "sae": sae.name, "variant": variant} if variant else entry
+
+
+def token_counts(inputs: Inputs, sites: Mapping[str, SiteMeasurement]) -> dict[str, float]:
+    """What a result reports about tokens, by name, of the first site: of the whole text, what trains SAEs included."""
+    hook, first = next(iter(sites.items()))
+    left_out, more = first.left_out, {}
+    if tokens := inputs.stored.get(hook):
+        left_out, more = tokens.left_out, tokens.numbers()
+    return {
+        **left_out.numbers(),
+        "tokens/median_norm": first.typical_norm,
+        **more,
+        "tokens/fit": first.n_fit,
+        "tokens/norm_fit": first.n_norm_fit,
+        "tokens/held_out": first.n_held_out,
+    }
+
+
+def deciding(
+    inputs: Inputs,
+    saes: Sequence[SiteSae],
+    encoders: Mapping[str, Make] | None,
+    predictors: Sequence[Encoder] | None,
+) -> dict[str, Any]:
+    """All that a measurement's result, or the form of its state, depends on."""
+    settings = inputs.settings
+    fields = settings.flat()
+    variants = [*(encoders or ()), *(predictor.name for predictor in predictors or ())]
+    if not variants:  # an experiment's own settings matter only to the encoders it makes
+        fields = {name: value for name, value in fields.items() if name in Settings().flat()}
+    for name in OPERATIONAL:
+        del fields[name]
+    data = settings.data
+    local = [sae.folder for sae in (*saes, *inputs.predictors)]
+    local += [*data.cache, inputs.model, data.text, data.dataset, data.tokenised]
+    return {
+        **fields,
+        "measured": [[sae.name, sae.hook, sae.folder] for sae in saes],
+        "variants": variants,
+        "files": {path: stamp(Path(path)) for path in local if path and Path(path).exists()},
+    }
+
+
+def run_folder(
+    inputs: Inputs,
+    saes: Sequence[SiteSae],
+    encoders: Mapping[str, Make] | None = None,
+    predictors: Sequence[Encoder] | None = None,
+) -> Path:
+    """Where a measurement keeps its state: checkpoint, or the cache folder by everything that decides the result.
+
+    A checkpoint has a folder of its own below it for each set of encoders or controls.
+    """
+    if checkpoint := inputs.settings.measure.checkpoint:
+        return Path(checkpoint) / "-".join([*(encoders or ()), *(predictor.name for predictor in predictors or ())])
+    return cache_dir("runs") / fingerprint(**deciding(inputs, saes, encoders, predictors), identity=inputs.text)
+
+
+def contexts_folder(found: Resolved) -> Path:
+    """Where the tokens of a streamed run are kept, for its restarts and every measurement of it."""
+    if checkpoint := found.settings.measure.checkpoint:
+        return Path(checkpoint) / "contexts"
+    data = dataclasses.asdict(found.settings.data)
+    files = [path for path in (found.model, found.settings.data.text, found.settings.data.tokenised) if path]
+    stamps = {path: stamp(Path(path)) for path in files if Path(path).exists()}
+    key = fingerprint(**data, usage=dataclasses.asdict(found.usage), seed=found.settings.seed, files=stamps)
+    return cache_dir("contexts") / key
+
+
+def stamp(path: Path) -> list[int]:
+    """Total size and last change of a file or a folder: another SAE under an old name must not be taken for it."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    found = [file.stat() for file in files]
+    return [sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)]

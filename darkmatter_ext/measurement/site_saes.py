@@ -1,0 +1,142 @@
+"""The SAEs of a run: described before anything is loaded, loaded once, or trained here on the text kept for that."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from darkmatter_ext.measurement.metadata import Usage
+from darkmatter_ext.measurement.run_checks import RunChecks
+from darkmatter_ext.measurement.settings import Settings
+from darkmatter_ext.measurement.stored_tokens import StoredTokens
+from darkmatter_ext.measurement.tokens import SAE_TRAINING
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.runtime.storage import cache_dir, fingerprint
+from darkmatter_ext.saes.encoders import Encode, Encoder, as_encoder
+from darkmatter_ext.saes.loading import SaeDescription, describe_sae, load_sae
+from darkmatter_ext.saes.training import TrainingConfig, save_sae, train_topk_sae
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+Make = Callable[["SAE"], Encode]  # how an SAE is used: its own encoder, pursuit, a control made of it
+
+
+@dataclass(frozen=True, eq=False)
+class SiteSae:
+    """An SAE at a hook point."""
+
+    name: str  # unique in a run
+    hook: str
+    folder: str  # or RELEASE:ID
+    d_in: int
+    d_sae: int
+    architecture: str
+    expected_l0: float | None
+    k: int | None  # it was trained with, where it was trained here
+    load: Callable[[], SAE]
+    weight_bytes: int
+    stays: bool = True  # `load` gives the same object every time; not under a budget of memory
+
+    @property
+    def listed(self) -> dict[str, Any]:
+        """What a result lists of it, for its readers and figures."""
+        return {
+            "name": self.name, "d_sae": self.d_sae, "architecture": self.architecture, "folder": self.folder,
+            "hook": self.hook,
+        }  # fmt: skip
+
+    def encoder(self, make: Make = as_encoder, *, name: str = "", checks: RunChecks | None = None) -> Encoder:
+        """This SAE used in some way, looked at when it is loaded. Its own encoder is made once."""
+
+        def load() -> Encode:
+            sae = self.load()
+            encode = self.own if make is as_encoder else make(sae)
+            if checks is not None:
+                checks.see(self.name, self.hook, sae, encode if make is as_encoder else None, self.expected_l0)
+            return encode
+
+        return Encoder.of_site(name or self.name, self.hook, self.d_sae, load, weight_bytes=self.weight_bytes)
+
+    @functools.cached_property
+    def _encode(self) -> Encode:
+        return as_encoder(self.load())
+
+    @property
+    def own(self) -> Encode:
+        """Its own encoder: x [n, d] -> Sae(x), L0 and active latents."""
+        return self._encode if self.stays else as_encoder(self.load())
+
+
+def given_saes(
+    described: Sequence[SaeDescription],
+    hooks: Sequence[str],
+    scales: Sequence[float | None],
+    settings: Settings,
+    device: str,
+) -> list[SiteSae]:
+    """SAEs that exist. Names are short where they are unique, else the whole specification.
+
+    Kept loaded, unless settings give a budget of memory: then whoever uses one keeps it as long as it may.
+    """
+    short = [sae.name for sae in described]
+    dtype, budget = settings.saes.sae_dtype, settings.measure.sae_memory_gb
+    found = []
+    for sae, hook, scale in zip(described, hooks, scales, strict=True):
+        load = functools.partial(load_sae, sae.spec, device=device, dtype=dtype, activation_scale=scale)
+        found.append(
+            SiteSae(
+                name=sae.name if short.count(sae.name) == 1 else sae.spec,
+                hook=hook,
+                folder=sae.spec,
+                d_in=sae.d_in,
+                d_sae=sae.d_sae,
+                architecture=sae.architecture,
+                expected_l0=sae.expected_l0,
+                k=None,
+                load=load if budget > 0 else functools.cache(load),
+                weight_bytes=sae.weight_bytes,
+                stays=budget <= 0,
+            )
+        )
+    return found
+
+
+def trained_saes(
+    settings: Settings, usage: Usage, model: str, sites: Mapping[str, StoredTokens], stages: Stages
+) -> list[SiteSae]:
+    """A TopK SAE for each width and k at each site: trained on this text, or found from an earlier run that is the same."""
+    saes, several_k = [], len(settings.saes.ks) > 1
+    for hook, tokens in sites.items():
+        training_set = functools.cache(functools.partial(tokens.with_role, SAE_TRAINING))  # [n, d], in memory
+        roles = fingerprint(roles=tokens.roles.flatten().tolist())
+        for k, widths in settings.saes.widths_by_k.items():
+            for width in widths:
+                training = TrainingConfig(d_sae=width, k=k, steps=settings.saes.steps, seed=settings.seed)
+                metadata = {"model_name": model, "hook_name": hook, "prepend_bos": usage.bos}
+                metadata["context_size"] = usage.context_length
+                key = fingerprint(
+                    activations=tokens.cache.folder.name, roles=roles, training=dataclasses.asdict(training)
+                )
+                folder = cache_dir("saes") / f"topk-{width}-{key}"
+                with stages.stage(f"train SAE, {width} latents", training.steps) as advance:
+                    if not folder.exists():
+                        x = training_set().to(settings.device)
+                        sae, report = train_topk_sae(x, training, metadata=metadata, progress=advance)
+                        save_sae(sae, folder, report, training)
+                name = f"topk-{width}-k{k}" if several_k else f"topk-{width}"
+                name = name if [hook] == settings.saes.trained_hooks else f"{hook}/{name}"
+                saes.append(_trained(name, hook, folder, k, settings.device))
+    return saes
+
+
+def _trained(name: str, hook: str, folder: Path, k: int, device: str) -> SiteSae:
+    found = describe_sae(str(folder))
+    load = functools.cache(functools.partial(load_sae, folder, device=device))
+    return SiteSae(
+        name, hook, str(folder), found.d_in, found.d_sae, found.architecture, None, k, load, found.weight_bytes
+    )

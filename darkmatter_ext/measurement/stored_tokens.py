@@ -1,0 +1,148 @@
+"""Stored activations with the role of each of their tokens: what trains SAEs and what splices into a model reads them.
+
+Shapes: C contexts of L tokens, d width of the site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.activations.splicing import PlacesToSplice
+from darkmatter_ext.activations.store import CONTEXTS_PER_FORWARD, ActivationCache
+from darkmatter_ext.measurement.decompose import TokenBatch
+from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, SAE_TRAINING, UNUSED, LeftOut, TokenRoles
+from darkmatter_ext.runtime.inputs import InputError
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """The activations of one site, each token with its role."""
+
+    cache: ActivationCache
+    roles: Tensor  # [C, L] uint8
+    left_out: LeftOut  # of all contexts
+    typical_norm: float
+    largest_norm: float  # before any rule
+    high_norm_share: float  # of the squared norm of the tokens that the other rules keep: what the norm rule takes
+
+    @classmethod
+    def of(cls, cache: ActivationCache, hook: str, training: Tensor, roles: TokenRoles) -> StoredTokens:
+        """`training` [C] bool: contexts that train SAEs; `roles`: of the others, numbered without these.
+
+        Raises InputError when no token is left on a side.
+        """
+        tokens, norms = cache.column("tokens"), cache.column("norms")
+        found = torch.full(tokens.shape, SAE_TRAINING, dtype=torch.uint8)
+        used, wanted, left_out = torch.zeros_like(tokens).bool(), torch.zeros_like(tokens).bool(), LeftOut()
+        for chosen, trains in ((training, True), (~training, False)):
+            used[chosen], more = roles.used(tokens[chosen], norms[chosen], hook, training=trains)
+            wanted[chosen] = roles.wanted(tokens[chosen], training=trains)
+            left_out += more
+        found[~training] = roles.dealt(range(int((~training).sum()))).to(torch.uint8)
+        found[~used] = UNUSED
+        for name, role in (("fit", FIT), ("held-out", HELD_OUT)):
+            if not bool((found == role).any()):
+                settings = roles.settings
+                raise InputError(
+                    f"drop_positions, max_norm_ratio: must leave {name} tokens, got 0 of {found.numel()} tokens "
+                    f"with {settings.drop_positions} and {settings.max_norm_ratio:g}"
+                )
+        energy = norms.double().square()
+        share = (energy[wanted & ~used].sum() / energy[wanted].sum()).item()
+        return cls(cache, found, left_out, roles.typical_norm[hook], norms.max().item(), share)
+
+    def numbers(self) -> dict[str, float]:
+        """What a result reports about the tokens, by name."""
+        return {
+            "tokens/sae_training": self.count(SAE_TRAINING),
+            "tokens/fit": self.count(FIT),
+            "tokens/held_out": self.count(HELD_OUT),
+            **self.left_out.numbers(),
+            "tokens/high_norm_share_of_energy": self.high_norm_share,
+            "tokens/median_norm": self.typical_norm,
+            "tokens/largest_norm": self.largest_norm,
+        }
+
+    def count(self, role: int) -> int:
+        """Tokens with a role."""
+        return int((self.roles == role).sum())
+
+    def with_role(self, role: int) -> Tensor:
+        """All activations with one role, [n, d], in memory: the training set of an SAE."""
+        parts = []
+        for shard in self.cache.shards():
+            own = self.roles[shard.first_context : shard.first_context + len(shard.tokens)]
+            parts.append(shard.activations[own == role])
+        return torch.cat(parts)
+
+    def mean(self, role: int) -> Tensor:
+        """Mean activation [d], float32, of the tokens with one role; memory: one shard."""
+        total = torch.zeros(self.cache.d_in, dtype=torch.float64)
+        for shard in self.cache.shards():
+            own = self.roles[shard.first_context : shard.first_context + len(shard.tokens)]
+            total += shard.activations[own == role].double().sum(0)
+        return (total / self.count(role)).float()
+
+
+@dataclass(frozen=True)
+class MeasuredBatches:
+    """The measured tokens of a site, readable any number of times; memory: one shard."""
+
+    tokens: StoredTokens
+    device: str = "cpu"
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        start = 0
+        for shard in self.tokens.cache.shards():
+            roles = self.tokens.roles[shard.first_context : shard.first_context + len(shard.tokens)]
+            measured = (roles == FIT) | (roles == HELD_OUT)
+            x = shard.activations[measured].to(self.device)
+            yield TokenBatch(x, (roles[measured] == FIT).to(self.device), start)
+            start += len(x)
+
+
+def check_whole_contexts(contexts: int, split: str) -> None:
+    """What an experiment that splices into whole held-out contexts needs of its settings. Raises InputError."""
+    if contexts < 2:
+        raise InputError(f"contexts: must be at least 2 (intervals are over contexts), got {contexts}")
+    if split == "tokens":
+        raise InputError("split: must be documents or contexts to splice into whole contexts, got 'tokens'")
+
+
+@dataclass(frozen=True)
+class HeldOutContexts:
+    """Whole contexts that are held out, all of them or a seeded sample: for what needs every position of a context."""
+
+    tokens: StoredTokens
+    numbers: Tensor  # [m] int64, ascending
+
+    @classmethod
+    def sample(cls, tokens: StoredTokens, count: int, *, seed: int) -> HeldOutContexts:
+        """`count` held-out contexts drawn with `seed`.
+
+        Raises InputError when there are fewer, or when held-out and fit tokens share contexts.
+        """
+        held_out = (tokens.roles == HELD_OUT).any(1)
+        if bool((held_out & (tokens.roles == FIT).any(1)).any()):
+            raise InputError("split: must be documents or contexts to splice into whole contexts, got tokens")
+        numbers = held_out.nonzero().flatten()
+        if count > len(numbers):
+            raise InputError(f"contexts: must be at most the {len(numbers)} held-out contexts, got {count}")
+        order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
+        return cls(tokens, numbers[order[:count]].sort().values)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[PlacesToSplice]:
+        for shard in self.tokens.cache.shards():
+            first, last = shard.first_context, shard.first_context + len(shard.tokens)
+            inside = self.numbers[(self.numbers >= first) & (self.numbers < last)]
+            for part in inside.split(CONTEXTS_PER_FORWARD) if len(inside) else ():
+                rows = part - first
+                held_out = self.tokens.roles[part] == HELD_OUT
+                yield PlacesToSplice(part, shard.tokens[rows], shard.activations[rows], held_out)
