@@ -210,10 +210,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": (
-        _add_demo,
-        _demo,
-        "The dark matter of SAEs on an embedded language model, in minutes, with nothing to set.",
+    "demo": Command(
+        _add_demo, _demo, "The dark matter of SAEs on an embedded language model, in minutes, with nothing to set."
     ),
     "run": Command(_add_run, _run, "Run an experiment."),
     "list": Command(_add_nothing, _list, "The experiments and their presets."),

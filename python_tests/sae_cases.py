@@ -4,6 +4,7 @@ import torch
 from sae_lens.registry import get_sae_class
 from sae_lens.saes import transcoder
 
+import darkmatter_ext as dm
 from darkmatter_ext.saes import drop_in
 
 # These SAEs are all small, and it is the fast path that is tested.
@@ -45,6 +46,19 @@ def make_sae(architecture, dtype=torch.float32, **options):
         elif architecture != "topk":
             sae.b_enc.sub_(2.0)
     return sae
+
+
+def pair(architecture="topk", dtype=torch.float32, **options):
+    """A plain SAE and its accelerated equal."""
+    # Two of one seed, not a deepcopy: SAELens' normalisation closures of a copy write to the original.
+    plain, fast = (make_sae(architecture, dtype, **options) for _ in range(2))
+    return plain, dm.accelerate(fast)
+
+
+def only_fast(sae):
+    """Whether every call so far was fast."""
+    stats = dm.stats(sae)
+    return bool(stats.fast) and not stats.fallback
 
 
 def activations(*shape, dtype=torch.float32, seed=2):

@@ -129,14 +129,14 @@ def test_bad_models_sites_and_lengths_are_named_in_one_line(model_folder, tmp_pa
     contexts = _contexts(model_folder)
     calls = [
         (lambda: store.activation_cache(model_folder, "blocks.3.hook_resid_post", contexts), "has blocks 0 to 2"),
-        (lambda: store.parse_hook("blocks.1.hook_pattern"), "--hook: must be like"),
-        (lambda: store.load_tokenizer(str(tmp_path / "none")), "--model: must be a causal language model"),
-        (lambda: store.load_model(str(tmp_path), device="cpu", dtype=torch.float32), "--model: must be a causal"),
-        (lambda: _contexts(model_folder, n_tokens=10_000), "--tokens: the text gives 36 whole contexts of 16 tokens"),
-        (lambda: _contexts(model_folder, context_length=1), "--context-length: must be at least 2, got 1"),
+        (lambda: store.parse_hook("blocks.1.hook_pattern"), "hook: must be like"),
+        (lambda: store.load_tokenizer(str(tmp_path / "none")), "model: must be a causal language model"),
+        (lambda: store.load_model(str(tmp_path), device="cpu", dtype=torch.float32), "model: must be a causal"),
+        (lambda: _contexts(model_folder, n_tokens=10_000), "tokens: the text gives 36 whole contexts of 16 tokens"),
+        (lambda: _contexts(model_folder, context_length=1), "context_length: must be at least 2, got 1"),
     ]
     for call, message in calls:
-        with pytest.raises(ValueError, match="--") as caught:
+        with pytest.raises(ValueError, match=r"^(hook|model|tokens|context_length): ") as caught:
             call()
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)

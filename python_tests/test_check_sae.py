@@ -74,7 +74,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         (["{sae}", "--tokens", "0"], "--tokens: must be at least 1, got 0"),
         (["{sae}", "--activations", "{sae}/cfg.json"], "--activations: must be a .safetensors, .npy or .pt tensor"),
         (["{sae}", "--activations", "{wrong}"], f"--activations: must be floating point of shape [..., {D_IN}]"),
-        (["{own}"], "sae: must be an SAE that can be accelerated"),
+        (["{own}"], "SAE: must be an SAE that can be accelerated"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):

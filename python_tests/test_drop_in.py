@@ -4,18 +4,12 @@ import copy
 
 import pytest
 import torch
-from sae_cases import ARCHITECTURES, D_SAE, SAES, K, activations, assert_close, assert_same_acts, make_sae
+from sae_cases import ARCHITECTURES, D_SAE, SAES, K, activations, assert_close, assert_same_acts, make_sae, pair
 
 import darkmatter_ext as dm
 from darkmatter_ext.saes import drop_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-def pair(architecture, dtype=torch.float32, **options):
-    # Two of one seed, not a deepcopy: SAELens' normalisation closures of a copy write to the original.
-    plain, fast = (make_sae(architecture, dtype, **options) for _ in range(2))
-    return plain, dm.accelerate(fast)
 
 
 def fast_calls(sae):

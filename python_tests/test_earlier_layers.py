@@ -156,10 +156,10 @@ def test_saes_that_exist_are_taken_instead(workplace, capsys):
     # another experiment of the same configuration has a state of its own, without the control
     assert cli.main(["run", "decomposition", *stream[2:-1], str(workplace / "earlier-other")]) == 0
     for bad, message in (
-        (("--sae", folders[HERE]), "--predictor: must name at least one SAE of another site with --sae, got none"),
-        (("--predictor", folders[HERE]), "--sae: must be given with --predictor, got none"),
+        (("--sae", folders[HERE]), "--predictor: must name at least one SAE of another site with sae, got none"),
+        (("--predictor", folders[HERE]), "--sae: must be given with predictor, got none"),
         (("--sae", folders[HERE], folders[mlp], "--predictor", folders[BEFORE]), "--sae: must be of one site, got"),
-        (("--sae", folders[mlp], "--predictor", folders[mlp]), f"must be of another site than --sae ({mlp}), got"),
+        (("--sae", folders[mlp], "--predictor", folders[mlp]), f"must be of another site than sae ({mlp}), got"),
     ):
         capsys.readouterr()
         assert _run(workplace, out, *bad) == 2

@@ -127,7 +127,7 @@ def test_released_code_fits_on_all_tokens(workplace, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--scorer", "endpoint"), "OpenAI-compatible server for --scorer endpoint, got none"),
+        (("--scorer", "endpoint"), "OpenAI-compatible server for scorer endpoint, got none"),
         (
             ("--scorer", "endpoint", "--endpoint", "http://127.0.0.1:9/v1"),
             "--scorer-model: must name the server's model",
@@ -138,11 +138,11 @@ def test_released_code_fits_on_all_tokens(workplace, capsys):
         ),
         (
             ("--endpoint", "http://127.0.0.1:9/v1"),
-            "--endpoint: is asked only with --scorer endpoint, got --scorer offline",
+            "--endpoint: is asked only with scorer endpoint, got scorer offline",
         ),
         (("--scorer", "people"), "--scorer: must be offline, local or endpoint, got 'people'"),
         (("--widths", "24", "48"), "--sae, --widths: must name one SAE, got 2"),
-        (("--error-width", "8"), "--error-width: must be at least --error-k (32), got 8"),
+        (("--error-width", "8"), "--error-width: must be at least error_k (32), got 8"),
         (("--training-seeds", "0"), "--training-seeds: must be at least 1, got 0"),
         (("--parity", "code"), "--parity: must be paper or released-code, got 'code'"),
     ],

@@ -237,7 +237,7 @@ def test_pursuit_in_a_graph_equals_pursuit_step_by_step(monkeypatch):
     torch.manual_seed(0)
     x, dictionary = torch.randn(100, 64).cuda(), torch.randn(3000, 64).cuda()
     plain = dm.pursuit(x, dictionary, 8).to_dense()
-    monkeypatch.setattr("darkmatter_ext.batched_pursuit.CUDA_CHUNK_TOKENS", 24)
+    monkeypatch.setattr("darkmatter_ext.ops.pursuit.CUDA_CHUNK_TOKENS", 24)
     recorded = []
     original = pursuit_cuda._recorded
     monkeypatch.setattr(pursuit_cuda, "_recorded", lambda *args: recorded.append(1) or original(*args))

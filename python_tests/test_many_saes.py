@@ -261,8 +261,8 @@ BAD = [
     (["--hook", "layer3"], "--hook: must be like blocks.10.hook_resid_post"),
     (["--backend", "tf"], "--backend: must be one of auto, huggingface, transformer-lens, got 'tf'"),
     (["--dtype", "int8"], "--dtype: must be one of float32, bfloat16, float16, got 'int8'"),
-    (["--passes", "1", "--split", "tokens"], "--split: must be documents or contexts with --passes 1, got 'tokens'"),
-    (["--text", "a", "--dataset", "b"], "--text: give one of --text and --dataset, got both"),
+    (["--passes", "1", "--split", "tokens"], "--split: must be documents or contexts with passes 1, got 'tokens'"),
+    (["--text", "a", "--dataset", "b"], "--text: give one of text and dataset, got both"),
     (["--batch-tokens", "0"], "--batch-tokens: must be at least 1, got 0"),
     (["--device", "tpu"], "--device: must be cpu or cuda, got 'tpu'"),
 ]

@@ -58,7 +58,7 @@ def test_slices_that_mean_the_same_agree_and_others_need_a_flag():
         used(*differing)
     found = used(*differing, positions="5:-5")
     assert found.positions == (5, -5, 1)
-    assert "overridden: seqpos_slice [4, None] (by --positions)" in found.notes[0]
+    assert "overridden: seqpos_slice [4, None] (by positions)" in found.notes[0]
 
 
 @pytest.mark.parametrize("text", ["5", "a:b", "1:2:0", "1:2:3:4", ""])
@@ -81,14 +81,14 @@ def test_positions_that_are_no_slice(text):
         ({"context_size": 0}, "context_size must be a number of tokens"),
         (
             {"model_from_pretrained_kwargs": {"revision": "step1000"}},
-            "--model: must be given, sae was made on other weights",
+            "model: must be given, sae was made on other weights",
         ),
-        ({"normalize_activations": SCALED}, "--activation-scale: must be given, sae was made on activations scaled"),
-        ({"normalize_activations": WHITENED}, "--sae: must have its whitening folded in"),
+        ({"normalize_activations": SCALED}, "activation_scale: must be given, sae was made on activations scaled"),
+        ({"normalize_activations": WHITENED}, "sae: must have its whitening folded in"),
     ],
 )
 def test_metadata_that_cannot_be_followed_is_refused(metadata, message):
-    with pytest.raises(ValueError, match=r"^--") as caught:
+    with pytest.raises(ValueError, match=r"^\w+: ") as caught:
         used(described(**metadata))
     assert message in str(caught.value)
 
@@ -96,10 +96,10 @@ def test_metadata_that_cannot_be_followed_is_refused(metadata, message):
 @pytest.mark.parametrize(
     ("key", "values", "flag"),
     [
-        ("prepend_bos", (True, False), "--bos"),
-        ("exclude_special_tokens", (True, False), "--exclude-special-tokens"),
-        ("exclude_special_tokens", ([3], [4]), "--exclude-special-tokens"),
-        ("model_from_pretrained_kwargs", ({}, {"fold_ln": True}), "--backend"),
+        ("prepend_bos", (True, False), "bos"),
+        ("exclude_special_tokens", (True, False), "exclude_special_tokens"),
+        ("exclude_special_tokens", ([3], [4]), "exclude_special_tokens"),
+        ("model_from_pretrained_kwargs", ({}, {"fold_ln": True}), "backend"),
     ],
 )
 def test_saes_that_do_not_agree_need_a_flag(key, values, flag):
@@ -120,16 +120,16 @@ def test_what_became_of_every_key_is_said():
     (note,) = found.notes
     for part in (
         "followed: context_size 24 (the shortest of 24, 32), exclude_special_tokens [5]",
-        "prepend_bos False (by --bos)", "processed weights (center_writing_weights) (by --backend)",
-        "model_name a/b (by --model)", f"hook_name {HOOK} (by --hook)", "not said: seqpos_slice",
+        "prepend_bos False (by bos)", "processed weights (center_writing_weights) (by backend)",
+        "model_name a/b (by model)", f"hook_name {HOOK} (by hook)", "not said: seqpos_slice",
         "revision x", "sequence_separator_token eos (contexts never cross documents)",
         "model_class_name HookedMamba", "surprise 3",
     ):  # fmt: skip
         assert part in note, part
     assert "cuda" not in note
     assert "pile" not in note
-    stored = used(sae, stored="--cache", model="c/d").notes[0]
-    assert "as --cache was made: context_size 24, prepend_bos False, processed weights" in stored
+    stored = used(sae, stored="cache", model="c/d").notes[0]
+    assert "as cache was made: context_size 24, prepend_bos False, processed weights" in stored
 
 
 # ---- BOS and special tokens

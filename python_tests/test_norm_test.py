@@ -127,7 +127,7 @@ def test_help_lists_the_settings(name, preset, capsys):
     ("more", "message"),
     [
         (("--parity", "code"), "--parity: must be one of paper, released-code, got 'code'"),
-        (("--ks", "4", "100"), "--ks: must be from 1 to the least of --widths (24), got 100"),
+        (("--ks", "4", "100"), "--ks: must be from 1 to the least of widths (24), got 100"),
         (("--ks", "4", "4"), "--ks: must be different numbers, got [4, 4]"),
         (("--interval-groups", "0"), "--interval-groups: must be at least 1, got 0"),
         (("--ks", "4", "--sae", "nowhere"), "--sae: must be a folder with cfg.json"),

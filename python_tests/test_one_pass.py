@@ -305,14 +305,14 @@ def test_a_finished_measurement_gives_its_result_at_once(source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"passes": 3}, "--passes: must be 1 or 2, got 3"),
-        ({"passes": 1, "split": "tokens"}, "--split: must be documents or contexts with --passes 1, got 'tokens'"),
-        ({"split": "rows"}, "--split: must be documents, contexts or tokens, got 'rows'"),
-        ({"fit_fraction": 1.0}, "--fit-fraction: must be between 0 and 1, got 1.0"),
-        ({"parity": "code"}, "--parity: must be one of paper, released-code, got 'code'"),
-        ({"parity": "released-code", "passes": 1}, "--passes: must be 2 with --parity released-code, got 1"),
-        ({"interval_groups": 0}, "--interval-groups: must be at least 1, got 0"),
-        ({"products": "bf16"}, "--products: must be one of float64, float32, got 'bf16'"),
+        ({"passes": 3}, "passes: must be 1 or 2, got 3"),
+        ({"passes": 1, "split": "tokens"}, "split: must be documents or contexts with passes 1, got 'tokens'"),
+        ({"split": "rows"}, "split: must be documents, contexts or tokens, got 'rows'"),
+        ({"fit_fraction": 1.0}, "fit_fraction: must be between 0 and 1, got 1.0"),
+        ({"parity": "code"}, "parity: must be one of paper, released-code, got 'code'"),
+        ({"parity": "released-code", "passes": 1}, "passes: must be 2 with parity released-code, got 1"),
+        ({"interval_groups": 0}, "interval_groups: must be at least 1, got 0"),
+        ({"products": "bf16"}, "products: must be one of float64, float32, got 'bf16'"),
     ],
 )
 def test_bad_settings_are_named(changes, message):

@@ -89,7 +89,7 @@ def test_what_is_not_a_result_is_refused_in_one_line(tmp_path, content, message)
 def test_an_output_folder_that_cannot_be_written_is_told_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="out: must be a folder that can be written"):
-        storage.require_writable_folder("--out", tmp_path / "file" / "below")
+        storage.require_writable_folder("out", tmp_path / "file" / "below")
 
 
 def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):

@@ -151,7 +151,7 @@ def test_the_released_codes_positions(monkeypatch):
 BAD = [
     (["--widths", "24"], "--widths: must name at least 2 widths to see how error scales, got [24]"),
     (["--l0", "0"], "--l0: must be above 0, got 0.0"),
-    (["--ks", "4", "30"], "--ks: must be from 1 to the least of --widths (24), got 30"),
+    (["--ks", "4", "30"], "--ks: must be from 1 to the least of widths (24), got 30"),
     (["--ks", "4", "4"], "--ks: must be different numbers, got [4, 4]"),
     (["--parity", "code"], "--parity: must be one of paper, released-code, got 'code'"),
     (["--interval-groups", "0"], "--interval-groups: must be at least 1, got 0"),

@@ -210,11 +210,11 @@ def test_tokenised_datasets_are_used_as_they_are(tmp_path, column):
 
 
 def test_contexts_on_disk_are_those_in_memory(model_folder, tmp_path):
-    store = _store(tmp_path, model_folder, n=10, length=16)
+    stored = _store(tmp_path, model_folder, n=10, length=16)
     tokenizer = store.load_tokenizer(model_folder)
     expected = store.tokenize_contexts(tokenizer, _documents(), n_tokens=160, context_length=16)
-    assert torch.equal(store.tokens(range(10)), expected.tokens)
-    assert torch.equal(store.documents, expected.documents)
+    assert torch.equal(stored.tokens(range(10)), expected.tokens)
+    assert torch.equal(stored.documents, expected.documents)
     rows = text_rows(tokenizer, _documents(), context_length=16, prepend_bos=False, per_document=1)
     firsts = write_contexts(tmp_path / "firsts", rows, n_contexts=6, context_length=16)
     assert firsts.documents.tolist() == [0, 1, 2, 3, 4, 5]

@@ -47,10 +47,10 @@ def test_a_local_dataset_streams_its_text_column(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\xff\xfe\x00binary", "--text: must be UTF-8 text"),
-        (b"zero\x00byte", "--text: must be text"),
-        (b"  \n", "--text: must hold some text"),
-        (None, "--text: must be a readable file"),
+        (b"\xff\xfe\x00binary", "text: must be UTF-8 text"),
+        (b"zero\x00byte", "text: must be text"),
+        (b"  \n", "text: must hold some text"),
+        (None, "text: must be a readable file"),
     ],
 )
 def test_a_file_that_is_not_text_is_refused_in_one_line(tmp_path, content, message):

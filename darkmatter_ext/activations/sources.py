@@ -439,7 +439,7 @@ def stored_losses(
 
 
 def open_cache(folders: Sequence[str | Path]) -> Source:
-    """The source of `cache FOLDER...`: our caches (one a hook point), or one SAELens dataset.
+    """The source of `cache`: our caches (one a hook point), or one SAELens dataset.
 
     Raises ValueError when a folder is neither.
     """

@@ -150,7 +150,7 @@ def dataset_documents(
 
 
 def documents(*, text: str = "", dataset: str = "", shuffle_buffer: int = 0, seed: int = 0) -> Iterable[Document]:
-    """The documents the flags name: `text FILE`, `dataset NAME` (shuffled or not), or the installed documentation.
+    """The documents of a file `text`, of a `dataset` (shuffled or not), or the installed documentation.
 
     Raises ValueError when both are given.
     """

@@ -20,12 +20,12 @@ def _load(path: Path) -> None:
         reason = " ".join(str(error).split())
         raise StateError(
             f"darkmatter_ext: {path.name} must load with torch {torch.__version__}, got: {reason}; "
-            "build again with pip install no_build_isolation ."
+            "build again with pip install --no-build-isolation ."
         ) from None
 
 
 if not CPU_LIBRARY.exists():
-    raise StateError(f"darkmatter_ext: the compiled ops are missing ({CPU_LIBRARY}); pip install no_build_isolation .")
+    raise StateError(f"darkmatter_ext: the compiled ops are missing ({CPU_LIBRARY}); pip install --no-build-isolation .")
 _load(CPU_LIBRARY)
 
 # The CUDA library needs torch's own CUDA library in the process; a CPU torch has none.
