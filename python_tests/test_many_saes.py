@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 from measurement_cases import small_sae
 from test_activations import WORDS, _small_model, _word_tokenizer
 
@@ -16,7 +17,6 @@ from darkmatter_ext.estimators.sums import LinearSums
 from darkmatter_ext.experiments import decomposition
 from darkmatter_ext.measurement import many_saes, many_saes_config
 from darkmatter_ext.measurement.cost import PlannedSae, cost, duration, known_model
-from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.report.result import load_result
 from darkmatter_ext.runtime.progress import Stages

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from darkmatter_ext.measurement.selection import FIT, HELD_OUT
 from measurement_cases import HOOKS, LENGTH, numbers, saes, small_sae, write_caches
 
 from darkmatter_ext.estimators.least_squares import fit_linear
@@ -11,7 +12,6 @@ from darkmatter_ext.measurement.decompose import Reconstruction, TokenBatch, dec
 from darkmatter_ext.measurement.engine import measure, tokens_to_read
 from darkmatter_ext.measurement.error import NORM_TARGETS
 from darkmatter_ext.measurement.measurement import NORM_FIT, MeasureSettings, Predictor
-from darkmatter_ext.measurement.selection import FIT, HELD_OUT
 from darkmatter_ext.measurement.sweeps import context_groups, context_roles
 from darkmatter_ext.measurement.token_table import read_tokens
 

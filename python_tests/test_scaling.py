@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from darkmatter_ext.measurement.reconstruct import as_reconstruct
+from darkmatter_ext.measurement.selection import MeasuredBatches
+from darkmatter_ext.measurement.site import prepared_site
 from measurement_cases import small_sae, store_activations
 from small_site import flags
 
@@ -19,9 +22,6 @@ from darkmatter_ext.experiments.scaling import ScalingConfig, at_fixed_l0, break
 from darkmatter_ext.measurement.decompose import decompose_stream
 from darkmatter_ext.measurement.engine import measure
 from darkmatter_ext.measurement.measurement import MeasuredSae, MeasureSettings
-from darkmatter_ext.measurement.reconstruct import as_reconstruct
-from darkmatter_ext.measurement.selection import MeasuredBatches
-from darkmatter_ext.measurement.site import prepared_site
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.report.result import load_result
 from darkmatter_ext.runtime.progress import Stages

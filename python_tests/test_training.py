@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
+from darkmatter_ext.measurement.reconstruct import as_reconstruct
 
 from darkmatter_ext.measurement.decompose import TokenBatch
-from darkmatter_ext.measurement.reconstruct import as_reconstruct
 from darkmatter_ext.saes.loading import load_sae
 from darkmatter_ext.saes.training import TrainingConfig, save_sae, train_topk_sae
 
