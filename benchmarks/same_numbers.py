@@ -97,8 +97,20 @@ RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; nam
     "synthetic-code": f"synthetic {SINGLE} --widths 24 {NOISE} {CODE}",
 }
 # Both tables name keys by a regular expression over RUN/KEY, KEY as `compare` prints it, and say why.
-RENAMED: dict[str, tuple[str, str]] = {}  # expression of the key before -> (replacement, as re.sub's, and reason)
-MENDED: dict[str, str] = {}  # expression of the key after -> why its number was wrong before
+RENAMED: dict[str, tuple[str, str]] = {  # expression of the key before -> (replacement, as re.sub's, and reason)
+    r"^(baselines-given/.*)blocks\.\d\.hook_resid_post/(topk|jumprelu)": (r"\1\2", "given SAEs go by their own names"),
+    r"^(earlier-layers-given/.*)/blocks\.0\.hook_resid_post": (r"\1/topk-before", "predictors go by their names"),
+    r"^(earlier-layers-given/.*)/blocks\.1\.attn\.hook_z": (r"\1/topk-attention", "predictors go by their names"),
+    r"^(earlier-layers-given/.*)/blocks\.1\.hook_mlp_out": (r"\1/topk-mlp", "predictors go by their names"),
+    r"^(scaling/.*topk-\d+) (random|shuffled|pursuit)": (r"\1-k4 \2", "a control goes by the name of its SAE"),
+}
+MENDED: dict[str, str] = {  # expression of the key after -> why its number was wrong before
+    r"tokens/(dropped_first_positions|left_out_\w+|high_norm_share_of_energy)": "counted another rule than was applied",
+    r"tokens/(median_norm|sae_training|largest_norm)$": "the median that was applied; counts of all runs that store",
+    r"norm_over_median": "over the median that was applied",
+    r"^decomposition-tokens/": "a norm limit that takes tokens: training text goes by the same median as the other",
+    r"^earlier-layers-stream/.*(all|res|random)": "the site's own SAE and the random control are always among them",
+}
 
 SINGLE_PRECISION = 2.0**-22  # columns stored in float32 may differ in the last places
 

@@ -14,7 +14,7 @@ from darkmatter_ext.measurement.error import NORM_TARGETS
 from darkmatter_ext.measurement.excerpt import excerpt
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import presets
-from darkmatter_ext.measurement.run import Inputs, Measured, measured, prepare
+from darkmatter_ext.measurement.run import Inputs, Measurement, measured, prepare
 from darkmatter_ext.measurement.settings import Settings
 from darkmatter_ext.measurement.tokens import UNUSED
 from darkmatter_ext.report.measured import measured_result
@@ -61,7 +61,7 @@ def _high_norm_tokens(inputs: Inputs) -> list[dict[str, Any]]:
     return shown
 
 
-def _from_predictors(measured: Measured, sae: str) -> dict[str, float]:
+def _from_predictors(measured: Measurement, sae: str) -> dict[str, float]:
     """R2 of each predictor, and of all together, for error, linear and nonlinear error."""
     site, numbers = measured.site_of(sae), {}
     sets = {name: [name] for name in measured.predictors}

@@ -34,7 +34,8 @@ from darkmatter_ext.measurement.error import sae_error
 from darkmatter_ext.measurement.judges import EndpointJudge, LocalJudge
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import DEMO
-from darkmatter_ext.measurement.run import Inputs, prepare, resolve
+from darkmatter_ext.measurement.resolved import resolve
+from darkmatter_ext.measurement.run import Inputs, prepare
 from darkmatter_ext.measurement.settings import Settings, extended
 from darkmatter_ext.measurement.stored_tokens import MeasuredBatches, StoredTokens
 from darkmatter_ext.measurement.tokens import HELD_OUT

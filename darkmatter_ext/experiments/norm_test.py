@@ -20,7 +20,7 @@ from darkmatter_ext.measurement.error import NORM_TARGETS
 from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import KS, WIDTHS, presets
-from darkmatter_ext.measurement.run import Measured, measured, prepare
+from darkmatter_ext.measurement.run import Measurement, measured, prepare
 from darkmatter_ext.measurement.settings import Settings
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
@@ -75,7 +75,7 @@ def over_saes(numbers: dict[str, float], saes: Sequence[dict[str, Any]]) -> dict
     return found | {"noise_floor": min(numbers[f"{sae['name']}/noise_floor"] for sae in saes)}
 
 
-def _notes(found: Measured, numbers: dict[str, float]) -> list[str]:
+def _notes(found: Measurement, numbers: dict[str, float]) -> list[str]:
     notes = [
         f"Noise floor: a norm that has nothing to do with x would score about {numbers['noise_floor']:.3f} (d slopes "
         "fitted on n tokens cost d / n). The ranges are least and greatest over SAEs, no intervals."

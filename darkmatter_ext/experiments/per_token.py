@@ -23,7 +23,8 @@ from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.nulls import other_tokens
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import WIDTHS, presets
-from darkmatter_ext.measurement.run import measured, prepare, resolve
+from darkmatter_ext.measurement.resolved import resolve
+from darkmatter_ext.measurement.run import measured, prepare
 from darkmatter_ext.measurement.settings import Settings, replaced
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.report.measured import measured_result

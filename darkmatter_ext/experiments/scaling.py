@@ -19,7 +19,7 @@ from darkmatter_ext.estimators.intervals import Interval
 from darkmatter_ext.estimators.power_law import MINIMUM_WIDTHS, PowerLaw, fit_power_law
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import KS, WIDTHS, presets
-from darkmatter_ext.measurement.run import Inputs, Measured, measured, prepare
+from darkmatter_ext.measurement.run import Inputs, Measurement, measured, prepare
 from darkmatter_ext.measurement.settings import Settings, replaced
 from darkmatter_ext.measurement.site_saes import Make
 from darkmatter_ext.report.measured import measured_result
@@ -131,7 +131,7 @@ def breakdown(
     return found
 
 
-def _controls(inputs: Inputs, widest: dict[str, Any], numbers: dict[str, float], stages: Stages) -> Measured:
+def _controls(inputs: Inputs, widest: dict[str, Any], numbers: dict[str, float], stages: Stages) -> Measurement:
     """The controls of the widest SAE, measured as it was."""
     l0, seed = max(1, round(numbers[f"{widest['name']}/l0"])), inputs.settings.seed
     controls: dict[str, Make] = {

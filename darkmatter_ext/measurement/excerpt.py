@@ -6,14 +6,14 @@ import contextlib
 from typing import Any
 
 from darkmatter_ext.activations.store import load_tokenizer
-from darkmatter_ext.measurement.run import Measured
+from darkmatter_ext.measurement.run import Measurement
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.runtime.inputs import InputError
 
 EXCERPT_TOKENS = 60  # one line of text that can still be read
 
 
-def excerpt(found: Measured) -> dict[str, Any]:
+def excerpt(found: Measurement) -> dict[str, Any]:
     """Per-token squared norms over a piece of held-out text, from the table of tokens.
 
     Empty when SAEs of several sites were measured: their errors are not on one scale.

@@ -33,6 +33,7 @@ Shapes: n tokens, d width of the site, S SAEs, p = d + widths of the predictors,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,6 +255,62 @@ class SiteMeasurement:
             numbers = self.decomposition(sae).numbers()
             found |= {name: Interval(numbers[name], *[float("nan")] * 2) for name in names}
         return found
+
+
+@dataclass(frozen=True)
+class SaeMeasurement:
+    """What was measured of one SAE. Numbers are of held-out tokens."""
+
+    name: str
+    site: SiteMeasurement
+
+    @functools.cached_property
+    def decomposition(self) -> Decomposition:
+        """All numbers, and b* as `error_map`."""
+        return self.site.decomposition(self.name)
+
+    @property
+    def fvu(self) -> float:
+        """Fraction of variance unexplained, of Sae(x)."""
+        return self.decomposition.fvu
+
+    @property
+    def fvu_nonlinear(self) -> float:
+        """What stays of it when the linear error is explained too."""
+        return self.decomposition.fvu_nonlinear
+
+    @property
+    def linear_share(self) -> float:
+        """1 - FVU_nonlinear / FVU."""
+        return self.decomposition.linear_share
+
+    @property
+    def r2_vec(self) -> float:
+        """Error vector test: R2 of x -> SaeError(x), mean over dimensions."""
+        return self.decomposition.r2_vec
+
+    @property
+    def r2_norm(self) -> dict[str, float]:
+        """Norm prediction test: R2 of x -> squared norm, by the names of NORM_TARGETS."""
+        return self.decomposition.r2_norm
+
+    @property
+    def l0(self) -> float:
+        """Mean active latents a token."""
+        return self.decomposition.l0
+
+    def interval(self, quantity: str) -> Interval:
+        """A number with its 95 % interval: "fvu", "fvu_nonlinear", "linear_share", "r2_vec", "r2_norm/error", ...
+
+        Raises InputError for another quantity.
+        """
+        found = self.site.intervals(self.name)
+        if quantity not in found:
+            raise InputError(f"quantity: must be one of {', '.join(found)}, got {quantity!r}")
+        return found[quantity]
+
+    def __repr__(self) -> str:
+        return f"SaeMeasurement({self.name!r}, fvu={self.fvu:.4g}, fvu_nonlinear={self.fvu_nonlinear:.4g}, l0={self.l0:.4g})"
 
 
 def _nonempty(rows: Sequence[Tensor]) -> Tensor:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from darkmatter_ext.activations.sources import Source
 from darkmatter_ext.activations.store import load_tokenizer
 from darkmatter_ext.activations.text import bos_note
 from darkmatter_ext.measurement.measurement import SiteMeasurement
-
-if TYPE_CHECKING:
-    from darkmatter_ext.measurement.run import Resolved
+from darkmatter_ext.measurement.resolved import Resolved
 
 FEW_TOKENS = 20  # a dimension: b* fitted on fewer fits noise
 

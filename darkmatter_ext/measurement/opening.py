@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,12 +17,10 @@ from darkmatter_ext.activations.store import (
     tokenize_contexts,
 )
 from darkmatter_ext.activations.text import documents
+from darkmatter_ext.measurement.resolved import Resolved
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.processes import Processes
 from darkmatter_ext.runtime.progress import Stages
-
-if TYPE_CHECKING:
-    from darkmatter_ext.measurement.run import Resolved
 
 
 def opened_source(found: Resolved, contexts: Path, own: Processes, stages: Stages) -> Source:

@@ -8,113 +8,38 @@ streamed from a model or read from disk; a run can be stopped at any moment, and
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from darkmatter_ext.activations.embedded_model import EMBEDDED_MODEL
-from darkmatter_ext.activations.hook_points import parse_hook_point, translated_hook
 from darkmatter_ext.activations.sources import CacheSource, SelectedContexts, Source, stored_losses
-from darkmatter_ext.activations.store import ActivationCache, published_name
+from darkmatter_ext.activations.store import ActivationCache
 from darkmatter_ext.measurement.engine import measure, tokens_to_read
-from darkmatter_ext.measurement.measurement import SiteMeasurement
-from darkmatter_ext.measurement.metadata import Usage, excluded_ids, own_hook, usage
+from darkmatter_ext.measurement.measurement import SaeMeasurement, SiteMeasurement
 from darkmatter_ext.measurement.notes import run_notes
 from darkmatter_ext.measurement.opening import opened_source, stored_activations
+from darkmatter_ext.measurement.resolved import Resolved, resolve
 from darkmatter_ext.measurement.run_checks import RunChecks, measured_samples
 from darkmatter_ext.measurement.settings import Settings
 from darkmatter_ext.measurement.site_saes import Make, SiteSae, given_saes, trained_saes
 from darkmatter_ext.measurement.stored_tokens import StoredTokens
+from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.measurement.tokens import TokenRoles, training_contexts
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.processes import Processes, processes
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import cache_dir, fingerprint
 from darkmatter_ext.saes.encoders import Encoder
-from darkmatter_ext.saes.loading import SaeDescription, describe_sae
+from darkmatter_ext.saes.loading import SaeDescription
+
+if TYPE_CHECKING:
+    import pyarrow
 
 # Where a state is kept, and how fast a run is, changes no number.
 OPERATIONAL = ("checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens")
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """Settings with what the SAEs' metadata says filled in."""
-
-    settings: Settings
-    model: str
-    usage: Usage
-    saes: Sequence[SaeDescription]  # given ones
-    hooks: list[str]  # of each of them
-    predictors: Sequence[SaeDescription]
-    predictor_hooks: list[str]
-    trained: list[str]  # hook points at which SAEs are trained
-
-    @property
-    def sites(self) -> list[str]:
-        """Where SAEs are, predictors aside."""
-        return list(dict.fromkeys(self.hooks)) or self.trained
-
-    @property
-    def read(self) -> list[str]:
-        """All hook points whose activations are needed."""
-        return list(dict.fromkeys([*self.sites, *self.predictor_hooks]))
-
-    @functools.cached_property
-    def excluded(self) -> tuple[int, ...]:
-        """Ids of tokens that are not measured."""
-        return excluded_ids(self.usage.special_tokens, self.model)
-
-
-def resolve(settings: Settings, *, train_at: Sequence[str] = ()) -> Resolved:
-    """What the SAEs say of themselves, and what follows from it. Downloads at most small files.
-
-    `train_at`: hook points at which SAEs are trained, instead of those of the settings.
-
-    Raises InputError when an SAE cannot be read, or they do not fit together.
-    """
-    data, saes = settings.data, settings.saes
-    given, predictors = ([describe_sae(spec) for spec in specs] for specs in (saes.sae, saes.predictor))
-    hooks = [_hook(settings, sae, saes.hook) for sae in given]
-    predictor_hooks = [_hook(settings, sae, "") for sae in predictors]
-    model = published_name(data.model) or _named_model([*given, *predictors]) or ("" if given else EMBEDDED_MODEL)
-    if not model and not data.cache:
-        raise InputError(f"model: must be given, {given[0].spec} does not say its model, got none")
-    own = usage(given, data, others=predictors, model=data.model, hook=saes.hook, stored=data.stored)
-    trained = [] if given else list(train_at) or saes.trained_hooks
-    return Resolved(settings, model, own, given, hooks, predictors, predictor_hooks, trained)
-
-
-def _named_model(saes: Sequence[SaeDescription]) -> str:
-    """The model all SAEs name. Raises InputError when they differ."""
-    named = {published_name(name): name for sae in saes if (name := str(sae.metadata.get("model_name") or ""))}
-    if len(named) > 1:
-        first, second = list(named.values())[:2]
-        raise InputError(f"model: must be given, the SAEs were made with {first} and {second}, got {saes[0].spec} ...")
-    return next(iter(named), "")
-
-
-def _hook(settings: Settings, sae: SaeDescription, given: str) -> str:
-    """Where an SAE reads: as it says, or as `given` for one that does not, or for a cache with names of its own.
-
-    Raises InputError when that is not known, the two differ, or the SAE does not reconstruct what it reads.
-    """
-    own = own_hook(sae)
-    if settings.data.cache:
-        hook = given or own
-    else:
-        hook = translated_hook(own) or given
-        if hook:
-            parse_hook_point(hook)
-        if given and hook != given:
-            raise InputError(f"sae: must be of the site {given}, got one of {hook} in {sae.spec}")
-    if not hook:
-        raise InputError(f"hook: must be given, {sae.spec} does not say where it reads, got none")
-    return hook
 
 
 @dataclass(frozen=True)
@@ -269,7 +194,7 @@ def _losses(found: Resolved, cache: ActivationCache, chosen: Tensor, stages: Sta
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """A finished measurement with what a result tells about it."""
 
     sites: dict[str, SiteMeasurement]
@@ -281,8 +206,29 @@ class Measured:
     provenance: dict[str, Any]  # what identifies the text
 
     def site_of(self, name: str) -> SiteMeasurement:
-        """The site of an SAE."""
-        return next(self.sites[sae["hook"]] for sae in self.saes if sae["name"] == name)
+        """The site of an SAE. Raises InputError for a name that is not among `saes`."""
+        for sae in self.saes:
+            if sae["name"] == name:
+                return self.sites[sae["hook"]]
+        raise InputError(f"name: must be one of {', '.join(sae['name'] for sae in self.saes)}, got {name!r}")
+
+    def __getitem__(self, name: str) -> SaeMeasurement:
+        """One SAE: its numbers and their intervals. Raises InputError as `site_of`."""
+        return SaeMeasurement(name, self.site_of(name))
+
+    def tokens(self, columns: Sequence[str] | None = None, *, hook: str = "") -> pyarrow.Table:
+        """The table of held-out tokens: context, position, token, group and the columns asked for.
+
+        Args:
+            columns: "x" (squared norm), "loss", "SAE/error", "SAE/nonlinear", "SAE/l0", ...; default all.
+            hook: the site, where there are several.
+
+        Raises InputError for an unknown column, or no hook where there are several.
+        """
+        if not hook and len(self.sites) > 1:
+            raise InputError(f"hook: must be one of {', '.join(self.sites)} where there are several, got none")
+        site = self.sites[hook] if hook else next(iter(self.sites.values()))
+        return read_tokens(site.per_token, columns)
 
     def sae_numbers(self) -> dict[str, float]:
         """`SAE/NAME` for all numbers of `Decomposition`, with `/low` and `/high` where there are intervals."""
@@ -302,7 +248,7 @@ def measured(
     saes: Sequence[SiteSae] | None = None,
     encoders: Mapping[str, Make] | None = None,
     predictors: Sequence[Encoder] | None = None,
-) -> Measured:
+) -> Measurement:
     """Measure SAEs; every process of a torchrun calls it and has the same result.
 
     Args:
@@ -341,7 +287,7 @@ def measured(
     if own.is_first and look is not None:
         checks.save()
     counts = token_counts(inputs, found)
-    return Measured(
+    return Measurement(
         sites=found,
         saes=listed,
         predictors=[other.name for other in others],

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from darkmatter_ext.measurement.tokens import TokenRoles
 from darkmatter_ext.runtime.storage import atomic_file
 from darkmatter_ext.saes.encoders import Encode
 from darkmatter_ext.saes.sanity import SAMPLE_TOKENS, misloaded, signs
-
-if TYPE_CHECKING:
-    from darkmatter_ext.measurement.site_saes import SiteSae
 
 SAMPLE_CONTEXTS = 8
 
@@ -59,12 +56,3 @@ def measured_samples(source: Source, hooks: Sequence[str], roles: TokenRoles, de
         chosen = torch.linspace(0, max(0, len(rows) - 1), min(len(rows), SAMPLE_TOKENS)).long()
         found[hook] = rows[chosen].to(device)
     return found
-
-
-def signs_of(saes: Sequence[SiteSae], samples: Mapping[str, Tensor]) -> list[str]:
-    """What looks wrong with SAEs, for a result that does not measure them in sweeps."""
-    return [
-        misloaded(sae.name, sign)
-        for sae in saes
-        for sign in signs(sae.load(), samples[sae.hook], expected_l0=sae.expected_l0, encode=sae.own)
-    ]

@@ -18,10 +18,12 @@ from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import cache_dir, fingerprint
 from darkmatter_ext.saes.encoders import Encode, Encoder, as_encoder
 from darkmatter_ext.saes.loading import SaeDescription, describe_sae, load_sae
+from darkmatter_ext.saes.sanity import misloaded, signs
 from darkmatter_ext.saes.training import TrainingConfig, save_sae, train_topk_sae
 
 if TYPE_CHECKING:
     from sae_lens import SAE
+    from torch import Tensor
 
 Make = Callable[["SAE"], Encode]  # how an SAE is used: its own encoder, pursuit, a control made of it
 
@@ -140,3 +142,12 @@ def _trained(name: str, hook: str, folder: Path, k: int, device: str) -> SiteSae
     return SiteSae(
         name, hook, str(folder), found.d_in, found.d_sae, found.architecture, None, k, load, found.weight_bytes
     )
+
+
+def signs_of(saes: Sequence[SiteSae], samples: Mapping[str, Tensor]) -> list[str]:
+    """What looks wrong with SAEs, for a result that does not measure them in sweeps."""
+    return [
+        misloaded(sae.name, sign)
+        for sae in saes
+        for sign in signs(sae.load(), samples[sae.hook], expected_l0=sae.expected_l0, encode=sae.own)
+    ]

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.measurement.notes import few_tokens_note, token_notes
-from darkmatter_ext.measurement.run import Inputs, Measured
-from darkmatter_ext.measurement.run_checks import measured_samples, signs_of
+from darkmatter_ext.measurement.run import Inputs, Measurement
+from darkmatter_ext.measurement.run_checks import measured_samples
+from darkmatter_ext.measurement.site_saes import signs_of
 from darkmatter_ext.measurement.tokens import FIT
 from darkmatter_ext.report.result import Result, provenance
 from darkmatter_ext.runtime.progress import Stages
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def measured_result(
     experiment: str,
-    found: Measured,
+    found: Measurement,
     stages: Stages,
     numbers: Mapping[str, float],
     *,

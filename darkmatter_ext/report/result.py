@@ -60,11 +60,12 @@ class Result:
     def seed(self) -> int:
         return self.config["seed"]
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write as JSON in one rename. NaN becomes null: a number that could not be computed is not a number.
 
         Arrays go first, into `<stem>.npz` beside it; the JSON holds that file's name, so it never names a missing one.
         """
+        path = Path(path)
         content = {"format": FORMAT, **asdict(dataclasses.replace(self, arrays={}))}
         content["arrays"] = _save_arrays(self.arrays, path.with_suffix(".npz"))
         with atomic_file(path) as part:
@@ -106,8 +107,9 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"RESULT: must have its per-token arrays beside it, got {path} ({reason})") from None
 
 
-def load_result(path: Path) -> Result:
+def load_result(path: str | Path) -> Result:
     """Read a result file with its arrays. Raises ValueError when one is missing, not a result, or of another format."""
+    path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

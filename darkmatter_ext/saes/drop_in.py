@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 DECODE_DENSITY = 0.10  # active share of the latents above which SAELens' dense decode is the faster one
-# Multiply-adds of a dense product that takes no longer than what goes around the ops: looks at weights, calls. Measured
+# Multiply-adds of a dense product that takes no longer than what goes around the ops: looks at weights, calls. Measurement
 # on two Zen 3 cores: benchmarks/README.md.
 SMALL_DECODE, SMALL_ENCODE, SMALL_FORWARD = 1 << 21, 1 << 22, 1 << 20
 FEW_LATENTS = (
