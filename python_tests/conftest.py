@@ -35,8 +35,8 @@ def two_threads():
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
-    """A small language model and a text, made once for all modules (see small_site)."""
-    from small_site import make_workplace
+    """A small language model and a text, made once for all modules (see cases.models)."""
+    from cases.models import make_workplace
 
     return make_workplace(tmp_path_factory.mktemp("site"))
 
@@ -45,3 +45,19 @@ def workplace(tmp_path_factory):
 def own_cache(workplace, monkeypatch):
     """The cache folder beside that model."""
     monkeypatch.setenv("DARKMATTER_CACHE", str(workplace / "cache"))
+
+
+@pytest.fixture
+def refused(capsys):
+    """Asserts that a command is refused: exit code 2, one line on stderr that holds the message, and nothing else said."""
+    from darkmatter_ext import cli
+
+    def check(arguments, message):
+        capsys.readouterr()
+        assert cli.main(arguments) == 2, arguments
+        said = capsys.readouterr()
+        assert message in said.err, said.err
+        assert said.err.count("\n") == 1, said.err
+        assert said.out == "", said.out
+
+    return check

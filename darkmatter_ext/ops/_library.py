@@ -25,7 +25,9 @@ def _load(path: Path) -> None:
 
 
 if not CPU_LIBRARY.exists():
-    raise StateError(f"darkmatter_ext: the compiled ops are missing ({CPU_LIBRARY}); pip install --no-build-isolation .")
+    raise StateError(
+        f"darkmatter_ext: the compiled ops are missing ({CPU_LIBRARY}); pip install --no-build-isolation ."
+    )
 _load(CPU_LIBRARY)
 
 # The CUDA library needs torch's own CUDA library in the process; a CPU torch has none.
