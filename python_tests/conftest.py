@@ -1,5 +1,6 @@
-"""Shared by all tests: a quiet deterministic hypothesis, and which package is tested."""
+"""Shared by all tests: a quiet deterministic hypothesis, which package is tested, tiers, how tests share processes."""
 
+import os
 from pathlib import Path
 
 import hypothesis
@@ -22,6 +23,24 @@ def pytest_configure() -> None:
             "run `pytest`, not `python -m pytest`, after `make install`",
             returncode=2,
         )
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many processes as processors: with a pool of threads in each they would wait for each other. Children inherit it.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Mark what reads the run of an experiment; keep in one process what shares a run, and each file's fixtures."""
+    for item in items:
+        group = str(item.path)
+        if "finished" in item.fixturenames:
+            item.add_marker("runs")
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            group = params.get("name", item.path.stem.removeprefix("test_").replace("_", "-"))  # the experiment
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

@@ -23,9 +23,12 @@ def test_a_planted_law_is_found(c, a, m):
     assert law.r2 > 1 - 1e-6
 
 
-def test_intervals_cover_the_planted_constants_as_often_as_they_say():
+@pytest.mark.parametrize(
+    ("draws", "low", "high"), [(30, 0.8, 1), pytest.param(300, 0.91, 0.985, marks=pytest.mark.slow)]
+)
+def test_intervals_cover_the_planted_constants_as_often_as_they_say(draws, low, high):
     """Gaussian residuals of 0.002: 95 % intervals of each constant hold it in 95 % of 300 draws (binomial error 1.3 %)."""
-    generator, planted, draws = np.random.default_rng(0), {"c": 0.1, "a": 3.0, "m": -0.45}, 300
+    generator, planted = np.random.default_rng(0), {"c": 0.1, "a": 3.0, "m": -0.45}
     curve = np.array([planted["c"] + planted["a"] * width ** planted["m"] for width in WIDTHS])
     held = dict.fromkeys(planted, 0)
     for _ in range(draws):
@@ -35,7 +38,7 @@ def test_intervals_cover_the_planted_constants_as_often_as_they_say():
             assert interval.low <= interval.value <= interval.high
             held[name] += interval.low <= value <= interval.high
     for name, count in held.items():
-        assert 0.91 < count / draws < 0.985, (name, count / draws)
+        assert low < count / draws <= high, (name, count / draws)
 
 
 def test_an_interval_admits_what_the_points_do_not_say():

@@ -12,6 +12,7 @@ from cases.runs import command
 from darkmatter_ext import cli
 from darkmatter_ext.report.result import Result, load_result
 
+
 class Run(NamedTuple):
     """What a finished command left: its folder, its result, what it printed (on one line)."""
 

@@ -181,6 +181,7 @@ def test_the_losses_of_the_measurement_are_cross_entropies():
     torch.testing.assert_close(next_token_loss(logits, tokens)[:, :-1].flatten(), expected)
 
 
+@pytest.mark.runs
 def test_stored_activations_have_no_loss_and_every_other_baseline(workplace, tmp_path):
     """Of a cache there is no model to give a loss: that predictor is left out, nothing fails after the measurement."""
     assert cli.main(flags(workplace, "--widths", "24", "--out", str(tmp_path / "first"))) == 0

@@ -133,6 +133,7 @@ def test_bad_settings_give_one_line(finished, workplace, tmp_path, refused):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.runs
 def test_tokens_that_are_not_the_stored_ones_give_one_line(workplace, tmp_path, refused, monkeypatch):
     """The activation cache with one token changed, and with the activations of two contexts exchanged."""
     from safetensors.torch import load_file, save_file

@@ -128,7 +128,7 @@ MLP = "blocks.1.hook_mlp_out"
 
 
 def test_saes_that_exist_are_taken_instead(finished, workplace, tmp_path):
-    """--sae and --predictor, and the streaming preset, with the SAEs that the demo preset trains."""
+    """--sae and --predictor, with the SAEs that the demo preset trains."""
     finished("earlier-layers")
     out, folders = tmp_path / "given", _folders(workplace)
     chosen = ("--sae", folders[HERE], "--predictor", folders[MLP], folders[BEFORE])
@@ -139,6 +139,13 @@ def test_saes_that_exist_are_taken_instead(finished, workplace, tmp_path):
     }  # fmt: skip
     assert len(given.series["saes"]) == 1
     assert given.config["sae"] == [folders[HERE]]
+
+
+@pytest.mark.slow
+def test_streamed_saes_that_exist_have_controls_of_their_own(finished, workplace, tmp_path):
+    finished("earlier-layers")
+    folders = _folders(workplace)
+    chosen = ("--sae", folders[HERE], "--predictor", folders[MLP], folders[BEFORE])
     stream = ["run", "earlier-layers", "--preset", "one-pass", *chosen, "--model", str(workplace / "model"), "--text",
               str(workplace / "text.txt"), "--tokens", "16000", "--context-length", "32", "--bos", "no",
               "--interval-groups", "3", "--out", str(tmp_path / "stream")]  # fmt: skip

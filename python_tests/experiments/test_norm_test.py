@@ -84,6 +84,7 @@ def test_one_sae_is_drawn_as_a_point(finished):
     assert (out / "norm-test_violins.png").exists()
 
 
+@pytest.mark.runs
 def test_saes_of_several_sites_are_one_family(workplace, tmp_path):
     """SAEs that exist at two layers, streamed: one violin over both, and each SAE at its own site."""
     for number, hook in enumerate(("blocks.0.hook_resid_post", HOOK) * 2):

@@ -2,8 +2,10 @@
 
 import pytest
 
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("matching", "orthogonal")]
 
-@pytest.mark.parametrize("method", ["gradient", "matching", "orthogonal"])
+
+@pytest.mark.parametrize("method", ["gradient", *SLOW])
 def test_pursuit_beside_the_encoder(finished, method):
     out, result, said = finished("pursuit", *(() if method == "gradient" else ("--method", method)))
     assert {path.name for path in out.iterdir()} == {"pursuit.json", "pursuit_widths.png", "report.html"}

@@ -52,6 +52,7 @@ def _flags(site, *more, model="llama", saes=("a", "b")):
     ]  # fmt: skip
 
 
+@pytest.mark.runs
 def test_a_run_of_given_saes_equals_the_run_that_stores_activations(site, capsys):
     """The same SAEs, text, split and positions through both routes: a model that runs as it is read, and stored activations."""
     one = site / "one"
@@ -75,6 +76,7 @@ def test_a_run_of_given_saes_equals_the_run_that_stores_activations(site, capsys
     assert "with BOS" in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.runs
 def test_sites_come_from_the_saes_and_share_one_reading(site):
     config = ManySaesConfig(
         sae=tuple(str(site / name) for name in ("a", "z")), model=str(site / "llama"),
@@ -95,6 +97,7 @@ def test_sites_come_from_the_saes_and_share_one_reading(site):
     assert many_saes.excerpt(found) == {}
 
 
+@pytest.mark.runs
 def test_saes_of_other_sites_predict_the_error(site):
     config = ManySaesConfig(sae=(str(site / "a"),), model=str(site / "llama"), text=str(site / "text.txt"), tokens=8000)
     with_others = dataclasses.replace(config, predictor=(str(site / "z"), str(site / "b")))
@@ -107,6 +110,7 @@ def test_saes_of_other_sites_predict_the_error(site):
     assert found["a/r2_from/b/linear"] > found["a/r2_from/b/nonlinear"]
 
 
+@pytest.mark.runs
 def test_metadata_decides_bos_length_positions_and_weights(site, tmp_path):
     plain = saved_sae(tmp_path / "plain", hook_name=HOOK, context_size=24, prepend_bos=False, seqpos_slice=[10, 20])
     centred = saved_sae(
@@ -136,6 +140,7 @@ def test_metadata_decides_bos_length_positions_and_weights(site, tmp_path):
         many_saes.measured(ManySaesConfig(sae=(plain, str(site / "a")), model=str(site / "gpt2")), Stages(show=False))
 
 
+@pytest.mark.runs
 def test_stored_activations_and_tokenised_datasets_are_sources_too(site, tmp_path):
     from datasets import Dataset
 
@@ -281,6 +286,7 @@ def test_saes_that_do_not_fit_are_refused(site, tmp_path, refused):
         refused(flags, message)
 
 
+@pytest.mark.runs
 def test_a_named_checkpoint_refuses_another_configuration(site, tmp_path, capsys):
     flags = _flags(site, "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
     config = ManySaesConfig(
@@ -292,6 +298,7 @@ def test_a_named_checkpoint_refuses_another_configuration(site, tmp_path, capsys
     assert "fit_fraction 0.6 there, 0.5 here" in capsys.readouterr().err
 
 
+@pytest.mark.runs
 def test_another_sae_under_the_same_name_is_measured_anew(site, tmp_path):
     sae = saved_sae(tmp_path / "sae", hook_name=HOOK, context_size=32)
     config = ManySaesConfig(sae=(sae,), model=str(site / "llama"), text=str(site / "text.txt"), tokens=4000)

@@ -260,6 +260,7 @@ def _saved(folder, **metadata):
 
 
 @pytest.mark.usefixtures("own_cache")
+@pytest.mark.runs
 def test_every_preset_follows_the_metadata(workplace, tmp_path):
     """The preset that stores activations and the one that streams: the same tokens, the same numbers, the same notes."""
     sae = _saved(
@@ -308,6 +309,7 @@ def test_what_the_model_cannot_take_is_told_before_it_runs(workplace, tmp_path, 
 
 
 @pytest.mark.usefixtures("own_cache")
+@pytest.mark.runs
 def test_a_run_tells_a_misloaded_sae_again_and_again(workplace, tmp_path):
     """The second time nothing is loaded: the signs are kept with the run."""
     sae = small_sae("jumprelu", 16, 24, 0, threshold=0.0)

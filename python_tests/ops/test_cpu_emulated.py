@@ -20,6 +20,8 @@ from cases.screening import KINDS, count_violations, make_data
 
 from darkmatter_ext.ops import encode
 
+pytestmark = pytest.mark.slow  # the emulator takes a minute to compile
+
 CHECKS = emulated.X86 / "checks.cpp"
 WORDS, BYTES = ("avx2", "avx_vnni", "avx512"), "avx512_vnni"  # with codes of 16 and of 8 bits
 ISAS = (*WORDS, BYTES)

@@ -21,6 +21,8 @@ from darkmatter_ext.ops import decode, encode, pursuit_cuda, reference
 from darkmatter_ext.ops.pursuit_cuda import run_gradient_on_cuda
 from darkmatter_ext.ops.pursuit_steps import Rules
 
+pytestmark = pytest.mark.slow  # the emulator takes a minute to compile
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cuda():

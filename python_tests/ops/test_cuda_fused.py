@@ -13,6 +13,8 @@ import torch
 from cases import emulated
 from cases.encoders import NOT_PACKED
 
+pytestmark = pytest.mark.slow  # a kernel that is off by default, emulated thread by thread
+
 INF, NAN = math.inf, math.nan
 BIAS = 1  # of csrc/screening.h's BoundRow
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
