@@ -40,7 +40,7 @@ def test_every_op_has_a_case():
 
 
 @each_case()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
 def test_opcheck(case, dtype):
     torch.library.opcheck(case.call(), tuple(with_gradients(case, dtype)))
 
