@@ -23,11 +23,13 @@ $(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
 demo: install
 	$(BIN)/darkmatter demo
 
+# Unit tests and one small run of every experiment, in as many processes as there are processors, at most four.
+PROCESSES := -n auto --maxprocesses 4 --dist loadgroup
 test: install
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest $(PROCESSES) -m "not slow and not gpu"
 
 test-slow: install
-	$(BIN)/pytest -m "slow and not gpu"
+	$(BIN)/pytest $(PROCESSES) -m "slow and not gpu"
 
 # Peers side by side on this machine's CPU, about 20 minutes; wants a quiet machine.
 bench: install

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import SHAPES, Problem
+from problems import SHAPES, Problem
 
 import darkmatter_ext as dm
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import peers
 import torch
-from cases import Row, sae_like
+from problems import Row, sae_like
 from torch import Tensor
 
 import darkmatter_ext as dm

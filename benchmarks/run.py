@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import DATA, SHAPES, Problem, Row, demo_problems
+from problems import DATA, SHAPES, Problem, Row, demo_problems
 from pursuit_cases import pursuit_rows
 from rich.console import Console
 from rich.table import Table

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Problem
+from problems import Problem
 
 SHAPE = (256, 768, 8192, 32)
 

@@ -1,5 +1,6 @@
-"""Shared by all tests: a quiet deterministic hypothesis, and which package is tested."""
+"""Shared by all tests: a quiet deterministic hypothesis, which package is tested, tiers, how tests share processes."""
 
+import os
 from pathlib import Path
 
 import hypothesis
@@ -24,6 +25,24 @@ def pytest_configure() -> None:
         )
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many processes as processors: with a pool of threads in each they would wait for each other. Children inherit it.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Mark what reads the run of an experiment; keep in one process what shares a run, and each file's fixtures."""
+    for item in items:
+        group = str(item.path)
+        if "finished" in item.fixturenames:
+            item.add_marker("runs")
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            group = params.get("name", item.path.stem.removeprefix("test_").replace("_", "-"))  # the experiment
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def two_threads():
     """Two torch threads, whatever the machine has; put back afterwards."""
@@ -35,8 +54,8 @@ def two_threads():
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
-    """A small language model and a text, made once for all modules (see small_site)."""
-    from small_site import make_workplace
+    """A small language model and a text, made once for all modules (see cases.models)."""
+    from cases.models import make_workplace
 
     return make_workplace(tmp_path_factory.mktemp("site"))
 
@@ -45,3 +64,19 @@ def workplace(tmp_path_factory):
 def own_cache(workplace, monkeypatch):
     """The cache folder beside that model."""
     monkeypatch.setenv("DARKMATTER_CACHE", str(workplace / "cache"))
+
+
+@pytest.fixture
+def refused(capsys):
+    """Asserts that a command is refused: exit code 2, one line on stderr that holds the message, and nothing else said."""
+    from darkmatter_ext import cli
+
+    def check(arguments, message):
+        capsys.readouterr()
+        assert cli.main(arguments) == 2, arguments
+        said = capsys.readouterr()
+        assert message in said.err, said.err
+        assert said.err.count("\n") == 1, said.err
+        assert said.out == "", said.out
+
+    return check

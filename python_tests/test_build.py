@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import run_python
+from cases.children import run_python
 
 import darkmatter_ext as dm
 
@@ -171,3 +171,29 @@ def test_missing_ops_are_one_line(tmp_path):
     )
     assert run.stdout.startswith("darkmatter_ext: the compiled ops are missing")
     assert run.stdout.count("\n") == 1
+
+
+def test_setup_refuses_in_one_line(tmp_path):
+    """The command itself: the refusal comes before anything is compiled, and without a traceback."""
+    command = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "build_ext",
+        "--build-lib",
+        tmp_path / "lib",
+        "--build-temp",
+        tmp_path,
+    ]
+    run = subprocess.run(
+        command,
+        env={**os.environ, "DARKMATTER_CUDA": "maybe"},
+        cwd=SETUP.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == "darkmatter_ext: DARKMATTER_CUDA: must be auto, 1 or 0, got 'maybe'"
+    assert "Traceback" not in run.stderr
+    assert not list(tmp_path.rglob("*.o"))

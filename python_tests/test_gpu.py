@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoder_cases import SCREENED_DTYPES, WORST, check_encoders, gaussian, same, worst
-from op_cases import DTYPES, ON_CUDA, TOLERANCE
+from cases.encoders import SCREENED_DTYPES, WORST, check_encoders, gaussian, same, worst
+from cases.ops import DTYPES, ON_CUDA, TOLERANCE
 
 import darkmatter_ext as dm
 from darkmatter_ext.ops import _library, pursuit_cuda, reference
@@ -247,7 +247,7 @@ def test_pursuit_in_a_graph_equals_pursuit_step_by_step(monkeypatch):
 
 def test_drop_in():
     pytest.importorskip("sae_lens")
-    from sae_cases import make_sae
+    from cases.saes import make_sae
 
     sae = make_sae("topk").cuda()
     x = torch.randn(50, sae.cfg.d_in, device="cuda")
@@ -260,15 +260,15 @@ SANITIZED = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch
-from encoder_cases import check_encoders, gaussian, WORST
+from cases.encoders import check_encoders, gaussian, WORST
 import darkmatter_ext as dm
-from darkmatter_ext import ops
+from darkmatter_ext.ops.decode import decoder_outer, find_support, to_dense
 check_encoders(torch.ops.darkmatter, *gaussian(10, 48, 2100), k=20, threshold=10.0, device="cuda")
 x, W_enc, b_enc, b_dec = (part.cuda() for part in gaussian(6, 40, 1100))
 acts = dm.topk_encode(x, W_enc, b_enc, 5)
 dm.sparse_decode(acts, W_enc.mT.contiguous(), b_dec)
-ops.decoder_outer(acts, x)
-ops.find_support(ops.to_dense(acts))
+decoder_outer(acts, x)
+find_support(to_dense(acts))
 dm.pursuit(x, W_enc.mT.contiguous(), 3)
 torch.cuda.synchronize()
 print("sanitized run finished")

@@ -5,7 +5,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from children import run_python
+from cases.children import run_python
 
 import darkmatter_ext as dm
 
@@ -88,3 +88,17 @@ def test_importing_the_package_starts_no_heavy_library():
 def test_no_exported_name_is_also_a_module():
     """Importing a module sets its name on the package: an exported function of that name would be gone."""
     assert not set(dm.__all__) & {_folder(name) for name in MODULES}
+
+
+def test_tests_share_through_cases_alone():
+    """What two test files need is in `cases`, by a public name; a test file is imported by nobody."""
+    for path in sorted((ROOT / "python_tests").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names = [alias.name for alias in node.names]
+                imported = [f"{node.module}.{name}" for name in names] if isinstance(node, ast.ImportFrom) else names
+                assert not [name for name in imported if "test_" in name.replace("pytest_", "")], path
+                assert not [name for name in imported if name.startswith("cases.") and "._" in name], path
+        if path.parent.name == "cases":
+            assert not [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")], path

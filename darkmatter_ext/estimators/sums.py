@@ -9,7 +9,7 @@ Error. Sums are float64. Products of a batch are float64, or float32 (`products=
 without fast float64 a small fraction of it) over at most PRODUCT_ROWS rows before they are added in float64. An entry of
 a float32 product sum is then off by at most PRODUCT_ROWS 2^-24 |v_i| |y_j| in the worst case and by about
 sqrt(PRODUCT_ROWS) 2^-24 / sqrt(batches) of it in practice, which leaves every R2 and FVU within 1e-5 of the float64 one
-(stated; `test_moments.py` measures below 5e-6 on ill-conditioned data). The shift makes this so: v stays near zero mean,
+(stated; its tests measure below 5e-6 on ill-conditioned data). The shift makes this so: v stays near zero mean,
 so nothing large cancels when the statistics are centred.
 
 Shapes: n tokens, p predictors in all, q columns of a target.

@@ -1,0 +1,27 @@
+"""A Python of its own for what a process decides once: its instruction set, what its imports load."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_python(code: str, *, check: bool = True, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Runs `code` with the imports of this process, `environment` added to its own.
+
+    It starts in the folder of the tests. `python -c` looks in the working directory first: at the root
+    of the repository that finds the sources, which have no compiled ops, before the installed package.
+    """
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), *filter(None, sys.path)])
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        cwd=tests,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if check:
+        assert run.returncode == 0, run.stderr
+    return run

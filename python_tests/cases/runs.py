@@ -1,0 +1,26 @@
+"""The run of every experiment that its tests read: small enough for seconds, large enough to have every part."""
+
+from cases.models import flags
+
+SETTINGS = {
+    "baselines": ("--layers", "0", "1", "--widths", "24"),
+    "decomposition": (),
+    "downstream": ("--contexts", "6"),
+    "earlier-layers": ("--widths", "24", "--interval-groups", "3"),
+    "error-saes": (
+        "--widths", "64", "--k", "2", "--error-width", "64", "--error-k", "1", "--error-steps", "20",
+        "--training-seeds", "2", "--sae-fraction", "0.4", "--fit-fraction", "0.4", "--latents", "4",
+    ),
+    "latent-alignment": (),
+    "norm-test": ("--ks", "2", "4"),
+    "pathology": ("--layers", "0", "1", "--contexts", "6", "--widths", "24"),
+    "per-token": ("--widths", "48", "24"),
+    "pursuit": ("--method", "gradient"),
+    "scaling": ("--widths", "24", "32", "48", "64", "--ks", "4", "6", "--l0", "4", "--with-pursuit"),
+    "synthetic": ("--widths", "24", "--noise-seeds", "2", "--fit-tokens", "2000"),
+}  # fmt: skip
+
+
+def command(workplace, experiment, *more):
+    """Arguments of that run, some changed or added."""
+    return flags(workplace, *SETTINGS[experiment], *more, experiment=experiment)

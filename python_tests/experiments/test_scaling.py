@@ -1,0 +1,190 @@
+"""`scaling`: planted FVU over width found again, the breakdown, and the command line against the two-pass decomposition."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases.measured import store_activations
+from cases.models import flags, saved_sae
+
+from darkmatter_ext import cli
+from darkmatter_ext.activations.sources import CacheSource
+from darkmatter_ext.estimators.power_law import fit_power_law
+from darkmatter_ext.experiments import scaling
+from darkmatter_ext.experiments.scaling import ScalingConfig, at_fixed_l0, breakdown
+from darkmatter_ext.measurement.decompose import decompose_stream
+from darkmatter_ext.measurement.engine import measure
+from darkmatter_ext.measurement.measurement import MeasuredSae, MeasureSettings
+from darkmatter_ext.measurement.reconstruct import as_reconstruct
+from darkmatter_ext.measurement.selection import MeasuredBatches
+from darkmatter_ext.measurement.site import prepared_site
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.report.result import load_result
+from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.encoders import Encoded
+
+HOOK, D = "blocks.0.hook_resid_post", 8
+WIDTHS = (64, 128, 256, 512, 1024, 2048)
+PLANTED = {"c": 0.09, "a": 1.1, "m": -0.5, "nonlinear": 0.05}
+
+
+def _planted_encoder(width):
+    """An error with a linear part beta x and a nonlinear part no linear map of standard normal x predicts, (x^2 - 1) / sqrt 2.
+
+    FVU = beta^2 + s^2 follows the planted law, FVU_nonlinear = s^2 is the same at every width.
+    """
+    s = math.sqrt(PLANTED["nonlinear"])
+    beta = math.sqrt(PLANTED["c"] + PLANTED["a"] * width ** PLANTED["m"] - s**2)
+
+    def encode(x):
+        error = beta * x + s * (x.square() - 1) / math.sqrt(2)
+        acts = SparseActs.from_dense(torch.ones(len(x), 3))
+        return Encoded(x - error, torch.full((len(x),), 3), acts)
+
+    return encode
+
+
+def test_a_planted_law_and_its_parts_are_recovered_from_activations(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 64, D, generator=generator)
+    store_activations(tmp_path / "cache", HOOK, x, torch.zeros(300, 64, dtype=torch.int64), torch.arange(300))
+    saes = [MeasuredSae(f"w{width}", HOOK, width, lambda width=width: _planted_encoder(width)) for width in WIDTHS]
+    settings = MeasureSettings(drop_positions=0, block_contexts=100, split="contexts", max_norm_ratio=0)
+    site = measure(CacheSource.open([tmp_path / "cache"]), saes, settings, folder=tmp_path / "run")[HOOK]
+    numbers = {}
+    for width in WIDTHS:
+        own, fvu = f"w{width}", PLANTED["c"] + PLANTED["a"] * width ** PLANTED["m"]
+        numbers |= {f"{own}/{key}": value for key, value in site.decomposition(own).numbers().items()}
+        intervals = site.intervals(own)
+        assert numbers[f"{own}/fvu"] == pytest.approx(fvu, rel=0.02)
+        assert numbers[f"{own}/fvu_nonlinear"] == pytest.approx(PLANTED["nonlinear"], rel=0.03)
+        assert numbers[f"{own}/r2_vec"] == pytest.approx(1 - PLANTED["nonlinear"] / fvu, abs=0.01)
+        assert intervals["fvu"].low < fvu < intervals["fvu"].high
+    listed = [{"name": f"w{width}", "d_sae": width} for width in WIDTHS]
+    law = fit_power_law(WIDTHS, [numbers[f"w{width}/fvu"] for width in WIDTHS])
+    assert law.c.value == pytest.approx(PLANTED["c"], abs=0.004)
+    assert law.m.value == pytest.approx(PLANTED["m"], abs=0.03)
+    parts = breakdown(law, listed, numbers, pursued=False)
+    assert parts["breakdown/linear"] == pytest.approx(PLANTED["c"] - PLANTED["nonlinear"], abs=0.005)
+    assert parts["w64/breakdown/absent"] == pytest.approx(PLANTED["a"] * 64 ** PLANTED["m"], abs=0.005)
+    for width in WIDTHS:  # the four parts are the curve
+        name = f"w{width}/breakdown"
+        total = parts[f"{name}/absent"] + parts["breakdown/linear"] + parts[f"{name}/encoder"] + parts[f"{name}/rest"]
+        assert total == pytest.approx(law(width))
+
+
+def test_pursuit_takes_the_encoders_part():
+    law = fit_power_law([64, 128, 256, 512], [0.3, 0.25, 0.22, 0.2])
+    listed = [{"name": "a", "d_sae": 64}, {"name": "b", "d_sae": 512}]
+    numbers = {
+        "a/fvu_nonlinear": 0.11,
+        "b/fvu_nonlinear": 0.09,
+        "a pursuit/fvu_nonlinear": 0.1,
+        "b pursuit/fvu_nonlinear": 0.07,
+    }
+    parts = breakdown(law, listed, numbers, pursued=True)
+    assert (parts["a/breakdown/encoder"], parts["b/breakdown/encoder"]) == pytest.approx((0.0, 0.03))
+    assert (parts["a/breakdown/rest"], parts["b/breakdown/rest"]) == (0.1, 0.07)
+
+
+def test_saes_at_one_l0_are_the_nearest_of_each_width():
+    saes = [
+        {"name": name, "d_sae": width} for name, width in (("a", 64), ("b", 64), ("c", 128), ("d", 256), ("dead", 512))
+    ]
+    numbers = {"a/l0": 20.0, "b/l0": 35.0, "c/l0": 43.0, "d/l0": 30.0, "dead/l0": 0.0}
+    assert [sae["name"] for sae in at_fixed_l0(saes, numbers, 32)] == ["b", "d"]
+    assert [sae["name"] for sae in at_fixed_l0(saes, numbers, 40)] == ["b", "c"]
+
+
+def test_the_command_measures_a_family_as_the_decomposition_does(finished):
+    """Widths 24 to 64 with k 4: every number of every SAE equals the two-pass stream's, and the files are there."""
+    out, found, said = finished("scaling")
+    assert "FVU(W) = c + a W^m" in said
+    config = ScalingConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.config.items()})
+    cache, selection, saes = prepared_site(dataclasses.replace(config, ks=(), k=4), Stages(show=False))
+    functions = {name: as_reconstruct(sae) for name, (sae, _) in saes.items()}
+    expected = decompose_stream(MeasuredBatches(cache, selection.roles), functions)
+    for width in (24, 32, 48, 64):
+        for key in ("fvu", "fvu_nonlinear", "r2_vec", "r2_norm/error", "l0"):
+            value = found.numbers[f"topk-{width}-k4/{key}"]
+            assert value == pytest.approx(expected[f"topk-{width}"].numbers()[key], rel=1e-4), (width, key)
+        interval = [found.numbers[f"topk-{width}-k4/fvu/{end}"] for end in ("low", "high")]
+        assert interval[0] < found.numbers[f"topk-{width}-k4/fvu"] < interval[1]
+        pursued = found.numbers[f"topk-{width}-k4 pursuit/fvu"]
+        assert 0 < pursued < 1
+        rest = found.numbers[f"topk-{width}-k4/breakdown/rest"]
+        assert rest == found.numbers[f"topk-{width}-k4 pursuit/fvu_nonlinear"]
+    assert found.series["law"] == [f"topk-{width}-k4" for width in (24, 32, 48, 64)]
+    shuffled, random = (found.numbers[f"topk-64 {name}/fvu"] for name in ("shuffled decoder", "random directions"))
+    assert min(shuffled, random) > found.numbers["topk-64-k4/fvu"]
+    names = {"scaling.json", "scaling_lines.png", "scaling_contours.png", "scaling_breakdown.png", "report.html"}
+    assert {path.name for path in out.iterdir()} == names
+
+
+def test_too_few_widths_at_one_l0_give_no_law_and_say_so(finished):
+    _, result, said = finished("scaling", "--widths", "24", "48", "--ks", "4", "--with-pursuit", "false")
+    assert "No power law: it needs 4 widths at L0 about 4, there are 2" in said
+    assert not any(key.startswith("law/") for key in result.numbers)
+
+
+def test_the_released_codes_positions(monkeypatch):
+    """Its scaling script leaves out the first position only (and the last, as everywhere)."""
+    seen = []
+    monkeypatch.setattr(scaling.family, "measured", lambda config, _stages: seen.append(config) or 1 / 0)
+    config = dataclasses.replace(scaling.PRESETS["demo"], parity="released-code")
+    with pytest.raises(ZeroDivisionError):
+        scaling.run(config, None)
+    assert (seen[0].drop_positions, config.drop_positions) == (1, 8)
+
+
+BAD = [
+    (["--widths", "24"], "--widths: must name at least 2 widths to see how error scales, got [24]"),
+    (["--l0", "0"], "--l0: must be above 0, got 0.0"),
+    (["--ks", "4", "30"], "--ks: must be from 1 to the least of widths (24), got 30"),
+    (["--ks", "4", "4"], "--ks: must be different numbers, got [4, 4]"),
+    (["--parity", "code"], "--parity: must be one of paper, released-code, got 'code'"),
+    (["--interval-groups", "0"], "--interval-groups: must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), BAD, ids=lambda value: str(value)[:30])
+def test_bad_settings_give_one_line(workplace, tmp_path, refused, more, message):
+    refused(flags(workplace, *more, "--out", str(tmp_path), experiment="scaling"), message)
+
+
+def test_given_saes_must_be_of_two_widths_and_of_the_site(workplace, tmp_path, refused):
+    for name, width, hook in (("a", 24, "blocks.1.hook_resid_post"), ("b", 24, "blocks.1.hook_resid_post"),
+                              ("c", 48, "blocks.0.hook_resid_post")):  # fmt: skip
+        saved_sae(tmp_path / name, d_sae=width, hook_name=hook)
+    for names, message in (
+        ("ab", "--sae: must be SAEs of at least 2 widths to see how error scales, got [24]"),
+        ("ac", "--sae: must be of the site blocks.1.hook_resid_post, got"),
+    ):
+        saes = ["--sae", *(str(tmp_path / name) for name in names)]
+        refused(flags(workplace, *saes, "--out", str(tmp_path / "out"), experiment="scaling"), message)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_several_times_and_agree_with_one(workplace, tmp_path):
+    """SAEs, pursuit and controls are three measurements: all in one process group of a torchrun."""
+    saes = []
+    for width in (24, 32, 48, 64):
+        sae = tmp_path / f"sae-{width}"
+        saes.append(saved_sae(sae, d_sae=width, seed=width, hook_name="blocks.1.hook_resid_post"))
+    command = Path(sys.executable).with_name("darkmatter")
+    own = ["run", "scaling", "--preset", "one-pass", "--sae", *saes, "--model", str(workplace / "model"), "--text",
+           str(workplace / "text.txt"), "--tokens", "8000", "--context-length", "32", "--l0", "4",
+           "--with-pursuit"]  # fmt: skip
+    assert cli.main([*own, "--out", str(tmp_path / "one")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node=2", "--master-port=0",
+                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(command)]  # fmt: skip
+    shared = [*own, "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "two")]
+    done = subprocess.run([*torchrun, *shared], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_result(tmp_path / name / "scaling.json").numbers for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-6, abs=1e-9, nan_ok=True)
+    assert one["sae-64 pursuit/fvu"] < one["sae-64 shuffled decoder/fvu"]

@@ -1,0 +1,184 @@
+"""The fused filter of Hopper, run on the CPU by the emulator, against the CPU ops: equal to the bit.
+
+An encode that screening cannot help takes the exact path, which would hide a fused filter that loses candidates. So most
+tests leave some latents out of the *screen* alone, by a bias of -inf among its bounds: the screened answer is the one
+without them, and the exact path, which knows nothing of the screen, would let them in.
+"""
+
+import ctypes
+import math
+
+import pytest
+import torch
+from cases import emulated
+from cases.encoders import NOT_PACKED
+
+pytestmark = pytest.mark.slow  # a kernel that is off by default, emulated thread by thread
+
+INF, NAN = math.inf, math.nan
+BIAS = 1  # of csrc/screening.h's BoundRow
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    """Memory that nobody wrote is NaN, so that reading it shows."""
+    library = ctypes.CDLL(str(emulated.library()))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield library
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def fused(library, monkeypatch):
+    """The emulated ops take the fused filter, which must have run; afterwards two multiprocessors and one order."""
+    monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "1")
+    before = library.darkmatter_emulated_cluster_launches()
+    yield library
+    assert library.darkmatter_emulated_cluster_launches() > before
+    library.darkmatter_emulated_multiprocessors(2)
+    emulated.set_seed(1)
+
+
+def gaussian(n, d, n_latents, dtype=torch.float32, *, centred=True, seed=0):
+    """x [n, d], W_enc [d, F], b_enc [F], b_dec [d]."""
+    torch.manual_seed(seed)
+    parts = torch.randn(n, d), torch.randn(d, n_latents), torch.randn(n_latents), torch.randn(d)
+    x, W_enc, b_enc, b_dec = (part.to(dtype) for part in parts)
+    return x, W_enc, b_enc, b_dec if centred else None
+
+
+class Screened:
+    """Packed weights with latents left out of the screen, and what the screen alone then answers."""
+
+    def __init__(self, W_enc, b_enc, b_dec, left_out=slice(0, 0)):
+        self.given = W_enc, b_enc, b_dec
+        *parts, bounds, groups = torch.ops.darkmatter_emulated.pack_encoder(*self.given)
+        kept = torch.ones(W_enc.shape[1], dtype=torch.bool)
+        kept[left_out] = False
+        bounds[BIAS, ~kept] = -INF
+        self.packed = *parts, bounds, groups
+        self.others = kept.nonzero().squeeze(1)
+
+    def _of_others(self):
+        W_enc, b_enc, b_dec = self.given
+        return W_enc[:, self.others], b_enc[self.others], b_dec
+
+    def check_topk(self, x, k):
+        values, indices = torch.ops.darkmatter_emulated.topk_encode(x, *self.given, k, *self.packed)
+        expected, positions = torch.ops.darkmatter.topk_encode(x, *self._of_others(), k, *NOT_PACKED)
+        assert torch.equal(indices, self.others[positions])
+        assert torch.equal(values.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0))
+
+    def check_threshold(self, x, threshold):
+        """Returns how many latents are kept."""
+        values, crow, col = torch.ops.darkmatter_emulated.threshold_encode(x, *self.given, threshold, *self.packed)
+        own = threshold if threshold.dim() == 0 else threshold[self.others]
+        expected = torch.ops.darkmatter.threshold_encode(x, *self._of_others(), own, *NOT_PACKED)
+        assert torch.equal(crow, expected[1])
+        assert torch.equal(col, self.others[expected[2]])
+        assert torch.equal(values.nan_to_num(nan=12345.0), expected[0].nan_to_num(nan=12345.0))
+        return values.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "d", "n_latents", "k", "centred"),
+    [(21, 70, 9000, 40, False), (3, 40, 17000, 1, False), (5, 128, 8192, 300, True), (1, 33, 4224, 7, True)],
+)
+def test_encodes(fused, dtype, n, d, n_latents, k, centred):
+    x, *weights = gaussian(n, d, n_latents, dtype, centred=centred)
+    x *= torch.logspace(0, -2, n)[:, None].to(dtype)  # each token has a scale and limits of its own
+    screened = Screened(*weights, left_out=slice(5, n_latents, 7))
+    screened.check_topk(x, k)
+    threshold = torch.tensor(2.0 * d**0.5, dtype=dtype)
+    assert screened.check_threshold(x, threshold) > n
+    screened.check_threshold(x, (threshold * torch.rand(n_latents)).to(dtype) + threshold)
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_order_of_threads(fused, seed):
+    """Several tiles of tokens, the last not whole; several clusters, which take turns."""
+    emulated.set_seed(seed)
+    fused.darkmatter_emulated_multiprocessors(2 * seed)
+    x, *weights = gaussian(270, 64, 4500, torch.bfloat16)
+    x[torch.arange(270) % 5 != 0] = 0  # zero tokens cost the emulator little
+    screened = Screened(*weights, left_out=slice(0, 4500, 9))
+    screened.check_topk(x, 12)
+    screened.check_threshold(x, torch.tensor(18.0, dtype=torch.bfloat16))
+
+
+def test_bands_of_tokens(fused):
+    """More clusters of tokens than are side by side."""
+    fused.darkmatter_emulated_multiprocessors(8)
+    x, *weights = gaussian(2300, 64, 1300, centred=False)
+    x[torch.arange(2300) % 61 != 0] = 0
+    Screened(*weights, left_out=slice(0, 1300, 9)).check_threshold(x, torch.tensor(16.0))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_dictionary_sorted_by_importance(fused, sign):
+    """Every launch samples the whole dictionary, so that no list overflows: the exact path would show."""
+    x, W_enc, b_enc, b_dec = gaussian(4, 64, 17000)
+    W_enc *= torch.linspace(-3, 3, 17000).mul(sign).exp()
+    Screened(W_enc, b_enc, b_dec, left_out=slice(3, 17000, 11)).check_topk(x, 64)
+
+
+def test_more_hits_than_a_warp_has_room_for(fused):
+    """Everything is let in: the warps look through their tiles many times, and still no list overflows."""
+    x, *weights = gaussian(40, 64, 1400)
+    screened = Screened(*weights, left_out=slice(100, 1400, 3))
+    assert screened.check_threshold(x, torch.tensor(-1e6)) == 40 * len(screened.others)
+
+
+def test_overflowing_lists_go_the_exact_way(fused):
+    x, *weights = gaussian(3, 64, 8192)
+    assert Screened(*weights).check_threshold(x, torch.tensor(-1e6)) == 3 * 8192
+    ties = torch.full((64, 8192), 0.1), torch.zeros(8192), None
+    Screened(*ties).check_topk(torch.ones(2, 64), 5)
+
+
+def test_ties(fused):
+    """Each latent eight times, among the tiles and within one; the lower latent first."""
+    x, W_enc, b_enc, b_dec = gaussian(6, 48, 2304)
+    W_enc, b_enc = W_enc.repeat(1, 4), b_enc.repeat(4)
+    W_enc[:, 1::2], b_enc[1::2] = W_enc[:, ::2], b_enc[::2]
+    screened = Screened(W_enc, b_enc, b_dec, left_out=slice(64, 9216, 128))
+    screened.check_topk(x, 33)
+    screened.check_threshold(x, torch.tensor(15.0))
+
+
+def test_numbers_that_are_not_finite(fused):
+    x, W_enc, b_enc, b_dec = gaussian(8, 64, 9000)
+    x[1, 3], x[3, 0], x[5] = NAN, INF, 1e38
+    b_enc[10], b_enc[7000], b_enc[8999] = INF, -INF, 3e38
+    screened = Screened(W_enc, b_enc, b_dec)
+    screened.check_topk(x, 9)
+    screened.check_threshold(x, torch.tensor(20.0))
+    thresholds = torch.full((9000,), 20.0)
+    thresholds[3], thresholds[4], thresholds[8998] = INF, -INF, 3e38
+    screened.check_threshold(x, thresholds)
+    W_enc[5, 4000], W_enc[:, 8000] = INF, 0
+    Screened(W_enc, b_enc, None).check_topk(x, 9)  # with a b_dec, CUDA folds Inf into the bias and gives NaN
+
+
+def test_off_unless_asked_for(library, monkeypatch):
+    monkeypatch.delenv("DARKMATTER_CUDA_FUSED", raising=False)
+    before = library.darkmatter_emulated_cluster_launches()
+    x, *weights = gaussian(2, 40, 8192)
+    Screened(*weights).check_topk(x, 5)
+    assert library.darkmatter_emulated_cluster_launches() == before
+
+
+def test_codes_that_copies_cannot_take(library, monkeypatch):
+    """The copies want rows at multiples of 16 bytes: others are screened without the fused filter."""
+    monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "1")
+    x, *weights = gaussian(2, 40, 8192)
+    screened = Screened(*weights)
+    weight, bias, codes, *rest = screened.packed
+    moved = torch.empty(codes.numel() + 1, dtype=codes.dtype)[1:].view_as(codes).copy_(codes)
+    screened.packed = weight, bias, moved, *rest
+    before = library.darkmatter_emulated_cluster_launches()
+    screened.check_topk(x, 5)
+    assert library.darkmatter_emulated_cluster_launches() == before

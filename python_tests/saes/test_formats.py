@@ -1,0 +1,234 @@
+"""SAEs in the layouts of other libraries, written here as those libraries write them: the same codes, the same output."""
+
+import json
+
+import pytest
+import torch
+from cases import saes  # noqa: F401  (small SAEs may be fast)
+from safetensors.torch import save_file
+
+from darkmatter_ext import accelerate, stats
+from darkmatter_ext.saes.formats import module_hook
+from darkmatter_ext.saes.loading import describe_sae, load_sae
+from darkmatter_ext.saes.sanity import signs
+
+D, F, K = 16, 48, 4
+
+
+def _unit(n, d, seed=0):
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def _noise(*shape, seed=1):
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _x(n=200):
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(5))
+
+
+def _top(acts, k=K):
+    kept = acts.topk(k, dim=-1)
+    return torch.zeros_like(acts).scatter(-1, kept.indices, kept.values)
+
+
+# ---- sparsify: layers.N/cfg.json and sae.safetensors, the training's config.json above
+
+
+def write_sparsify(folder, *, dtype=torch.float32, module="layers.1", **config):
+    own = folder / module
+    own.mkdir(parents=True)
+    weights = {
+        "encoder.weight": _unit(F, D),
+        "encoder.bias": _noise(F),
+        "W_dec": _unit(F, D),
+        "b_dec": _noise(D, seed=2),
+    }
+    save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, own / "sae.safetensors")
+    full = {
+        "activation": "topk", "expansion_factor": 3, "normalize_decoder": True, "num_latents": 0, "k": K,
+        "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": D,
+    } | config  # fmt: skip
+    (own / "cfg.json").write_text(json.dumps(full))
+    (folder / "config.json").write_text(
+        json.dumps({"model": "EleutherAI/pythia-70m", "ctx_len": 512, "dataset": "pile"})
+    )
+    return own, {name: tensor.to(dtype).float() for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sparsify(tmp_path, dtype):
+    folder, w = write_sparsify(tmp_path / "run", dtype=dtype)
+    sae = load_sae(folder)
+    assert sae.dtype == dtype  # as stored: SAELens' own loader makes bfloat16 of everything
+    sae, x = load_sae(folder, dtype="float32"), _x()
+    acts = _top(torch.relu((x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]))
+    torch.testing.assert_close(sae.encode(x), acts, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(x), acts @ w["W_dec"] + w["b_dec"], rtol=1e-5, atol=1e-5)
+    found = describe_sae(str(folder))
+    assert (found.d_in, found.d_sae, found.architecture, found.expected_l0) == (D, F, "topk", K)
+    assert found.metadata["hook_name"] == "blocks.1.hook_resid_post"
+    assert (found.metadata["model_name"], found.metadata["context_size"]) == ("EleutherAI/pythia-70m", 512)
+    assert "prepend_bos" not in found.metadata  # its files do not say
+    assert describe_sae(str(folder / "sae.safetensors")).d_sae == F
+
+
+def test_sparsify_is_fast_and_raises_no_alarm(tmp_path):
+    sae, x = accelerate(load_sae(write_sparsify(tmp_path / "run")[0])), _x()
+    sae(x)
+    assert sum(stats(sae).fast.values()) > 0
+    assert signs(sae, x) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"transcode": True}, "SAELens has no TopK transcoder"),
+        ({"skip_connection": True}, "SAELens has no TopK transcoder"),
+        ({"activation": "groupmax"}, "activation must be topk, got groupmax"),
+        ({"signed": True}, "got signed topk"),
+    ],
+)
+def test_sparsify_that_saelens_cannot_hold_is_refused(tmp_path, config, reason):
+    folder, _ = write_sparsify(tmp_path / "run", **config)
+    for call in (describe_sae, load_sae):
+        with pytest.raises(ValueError, match=r"^sae") as caught:
+            call(str(folder))
+        assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "model", "hook"),
+    [
+        ("layers.10", "", "blocks.10.hook_resid_post"),
+        ("gpt_neox.layers.3", "EleutherAI/pythia-70m", "blocks.3.hook_resid_post"),
+        ("transformer.h.7", "gpt2", "blocks.7.hook_resid_post"),
+        ("layers.10.mlp", "meta-llama/Llama-3.2-1B", "blocks.10.hook_mlp_out"),
+        ("layers.10.mlp", "google/gemma-2-2b", None),  # before the norm that TransformerLens reads after
+        ("layers.10.self_attn", "", None),
+        ("embed_tokens", "", None),
+    ],
+)
+def test_the_hook_point_of_a_module(module, model, hook):
+    assert module_hook(module, model) == hook
+
+
+def test_sparsify_beside_the_library(tmp_path):
+    sparsify = pytest.importorskip("sparsify")
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs = sparsify.SparseCoder(
+            D, sparsify.SparseCoderConfig(expansion_factor=3, k=K), dtype=dtype
+        ).requires_grad_(False)
+        theirs.encoder.bias.copy_(_noise(F))
+        theirs.b_dec.copy_(_noise(D, seed=2))
+        folder = tmp_path / str(dtype) / "layers.1"
+        theirs.save_to_disk(folder)
+        ours, x = load_sae(folder), _x(1000).to(dtype)
+        values, indices, _ = theirs.encode(x)
+        codes = torch.zeros(1000, F, dtype=dtype).scatter(-1, indices, values)
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        same = ((ours.encode(x) > 0) == (codes > 0)).all(-1)
+        assert same.float().mean() > (0.999 if dtype == torch.float32 else 0.9)  # ties of bfloat16 fall either way
+        torch.testing.assert_close(ours.encode(x)[same], codes[same], **tolerance)
+        decoded = codes @ theirs.W_dec + theirs.b_dec  # what its decoder computes; the kernel itself wants a GPU
+        torch.testing.assert_close(ours.decode(codes), decoded, **tolerance)
+
+
+# ---- dictionary_learning: ae.pt and config.json
+
+
+def write_dictionary(folder, kind, weights, **trainer):
+    folder.mkdir(parents=True)
+    own = {"dict_class": kind, "activation_dim": D, "dict_size": F, "layer": 1, "lm_name": "EleutherAI/pythia-70m"}
+    own |= {"submodule_name": "resid_post_layer_1"} | trainer
+    (folder / "config.json").write_text(json.dumps({"trainer": own, "buffer": {"ctx_len": 128, "io": "out"}}))
+    torch.save(weights, folder / "ae.pt")
+    return str(folder)
+
+
+def _linear(bias=True):
+    weights = {"encoder.weight": _unit(F, D), "decoder.weight": _unit(F, D).T.contiguous()}
+    return weights | ({"encoder.bias": _noise(F)} if bias else {})
+
+
+def _auto_encoder(x, w):
+    return torch.relu((x - w["bias"]) @ w["encoder.weight"].T + w["encoder.bias"]), w["decoder.weight"].T, w["bias"]
+
+
+def _auto_encoder_new(x, w):
+    return torch.relu(x @ w["encoder.weight"].T + w["encoder.bias"]), w["decoder.weight"].T, w["decoder.bias"]
+
+
+def _gated(x, w):
+    pre = (x - w["decoder_bias"]) @ w["encoder.weight"].T
+    open_ = (pre + w["gate_bias"] > 0).float()
+    return open_ * torch.relu(w["r_mag"].exp() * pre + w["mag_bias"]), w["decoder.weight"].T, w["decoder_bias"]
+
+
+def _top_k(x, w):
+    pre = torch.relu((x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"])
+    return _top(pre), w["decoder.weight"].T, w["b_dec"]
+
+
+def _batch_top_k(x, w):
+    pre = torch.relu((x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"])
+    return pre * (pre > w["threshold"]), w["decoder.weight"].T, w["b_dec"]
+
+
+def _jump_relu(x, w):
+    pre = x @ w["W_enc"] + w["b_enc"]
+    return torch.relu(pre * (pre > w["threshold"])), w["W_dec"], w["b_dec"]
+
+
+_K = {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(1.2)}
+_GATES = {name: _noise(F, seed=seed) for seed, name in enumerate(("r_mag", "gate_bias", "mag_bias"))}
+_JUMP = {"W_enc": _unit(F, D).T.contiguous(), "W_dec": _unit(F, D), "threshold": 1 + _noise(F).abs()}
+DICTIONARIES = {
+    "AutoEncoder": (_auto_encoder, _linear() | {"bias": _noise(D, seed=3)}),
+    "AutoEncoderNew": (_auto_encoder_new, _linear() | {"decoder.bias": _noise(D, seed=3)}),
+    "GatedAutoEncoder": (_gated, _linear(bias=False) | {"decoder_bias": _noise(D, seed=3)} | _GATES),
+    "AutoEncoderTopK": (_top_k, _linear() | {"b_dec": _noise(D, seed=3)} | _K),
+    "BatchTopKSAE": (_batch_top_k, _linear() | {"b_dec": _noise(D, seed=3)} | _K),
+    "JumpReluAutoEncoder": (_jump_relu, _JUMP | {"b_enc": _noise(F), "b_dec": _noise(D, seed=3)}),
+}
+
+
+@pytest.mark.parametrize("kind", DICTIONARIES)
+def test_dictionary_learning(tmp_path, kind):
+    encode, weights = DICTIONARIES[kind]
+    trainer = {"k": K} if "TopK" in kind else {}
+    folder = write_dictionary(tmp_path / "sae", kind, weights, **trainer)
+    sae, x = load_sae(folder), _x()
+    acts, W_dec, b_dec = encode(x, weights)
+    torch.testing.assert_close(sae.encode(x), acts, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(x), acts @ W_dec + b_dec, rtol=1e-5, atol=1e-5)
+    found = describe_sae(folder)
+    assert (found.d_in, found.d_sae) == (D, F)
+    assert found.expected_l0 == (K if "TopK" in kind else None)
+    assert (found.metadata["hook_name"], found.metadata["context_size"]) == ("blocks.1.hook_resid_post", 128)
+    assert describe_sae(f"{folder}/ae.pt").architecture == found.architecture
+    accelerate(sae)
+    torch.testing.assert_close(sae(x), acts @ W_dec + b_dec, rtol=1e-5, atol=1e-5)
+    if kind == "AutoEncoderTopK":  # the others are dense on so small an SAE
+        assert sum(stats(sae).fast.values()) > 0
+
+
+def test_dictionary_learning_that_does_not_fit_together_is_refused(tmp_path):
+    _, weights = DICTIONARIES["AutoEncoderTopK"]
+    wrong_k = write_dictionary(tmp_path / "k", "AutoEncoderTopK", weights, k=K + 1)
+    with pytest.raises(ValueError, match=r"sae: .* \(k of ae.pt must be that of config.json, 5, got 4\)"):
+        load_sae(wrong_k)
+    with pytest.raises(ValueError, match=r"dict_class must be one of AutoEncoder, .* got IdentityDict"):
+        describe_sae(write_dictionary(tmp_path / "id", "IdentityDict", weights))
+    unsaid = write_dictionary(tmp_path / "mlp", "AutoEncoderTopK", weights, k=K, submodule_name="mlp_out_layer_1")
+    assert "hook_name" not in describe_sae(unsaid).metadata  # a run asks for --hook
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('ran')",))
+
+    folder = write_dictionary(tmp_path / "sae", "AutoEncoder", {"encoder.weight": Evil()})
+    with pytest.raises(ValueError, match="sae: must be a complete SAE in dictionary_learning format"):
+        load_sae(folder)
