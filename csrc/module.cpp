@@ -1,7 +1,7 @@
 // darkmatter_ext._C: host-side facts for build_info(). The ops do not depend on it.
 #include <pybind11/pybind11.h>
 
-#include "cpu/isa.h"
+#include "cpu/kernels/isa.h"
 
 namespace py = pybind11;
 

@@ -7,8 +7,9 @@
 
 STABLE_TORCH_LIBRARY(darkmatter, m) {
   // weight: W_enc^T as contiguous rows [F, d]; bias: b_enc with b_dec folded in, float64 [F]; codes, sums, bounds: what
-  // screening needs (csrc/cpu/screen.h), empty where the machine cannot screen; groups: which latents are equal or
-  // need no screening (csrc/cpu/places.h), empty on CUDA. gain [F] multiplies the rounded pre-activations (CPU only).
+  // screening needs (csrc/cpu/screen/certificate.h), empty where the machine cannot screen; groups: which latents are
+  // equal or need no screening (csrc/cpu/screen/places.h), empty on CUDA. gain [F] multiplies the rounded
+  // pre-activations (CPU only).
   m.def(
       "pack_encoder(Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor? gain=None)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

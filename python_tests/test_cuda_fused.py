@@ -14,7 +14,7 @@ import torch
 from encoder_cases import NOT_PACKED
 
 INF, NAN = math.inf, math.nan
-BIAS = 1  # of csrc/screening.h's BoundRow
+BIAS = 1  # of csrc/margins.h's BoundRow
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

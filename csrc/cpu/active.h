@@ -1,7 +1,7 @@
 // The active latents an op is given, checked once.
 #pragma once
 
-#include "cpu/dispatch.h"
+#include "cpu/kernels/dispatch.h"
 
 namespace darkmatter {
 

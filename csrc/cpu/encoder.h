@@ -11,10 +11,10 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/places.h"
-#include "cpu/wide_rows.h"
-#include "screening.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/kernels/wide_rows.h"
+#include "cpu/screen/places.h"
+#include "margins.h"
 
 namespace darkmatter {
 

@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/kernels/dispatch.h"
 
 namespace darkmatter {
 

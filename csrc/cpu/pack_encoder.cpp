@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "cpu/encoder.h"
-#include "cpu/screen.h"
+#include "cpu/screen/certificate.h"
 
 namespace darkmatter {
 

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "cpu/screened.h"
+#include "cpu/screen/candidates.h"
 
 namespace darkmatter {
 

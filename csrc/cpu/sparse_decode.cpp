@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "cpu/active.h"
-#include "cpu/pool.h"
-#include "cpu/wide_rows.h"
+#include "cpu/kernels/pool.h"
+#include "cpu/kernels/wide_rows.h"
 
 namespace darkmatter {
 

@@ -6,7 +6,7 @@
 
 #include <tuple>
 
-#include "cpu/rescore.h"
+#include "cpu/screen/rescore.h"
 
 namespace darkmatter {
 

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "cpu/active.h"
-#include "cpu/pool.h"
+#include "cpu/kernels/pool.h"
 
 namespace darkmatter {
 

@@ -1,6 +1,6 @@
 // topk_encode: the k largest pre-activations of each token, exact, without an [N, F] array.
 //
-// Each task finds the best k of its range of places for each of its tokens, by screening (screened_topk.h) or by exact
+// Each task finds the best k of its range of places for each of its tokens, by screening (top_k.h) or by exact
 // sums of all; the ranges are merged at the end, with the latents that need no place. try_topk_encode leaves the tokens
 // that screening does not help to its caller.
 #include <torch/csrc/stable/library.h>
@@ -8,7 +8,7 @@
 #include <numeric>
 #include <tuple>
 
-#include "cpu/screened_topk.h"
+#include "cpu/screen/top_k.h"
 
 namespace darkmatter {
 

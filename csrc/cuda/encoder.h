@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#include "cuda/finish.cuh"
-#include "cuda/fused_filter.h"
+#include "cuda/screen/finish.cuh"
+#include "cuda/screen/fused_filter.h"
 #include "cuda/tensors.h"
 
 namespace darkmatter {

@@ -1,6 +1,6 @@
 // find_support on CUDA. The number of nonzero entries decides the shape of the result, so the op waits for the device
 // once, as torch.nonzero does.
-#include "cuda/find_support.cuh"
+#include "cuda/kernels/find_support.cuh"
 
 #include <tuple>
 

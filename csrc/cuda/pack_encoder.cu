@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "cuda/encoder.h"
-#include "cuda/pack_encoder.cuh"
+#include "cuda/kernels/pack_encoder.cuh"
 
 namespace darkmatter {
 

@@ -1,5 +1,5 @@
 // pursuit_step on CUDA: launch and registration. Nothing waits for the device.
-#include "cuda/pursuit_step.cuh"
+#include "cuda/kernels/pursuit_step.cuh"
 
 #include "cuda/tensors.h"
 

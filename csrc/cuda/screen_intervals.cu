@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "cuda/encoder.h"
-#include "cuda/screen_intervals.cuh"
+#include "cuda/screen/screen_intervals.cuh"
 
 namespace darkmatter {
 

@@ -1,5 +1,5 @@
 // sparse_decode, its two gradients, and dense acts: launch and registration on CUDA. Nothing waits for the device.
-#include "cuda/sparse_decode.cuh"
+#include "cuda/kernels/sparse_decode.cuh"
 
 #include <tuple>
 #include <vector>

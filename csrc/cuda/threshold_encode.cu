@@ -3,8 +3,8 @@
 #include <tuple>
 
 #include "cuda/encoder.h"
-#include "cuda/exact.cuh"
-#include "cuda/filter_threshold.cuh"
+#include "cuda/screen/exact.cuh"
+#include "cuda/screen/filter_threshold.cuh"
 
 namespace darkmatter {
 

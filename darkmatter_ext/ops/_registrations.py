@@ -19,7 +19,7 @@ from torch.library import register_autograd, register_fake, register_vmap
 from darkmatter_ext.ops import _library  # noqa: F401  (defines torch.ops.darkmatter)
 
 _ops = torch.ops.darkmatter
-_BOUND_ROWS = 5  # kBoundRows of csrc/screening.h
+_BOUND_ROWS = 5  # kBoundRows of csrc/margins.h
 # weight, bias, codes, sums, bounds, groups are derived from W_enc, b_enc, b_dec; gain has no gradient
 _NO_PACKED_GRADIENTS = (None,) * 7
 
@@ -40,7 +40,7 @@ def _pack_rows_fake(
     # What is stored for screening depends on the machine that runs, so its sizes are unknown here.
     n_codes, padded, n_groups = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
     if rows.is_cuda:
-        codes = rows.new_empty(padded, -(-d // 64) * 64, dtype=torch.float16)  # screen_padded of screen.cuh
+        codes = rows.new_empty(padded, -(-d // 64) * 64, dtype=torch.float16)  # screen_padded of certificate.cuh
         n_sums = n_groups = 0
     else:
         codes, n_sums = rows.new_empty(n_codes, dtype=torch.int8), padded

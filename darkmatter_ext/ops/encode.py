@@ -42,7 +42,7 @@ class PreparedEncoder:
     )
     sums: Tensor  # [places, padded] int32; empty on CUDA
     bounds: Tensor  # [5, places, padded] float32
-    groups: Tensor  # int32: which latents are equal or constant (csrc/cpu/places.h); empty on CUDA
+    groups: Tensor  # int32: which latents are equal or constant (csrc/cpu/screen/places.h); empty on CUDA
     gain: Tensor | None  # [F], multiplies the rounded pre-activations
     has_b_dec: bool
 

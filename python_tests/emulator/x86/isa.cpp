@@ -3,9 +3,9 @@
 
 #define __builtin_cpu_supports(feature) true
 #define active_isa isa_of_the_environment
-#include "cpu/isa.cpp"
+#include "cpu/kernels/isa.cpp"
 #undef active_isa
-#include "cpu/screen.h"
+#include "cpu/screen/certificate.h"
 
 namespace darkmatter {
 
@@ -16,7 +16,7 @@ Isa active_isa() { return chosen; }
 }  // namespace darkmatter
 
 #define static  // the choice of codes is made at each call, not at the first
-#include "cpu/screen.cpp"
+#include "cpu/kernels/screen_kernels.cpp"
 #undef static
 
 // False for a name that isa_name does not give.
