@@ -22,9 +22,9 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "How darkmatter_ext was built, and what this CPU can do.";
   module.def("build", &build, "Facts fixed at build time.");
   module.def(
-      "cpu_isa_best", [] { return darkmatter::isa_name(darkmatter::best_isa()); },
+      "cpu_isa_best", [] { return darkmatter::cpu::isa_name(darkmatter::cpu::best_isa()); },
       "The best instruction set this machine supports: scalar, avx2 or avx512.");
   module.def(
-      "cpu_isa", [] { return darkmatter::isa_name(darkmatter::active_isa()); },
+      "cpu_isa", [] { return darkmatter::cpu::isa_name(darkmatter::cpu::active_isa()); },
       "The instruction set in use. Raises RuntimeError when DARKMATTER_CPU_ISA is not one this machine supports.");
 }

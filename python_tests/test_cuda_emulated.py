@@ -227,7 +227,7 @@ def test_the_emulator_finds_what_it_is_for(tmp_path):
         r"""
 #include <cstdio>
 #include <cuda_runtime.h>
-using darkmatter::memory;
+using darkmatter::cuda::memory;
 int out[3];
 void sums(bool barrier) {
   int* shared = reinterpret_cast<int*>(memory);

@@ -3,7 +3,7 @@
 
 #include "cpu/kernels/dispatch.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // The active latents of N tokens, [N, k] or ragged, seen the same way.
 struct Active {
@@ -55,4 +55,4 @@ struct Active {
   }
 };
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

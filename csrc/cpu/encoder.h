@@ -16,7 +16,7 @@
 #include "cpu/screen/places.h"
 #include "margins.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 constexpr int64_t kTokens = 64;           // tokens a block: amortises the widening of the weights to float64
 constexpr int64_t kLatents = 24;          // latents a block: their float64 rows stay in L2 (147 KB at d 768)
@@ -142,4 +142,4 @@ inline double relu(double value) {
   return value <= 0.0 ? 0.0 : value;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

@@ -8,7 +8,7 @@
 #include "cpu/encoder.h"
 #include "cpu/screen/certificate.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // Below these sizes screening costs more than it saves.
 constexpr int64_t kMinScreenD = 32;
@@ -296,9 +296,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_rows(
   return {packed.bias, *packed.codes, *packed.sums, *packed.bounds, packed.groups};
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("pack_encoder", TORCH_BOX(&darkmatter::pack_encoder));
-  m.impl("pack_rows", TORCH_BOX(&darkmatter::pack_rows));
+  m.impl("pack_encoder", TORCH_BOX(&darkmatter::cpu::pack_encoder));
+  m.impl("pack_rows", TORCH_BOX(&darkmatter::cpu::pack_rows));
 }

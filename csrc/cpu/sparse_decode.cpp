@@ -8,7 +8,7 @@
 #include "cpu/kernels/pool.h"
 #include "cpu/kernels/wide_rows.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 constexpr int64_t kTokenGrain = 8;     // tokens a parallel part at least
 constexpr int64_t kLatentGrain = 32;   // latents a parallel part at least
@@ -175,10 +175,10 @@ static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, T
   return out;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("sparse_decode", TORCH_BOX(&darkmatter::sparse_decode));
-  m.impl("sparse_dot", TORCH_BOX(&darkmatter::sparse_dot));
-  m.impl("sparse_outer", TORCH_BOX(&darkmatter::sparse_outer));
+  m.impl("sparse_decode", TORCH_BOX(&darkmatter::cpu::sparse_decode));
+  m.impl("sparse_dot", TORCH_BOX(&darkmatter::cpu::sparse_dot));
+  m.impl("sparse_outer", TORCH_BOX(&darkmatter::cpu::sparse_outer));
 }

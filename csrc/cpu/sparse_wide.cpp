@@ -7,7 +7,7 @@
 
 #include "cpu/active.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 constexpr int64_t kWideTokens = 4;    // tokens a parallel part at least
 constexpr int64_t kWideAhead = 1024;  // bytes of the next row fetched ahead: rows lie anywhere, each start is a miss
@@ -87,9 +87,9 @@ static Tensor sparse_dot_wide(Tensor rows, Tensor indices, Tensor W_dec) {
   return out;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("sparse_decode_wide", TORCH_BOX(&darkmatter::sparse_decode_wide));
-  m.impl("sparse_dot_wide", TORCH_BOX(&darkmatter::sparse_dot_wide));
+  m.impl("sparse_decode_wide", TORCH_BOX(&darkmatter::cpu::sparse_decode_wide));
+  m.impl("sparse_dot_wide", TORCH_BOX(&darkmatter::cpu::sparse_dot_wide));
 }

@@ -8,7 +8,7 @@
 
 #include "cpu/screen/rescore.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // What one task keeps of one token.
 template <typename T>
@@ -301,9 +301,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> try_threshold_encode(
   return encode(x, W_enc, b_enc, b_dec, threshold, {weight, bias, codes, sums, bounds, groups, gain}, true);
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("threshold_encode", TORCH_BOX(&darkmatter::threshold_encode));
-  m.impl("try_threshold_encode", TORCH_BOX(&darkmatter::try_threshold_encode));
+  m.impl("threshold_encode", TORCH_BOX(&darkmatter::cpu::threshold_encode));
+  m.impl("try_threshold_encode", TORCH_BOX(&darkmatter::cpu::try_threshold_encode));
 }

@@ -10,7 +10,7 @@
 
 #include "cpu/screen/top_k.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 constexpr int64_t kGroup = 2048;       // tokens whose candidates (2k a token and range) live at a time
 constexpr int64_t kMaxScreenK = 4096;  // above, the lists of bounds cost more than the scores
@@ -194,9 +194,9 @@ static std::tuple<Tensor, Tensor, Tensor> try_topk_encode(
   return encode(x, W_enc, b_enc, b_dec, k, {weight, bias, codes, sums, bounds, groups, gain}, true);
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("topk_encode", TORCH_BOX(&darkmatter::topk_encode));
-  m.impl("try_topk_encode", TORCH_BOX(&darkmatter::try_topk_encode));
+  m.impl("topk_encode", TORCH_BOX(&darkmatter::cpu::topk_encode));
+  m.impl("try_topk_encode", TORCH_BOX(&darkmatter::cpu::try_topk_encode));
 }

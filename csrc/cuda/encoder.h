@@ -10,7 +10,7 @@
 #include "cuda/screen/fused_filter.h"
 #include "cuda/tensors.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int64_t kTileTokens = 4096;
 constexpr int64_t kChunkBytes = 32 << 20;  // of scores: within the 40 to 60 MB of L2 of an A100 or H200
@@ -162,4 +162,4 @@ class ScreenPass {
   std::optional<FusedFilter> fused_;
 };
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

@@ -6,7 +6,7 @@
 
 #include "cuda/tensors.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 template <typename T, int kWidth>
 static std::tuple<Tensor, Tensor> support(const OnDevice& device, const Tensor& acts) {
@@ -51,6 +51,6 @@ static std::tuple<Tensor, Tensor> find_support(Tensor acts) {
   });
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("find_support", TORCH_BOX(&darkmatter::find_support)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("find_support", TORCH_BOX(&darkmatter::cuda::find_support)); }

@@ -4,7 +4,7 @@
 #include "cuda/encoder.h"
 #include "cuda/kernels/pack_encoder.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 // Waits for the device: the reason why only pack_encoder looks for NaN, and not every call that packs for itself.
 static void check_no_nan(const OnDevice& device, const char* name, const Tensor& tensor, const Tensor& given) {
@@ -117,6 +117,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pack_encoder(
       none()};
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("pack_encoder", TORCH_BOX(&darkmatter::pack_encoder)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("pack_encoder", TORCH_BOX(&darkmatter::cuda::pack_encoder)); }

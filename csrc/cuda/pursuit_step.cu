@@ -3,7 +3,7 @@
 
 #include "cuda/tensors.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 static void check_rows(const char* name, const Tensor& tensor, const Tensor& like) {
   check_type(name, tensor, like.scalar_type());
@@ -84,6 +84,6 @@ static void pursuit_step(
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("pursuit_step", TORCH_BOX(&darkmatter::pursuit_step)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("pursuit_step", TORCH_BOX(&darkmatter::cuda::pursuit_step)); }

@@ -4,7 +4,7 @@
 #include "cuda/encoder.h"
 #include "cuda/screen/screen_intervals.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 static std::tuple<Tensor, Tensor, Tensor> screen_intervals(
     Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, OptionalTensor weight, OptionalTensor bias,
@@ -42,6 +42,8 @@ static std::tuple<Tensor, Tensor, Tensor> screen_intervals(
   return {lower, upper, screened};
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("screen_intervals", TORCH_BOX(&darkmatter::screen_intervals)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
+  m.impl("screen_intervals", TORCH_BOX(&darkmatter::cuda::screen_intervals));
+}

@@ -6,7 +6,7 @@
 
 #include "cuda/tensors.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 // The active latents an op is given, their shapes checked. (Their values would have to be fetched: the kernels treat an
 // index out of range as NaN.)
@@ -158,11 +158,11 @@ static Tensor to_dense(Tensor values, Tensor indices, OptionalTensor crow, int64
   return dense;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
-  m.impl("sparse_decode", TORCH_BOX(&darkmatter::sparse_decode));
-  m.impl("sparse_dot", TORCH_BOX(&darkmatter::sparse_dot));
-  m.impl("sparse_outer", TORCH_BOX(&darkmatter::sparse_outer));
-  m.impl("to_dense", TORCH_BOX(&darkmatter::to_dense));
+  m.impl("sparse_decode", TORCH_BOX(&darkmatter::cuda::sparse_decode));
+  m.impl("sparse_dot", TORCH_BOX(&darkmatter::cuda::sparse_dot));
+  m.impl("sparse_outer", TORCH_BOX(&darkmatter::cuda::sparse_outer));
+  m.impl("to_dense", TORCH_BOX(&darkmatter::cuda::to_dense));
 }

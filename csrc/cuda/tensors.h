@@ -9,7 +9,7 @@
 
 #include "cuda/launch.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 template <typename T>
 const T* pointer(const Tensor& tensor) {
@@ -74,4 +74,4 @@ inline Tensor relu_of(const Tensor& tensor) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

@@ -6,7 +6,7 @@
 #include "cuda/screen/exact.cuh"
 #include "cuda/screen/filter_threshold.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int64_t kPoolPerToken = 1024;  // kept latents a token, on average; more go the exact way
 
@@ -143,6 +143,8 @@ static std::tuple<Tensor, Tensor, Tensor> threshold_encode(
       x.scalar_type(), [&](auto type) { return above<decltype(type)>(device, rows, b_dec, packed, limits); });
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("threshold_encode", TORCH_BOX(&darkmatter::threshold_encode)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
+  m.impl("threshold_encode", TORCH_BOX(&darkmatter::cuda::threshold_encode));
+}

@@ -6,7 +6,7 @@
 #include "cuda/screen/exact.cuh"
 #include "cuda/screen/filter_topk.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int64_t kSortedBytes = 256 << 20;  // of exact scores at a time, where all are sorted
 constexpr int64_t kMaxGridY = 65535;
@@ -101,6 +101,6 @@ static std::tuple<Tensor, Tensor> topk_encode(
   return {values, indices};
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("topk_encode", TORCH_BOX(&darkmatter::topk_encode)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("topk_encode", TORCH_BOX(&darkmatter::cuda::topk_encode)); }

@@ -20,7 +20,7 @@
 
 #define DM_INLINE inline __attribute__((always_inline))
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 namespace {
 
 // Signs of the dimensions before the rotation (period 64, arbitrary): without them a constant vector would be an
@@ -402,16 +402,16 @@ const ScreenKernels table = {kTokensAtOnce, 1,        1,         64,   kPanel,  
 
 const ScreenKernels* byte_kernels() { return &table; }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 #pragma GCC pop_options
 
 #else
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 const ScreenKernels* byte_kernels() { return nullptr; }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 #endif

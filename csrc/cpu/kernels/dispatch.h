@@ -8,7 +8,7 @@
 #include "checks.h"
 #include "cpu/kernels/kernels.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // Calls body with a value of the C++ type of `type`: body(float{}), body(Half{}), ...
 template <typename Body>
@@ -65,4 +65,4 @@ void parallel_ranges(int64_t n, int64_t grain, const Body& body) {
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end); });
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

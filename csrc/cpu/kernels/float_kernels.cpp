@@ -14,7 +14,7 @@
 
 #include "cpu/screen/certificate.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 namespace {
 
 double gamma_of(int64_t d) { return 1.01 * static_cast<double>(d + 2) * kUnit; }
@@ -124,4 +124,4 @@ const ScreenKernels table = {kScreenChunk, 4,         0,    1,           kPanel,
 
 const ScreenKernels* float_kernels() { return &table; }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

@@ -8,7 +8,7 @@
 #include <cpuid.h>
 #endif
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
@@ -94,4 +94,4 @@ Isa active_isa() {
   return isa;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

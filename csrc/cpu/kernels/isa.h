@@ -1,7 +1,7 @@
 // Which instruction set the CPU kernels use: the best the machine has, or the one DARKMATTER_CPU_ISA names.
 #pragma once
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // avx_vnni: AVX2 with integer dot products on 32-byte vectors; vnni: AVX-512 with those on 64-byte ones.
 enum class Isa { scalar, avx2, avx_vnni, avx512, vnni };
@@ -13,4 +13,4 @@ bool supports(Isa isa);  // this machine
 Isa best_isa();          // of this machine
 Isa active_isa();        // in use, decided at the first call; throws std::runtime_error for a bad DARKMATTER_CPU_ISA
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

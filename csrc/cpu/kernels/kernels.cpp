@@ -13,7 +13,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // IEEE half to double by arithmetic on its fields, for machines without a conversion instruction.
 static double widen_half(Half half) {
@@ -80,4 +80,4 @@ const Kernels& kernels() {
   return scalar::table;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
@@ -76,4 +76,4 @@ inline const TypedKernels<BFloat16>& Kernels::of<BFloat16>() const {
 
 const Kernels& kernels();  // of active_isa()
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

@@ -9,7 +9,7 @@
 #include <mutex>
 #include <unordered_map>
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 namespace {
 
@@ -94,4 +94,4 @@ Tensor new_pooled(const Tensor& like, const std::vector<int64_t>& shape) {
       start, shape, strides, like.device(), like.scalar_type(), [](void* block) { pool().give_back(block); });
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

@@ -8,10 +8,10 @@
 
 #include "checks.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // new_empty in the dtype of `like`; arrays of 1 to 256 MB come from a pool and go back to it when torch drops the last
 // tensor on them. The pool keeps at most DARKMATTER_POOL_MB (512) of unused memory, 0 turns it off.
 Tensor new_pooled(const Tensor& like, const std::vector<int64_t>& shape);
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

@@ -3,7 +3,7 @@
 
 #include "cpu/kernels/isa.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 const ScreenKernels* screen_kernels() {
   static const ScreenKernels* const chosen = [] {
@@ -13,4 +13,4 @@ const ScreenKernels* screen_kernels() {
   return chosen;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

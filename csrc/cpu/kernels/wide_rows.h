@@ -6,7 +6,7 @@
 
 #include "cpu/kernels/dispatch.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // Rows of float64, 64-byte aligned and zero-padded to whole lanes: vectors that cross cache lines take several times as
 // long, stores most of all.
@@ -32,4 +32,4 @@ class WideRows {
   std::vector<double> storage_;  // zero beyond d in every row
 };
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

@@ -13,7 +13,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // DM_WORDS: 1 for AVX2, 2 for AVX2 with AVX-VNNI, 3 for AVX-512.
 #define DM_WORDS 1
@@ -57,14 +57,14 @@ const ScreenKernels* word_kernels() {
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 #else
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 const ScreenKernels* word_kernels() { return nullptr; }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 #endif

@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 template <typename T>
 struct Candidate {
@@ -64,4 +64,4 @@ struct Best {
   }
 };
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

@@ -14,7 +14,7 @@
 #include "cpu/screen/certificate.h"
 #include "margins.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // Token chunks of whole tiles, ranges of whole panels.
 inline Tiling screen_tiling(int64_t n_tokens, int64_t n_places) {
@@ -34,7 +34,7 @@ inline int64_t sample_step(int64_t panels) { return std::max<int64_t>(1, std::mi
 
 template <typename T>
 inline float margin_below(float value) {
-  return margin_below(kMargin<T>, value);
+  return darkmatter::margin_below(kMargin<T>, value);
 }
 
 inline ScreenedWeights screened_weights(const Packed& packed) {
@@ -313,4 +313,4 @@ class OtherLatents {
   std::vector<double> odd_bias_;
 };
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

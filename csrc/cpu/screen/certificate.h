@@ -19,7 +19,7 @@
 
 #include "margins.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 constexpr int64_t kScreenChunk = 256;  // tokens a task: each row of weights is read once for all of them
 constexpr int64_t kPanel = 48;         // places a panel
@@ -163,4 +163,4 @@ inline int64_t codes_size(const ScreenKernels& kernels, int64_t d, int64_t n_pla
   return kernels.weight_bytes == 0 ? 1 : (codes + kernels.group) * kernels.weight_bytes;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

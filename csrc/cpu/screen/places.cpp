@@ -9,7 +9,7 @@
 
 #include "cpu/kernels/dispatch.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 namespace {
 
@@ -224,4 +224,4 @@ Places places_of(const Tensor& groups, int64_t n_latents) {
   return places;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

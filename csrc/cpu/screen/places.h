@@ -11,7 +11,7 @@
 
 #include "checks.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // The int32 tensor `groups` of the op table, seen as what it holds:
 //   [n_places, n_twins, n_constant, n_odd, reach | latent of each place | twin_start [n_places + 1], twins | constant |
@@ -43,4 +43,4 @@ Places places_of(const Tensor& groups, int64_t n_latents);
 // weights); else every finite latent is a place of its own.
 Tensor group_latents(const Tensor& weight, const double* bias, const OptionalTensor& gain, bool merge);
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

@@ -3,7 +3,7 @@
 
 #include "cpu/screen/candidates.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 constexpr size_t kExactPairs = 32;  // exact sums done together, their rows still in the cache
 
@@ -198,4 +198,4 @@ Rescored<T> rescore(
   return result;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

@@ -9,7 +9,7 @@
 #include "cpu/screen/best_k.h"
 #include "cpu/screen/rescore.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 constexpr int64_t kSampleTokens = 32;  // tokens whose sample is kept at a time: 32 x 1536 x 4 bytes at F 24576
 
@@ -241,4 +241,4 @@ class TopKScreen {
   std::vector<TopKState<T>> states_;
 };
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

@@ -8,7 +8,7 @@
 
 #include "cuda/kernels/numeric.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
@@ -168,4 +168,4 @@ __device__ double row_dot(const double* staged, const T* row, const T* w, int64_
   return staged != nullptr ? lanes_dot(staged, w, d) : lanes_dot(row, w, d);
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

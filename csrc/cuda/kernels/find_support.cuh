@@ -6,7 +6,7 @@
 
 #include "cuda/kernels/sparse_decode.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 // The part of a row a warp reads.
 struct RowPart {
@@ -85,4 +85,4 @@ __global__ void __launch_bounds__(kThreads) write_support_kernel(
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

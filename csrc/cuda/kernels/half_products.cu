@@ -7,7 +7,7 @@
 
 #include "cuda/launch.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 // cublas_api.h, library_types.h
 constexpr int kOperationNone = 0, kOperationTranspose = 1;
@@ -62,4 +62,4 @@ void half_products(
   require(status == 0, "darkmatter_ext: the matrix product of cuBLAS must succeed, got status ", status);
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

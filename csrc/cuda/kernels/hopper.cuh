@@ -19,7 +19,7 @@
 #define DM_HOPPER  // elsewhere kernels of these words compile to nothing
 #endif
 
-namespace darkmatter::hopper {
+namespace darkmatter::cuda::hopper {
 
 constexpr int kTileColumns = 64;
 constexpr int kAtomBytes = 1024;
@@ -226,4 +226,4 @@ inline bool describe_rows(const __half* rows, int64_t n, int64_t d, int box_rows
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-}  // namespace darkmatter::hopper
+}  // namespace darkmatter::cuda::hopper

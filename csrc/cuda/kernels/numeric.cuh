@@ -10,7 +10,7 @@
 
 #include "margins.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 // To float64, exactly.
 DM_HOST_DEVICE inline double widened(double value) { return value; }
@@ -97,4 +97,4 @@ DM_HOST_DEVICE inline double relu(double value) { return value <= 0.0 ? 0.0 : va
 
 DM_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

@@ -3,7 +3,7 @@
 
 #include "cuda/kernels/block.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 // bias_j = b_enc_j - <b_dec, w_j> in float64, summed as on the CPU. Eight threads a latent.
 template <typename T>
@@ -35,4 +35,4 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

@@ -7,7 +7,7 @@
 
 #include "cuda/kernels/block.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int kAtomsAhead = 8;
 
@@ -182,4 +182,4 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks)
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

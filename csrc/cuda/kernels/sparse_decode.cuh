@@ -12,7 +12,7 @@
 
 #include "cuda/kernels/block.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int kSliceBytes = 512;  // of a row: 32 threads of 16 bytes
 constexpr int kDecodeAhead = 8;   // rows a thread has in flight: 8 x 16 bytes x 768 threads, 96 KB a multiprocessor
@@ -168,4 +168,4 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

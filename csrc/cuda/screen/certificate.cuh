@@ -10,7 +10,7 @@
 
 #include "cuda/kernels/block.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int64_t kScreenAlign = 64;      // d is padded to whole 128-byte lines of float16
 constexpr int kTargetExponent = 13;       // of a row's largest element after scaling: far from float16's 2^16 and 2^-14
@@ -183,4 +183,4 @@ DM_HOST_DEVICE inline Interval interval_of(
   return {lower == lower ? lower : -INFINITY, upper == upper ? upper : INFINITY};
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

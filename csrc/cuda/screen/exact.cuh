@@ -7,7 +7,7 @@
 
 #include "cuda/screen/finish.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int kExactBlocks = 1024;  // at most; each looks at every 1024th token
 
@@ -131,4 +131,4 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks)
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

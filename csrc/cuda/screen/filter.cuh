@@ -10,7 +10,7 @@
 
 #include "cuda/screen/certificate.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int kFilterTokens = 8;   // a block: they share the bounds of the latents, in registers
 constexpr int kFilterLatents = 4;  // a thread: one 16-byte load a token
@@ -172,4 +172,4 @@ struct LatentLimits {
   int step;             // 0: one for all
 };
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

@@ -3,7 +3,7 @@
 
 #include "cuda/screen/filter.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 __global__ void __launch_bounds__(kThreads) filter_threshold_kernel(
     ScoreChunk chunk, ScreenedLatents latents, ScreenedTokens tokens, CandidateLists lists, LatentLimits limits) {
@@ -51,4 +51,4 @@ __global__ void __launch_bounds__(kThreads) filter_threshold_kernel(
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

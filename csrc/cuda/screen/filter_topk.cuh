@@ -3,7 +3,7 @@
 
 #include "cuda/screen/filter.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 // What take_hits needs of a tile of one chunk.
 struct Tile {
@@ -152,4 +152,4 @@ __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_topk_kernel(
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

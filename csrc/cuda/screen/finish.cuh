@@ -5,7 +5,7 @@
 
 #include "cuda/screen/filter.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 // The exact side of an encode.
 template <typename T>
@@ -291,4 +291,4 @@ __global__ void __launch_bounds__(kThreads) write_kept_kernel(
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

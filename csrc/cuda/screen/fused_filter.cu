@@ -6,7 +6,7 @@
 
 #include "cuda/screen/fused_filter.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int64_t kFirstLatents = 2048;   // of the first step at most: four times the largest k
 constexpr int kMostExpected = kList / 2;  // candidates of a list
@@ -95,4 +95,4 @@ void FusedFilter::launch(
       kFusedSharedBytes, token_map, latent_map_, work);
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

@@ -16,7 +16,7 @@
 #include "cuda/kernels/hopper.cuh"
 #include "cuda/screen/filter.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int kClusterBlocks = 2;
 constexpr int kTokenTile = 128;
@@ -489,4 +489,4 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

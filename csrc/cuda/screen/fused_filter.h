@@ -5,7 +5,7 @@
 #include "cuda/screen/filter.cuh"
 #include "cuda/tensors.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 // What an encode asks: its best k, or those above a threshold (k 0).
 struct FusedQuestion {
@@ -46,4 +46,4 @@ class FusedFilter {
   Tensor screens_, largest_;
 };
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

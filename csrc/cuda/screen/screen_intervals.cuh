@@ -3,7 +3,7 @@
 
 #include "cuda/screen/filter.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 __global__ void __launch_bounds__(kThreads) write_intervals_kernel(
     ScoreChunk chunk, ScreenedLatents latents, ScreenedTokens tokens, float* __restrict__ lower,
@@ -21,4 +21,4 @@ __global__ void __launch_bounds__(kThreads) write_intervals_kernel(
   upper[token * latents.n + latent] = interval.upper;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

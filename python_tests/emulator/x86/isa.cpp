@@ -7,13 +7,13 @@
 #undef active_isa
 #include "cpu/screen/certificate.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 static Isa chosen = Isa::scalar;
 
 Isa active_isa() { return chosen; }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 #define static  // the choice of codes is made at each call, not at the first
 #include "cpu/kernels/screen_kernels.cpp"
@@ -21,10 +21,10 @@ Isa active_isa() { return chosen; }
 
 // False for a name that isa_name does not give.
 extern "C" __attribute__((visibility("default"))) bool darkmatter_emulated_isa(const char* name) {
-  using darkmatter::Isa;
-  for (const Isa isa : darkmatter::kIsas) {
-    if (std::strcmp(darkmatter::isa_name(isa), name) == 0) {
-      darkmatter::chosen = isa;
+  using darkmatter::cpu::Isa;
+  for (const Isa isa : darkmatter::cpu::kIsas) {
+    if (std::strcmp(darkmatter::cpu::isa_name(isa), name) == 0) {
+      darkmatter::cpu::chosen = isa;
       return true;
     }
   }

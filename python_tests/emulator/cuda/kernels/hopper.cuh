@@ -13,7 +13,7 @@
 
 #define DM_HOPPER
 
-namespace darkmatter::hopper {
+namespace darkmatter::cuda::hopper {
 
 constexpr int kTileColumns = 64;
 constexpr int kAtomBytes = 1024;
@@ -215,4 +215,4 @@ inline bool describe_rows(const __half* rows, int64_t n, int64_t d, int box_rows
   return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && d % kTileColumns == 0 && box_rows <= 256;
 }
 
-}  // namespace darkmatter::hopper
+}  // namespace darkmatter::cuda::hopper
