@@ -1,36 +1,12 @@
-// sparse_decode, its two gradients, and dense acts: launch and registration on CUDA. Nothing waits for the device.
+// sparse_decode and its two gradients on CUDA: launch and registration. Nothing waits for the device.
 #include "cuda/kernels/sparse_decode.cuh"
 
 #include <tuple>
 #include <vector>
 
-#include "cuda/tensors.h"
+#include "cuda/active.h"
 
 namespace darkmatter::cuda {
-
-// The active latents an op is given, their shapes checked. (Their values would have to be fetched: the kernels treat an
-// index out of range as NaN.)
-struct Active {
-  Tensor indices;
-  OptionalTensor crow;
-  ActiveLatents latents;
-
-  Active(const Tensor& given, const OptionalTensor& rows, int64_t n_latents)
-      : indices(torch::stable::contiguous(given)), crow(contiguous_or_none(rows)) {
-    check_type("indices", given, ScalarType::Long);
-    check_dim("indices", given, rows ? 1 : 2);
-    require(
-        n_latents > 0 || given.numel() == 0, "indices: must be empty where there are no latents, got ", given.numel());
-    if (rows) {
-      check_dim("crow", *rows, 1);
-      check_type("crow", *rows, ScalarType::Long);
-      require(rows->size(0) >= 1, "crow: must have N + 1 entries, got shape ", shape_of(*rows));
-    }
-    latents = {
-        pointer<int64_t>(indices), pointer<int64_t>(crow), rows ? 0 : given.size(1),
-        rows ? rows->size(0) - 1 : given.size(0), n_latents};
-  }
-};
 
 template <typename T, int kWidth, bool kSkipZeros>
 static void launch_decode(
@@ -139,30 +115,10 @@ static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, T
   return out;
 }
 
-static Tensor to_dense(Tensor values, Tensor indices, OptionalTensor crow, int64_t n_latents) {
-  check_values(values, indices);
-  check_floating("values", values);
-  require(n_latents >= 0, "n_latents: must be at least 0, got ", n_latents);
-  const OnDevice device(values);
-  const Active active(indices, crow, n_latents);
-  const Tensor given = torch::stable::contiguous(values);
-  Tensor dense = torch::stable::new_zeros(values, {active.latents.n_tokens, n_latents});
-  if (dense.numel() > 0 && given.numel() > 0) {
-    dispatch_all(values.scalar_type(), [&](auto type) {
-      using T = decltype(type);
-      device.launch(
-          to_dense_kernel<T>, dim3(static_cast<unsigned>(ceil_div(active.latents.n_tokens, kThreads))), kThreads, 0,
-          pointer<T>(given), active.latents, mutable_pointer<T>(dense));
-    });
-  }
-  return dense;
-}
-
 }  // namespace darkmatter::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
   m.impl("sparse_decode", TORCH_BOX(&darkmatter::cuda::sparse_decode));
   m.impl("sparse_dot", TORCH_BOX(&darkmatter::cuda::sparse_dot));
   m.impl("sparse_outer", TORCH_BOX(&darkmatter::cuda::sparse_outer));
-  m.impl("to_dense", TORCH_BOX(&darkmatter::cuda::to_dense));
 }

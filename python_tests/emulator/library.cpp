@@ -15,6 +15,7 @@
 #include "cuda/screen_intervals.cu"
 #include "cuda/sparse_decode.cu"
 #include "cuda/threshold_encode.cu"
+#include "cuda/to_dense.cu"
 #include "cuda/topk_encode.cu"
 
 // The order in which the threads of a block take turns.

@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "cuda/kernels/active.cuh"
 #include "cuda/kernels/block.cuh"
 
 namespace darkmatter::cuda {
@@ -17,32 +18,6 @@ namespace darkmatter::cuda {
 constexpr int kSliceBytes = 512;  // of a row: 32 threads of 16 bytes
 constexpr int kDecodeAhead = 8;   // rows a thread has in flight: 8 x 16 bytes x 768 threads, 96 KB a multiprocessor
 constexpr int kDecodeBlocks = 3;  // a multiprocessor: 80 registers a thread
-
-// The active latents of N tokens, fixed or ragged.
-struct ActiveLatents {
-  const int64_t* indices;  // [N, k] or [z]
-  const int64_t* crow;     // [N + 1], or null for fixed k
-  int64_t k, n_tokens, n_latents;
-
-  __device__ int64_t begin(int64_t token) const { return crow != nullptr ? crow[token] : token * k; }
-  __device__ int64_t end(int64_t token) const { return crow != nullptr ? crow[token + 1] : (token + 1) * k; }
-  // The token of an entry: the last that begins at or before it and is not empty.
-  __device__ int64_t token_of(int64_t entry) const {
-    if (crow == nullptr) {
-      return entry / k;
-    }
-    int64_t low = 0, high = n_tokens - 1;
-    while (low < high) {
-      const int64_t middle = (low + high + 1) / 2;
-      if (crow[middle] <= entry) {
-        low = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    return low;
-  }
-};
 
 // Sixteen bytes of T, loaded at once.
 template <typename T, int kWidth>
@@ -148,23 +123,6 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(
     const int64_t entry = order[at];
     own[at] = values[entry];
     tokens[at] = active.token_of(entry);
-  }
-}
-
-// dense[token, indices_a] += values_a: a latent stored twice adds up, one thread a token at a time in stored order.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    to_dense_kernel(const T* __restrict__ values, ActiveLatents active, T* __restrict__ dense) {
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (token >= active.n_tokens) {
-    return;
-  }
-  for (int64_t a = active.begin(token); a < active.end(token); ++a) {
-    const int64_t latent = active.indices[a];
-    if (latent >= 0 && latent < active.n_latents) {
-      T& place = dense[token * active.n_latents + latent];
-      place = narrowed<T>(widened(place) + widened(values[a]));
-    }
   }
 }
 
