@@ -108,7 +108,7 @@ inline void check_gain(const OptionalTensor& gain, const Tensor& W_enc) {
   }
 }
 
-// What pack_encoder made, as it comes into an op: all given, or none.
+// What prepare_encoder made, as it comes into an op: all given, or none.
 struct PackedArguments {
   OptionalTensor weight, bias, codes, sums, bounds, groups, gain;
 };

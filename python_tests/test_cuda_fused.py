@@ -52,7 +52,7 @@ class Screened:
 
     def __init__(self, W_enc, b_enc, b_dec, left_out=slice(0, 0)):
         self.given = W_enc, b_enc, b_dec
-        *parts, bounds, groups = torch.ops.darkmatter_emulated.pack_encoder(*self.given)
+        *parts, bounds, groups = torch.ops.darkmatter_emulated.prepare_encoder(*self.given)
         kept = torch.ones(W_enc.shape[1], dtype=torch.bool)
         kept[left_out] = False
         bounds[BIAS, ~kept] = -INF

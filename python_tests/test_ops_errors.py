@@ -151,8 +151,8 @@ RAW = [
     (lambda: raw("sparse_decode", X, LONG_3_4.float(), None, W_ENC), "indices: must have dtype Long, got Float"),
     (lambda: raw("sparse_decode", X, LONG_3_2, None, W_ENC), "values: must have the shape of indices [3, 2]"),
     (lambda: raw("sparse_decode", X[0], LONG_3_4[0], LONG_3_4[0, :0], W_DEC), "crow: must have N + 1 entries"),
-    (lambda: raw("sparse_dot", X[:2], LONG_3_2, None, W_DEC), "rows: must have 3 rows, one a token, got 2"),
-    (lambda: raw("sparse_outer", X, LONG_3_4, None, X, -1), "n_latents: must be at least 0, got -1"),
+    (lambda: raw("decoder_dot", X[:2], LONG_3_2, None, W_DEC), "rows: must have 3 rows, one a token, got 2"),
+    (lambda: raw("decoder_outer", X, LONG_3_4, None, X, -1), "n_latents: must be at least 0, got -1"),
 ]
 
 

@@ -94,7 +94,7 @@ static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, 
   return out;
 }
 
-static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tensor W_dec) {
+static Tensor decoder_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tensor W_dec) {
   check_dim("rows", rows, 2);
   check_dim("W_dec", W_dec, 2);
   check_size("rows", rows, 1, W_dec.size(1));
@@ -121,7 +121,7 @@ static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tenso
   return out;
 }
 
-// The active latents sorted by latent, tokens ascending within one (a counting sort): the segments of sparse_outer.
+// The active latents sorted by latent, tokens ascending within one (a counting sort): the segments of decoder_outer.
 struct Segments {
   std::vector<int64_t> start;  // [F + 1]
   std::vector<int64_t> token;  // [z]
@@ -147,7 +147,7 @@ struct Segments {
   }
 };
 
-static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, Tensor rows, int64_t n_latents) {
+static Tensor decoder_outer(Tensor values, Tensor indices, OptionalTensor crow, Tensor rows, int64_t n_latents) {
   check_dim("rows", rows, 2);
   check_values(values, indices);
   check_type("values", values, rows.scalar_type());
@@ -179,6 +179,6 @@ static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, T
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
   m.impl("sparse_decode", TORCH_BOX(&darkmatter::cpu::sparse_decode));
-  m.impl("sparse_dot", TORCH_BOX(&darkmatter::cpu::sparse_dot));
-  m.impl("sparse_outer", TORCH_BOX(&darkmatter::cpu::sparse_outer));
+  m.impl("decoder_dot", TORCH_BOX(&darkmatter::cpu::decoder_dot));
+  m.impl("decoder_outer", TORCH_BOX(&darkmatter::cpu::decoder_outer));
 }

@@ -57,7 +57,7 @@ static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, 
   return out;
 }
 
-static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tensor W_dec) {
+static Tensor decoder_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tensor W_dec) {
   check_dim("rows", rows, 2);
   check_dim("W_dec", W_dec, 2);
   check_floating("W_dec", W_dec);
@@ -75,7 +75,7 @@ static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tenso
       const int64_t d = W_dec.size(1);
       const bool staged = d <= kMaxStaged;
       device.launch(
-          sparse_dot_kernel<T>, dim3(static_cast<unsigned>(active.latents.n_tokens)), kThreads,
+          decoder_dot_kernel<T>, dim3(static_cast<unsigned>(active.latents.n_tokens)), kThreads,
           staged ? d * sizeof(double) : 0, pointer<T>(left), active.latents, pointer<T>(weights), d, staged,
           mutable_pointer<T>(out));
     });
@@ -85,7 +85,7 @@ static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tenso
 
 // Sums over the tokens of a latent are the sums over the latents of a token with the roles exchanged: the active
 // latents sorted by latent, tokens ascending within one, are the "active tokens" of each latent.
-static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, Tensor rows, int64_t n_latents) {
+static Tensor decoder_outer(Tensor values, Tensor indices, OptionalTensor crow, Tensor rows, int64_t n_latents) {
   check_dim("rows", rows, 2);
   check_floating("rows", rows);
   check_values(values, indices);
@@ -119,6 +119,6 @@ static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, T
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
   m.impl("sparse_decode", TORCH_BOX(&darkmatter::cuda::sparse_decode));
-  m.impl("sparse_dot", TORCH_BOX(&darkmatter::cuda::sparse_dot));
-  m.impl("sparse_outer", TORCH_BOX(&darkmatter::cuda::sparse_outer));
+  m.impl("decoder_dot", TORCH_BOX(&darkmatter::cuda::decoder_dot));
+  m.impl("decoder_outer", TORCH_BOX(&darkmatter::cuda::decoder_outer));
 }

@@ -28,7 +28,7 @@ from darkmatter_ext.runtime.inputs import InputError
 
 _ops = torch.ops.darkmatter
 _NOT_PACKED = (None,) * 7
-_MIN_TOKENS_TO_PACK = 64  # kMinTokensToPack of csrc/cpu/pack_encoder.cpp
+_MIN_TOKENS_TO_PACK = 64  # kMinTokensToPack of csrc/cpu/prepare_encoder.cpp
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,9 +148,9 @@ def prepare_encoder(
         check_tensor("gain", gain, (W_enc.shape[1],), W_enc)
     if share_rows and W_enc.device.type == "cpu" and W_enc.mT.is_contiguous():
         rows = W_enc.detach().mT
-        packed = call(_ops.pack_rows, rows, b_enc, b_dec, gain)
+        packed = call(_ops.prepare_rows, rows, b_enc, b_dec, gain)
     else:
-        rows, *packed = call(_ops.pack_encoder, W_enc, b_enc, b_dec, gain)
+        rows, *packed = call(_ops.prepare_encoder, W_enc, b_enc, b_dec, gain)
     bias, codes, sums, bounds, groups = packed
     own_gain = None if gain is None else gain.detach().clone()
     return PreparedEncoder(rows, bias, codes, sums, bounds, groups, own_gain, has_b_dec=b_dec is not None)

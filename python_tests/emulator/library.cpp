@@ -9,7 +9,7 @@
 #include "ops.cpp"
 
 #include "cuda/find_support.cu"
-#include "cuda/pack_encoder.cu"
+#include "cuda/prepare_encoder.cu"
 #include "cuda/pursuit_step.cu"
 #include "cuda/screen/fused_filter.cu"
 #include "cuda/screen_intervals.cu"

@@ -189,7 +189,7 @@ Tensor group_latents(const Tensor& weight, const double* bias, const OptionalTen
 Places places_of(const Tensor& groups, int64_t n_latents) {
   check_dim("groups", groups, 1);
   check_type("groups", groups, ScalarType::Int);
-  require(groups.size(0) >= kGroupsHead, "groups: must be what pack_encoder gives, got shape ", shape_of(groups));
+  require(groups.size(0) >= kGroupsHead, "groups: must be what prepare_encoder gives, got shape ", shape_of(groups));
   const int32_t *head = data<int32_t>(groups), *at = head + kGroupsHead;
   Places places{head[0], head[1], head[2], head[3], std::bit_cast<float>(head[kReachAt])};
   bool fits = std::all_of(head, head + kReachAt, [](int32_t count) { return count >= 0; }) &&

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocks) sparse_decode_kernel(
 
 // out_a = <rows_i, W_dec[indices_a]> of the token i of a. One block a token.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kDotBlocks) sparse_dot_kernel(
+__global__ void __launch_bounds__(kThreads, kDotBlocks) decoder_dot_kernel(
     const T* __restrict__ rows, ActiveLatents active, const T* __restrict__ W_dec, int64_t d, bool staged,
     T* __restrict__ out) {
   const int64_t token = blockIdx.x;

@@ -1,12 +1,12 @@
-// pack_encoder on CUDA: W_enc as contiguous rows [F, d], b_enc with b_dec folded in, float16 codes with their bounds.
+// prepare_encoder on CUDA: W_enc as contiguous rows [F, d], b_enc with b_dec folded in, float16 codes and their bounds.
 #include <tuple>
 
 #include "cuda/encoder.h"
-#include "cuda/kernels/pack_encoder.cuh"
+#include "cuda/kernels/prepare_encoder.cuh"
 
 namespace darkmatter::cuda {
 
-// Waits for the device: the reason why only pack_encoder looks for NaN, and not every call that packs for itself.
+// Waits for the device: the reason why only prepare_encoder looks for NaN, and not every call that packs for itself.
 static void check_no_nan(const OnDevice& device, const char* name, const Tensor& tensor, const Tensor& given) {
   Tensor found = torch::stable::new_zeros(tensor, {1}, ScalarType::Long);
   if (tensor.numel() > 0) {
@@ -91,7 +91,7 @@ Packed packed_encoder(
 }
 
 // An op may not return a view of its input: a W_enc stored as [F, d] rows is copied for the caller who keeps it.
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pack_encoder(
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prepare_encoder(
     Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, OptionalTensor gain) {
   refuse_gain(gain);
   check_encoder_weights(W_enc, b_enc, b_dec);
@@ -119,4 +119,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pack_encoder(
 
 }  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("pack_encoder", TORCH_BOX(&darkmatter::cuda::pack_encoder)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
+  m.impl("prepare_encoder", TORCH_BOX(&darkmatter::cuda::prepare_encoder));
+}

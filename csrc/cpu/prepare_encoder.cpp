@@ -1,4 +1,5 @@
-// pack_encoder, pack_rows: W_enc as contiguous rows [F, d], b_enc with b_dec folded in, in float64, groups and codes.
+// prepare_encoder, prepare_rows: W_enc as contiguous rows [F, d], b_enc with b_dec folded in, in float64, groups and
+// codes.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
@@ -266,7 +267,7 @@ static void fill_absent(Packed& packed) {
 }
 
 // An op may not return a view of its input: a W_enc stored as [F, d] rows is copied for the caller who keeps it.
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pack_encoder(
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prepare_encoder(
     Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, OptionalTensor gain) {
   check_dim("W_enc", W_enc, 2);
   Packed packed = pack(W_enc, b_enc, b_dec, gain, can_screen(W_enc.size(0), W_enc.size(1)));
@@ -281,7 +282,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pack_encoder(
       packed.groups};
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_rows(
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prepare_rows(
     Tensor rows, Tensor b_enc, OptionalTensor b_dec, OptionalTensor gain) {
   check_dim("rows", rows, 2);
   const Tensor W_enc = torch::stable::transpose(rows, 0, 1);
@@ -299,6 +300,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_rows(
 }  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("pack_encoder", TORCH_BOX(&darkmatter::cpu::pack_encoder));
-  m.impl("pack_rows", TORCH_BOX(&darkmatter::cpu::pack_rows));
+  m.impl("prepare_encoder", TORCH_BOX(&darkmatter::cpu::prepare_encoder));
+  m.impl("prepare_rows", TORCH_BOX(&darkmatter::cpu::prepare_rows));
 }

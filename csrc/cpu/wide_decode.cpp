@@ -1,5 +1,5 @@
-// sparse_decode and sparse_dot of float64 numbers with weights of any type, not rounded: what pursuit carries from step
-// to step. The same gathers and sums in the same order; only what goes in and comes out is wider.
+// wide_decode, wide_dot: sparse_decode and decoder_dot of float64 numbers with weights of any type, not rounded: what
+// pursuit carries from step to step. The same gathers and sums in the same order; only what goes in and out is wider.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -18,7 +18,7 @@ inline void fetch_ahead(const void* row) {
   }
 }
 
-static Tensor sparse_decode_wide(Tensor values, Tensor indices, Tensor W_dec) {
+static Tensor wide_decode(Tensor values, Tensor indices, Tensor W_dec) {
   check_dim("W_dec", W_dec, 2);
   check_values(values, indices);
   check_type("values", values, ScalarType::Double);
@@ -55,7 +55,7 @@ static Tensor sparse_decode_wide(Tensor values, Tensor indices, Tensor W_dec) {
   return out;
 }
 
-static Tensor sparse_dot_wide(Tensor rows, Tensor indices, Tensor W_dec) {
+static Tensor wide_dot(Tensor rows, Tensor indices, Tensor W_dec) {
   check_dim("rows", rows, 2);
   check_dim("W_dec", W_dec, 2);
   check_size("rows", rows, 1, W_dec.size(1));
@@ -90,6 +90,6 @@ static Tensor sparse_dot_wide(Tensor rows, Tensor indices, Tensor W_dec) {
 }  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("sparse_decode_wide", TORCH_BOX(&darkmatter::cpu::sparse_decode_wide));
-  m.impl("sparse_dot_wide", TORCH_BOX(&darkmatter::cpu::sparse_dot_wide));
+  m.impl("wide_decode", TORCH_BOX(&darkmatter::cpu::wide_decode));
+  m.impl("wide_dot", TORCH_BOX(&darkmatter::cpu::wide_dot));
 }
