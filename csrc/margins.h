@@ -4,11 +4,7 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define DM_HOST_DEVICE __host__ __device__
-#else
-#define DM_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace darkmatter {
 

@@ -47,8 +47,7 @@ struct Packed {
 template <typename T>
 class PreActivation {
  public:
-  explicit PreActivation(const Packed& packed)
-      : bias_(data<double>(packed.bias)), gain_(packed.gain ? data<T>(*packed.gain) : nullptr) {}
+  explicit PreActivation(const Packed& packed) : bias_(data<double>(packed.bias)), gain_(data<T>(packed.gain)) {}
 
   T operator()(double dot, int64_t latent) const { return rounded_with(dot + bias_[latent], latent); }
 

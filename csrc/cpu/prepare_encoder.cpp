@@ -189,10 +189,6 @@ static void pack_terms(Packed& packed, const Tensor& b_enc, const OptionalTensor
   keep_reach(packed);
 }
 
-static OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
-
 static Packed pack(
     const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec, const OptionalTensor& gain, bool screen) {
   check_encoder_weights(W_enc, b_enc, b_dec);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/kernels/active.cuh"
-#include "cuda/tensors.h"
+#include "cuda/kernels/dispatch.h"
 
 namespace darkmatter::cuda {
 
@@ -25,8 +25,8 @@ struct Active {
       require(rows->size(0) >= 1, "crow: must have N + 1 entries, got shape ", shape_of(*rows));
     }
     latents = {
-        pointer<int64_t>(indices), pointer<int64_t>(crow), rows ? 0 : given.size(1),
-        rows ? rows->size(0) - 1 : given.size(0), n_latents};
+        data<int64_t>(indices), data<int64_t>(crow), rows ? 0 : given.size(1), rows ? rows->size(0) - 1 : given.size(0),
+        n_latents};
   }
 };
 

@@ -12,15 +12,15 @@ static void check_no_nan(const OnDevice& device, const char* name, const Tensor&
   if (tensor.numel() > 0) {
     const auto blocks =
         static_cast<unsigned>(std::min<int64_t>(ceil_div(tensor.numel(), kThreads), 8 * device.multiprocessors));
-    dispatch_all(tensor.scalar_type(), [&](auto type) {
+    dispatch_floating(name, tensor.scalar_type(), [&](auto type) {
       using T = decltype(type);
       device.launch(
-          find_nan_kernel<T>, dim3(blocks), kThreads, 0, pointer<T>(tensor), tensor.numel(),
-          mutable_pointer<unsigned long long>(found));
+          find_nan_kernel<T>, dim3(blocks), kThreads, 0, data<T>(tensor), tensor.numel(),
+          mutable_data<unsigned long long>(found));
     });
   }
   int64_t count = 0;
-  device.read(pointer<int64_t>(found), &count, 1);
+  device.read(data<int64_t>(found), &count, 1);
   require(count == 0, name, ": must not contain NaN, got shape ", shape_of(given), " with NaN");
 }
 
@@ -28,12 +28,11 @@ static void make_codes(const OnDevice& device, Packed& packed, const Tensor& b_e
   const int64_t n = packed.weight.size(0), d = packed.weight.size(1), d_padded = screen_padded(d);
   packed.codes = torch::stable::new_empty(packed.weight, {n, d_padded}, ScalarType::Half);
   packed.bounds = torch::stable::new_empty(packed.weight, {kBoundRows, n}, ScalarType::Float);
-  dispatch_screened(packed.weight.scalar_type(), [&](auto type) {
+  dispatch_screened("weight", packed.weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
     device.launch(
-        round_latents_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), kThreads, 0,
-        pointer<T>(packed.weight), pointer<T>(b_enc), n, d, d_padded, mutable_pointer<__half>(*packed.codes),
-        mutable_pointer<float>(*packed.bounds));
+        round_latents_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), kThreads, 0, data<T>(packed.weight),
+        data<T>(b_enc), n, d, d_padded, mutable_data<__half>(*packed.codes), mutable_data<float>(*packed.bounds));
   });
 }
 
@@ -45,12 +44,11 @@ static Packed pack(
   const Tensor own_bias = torch::stable::contiguous(b_enc);
   const OptionalTensor centre = contiguous_or_none(b_dec);
   if (n > 0) {
-    dispatch_all(W_enc.scalar_type(), [&](auto type) {
+    dispatch_floating("W_enc", W_enc.scalar_type(), [&](auto type) {
       using T = decltype(type);
       device.launch(
-          fold_bias_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kGroups))), kThreads, 0,
-          pointer<T>(packed.weight), pointer<T>(own_bias), pointer<T>(centre), n, d,
-          mutable_pointer<double>(packed.bias));
+          fold_bias_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kGroups))), kThreads, 0, data<T>(packed.weight),
+          data<T>(own_bias), data<T>(centre), n, d, mutable_data<double>(packed.bias));
     });
   }
   if (screen) {

@@ -16,8 +16,8 @@ static void launch_decode(
   const dim3 grid(
       static_cast<unsigned>(ceil_div(active.n_tokens, kWarps)), static_cast<unsigned>(ceil_div(d, 32 * kWidth)));
   device.launch(
-      sparse_decode_kernel<T, kWidth, kSkipZeros>, grid, kThreads, 0, pointer<T>(values), active, pointer<T>(rows),
-      pointer<T>(bias), d, mutable_pointer<T>(out));
+      sparse_decode_kernel<T, kWidth, kSkipZeros>, grid, kThreads, 0, data<T>(values), active, data<T>(rows),
+      data<T>(bias), d, mutable_data<T>(out));
 }
 
 // out [N, d] = sums of rows [.., d] weighted by values.
@@ -28,7 +28,7 @@ static void weighted_rows(
   if (out.numel() == 0) {
     return;
   }
-  dispatch_all(rows.scalar_type(), [&](auto type) {
+  dispatch_floating("rows", rows.scalar_type(), [&](auto type) {
     using T = decltype(type);
     constexpr int kWidth = kSliceBytes / 32 / sizeof(T);
     const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
@@ -70,14 +70,14 @@ static Tensor decoder_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tens
   const std::vector<int64_t> shape(indices.sizes().begin(), indices.sizes().end());
   Tensor out = torch::stable::new_empty(W_dec, shape);
   if (out.numel() > 0) {
-    dispatch_all(W_dec.scalar_type(), [&](auto type) {
+    dispatch_floating("W_dec", W_dec.scalar_type(), [&](auto type) {
       using T = decltype(type);
       const int64_t d = W_dec.size(1);
       const bool staged = d <= kMaxStaged;
       device.launch(
           decoder_dot_kernel<T>, dim3(static_cast<unsigned>(active.latents.n_tokens)), kThreads,
-          staged ? d * sizeof(double) : 0, pointer<T>(left), active.latents, pointer<T>(weights), d, staged,
-          mutable_pointer<T>(out));
+          staged ? d * sizeof(double) : 0, data<T>(left), active.latents, data<T>(weights), d, staged,
+          mutable_data<T>(out));
     });
   }
   return out;
@@ -101,16 +101,15 @@ static Tensor decoder_outer(Tensor values, Tensor indices, OptionalTensor crow, 
   const Tensor right = torch::stable::contiguous(rows), factors = torch::stable::contiguous(values);
   Tensor starts = torch::stable::new_empty(sorted, {n_latents + 1});
   Tensor tokens = torch::stable::new_empty(sorted, {n}), own = torch::stable::new_empty(factors, {n});
-  dispatch_all(rows.scalar_type(), [&](auto type) {
+  dispatch_floating("rows", rows.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const int64_t most = std::max(n, n_latents + 1);
     device.launch(
-        segments_kernel<T>, dim3(static_cast<unsigned>(ceil_div(most, kThreads))), kThreads, 0,
-        pointer<int64_t>(sorted), pointer<int64_t>(order), n, active.latents, pointer<T>(factors),
-        mutable_pointer<int64_t>(starts), mutable_pointer<int64_t>(tokens), mutable_pointer<T>(own));
+        segments_kernel<T>, dim3(static_cast<unsigned>(ceil_div(most, kThreads))), kThreads, 0, data<int64_t>(sorted),
+        data<int64_t>(order), n, active.latents, data<T>(factors), mutable_data<int64_t>(starts),
+        mutable_data<int64_t>(tokens), mutable_data<T>(own));
   });
-  const ActiveLatents by_latent{
-      pointer<int64_t>(tokens), pointer<int64_t>(starts), 0, n_latents, active.latents.n_tokens};
+  const ActiveLatents by_latent{data<int64_t>(tokens), data<int64_t>(starts), 0, n_latents, active.latents.n_tokens};
   weighted_rows<false>(device, own, by_latent, right, std::nullopt, out);
   return out;
 }

@@ -14,11 +14,11 @@ static Tensor to_dense(Tensor values, Tensor indices, OptionalTensor crow, int64
   const Tensor given = torch::stable::contiguous(values);
   Tensor dense = torch::stable::new_zeros(values, {active.latents.n_tokens, n_latents});
   if (dense.numel() > 0 && given.numel() > 0) {
-    dispatch_all(values.scalar_type(), [&](auto type) {
+    dispatch_floating("values", values.scalar_type(), [&](auto type) {
       using T = decltype(type);
       device.launch(
           to_dense_kernel<T>, dim3(static_cast<unsigned>(ceil_div(active.latents.n_tokens, kThreads))), kThreads, 0,
-          pointer<T>(given), active.latents, mutable_pointer<T>(dense));
+          data<T>(given), active.latents, mutable_data<T>(dense));
     });
   }
   return dense;

@@ -7,6 +7,8 @@
 
 #include "checks.h"
 #include "cpu/kernels/kernels.h"
+#include "host_device.h"
+#include "tensors.h"
 
 namespace darkmatter::cpu {
 
@@ -27,16 +29,6 @@ auto dispatch_floating(const char* name, ScalarType type, const Body& body) {
   }
 }
 
-template <typename T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 // float64 to the output type, as torch converts: through float32 for the 16-bit types.
 template <typename T>
 inline T rounded(double value) {
@@ -46,8 +38,6 @@ template <>
 inline double rounded<double>(double value) {
   return value;
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Runs body(i) for i in [0, n) on torch's threads.
 template <typename Body>

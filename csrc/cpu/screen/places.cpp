@@ -182,7 +182,7 @@ Tensor grouped(const Tensor& weight, const double* bias, const T* gain, bool mer
 Tensor group_latents(const Tensor& weight, const double* bias, const OptionalTensor& gain, bool merge) {
   return dispatch_floating("weight", weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    return grouped<T>(weight, bias, gain ? data<T>(*gain) : nullptr, merge);
+    return grouped<T>(weight, bias, data<T>(gain), merge);
   });
 }
 

@@ -136,11 +136,11 @@ __device__ double lanes_dot(const X* x, const T* w, int64_t d) {
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      sum = fma(widened(x[e + kLanes * i]), widened(ahead[i]), sum);
+      sum = fma(widen(x[e + kLanes * i]), widen(ahead[i]), sum);
     }
   }
   for (; e < d; e += kLanes) {
-    sum = fma(widened(x[e]), widened(w[e]), sum);
+    sum = fma(widen(x[e]), widen(w[e]), sum);
   }
   const unsigned mask = 0xffu << (threadIdx.x % 32 / kLanes * kLanes);
   sum += __shfl_xor_sync(mask, sum, 4);
@@ -154,7 +154,7 @@ template <typename T>
 __device__ const double* stage_row(const T* row, int64_t d, double* staged) {
   if (staged != nullptr) {
     for (int64_t e = threadIdx.x; e < d; e += kThreads) {
-      staged[e] = widened(row[e]);
+      staged[e] = widen(row[e]);
     }
     __syncthreads();
   }

@@ -29,7 +29,7 @@ __device__ unsigned nonzero_bits(const T* row, int64_t at, int64_t end) {
   unsigned bits = 0;
 #pragma unroll
   for (int c = 0; c < kWidth; ++c) {
-    bits |= widened(packet.element[c]) == 0.0 ? 0u : 1u << c;
+    bits |= widen(packet.element[c]) == 0.0 ? 0u : 1u << c;
   }
   return bits;
 }

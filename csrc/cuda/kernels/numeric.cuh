@@ -13,28 +13,28 @@
 namespace darkmatter::cuda {
 
 // To float64, exactly.
-DM_HOST_DEVICE inline double widened(double value) { return value; }
-DM_HOST_DEVICE inline double widened(float value) { return value; }
-DM_HOST_DEVICE inline double widened(__half value) { return __half2float(value); }
-DM_HOST_DEVICE inline double widened(__nv_bfloat16 value) { return __bfloat162float(value); }
+DM_HOST_DEVICE inline double widen(double value) { return value; }
+DM_HOST_DEVICE inline double widen(float value) { return value; }
+DM_HOST_DEVICE inline double widen(__half value) { return __half2float(value); }
+DM_HOST_DEVICE inline double widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 // From float64, as torch converts: through float32 for the 16-bit types.
 template <typename T>
-DM_HOST_DEVICE inline T narrowed(double value);
+DM_HOST_DEVICE inline T rounded(double value);
 template <>
-DM_HOST_DEVICE inline double narrowed(double value) {
+DM_HOST_DEVICE inline double rounded(double value) {
   return value;
 }
 template <>
-DM_HOST_DEVICE inline float narrowed(double value) {
+DM_HOST_DEVICE inline float rounded(double value) {
   return static_cast<float>(value);
 }
 template <>
-DM_HOST_DEVICE inline __half narrowed(double value) {
+DM_HOST_DEVICE inline __half rounded(double value) {
   return __float2half_rn(static_cast<float>(value));
 }
 template <>
-DM_HOST_DEVICE inline __nv_bfloat16 narrowed(double value) {
+DM_HOST_DEVICE inline __nv_bfloat16 rounded(double value) {
   return __float2bfloat16_rn(static_cast<float>(value));
 }
 
@@ -94,7 +94,5 @@ DM_HOST_DEVICE inline float ranked_value(uint64_t key) { return key_float(static
 // relu that keeps NaN, as torch.relu does.
 DM_HOST_DEVICE inline float relu(float value) { return value <= 0.0f ? 0.0f : value; }
 DM_HOST_DEVICE inline double relu(double value) { return value <= 0.0 ? 0.0 : value; }
-
-DM_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace darkmatter::cuda

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads) fold_bias_kernel(
   }
   const double shift = b_dec != nullptr ? lanes_dot(b_dec, rows + latent * d, d) : 0.0;
   if (threadIdx.x % kLanes == 0) {
-    bias[latent] = widened(b_enc[latent]) - shift;
+    bias[latent] = widen(b_enc[latent]) - shift;
   }
 }
 
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
   bool nan = false;
   for (int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; e < n;
        e += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const double value = widened(values[e]);
+    const double value = widen(values[e]);
     nan |= value != value;
   }
   if (nan) {

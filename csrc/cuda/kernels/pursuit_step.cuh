@@ -92,7 +92,7 @@ __device__ void weighted_atoms(
       }
 #pragma unroll
       for (int i = 0; i < n.value; ++i) {
-        const double factor = widened(factors[a + i]), with = fma(factor, widened(ahead[i]), sum);
+        const double factor = widen(factors[a + i]), with = fma(factor, widen(ahead[i]), sum);
         sum = factor == 0.0 ? sum : with;
       }
     };
@@ -128,10 +128,10 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks)
   // The gradient of half the squared residual, on the support: the atom just chosen and those in use.
   const double* row = stage_row(residual, state.d, storage);
   for (int a = static_cast<int>(threadIdx.x) / kLanes; a < count; a += kGroups) {
-    const bool moves = a == place || rules.keep_chosen || widened(weights[a]) != 0.0;
+    const bool moves = a == place || rules.keep_chosen || widen(weights[a]) != 0.0;
     const double product = moves ? row_dot(row, residual, state.dictionary + atoms[a] * state.d, state.d) : 0.0;
     if (threadIdx.x % kLanes == 0) {
-      gradient[a] = narrowed<T>(product);
+      gradient[a] = rounded<T>(product);
     }
   }
   __syncthreads();
@@ -140,10 +140,10 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks)
   T* direction = state.direction + token * state.d;
   double energy = 0.0, gain = 0.0;
   weighted_atoms(state, atoms, gradient, count, [&](int64_t column, double sum) {
-    direction[column] = narrowed<T>(sum);
-    const double c = widened(direction[column]);
+    direction[column] = rounded<T>(sum);
+    const double c = widen(direction[column]);
     energy += c * c;
-    gain += c * widened(residual[column]);
+    gain += c * widen(residual[column]);
   });
   energy = block_sum(energy, shared);
   gain = block_sum(gain, shared);
@@ -155,11 +155,11 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks)
   }
   const double length = gain / energy;
   for (int a = threadIdx.x; a < count; a += kThreads) {
-    const double weight = widened(weights[a]) + length * widened(gradient[a]);
+    const double weight = widen(weights[a]) + length * widen(gradient[a]);
     if (weight < 0.0) {
       shared.clamped = 1;
     }
-    moved[a] = narrowed<T>(relu(weight));
+    moved[a] = rounded<T>(relu(weight));
     weights[a] = moved[a];
   }
   __syncthreads();
@@ -167,13 +167,13 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks)
   double squares = 0.0;
   if (shared.clamped != 0) {  // the weights did not move along the gradient
     weighted_atoms(state, atoms, moved, count, [&](int64_t column, double sum) {
-      residual[column] = narrowed<T>(widened(state.target[token * state.d + column]) - sum);
-      squares += widened(residual[column]) * widened(residual[column]);
+      residual[column] = rounded<T>(widen(state.target[token * state.d + column]) - sum);
+      squares += widen(residual[column]) * widen(residual[column]);
     });
   } else {
     for (int64_t column = threadIdx.x; column < state.d; column += kThreads) {
-      residual[column] = narrowed<T>(widened(residual[column]) - length * widened(direction[column]));
-      squares += widened(residual[column]) * widened(residual[column]);
+      residual[column] = rounded<T>(widen(residual[column]) - length * widen(direction[column]));
+      squares += widen(residual[column]) * widen(residual[column]);
     }
   }
   squares = block_sum(squares, shared);

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocks) sparse_decode_kernel(
   double sum[kWidth];
 #pragma unroll
   for (int c = 0; c < kWidth; ++c) {
-    sum[c] = bias != nullptr ? widened(bias[column + c]) : 0.0;
+    sum[c] = bias != nullptr ? widen(bias[column + c]) : 0.0;
   }
   // Weights and rows of the entries from `a`; a stretch of kDecodeAhead has no branch, so that all its loads are in
   // flight.
@@ -54,14 +54,14 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocks) sparse_decode_kernel(
     for (int i = 0; i < count.value; ++i) {
       const int64_t latent = active.indices[a + i];
       const bool valid = latent >= 0 && latent < active.n_latents;
-      factor[i] = valid ? widened(values[a + i]) : static_cast<double>(NAN);
+      factor[i] = valid ? widen(values[a + i]) : static_cast<double>(NAN);
       ahead[i] = *reinterpret_cast<const Row*>(rows + (valid ? latent : 0) * d + column);
     }
 #pragma unroll
     for (int i = 0; i < count.value; ++i) {
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        const double with = fma(factor[i], widened(ahead[i].element[c]), sum[c]);
+        const double with = fma(factor[i], widen(ahead[i].element[c]), sum[c]);
         sum[c] = kSkipZeros && factor[i] == 0.0 ? sum[c] : with;
       }
     }
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocks) sparse_decode_kernel(
   Row result;
 #pragma unroll
   for (int c = 0; c < kWidth; ++c) {
-    result.element[c] = narrowed<T>(sum[c]);
+    result.element[c] = rounded<T>(sum[c]);
   }
   *reinterpret_cast<Row*>(out + token * d + column) = result;
 }
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) decoder_dot_kernel(
     const bool valid = latent >= 0 && latent < active.n_latents;
     const double product = valid ? row_dot(row, own, W_dec + latent * d, d) : NAN;
     if (threadIdx.x % kLanes == 0) {
-      out[a] = narrowed<T>(product);
+      out[a] = rounded<T>(product);
     }
   }
 }

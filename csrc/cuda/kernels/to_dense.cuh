@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t latent = active.indices[a];
     if (latent >= 0 && latent < active.n_latents) {
       T& place = dense[token * active.n_latents + latent];
-      place = narrowed<T>(widened(place) + widened(values[a]));
+      place = rounded<T>(widen(place) + widen(values[a]));
     }
   }
 }

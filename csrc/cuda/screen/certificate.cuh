@@ -80,7 +80,7 @@ __device__ RoundedRow round_row(const T* row, const T* centre, int64_t d, int64_
   const int lane = threadIdx.x % 32;
   double squares = 0.0, largest = 0.0, row_squares = 0.0, centre_squares = 0.0;
   for (int64_t e = lane; e < d; e += 32) {
-    const double x = widened(row[e]), c = centre != nullptr ? widened(centre[e]) : 0.0, value = x - c;
+    const double x = widen(row[e]), c = centre != nullptr ? widen(centre[e]) : 0.0, value = x - c;
     squares += value * value;
     row_squares += x * x;
     centre_squares += c * c;
@@ -94,11 +94,11 @@ __device__ RoundedRow round_row(const T* row, const T* centre, int64_t d, int64_
   for (int64_t e = lane; e < d_padded; e += 32) {
     double value = 0.0;
     if (e < d && scale.usable) {
-      value = (widened(row[e]) - (centre != nullptr ? widened(centre[e]) : 0.0)) * factor;
+      value = (widen(row[e]) - (centre != nullptr ? widen(centre[e]) : 0.0)) * factor;
     }
     const __half code = __float2half_rn(static_cast<float>(value));
     codes[e] = code;
-    const double rest = value - widened(code);
+    const double rest = value - widen(code);
     removed += rest * rest;
   }
   removed = sqrt(warp_sum(removed));
@@ -117,7 +117,7 @@ __global__ void round_latents_kernel(
   }
   const RoundedRow row = round_row<T>(rows + latent * d, nullptr, d, d_padded, codes + latent * d_padded);
   if (threadIdx.x % 32 == 0) {
-    const double bias = widened(b_enc[latent]);
+    const double bias = widen(b_enc[latent]);
     bounds[kScale * n + latent] = static_cast<float>(ldexp(1.0, -row.scale.power));
     bounds[kBias * n + latent] = static_cast<float>(bias);
     bounds[kNorm * n + latent] = row.scale.usable ? rounded_up(row.norm * kOutward) : INFINITY;

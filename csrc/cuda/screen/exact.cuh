@@ -18,7 +18,7 @@ __device__ void visit_exact(const ExactRows<T>& exact, const double* row, int64_
   for (int64_t first = 0; first < exact.n_latents; first += kThreads) {
     for (int p = static_cast<int>(threadIdx.x) / kLanes; p < kThreads; p += kGroups) {
       if (first + p < exact.n_latents) {
-        const T h = narrowed<T>(exact.pre_activation(row, token, first + p));
+        const T h = rounded<T>(exact.pre_activation(row, token, first + p));
         if (threadIdx.x % kLanes == 0) {
           sums[p] = h;
         }
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) exact_topk_kernel(
     __syncthreads();
     uint64_t least = 0;  // the k-th best at the last cut
     visit_exact(exact, row, token, sums, [&](int64_t latent, T h, bool valid) {
-      const uint64_t key = valid ? ranked(static_cast<float>(widened(h)), static_cast<int32_t>(latent)) : 0;
+      const uint64_t key = valid ? ranked(static_cast<float>(widen(h)), static_cast<int32_t>(latent)) : 0;
       if (key > least) {
         keys[atomicAdd(filled, 1)] = key;
       }
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) exact_threshold_kernel(
       const int up_to = inclusive_scan(kept, scratch);
       if (kept && col != nullptr) {
         col[crow[token] + before + up_to - 1] = latent;
-        values[crow[token] + before + up_to - 1] = narrowed<T>(relu(widened(h)));
+        values[crow[token] + before + up_to - 1] = rounded<T>(relu(widen(h)));
       }
       if (threadIdx.x == kThreads - 1) {
         *total = up_to;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks)
   const int64_t token = blockIdx.y, first = static_cast<int64_t>(blockIdx.x) * kThreads;
   const double* row = stage_row(exact.x + token * exact.d, exact.d, storage);
   for (int64_t p = first + threadIdx.x / kLanes; p < first + kThreads && p < exact.n_latents; p += kGroups) {
-    const T h = narrowed<T>(exact.pre_activation(row, token, p));
+    const T h = rounded<T>(exact.pre_activation(row, token, p));
     if (threadIdx.x % kLanes == 0) {
       scores[token * exact.n_latents + p] = h;
     }

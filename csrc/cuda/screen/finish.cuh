@@ -115,9 +115,9 @@ __device__ void rescore(
       continue;  // the same for the eight threads of the group
     }
     const int32_t latent = arrays.latent[p];
-    const T h = narrowed<T>(exact.pre_activation(row, token, latent));
+    const T h = rounded<T>(exact.pre_activation(row, token, latent));
     if (threadIdx.x % kLanes == 0) {
-      arrays.keys[atomicAdd(filled, 1)] = ranked(static_cast<float>(widened(h)), latent);
+      arrays.keys[atomicAdd(filled, 1)] = ranked(static_cast<float>(widen(h)), latent);
     }
   }
   __syncthreads();
@@ -137,7 +137,7 @@ __device__ inline float kth_value(const uint64_t* keys, int count, int k, BlockS
 template <typename T>
 __device__ void write_best(const uint64_t* keys, int k, T* values, int64_t* indices) {
   for (int a = threadIdx.x; a < k; a += kThreads) {
-    values[a] = narrowed<T>(widened(relu(ranked_value(keys[a]))));
+    values[a] = rounded<T>(widen(relu(ranked_value(keys[a]))));
     indices[a] = ranked_latent(keys[a]);
   }
 }
@@ -189,7 +189,7 @@ struct Thresholds {
   int step;  // 0: one for all latents
 
   // h > threshold, or NaN: dropping it would hide it.
-  __device__ bool keeps(T h, int64_t latent) const { return !(widened(h) <= widened(values[latent * step])); }
+  __device__ bool keeps(T h, int64_t latent) const { return !(widen(h) <= widen(values[latent * step])); }
 };
 
 template <typename T>
@@ -230,11 +230,11 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_kernel(
   __syncthreads();
   const double* row = stage_row(exact.x + token * exact.d, exact.d, storage);
   for (int p = static_cast<int>(threadIdx.x) / kLanes; p < count; p += kGroups) {
-    const T h = narrowed<T>(exact.pre_activation(row, token, latent[p]));
+    const T h = rounded<T>(exact.pre_activation(row, token, latent[p]));
     if (threadIdx.x % kLanes == 0 && thresholds.keeps(h, latent[p])) {
       // descending keys: ascending latents, with the value behind
       keys[p] = static_cast<uint64_t>(0xffffffffu - static_cast<uint32_t>(latent[p])) << 32 |
-                float_bits(relu(static_cast<float>(widened(h))));
+                float_bits(relu(static_cast<float>(widen(h))));
       atomicAdd(&shared.certain, 1);
     }
   }
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_kernel(
   const int64_t start = pool.start[first_token + token];
   for (int i = threadIdx.x; i < kept; i += kThreads) {
     pool.latent[start + i] = ranked_latent(keys[i] >> 32);
-    static_cast<T*>(pool.values)[start + i] = narrowed<T>(bits_float(static_cast<uint32_t>(keys[i])));
+    static_cast<T*>(pool.values)[start + i] = rounded<T>(bits_float(static_cast<uint32_t>(keys[i])));
   }
 }
 
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kThreads) threshold_limits_kernel(
     unsigned long long* __restrict__ found_nan) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at < n) {
-    const auto threshold = static_cast<float>(widened(thresholds[at]));
+    const auto threshold = static_cast<float>(widen(thresholds[at]));
     limits[at] = margin_below(margin_of<T>(), threshold);
     if (threshold != threshold) {
       atomicAdd(found_nan, 1ull);

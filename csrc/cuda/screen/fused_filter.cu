@@ -24,7 +24,7 @@ FusedFilter::FusedFilter(
     const OnDevice& device, const Tensor& codes, const Tensor& bounds, const FusedQuestion& question)
     : device_(device),
       question_(question),
-      latents_{pointer<float>(bounds), codes.size(0)},
+      latents_{data<float>(bounds), codes.size(0)},
       d_padded_(codes.size(1)),
       tiles_(static_cast<int>(ceil_div(codes.size(0), kLatentTile))),
       screens_(torch::stable::new_empty(bounds, {tiles_, kLatentTile, 2}, ScalarType::Float)),
@@ -33,13 +33,13 @@ FusedFilter::FusedFilter(
     step_ *= 2;
   }
   require(
-      hopper::describe_rows(pointer<__half>(codes), latents_.n, d_padded_, kLatentTile / kClusterBlocks, &latent_map_),
+      hopper::describe_rows(data<__half>(codes), latents_.n, d_padded_, kLatentTile / kClusterBlocks, &latent_map_),
       "darkmatter_ext: the driver must describe the codes of latents, got a refusal");
   Arena arena{nullptr};
   arena.take<uint32_t>(3);
   device.launch(
       prepare_latents_kernel, dim3(static_cast<unsigned>(tiles_)), kThreads, arena.used, latents_, question.limits,
-      mutable_pointer<LatentScreen>(screens_), mutable_pointer<LargestBounds>(largest_));
+      mutable_data<LatentScreen>(screens_), mutable_data<LargestBounds>(largest_));
 }
 
 int64_t FusedFilter::first_latents() const {
@@ -83,8 +83,8 @@ void FusedFilter::launch(
       latents_,
       lists,
       question_.limits,
-      pointer<LatentScreen>(screens_),
-      pointer<LargestBounds>(largest_),
+      data<LatentScreen>(screens_),
+      data<LargestBounds>(largest_),
       n,
       static_cast<int>(d_padded_ / hopper::kTileColumns),
       {step, growth, wanted}};

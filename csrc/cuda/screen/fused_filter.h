@@ -1,9 +1,9 @@
 // The launches of the fused filter (fused_filter.cuh): which latents when.
 #pragma once
 
+#include "cuda/kernels/dispatch.h"
 #include "cuda/kernels/hopper.cuh"
 #include "cuda/screen/filter.cuh"
-#include "cuda/tensors.h"
 
 namespace darkmatter::cuda {
 

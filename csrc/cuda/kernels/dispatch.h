@@ -1,4 +1,4 @@
-// Tensors as the kernels of the CUDA library take them: typed pointers, and a tensor's dtype as a template parameter.
+// From a tensor's dtype to a template parameter, and torch's own ops.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -11,38 +11,23 @@
 
 namespace darkmatter::cuda {
 
-template <typename T>
-const T* pointer(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <typename T>
-const T* pointer(const OptionalTensor& tensor) {
-  return tensor ? pointer<T>(*tensor) : nullptr;
-}
-template <typename T>
-T* mutable_pointer(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-inline OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
-
-// body(float{}), body(__half{}), ... by the dtype.
+// Calls body with a value of the C++ type of `type`: body(float{}), body(__half{}), ...
 template <typename Body>
-auto dispatch_screened(ScalarType type, const Body& body) {
+auto dispatch_screened(const char* name, ScalarType type, const Body& body) {
   switch (type) {
+    case ScalarType::Float:
+      return body(float{});
     case ScalarType::Half:
       return body(__half{});
     case ScalarType::BFloat16:
       return body(__nv_bfloat16{});
     default:
-      return body(float{});
+      refuse(name, ": must be a floating-point tensor, got ", torch::headeronly::toString(type));
   }
 }
 template <typename Body>
-auto dispatch_all(ScalarType type, const Body& body) {
-  return type == ScalarType::Double ? body(double{}) : dispatch_screened(type, body);
+auto dispatch_floating(const char* name, ScalarType type, const Body& body) {
+  return type == ScalarType::Double ? body(double{}) : dispatch_screened(name, type, body);
 }
 
 // Torch's own ops, through its dispatcher.
