@@ -11,11 +11,6 @@
 
 namespace darkmatter::cpu {
 
-// Below these sizes screening costs more than it saves.
-constexpr int64_t kMinScreenD = 32;
-constexpr int64_t kMinScreenLatents = 256;
-constexpr int64_t kMinTokensToPack = 64;  // in a call with unpacked weights: rounding W_enc costs about 20 tokens' work
-
 // NaN weights would turn into NaN latents that win every top-k: refused here, once, in the pass that packs.
 static void check_no_nan(const char* name, const Tensor& tensor, const Tensor& given) {
   dispatch_floating(name, tensor.scalar_type(), [&](auto type) {

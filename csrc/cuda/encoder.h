@@ -89,8 +89,9 @@ class ScreenPass {
     centre_ = contiguous_or_none(b_dec);
   }
 
-  // For each tile of tokens: filter(chunk, latents, tokens, lists, grid) for each chunk, then finish(first token, n,
-  // ..).
+  // For each tile of tokens:
+  //   filter(chunk, latents, tokens, lists, grid) for each chunk,
+  //   then finish(first token, n, tokens, lists).
   template <typename T, typename Filter, typename Finish>
   void run(const Tensor& x, const Filter& filter, const Finish& finish) {
     const int64_t n_latents = packed_.weight.size(0), d = x.size(1);

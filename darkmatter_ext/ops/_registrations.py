@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake, register_vmap
 
-from darkmatter_ext.ops import _library  # noqa: F401  (defines torch.ops.darkmatter)
+from darkmatter_ext.ops import _library
 
 _ops = torch.ops.darkmatter
-_BOUND_ROWS = 5  # kBoundRows of csrc/margins.h
 # weight, bias, codes, sums, bounds, groups are derived from W_enc, b_enc, b_dec; gain has no gradient
 _NO_PACKED_GRADIENTS = (None,) * 7
 
@@ -48,7 +47,7 @@ def _prepare_rows_fake(
         rows.new_empty(n_latents, dtype=torch.float64),
         codes,
         rows.new_empty(n_sums, dtype=torch.int32),
-        rows.new_empty(_BOUND_ROWS, padded, dtype=torch.float32),
+        rows.new_empty(_library.BOUND_ROWS, padded, dtype=torch.float32),
         rows.new_empty(n_groups, dtype=torch.int32),
     )
 

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.ops import _registrations  # noqa: F401  (registers fakes and gradients)
+from darkmatter_ext.ops._library import MIN_TOKENS_TO_PACK
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.checks import call, check_tensor, check_weights, flat_rows
 from darkmatter_ext.runtime.inputs import InputError
 
 _ops = torch.ops.darkmatter
 _NOT_PACKED = (None,) * 7
-_MIN_TOKENS_TO_PACK = 64  # kMinTokensToPack of csrc/cpu/prepare_encoder.cpp
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +207,7 @@ def _packed(
     if prepared is not None:
         return prepared.packed
     shared = x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if not shared or x.shape[:-1].numel() < _MIN_TOKENS_TO_PACK:
+    if not shared or x.shape[:-1].numel() < MIN_TOKENS_TO_PACK:
         return _NOT_PACKED
     return prepare_encoder(W_enc, b_enc, b_dec=b_dec).packed
 

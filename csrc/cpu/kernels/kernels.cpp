@@ -31,12 +31,6 @@ static double widen_half(Half half) {
 
 static Half round_half(float value) { return Half(value); }
 
-// The bits of an element as an unsigned integer of its size.
-[[maybe_unused]] static inline uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
-[[maybe_unused]] static inline uint64_t bits_of(double value) { return __builtin_bit_cast(uint64_t, value); }
-[[maybe_unused]] static inline uint16_t bits_of(Half value) { return value.x; }
-[[maybe_unused]] static inline uint16_t bits_of(BFloat16 value) { return value.x; }
-
 // DM_ISA: 0 for plain C++, 1 for AVX2 with FMA and F16C, 2 for AVX-512.
 #define DM_ISA 0
 namespace scalar {

@@ -10,6 +10,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <tuple>
+#include <type_traits>
 
 namespace darkmatter::cpu {
 
@@ -17,6 +19,10 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
 constexpr int64_t kLanes = 8;
+
+// The unsigned integer of a type's size, for its bits.
+template <typename T>
+using Word = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
 
 // Kernels on elements of one type.
 template <typename T>
@@ -48,31 +54,13 @@ struct Kernels {
   // and latents are multiples of kLanes. 64-byte aligned rows are twice as fast.
   void (*dots)(
       const double* x, int64_t tokens, const double* w, int64_t latents, int64_t d_padded, double* out, int64_t ld_out);
-  TypedKernels<float> f32;
-  TypedKernels<double> f64;
-  TypedKernels<Half> f16;
-  TypedKernels<BFloat16> bf16;
+  std::tuple<TypedKernels<float>, TypedKernels<double>, TypedKernels<Half>, TypedKernels<BFloat16>> typed;
 
   template <typename T>
-  const TypedKernels<T>& of() const;
+  const TypedKernels<T>& of() const {
+    return std::get<TypedKernels<T>>(typed);
+  }
 };
-
-template <>
-inline const TypedKernels<float>& Kernels::of<float>() const {
-  return f32;
-}
-template <>
-inline const TypedKernels<double>& Kernels::of<double>() const {
-  return f64;
-}
-template <>
-inline const TypedKernels<Half>& Kernels::of<Half>() const {
-  return f16;
-}
-template <>
-inline const TypedKernels<BFloat16>& Kernels::of<BFloat16>() const {
-  return bf16;
-}
 
 const Kernels& kernels();  // of active_isa()
 

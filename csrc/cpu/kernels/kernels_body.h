@@ -460,13 +460,13 @@ static int64_t decode_row(
 template <typename T>
 static int64_t nonzeros(const T* row, int64_t n, int32_t* index) {
   constexpr int64_t line = 64 / sizeof(T);
-  typedef decltype(bits_of(T{})) Word;
-  typedef Word Words __attribute__((vector_size(64)));
+  typedef Word<T> Bits;
+  typedef Bits Words __attribute__((vector_size(64)));
   int64_t count = 0, e = 0;
   const auto scan = [&](int64_t end) {
     for (; e < end; ++e) {
       index[count] = static_cast<int32_t>(e);
-      count += static_cast<Word>(bits_of(row[e]) << 1) != 0;
+      count += static_cast<Bits>(load_as<Bits>(row + e) << 1) != 0;
     }
   };
   while (e + 4 * line <= n) {
@@ -489,7 +489,7 @@ static constexpr TypedKernels<T> typed() {
   return {widen<T>, round_row<T>, dot<T>, pair_dots<T>, nonzeros<T>, weighted_sum<T>, decode_row<T>};
 }
 
-static const Kernels table = {dots, typed<float>(), typed<double>(), typed<Half>(), typed<BFloat16>()};
+static constexpr Kernels table = {dots, {typed<float>(), typed<double>(), typed<Half>(), typed<BFloat16>()}};
 
 #undef DM_INLINE
 #undef DM_SHUFFLE

@@ -85,7 +85,7 @@ struct TaskTokens {
     std::vector<double> row(d);
     for (int64_t t = 0; t < count; ++t) {
       kernels().of<T>().widen(x + t * d, row.data(), d);
-      norm[t] = std::sqrt(kernels().f64.dot(row.data(), row.data(), d));
+      norm[t] = std::sqrt(kernels().of<double>().dot(row.data(), row.data(), d));
       zero[t] = norm[t] == 0.0 && std::all_of(row.begin(), row.end(), [](double e) { return e == 0.0; });
       if (screen_kernels()->refines) {
         to_half(t, row);
@@ -286,17 +286,30 @@ class OtherLatents {
     for (int64_t i = 0; i < places_.n_odd; ++i) {
       const int32_t latent = places_.odd[i];
       kernels().of<T>().widen(data<T>(packed_.weight) + latent * d, weights.data(), d);
-      visit(latent, h_.rounded_with(kernels().f64.dot(row.data(), weights.data(), d) + odd_bias_[i], latent));
+      visit(latent, h_.rounded_with(kernels().of<double>().dot(row.data(), weights.data(), d) + odd_bias_[i], latent));
     }
   }
 
-  // visit(latent, h) of the constant latents, or of all but the odd ones for a token of zeros.
+  // visit(latent, h) of the constant latents.
   template <typename Visit>
   void visit_constant(const Visit& visit) const {
     for (int64_t i = 0; i < places_.n_constant; ++i) {
       visit(places_.constant[i], at_zero(places_.constant[i]));
     }
   }
+  // Whether those are the constant latents of a token x [d] too: 0 times Inf or NaN is NaN.
+  bool constant_of(const T* x) const {
+    return places_.n_constant == 0 ||
+           std::all_of(x, x + packed_.d(), [](T e) { return std::isfinite(static_cast<double>(e)); });
+  }
+  // visit(latent, NaN) of the first `most` constant latents, for a token of which they are not.
+  template <typename Visit>
+  void visit_constant_as_nan(int64_t most, const Visit& visit) const {
+    for (int64_t i = 0; i < std::min(most, places_.n_constant); ++i) {
+      visit(places_.constant[i], static_cast<T>(std::numeric_limits<float>::quiet_NaN()));
+    }
+  }
+  // visit(latent, h) of all but the odd latents, for a token of zeros.
   template <typename Visit>
   void visit_all_at_zero(const Visit& visit) const {
     for (int64_t place = 0; place < places_.n_places; ++place) {

@@ -26,6 +26,11 @@ constexpr int64_t kPanel = 48;         // places a panel
 constexpr int64_t kMaxScreenTokens = 12;
 constexpr int64_t kMaxScreenD = 32768;  // sums of products of codes stay below 2^31 (each kind says why)
 
+// Below these sizes screening costs more than it saves.
+constexpr int64_t kMinScreenD = 32;
+constexpr int64_t kMinScreenLatents = 256;
+constexpr int64_t kMinTokensToPack = 64;  // in a call with unpacked weights: rounding W_enc costs about 20 tokens' work
+
 // The weights of the screened places (cpu/screen/places.h), ready for a kind of codes.
 struct ScreenedWeights {
   int64_t n_places, d, d_padded, panels;

@@ -26,40 +26,15 @@ inline uint64_t mixed(uint64_t hash, uint64_t word) {
   return hash ^ (hash >> 29);
 }
 
-// Unsigned integers of an element's size, and the bits that are all ones in Inf and NaN alone.
-template <typename T>
-struct Bits;
-template <>
-struct Bits<float> {
-  using Word = uint32_t;
-  static constexpr Word exponent = 0x7f800000;
-};
-template <>
-struct Bits<double> {
-  using Word = uint64_t;
-  static constexpr Word exponent = 0x7ff0000000000000;
-};
-template <>
-struct Bits<Half> {
-  using Word = uint16_t;
-  static constexpr Word exponent = 0x7c00;
-};
-template <>
-struct Bits<BFloat16> {
-  using Word = uint16_t;
-  static constexpr Word exponent = 0x7f80;
-};
-
 template <typename T>
 Row kind_of(const T* row, int64_t d) {
-  using Word = typename Bits<T>::Word;
-  constexpr Word exponent = Bits<T>::exponent;
-  Word any = 0, not_finite = 0;
+  using Bits = Word<T>;
+  const auto exponent = std::bit_cast<Bits>(std::numeric_limits<T>::infinity());  // all ones in Inf and NaN alone
+  Bits any = 0, not_finite = 0;
   for (int64_t e = 0; e < d; ++e) {
-    Word word;
-    std::memcpy(&word, row + e, sizeof(word));
-    any |= static_cast<Word>(word << 1);  // without the sign: -0 is zero
-    not_finite |= static_cast<Word>((word & exponent) == exponent);
+    const auto bits = std::bit_cast<Bits>(row[e]);
+    any |= static_cast<Bits>(bits << 1);  // without the sign: -0 is zero
+    not_finite |= static_cast<Bits>((bits & exponent) == exponent);
   }
   return not_finite ? Row::not_finite : any ? Row::usual : Row::zero;
 }

@@ -14,8 +14,8 @@
 namespace darkmatter::cpu {
 
 // The int32 tensor `groups` of the op table, seen as what it holds:
-//   [n_places, n_twins, n_constant, n_odd, reach | latent of each place | twin_start [n_places + 1], twins | constant |
-//   odd],
+//   [n_places, n_twins, n_constant, n_odd, reach | latent of each place |
+//    twin_start [n_places + 1], twins | constant | odd],
 // the second part only where n_twins > 0; reach is a float32, bit by bit.
 struct Places {
   int64_t n_places = 0, n_twins = 0, n_constant = 0, n_odd = 0;

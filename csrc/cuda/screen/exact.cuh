@@ -1,6 +1,6 @@
 // The path that never screens: float64 sums of all latents, streamed through one block a token. For tokens that
-// screening cannot help (not finite, or more candidates than a list holds), found on the device without asking the
-// host.
+// screening cannot help: not finite, or more candidates than a list holds. They are found on the device, without asking
+// the host.
 //
 // Budget: F d elements of W_enc a token, read through L2, where the blocks, going at one pace, find each other's rows.
 #pragma once
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) exact_threshold_kernel(
   }
 }
 
-// All pre-activations [n, F], for what no list can hold: float64, large k, small dictionaries. Grid: (kThreads latents,
-// tokens).
+// All pre-activations [n, F], for what no list can hold: float64, large k, small dictionaries.
+// Grid: (kThreads latents, tokens).
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kDotBlocks)
     exact_scores_kernel(ExactRows<T> exact, T* __restrict__ scores) {
