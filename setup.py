@@ -112,6 +112,11 @@ def shell(path: Path | str) -> str:
     return shlex.quote(str(path)).replace("$", "$$")
 
 
+def object_name(source: Path, suffix: str = "") -> str:
+    """Of a source in csrc; two of the same name in different folders have different objects."""
+    return f"{source.relative_to(ROOT / 'csrc')}{suffix}.o".replace("/", "_")
+
+
 class Build:
     """The commands of the build, written as a ninja file: parallel, and only what changed."""
 
@@ -130,7 +135,7 @@ class Build:
     def objects(self, rule: str, sources: list[Path], suffix: str = "") -> str:
         names = []
         for source in sources:
-            name = f"{source.relative_to(ROOT / 'csrc')}{suffix}.o".replace("/", "_")
+            name = object_name(source, suffix)
             self.lines.append(f"build {name}: {rule} {ninja_path(source)}")
             names.append(name)
         return " ".join(names)
@@ -154,7 +159,7 @@ class Build:
         self.rule("cxx", f"{self.cxx} {cxx_flags} -MMD -MF $out.d -c $in -o $out")
         self.lines += ["rule link", f"  command = {self.cxx} -shared $in -o $out $libs"]
         keep = "-Wl,--no-as-needed " if platform.system() == "Linux" else ""
-        cpu = self.objects("cxx", [csrc / "ops.cpp", *sorted((csrc / "cpu").glob("*.cpp"))])
+        cpu = self.objects("cxx", [csrc / "ops.cpp", *sorted((csrc / "cpu").rglob("*.cpp"))])
         self.lines += [
             f"build {ninja_path(self.out)}/libdarkmatter_cpu.so: link {cpu}",
             f"  libs = {keep}{self.torch_libs}",
@@ -178,7 +183,7 @@ class Build:
         defines = " ".join(f"-DDARKMATTER_{name}='\"{value}\"'" for name, value in facts.items())
         self.rule("pycxx", f"{self.cxx} {cxx_flags} {includes} {defines} -MMD -MF $out.d -c $in -o $out")
         module = self.objects("pycxx", [csrc / "module.cpp"])
-        isa = self.objects("cxx", [csrc / "cpu/isa.cpp"], ".module")
+        isa = self.objects("cxx", [csrc / "cpu/kernels/isa.cpp"], ".module")
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         self.lines += [f"build {ninja_path(self.out)}/_C{suffix}: link {module} {isa}", "  libs ="]
 
@@ -192,7 +197,7 @@ class Build:
         ]
         ptx = f"-gencode arch=compute_{self.archs[0].rstrip('af')},code=compute_{self.archs[0].rstrip('af')}"
         self.rule("nvcc", self.nvcc_command(self.archs, ptx))
-        objects = self.objects("nvcc", sorted((csrc / "cuda").glob("*.cu")))
+        objects = self.objects("nvcc", sorted((csrc / "cuda").rglob("*.cu")))
         # nvcc links, because only it knows where its static runtime library is.
         libs = f"{self.torch_libs} -L. -ltorch_cuda"
         self.lines += [
@@ -248,7 +253,7 @@ class CudaCheck(Command):
         shutil.rmtree(work, ignore_errors=True)  # objects of sources that are gone would be linked
         work.mkdir(parents=True)
         build = Build(work, work, nvcc, list(CHECKED_CUDA_ARCHS))
-        sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", str(os.cpu_count())))) as pool:
             results = pool.map(lambda each: self._compile(build, work, each), sources)
             for source, done in zip(sources, results, strict=True):
@@ -260,7 +265,7 @@ class CudaCheck(Command):
 
     def _compile(self, build: Build, work: Path, source: Path) -> subprocess.CompletedProcess[str]:
         command = build.nvcc_command(list(CHECKED_CUDA_ARCHS), "-Xptxas -v")
-        command = command.replace("$in", shell(source)).replace("$out", shell(work / f"{source.stem}.o"))
+        command = command.replace("$in", shell(source)).replace("$out", shell(work / object_name(source)))
         return subprocess.run(shlex.split(command.replace("$$", "$")), capture_output=True, text=True, check=False)
 
     def _link(self, build: Build, work: Path) -> None:

@@ -3,8 +3,8 @@
     python benchmarks/gpu_probe.py [--out FOLDER]
 
 1. How the tensor cores add (float16 in, float32 out, through the product the screen uses): how far below the running sum a
-   term may lie before it is lost, and the worst error found as a share of what csrc/cuda/screen.cuh allows. 2. The rate of a
-   buffer that stays in L2. 3. float16 against bfloat16 matrix products on random data.
+   term may lie before it is lost, and the worst error found as a share of what csrc/cuda/screen/certificate.cuh allows.
+2. The rate of a buffer that stays in L2. 3. float16 against bfloat16 matrix products on random data.
 """
 
 from __future__ import annotations

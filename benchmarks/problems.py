@@ -244,9 +244,10 @@ def _sae(architecture: str, W_enc: Tensor, k: int) -> Any:
 
 def demo_problems() -> list[Problem]:
     """The demo's own SAEs on its own held-out activations, when the demo has run on this machine."""
-    from darkmatter_ext.experiments.decomposition import DEMO
     from darkmatter_ext.measurement.selection import HELD_OUT, tokens_with_role
     from darkmatter_ext.measurement.site import site_contexts, site_selection, sites_activations, trained_saes
+
+    from darkmatter_ext.experiments.decomposition import DEMO
     from darkmatter_ext.runtime.progress import Stages
 
     config, stages = DEMO, Stages(show=False)

@@ -2,20 +2,14 @@
 // checks the same rules first and raises TypeError / ValueError.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <cstdint>
-#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
-namespace darkmatter {
+#include "tensors.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+namespace darkmatter {
 
 // A RuntimeError in Python. STD_TORCH_CHECK would put function, source path and line before the message.
 template <typename... Parts>
@@ -108,7 +102,7 @@ inline void check_gain(const OptionalTensor& gain, const Tensor& W_enc) {
   }
 }
 
-// What pack_encoder made, as it comes into an op: all given, or none.
+// What prepare_encoder made, as it comes into an op: all given, or none.
 struct PackedArguments {
   OptionalTensor weight, bias, codes, sums, bounds, groups, gain;
 };

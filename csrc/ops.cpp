@@ -7,16 +7,17 @@
 
 STABLE_TORCH_LIBRARY(darkmatter, m) {
   // weight: W_enc^T as contiguous rows [F, d]; bias: b_enc with b_dec folded in, float64 [F]; codes, sums, bounds: what
-  // screening needs (csrc/cpu/screen.h), empty where the machine cannot screen; groups: which latents are equal or
-  // need no screening (csrc/cpu/places.h), empty on CUDA. gain [F] multiplies the rounded pre-activations (CPU only).
+  // screening needs (csrc/cpu/screen/certificate.h), empty where the machine cannot screen; groups: which latents are
+  // equal or need no screening (csrc/cpu/screen/places.h), empty on CUDA. gain [F] multiplies the rounded
+  // pre-activations (CPU only).
   m.def(
-      "pack_encoder(Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor? gain=None)"
+      "prepare_encoder(Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor? gain=None)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The same without weight, from rows [F, d] that are there already (CPU only).
   m.def(
-      "pack_rows(Tensor rows, Tensor b_enc, Tensor? b_dec, Tensor? gain=None) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
-  // values [N, k], indices [N, k]; weight ... groups as pack_encoder gives them, or absent (then packed in the call).
+      "prepare_rows(Tensor rows, Tensor b_enc, Tensor? b_dec, Tensor? gain=None)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // values [N, k], indices [N, k]; weight ... groups as prepare_encoder gives them, or absent: then packed in the call.
   m.def(
       "topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, int k, Tensor? weight, Tensor? bias,"
       " Tensor? codes, Tensor? sums, Tensor? bounds, Tensor? groups, Tensor? gain=None) -> (Tensor, Tensor)");
@@ -39,12 +40,12 @@ STABLE_TORCH_LIBRARY(darkmatter, m) {
   m.def("sparse_decode(Tensor values, Tensor indices, Tensor? crow, Tensor W_dec, Tensor? b_dec) -> Tensor");
   // The two gradients of sparse_decode: <rows_i, W_dec[index]> for each active latent, in the shape of indices, and
   // sum over the tokens of value * rows_i for each latent, [F, d]. rows is [N, d].
-  m.def("sparse_dot(Tensor rows, Tensor indices, Tensor? crow, Tensor W_dec) -> Tensor");
-  m.def("sparse_outer(Tensor values, Tensor indices, Tensor? crow, Tensor rows, int n_latents) -> Tensor");
-  // sparse_decode and sparse_dot of float64 values [N, k] or rows [N, d] with W_dec of any dtype: float64, not rounded.
-  // CPU only, for pursuit; float64 weights need them nowhere.
-  m.def("sparse_decode_wide(Tensor values, Tensor indices, Tensor W_dec) -> Tensor");
-  m.def("sparse_dot_wide(Tensor rows, Tensor indices, Tensor W_dec) -> Tensor");
+  m.def("decoder_dot(Tensor rows, Tensor indices, Tensor? crow, Tensor W_dec) -> Tensor");
+  m.def("decoder_outer(Tensor values, Tensor indices, Tensor? crow, Tensor rows, int n_latents) -> Tensor");
+  // sparse_decode and decoder_dot of float64 values [N, k] or rows [N, d] with W_dec of any dtype, in float64 and not
+  // rounded. CPU only, for pursuit; float64 weights need them nowhere.
+  m.def("wide_decode(Tensor values, Tensor indices, Tensor W_dec) -> Tensor");
+  m.def("wide_dot(Tensor rows, Tensor indices, Tensor W_dec) -> Tensor");
   // crow [N + 1], col [z] of the nonzero entries (NaN is one, -0 is not) of dense acts [N, F].
   m.def("find_support(Tensor acts) -> (Tensor, Tensor)");
   // The inverse: dense acts [N, F] of the active latents.

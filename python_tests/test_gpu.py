@@ -35,7 +35,7 @@ def gpu_arguments(case, dtype):
     """The arguments of a case on the GPU; packed weights are packed there."""
     arguments = [on_gpu(value) for value in case.make(dtype)]
     if case.name == "packed":
-        arguments[5:] = torch.ops.darkmatter.pack_encoder(*arguments[1:4])
+        arguments[5:] = torch.ops.darkmatter.prepare_encoder(*arguments[1:4])
     return arguments
 
 
@@ -53,7 +53,7 @@ def test_the_kernels_are_in():
 def test_every_case_equals_the_cpu(case, dtype):
     mine, on_cpu = case.call()(*gpu_arguments(case, dtype)), case.call()(*case.make(dtype))
     mine, on_cpu = (value if isinstance(value, tuple) else (value,) for value in (mine, on_cpu))
-    if case.op == "pack_encoder":
+    if case.op == "prepare_encoder":
         mine, on_cpu = mine[:2], on_cpu[:2]  # codes are each backend's own
     if dtype == torch.float64:  # the last bit may depend on fused multiply-add
         for one, other in zip(mine, on_cpu, strict=True):

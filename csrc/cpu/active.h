@@ -1,9 +1,9 @@
 // The active latents an op is given, checked once.
 #pragma once
 
-#include "cpu/dispatch.h"
+#include "cpu/kernels/dispatch.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // The active latents of N tokens, [N, k] or ragged, seen the same way.
 struct Active {
@@ -55,4 +55,4 @@ struct Active {
   }
 };
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

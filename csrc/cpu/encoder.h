@@ -11,12 +11,12 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "cpu/places.h"
-#include "cpu/wide_rows.h"
-#include "screening.h"
+#include "cpu/kernels/dispatch.h"
+#include "cpu/kernels/wide_rows.h"
+#include "cpu/screen/places.h"
+#include "margins.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 constexpr int64_t kTokens = 64;           // tokens a block: amortises the widening of the weights to float64
 constexpr int64_t kLatents = 24;          // latents a block: their float64 rows stay in L2 (147 KB at d 768)
@@ -47,8 +47,7 @@ struct Packed {
 template <typename T>
 class PreActivation {
  public:
-  explicit PreActivation(const Packed& packed)
-      : bias_(data<double>(packed.bias)), gain_(packed.gain ? data<T>(*packed.gain) : nullptr) {}
+  explicit PreActivation(const Packed& packed) : bias_(data<double>(packed.bias)), gain_(data<T>(packed.gain)) {}
 
   T operator()(double dot, int64_t latent) const { return rounded_with(dot + bias_[latent], latent); }
 
@@ -142,4 +141,4 @@ inline double relu(double value) {
   return value <= 0.0 ? 0.0 : value;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu

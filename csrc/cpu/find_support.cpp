@@ -4,9 +4,9 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/kernels/dispatch.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 static std::tuple<Tensor, Tensor> find_support(Tensor acts) {
   check_dim("acts", acts, 2);
@@ -40,6 +40,6 @@ static std::tuple<Tensor, Tensor> find_support(Tensor acts) {
   return {crow, col};
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) { m.impl("find_support", TORCH_BOX(&darkmatter::find_support)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) { m.impl("find_support", TORCH_BOX(&darkmatter::cpu::find_support)); }

@@ -4,9 +4,9 @@
 
 #include <tuple>
 
-#include "cpu/screened.h"
+#include "cpu/screen/candidates.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 template <typename T>
 static void intervals_of_task(
@@ -62,6 +62,8 @@ static std::tuple<Tensor, Tensor, Tensor> screen_intervals(
   return {lower, upper, screened};
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) { m.impl("screen_intervals", TORCH_BOX(&darkmatter::screen_intervals)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
+  m.impl("screen_intervals", TORCH_BOX(&darkmatter::cpu::screen_intervals));
+}

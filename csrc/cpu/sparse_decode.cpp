@@ -5,10 +5,10 @@
 #include <vector>
 
 #include "cpu/active.h"
-#include "cpu/pool.h"
-#include "cpu/wide_rows.h"
+#include "cpu/kernels/pool.h"
+#include "cpu/kernels/wide_rows.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 constexpr int64_t kTokenGrain = 8;     // tokens a parallel part at least
 constexpr int64_t kLatentGrain = 32;   // latents a parallel part at least
@@ -94,7 +94,7 @@ static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, 
   return out;
 }
 
-static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tensor W_dec) {
+static Tensor decoder_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tensor W_dec) {
   check_dim("rows", rows, 2);
   check_dim("W_dec", W_dec, 2);
   check_size("rows", rows, 1, W_dec.size(1));
@@ -121,7 +121,7 @@ static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tenso
   return out;
 }
 
-// The active latents sorted by latent, tokens ascending within one (a counting sort): the segments of sparse_outer.
+// The active latents sorted by latent, tokens ascending within one (a counting sort): the segments of decoder_outer.
 struct Segments {
   std::vector<int64_t> start;  // [F + 1]
   std::vector<int64_t> token;  // [z]
@@ -147,7 +147,7 @@ struct Segments {
   }
 };
 
-static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, Tensor rows, int64_t n_latents) {
+static Tensor decoder_outer(Tensor values, Tensor indices, OptionalTensor crow, Tensor rows, int64_t n_latents) {
   check_dim("rows", rows, 2);
   check_values(values, indices);
   check_type("values", values, rows.scalar_type());
@@ -175,10 +175,10 @@ static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, T
   return out;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("sparse_decode", TORCH_BOX(&darkmatter::sparse_decode));
-  m.impl("sparse_dot", TORCH_BOX(&darkmatter::sparse_dot));
-  m.impl("sparse_outer", TORCH_BOX(&darkmatter::sparse_outer));
+  m.impl("sparse_decode", TORCH_BOX(&darkmatter::cpu::sparse_decode));
+  m.impl("decoder_dot", TORCH_BOX(&darkmatter::cpu::decoder_dot));
+  m.impl("decoder_outer", TORCH_BOX(&darkmatter::cpu::decoder_outer));
 }

@@ -1,14 +1,15 @@
 // threshold_encode: the pre-activations above a threshold, ragged (JumpReLU, BatchTopK at inference, ReLU with 0).
 //
-// Kept: h > threshold, strictly, and h that is NaN (a dense SAE would turn the whole row NaN; dropping it would hide
-// it). try_threshold_encode leaves the tokens that screening does not help to its caller.
+// Kept: h > threshold, strictly, and h that is NaN: a dense SAE would turn the whole row NaN, and dropping it would
+// hide that. try_threshold_encode leaves the tokens that screening does not help to its caller.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "cpu/rescore.h"
+#include "cpu/screen/encode_tokens.h"
+#include "cpu/screen/rescore.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 // What one task keeps of one token.
 template <typename T>
@@ -66,47 +67,34 @@ struct Thresholds {
 template <typename T>
 class AboveThreshold {
  public:
-  AboveThreshold(
-      const T* x, int64_t n_tokens, const Packed& packed, const OtherLatents<T>& others,
-      const std::vector<double>& centre, const Tensor& threshold, bool may_leave)
-      : x_(x),
-        packed_(packed),
-        others_(others),
-        centre_(centre),
-        thresholds_(threshold, packed.places),
-        may_leave_(may_leave),
-        screens_(packed.codes.has_value()),
-        tiling_(
-            screens_ ? screen_tiling(n_tokens, packed.places.n_places)
-                     : Tiling::exact(n_tokens, packed.places.n_places, packed.d())),
-        kept_(n_tokens * tiling_.ranges),
-        whole_(n_tokens),
-        zero_(n_tokens, 0),
-        left_(n_tokens, may_leave && !screens_) {}
+  AboveThreshold(const EncodeTokens<T>& tokens, const Tensor& threshold)
+      : tokens_(tokens),
+        packed_(tokens_.packed),
+        tiling_(tokens_.tiling),
+        thresholds_(threshold, packed_.places),
+        kept_(tiling_.n_tokens * tiling_.ranges),
+        whole_(tiling_.n_tokens) {}
 
   void run() {
-    if (!may_leave_ || screens_) {
-      parallel_tasks(tiling_.tasks(), [&](int64_t i) {
-        const Tiling::Task task = tiling_.task(i);
-        screens_ ? screen_task(task) : exact_task(task, rows_between(0, task.tokens));
-      });
-    }
+    tokens_.run(
+        [&](const Tiling::Task& task) { screen_task(task); },
+        [&](const Tiling::Task& task, const Rows& rows) { exact_task(task, rows); });
     Kept<T> constant, at_zero;
-    others_.visit_constant([&](int32_t latent, T h) { thresholds_.keep(constant, latent, h); });
-    if (std::find(zero_.begin(), zero_.end(), 1) != zero_.end()) {
-      others_.visit_all_at_zero([&](int32_t latent, T h) { thresholds_.keep(at_zero, latent, h); });
+    tokens_.others.visit_constant([&](int32_t latent, T h) { thresholds_.keep(constant, latent, h); });
+    if (tokens_.any_zero()) {
+      tokens_.others.visit_all_at_zero([&](int32_t latent, T h) { thresholds_.keep(at_zero, latent, h); });
     }
     parallel_ranges(tiling_.n_tokens, 16, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
-        if (!left_[token]) {
+        if (!tokens_.left[token]) {
           join(token, constant, at_zero);
         }
       }
     });
   }
 
+  const EncodeTokens<T>& tokens() const { return tokens_; }
   const Kept<T>& of(int64_t token) const { return whole_[token]; }
-  bool left(int64_t token) const { return left_[token]; }
 
  private:
   Kept<T>& kept_of(int64_t token, const Tiling::Task& task) { return kept_[token * tiling_.ranges + task.number]; }
@@ -117,7 +105,7 @@ class AboveThreshold {
 
   void exact_task(const Tiling::Task& task, const Rows& rows) {
     visit_exactly<T>(
-        x_ + task.token * packed_.d(), rows, packed_, task.begin, task.end,
+        tokens_.row(task.token), rows, packed_, task.begin, task.end,
         [&](int64_t row, int64_t place, T h) { keep_place(kept_of(task.token + row, task), place, h); });
   }
 
@@ -127,7 +115,7 @@ class AboveThreshold {
     const ScreenedWeights weights = screened_weights(packed_);
     const int64_t first = task.begin / kPanel, last = ceil_div(task.end, kPanel);
     const int64_t step = sample_step(last - first);
-    const int64_t most = most_candidates(task.end - task.begin, may_leave_);
+    const int64_t most = most_candidates(task.end - task.begin, tokens_.may_leave);
     std::vector<Candidates> found(task.tokens);
     const auto scan_some = [&](int64_t begin, int64_t end, int64_t by, int64_t at_most) {
       Rows rows;
@@ -155,32 +143,21 @@ class AboveThreshold {
   }
 
   void screen_task(const Tiling::Task& task) {
-    const TaskTokens<T> tokens(x_ + task.token * packed_.d(), task.tokens, screened_weights(packed_), centre_);
+    const TaskTokens<T> tokens(tokens_.row(task.token), task.tokens, screened_weights(packed_), tokens_.centre);
     std::vector<char> screened(task.tokens);
     for (int64_t row = 0; row < task.tokens; ++row) {
       screened[row] = tokens.screened[row].screened;
     }
     const std::vector<Candidates> found = scan(tokens, task, screened);
     Pairs pairs;
-    Rows undecided;
     for (int64_t row = 0; row < task.tokens; ++row) {
       if (screened[row]) {
         pairs.place.insert(pairs.place.end(), found[row].place.begin(), found[row].place.begin() + found[row].count);
-      } else if (tokens.zero[row]) {
-        zero_[task.token + row] = 1;
-      } else {
-        undecided.push_back(static_cast<int32_t>(row));
       }
       pairs.end_token();
     }
     keep_exact(tokens, task, pairs);
-    if (may_leave_) {
-      for (const int32_t row : undecided) {
-        left_[task.token + row] = 1;
-      }
-    } else {
-      exact_task(task, undecided);
-    }
+    exact_task(task, tokens_.sort_undecided(tokens, task, [&](int64_t row) { return screened[row] != 0; }));
   }
 
   void keep_exact(const TaskTokens<T>& tokens, const Tiling::Task& task, const Pairs& pairs) {
@@ -203,41 +180,32 @@ class AboveThreshold {
       whole.indices.insert(whole.indices.end(), part.indices.begin(), part.indices.end());
       whole.values.insert(whole.values.end(), part.values.begin(), part.values.end());
     };
-    const T* row = x_ + token * packed_.d();
-    if (zero_[token]) {
+    const auto keep = [&](int32_t latent, T h) { thresholds_.keep(whole, latent, h); };
+    const T* x = tokens_.row(token);
+    if (tokens_.zero[token]) {
       add(at_zero);
     } else {
       for (int64_t range = 0; range < tiling_.ranges; ++range) {
         add(kept_[token * tiling_.ranges + range]);
       }
-      // 0 times Inf or NaN is NaN: of a token that is not finite, the constant latents too.
-      const bool finite = packed_.places.n_constant == 0 || std::all_of(row, row + packed_.d(), [](T e) {
-                            return std::isfinite(static_cast<double>(e));
-                          });
-      if (finite) {
+      if (tokens_.others.constant_of(x)) {
         add(constant);
       } else {
-        others_.visit_constant([&](int32_t latent, T) {
-          thresholds_.keep(whole, latent, static_cast<T>(std::numeric_limits<float>::quiet_NaN()));
-        });
+        tokens_.others.visit_constant_as_nan(packed_.places.n_constant, keep);
       }
     }
-    others_.visit_odd(row, [&](int32_t latent, T h) { thresholds_.keep(whole, latent, h); });
+    tokens_.others.visit_odd(x, keep);
     if (!std::is_sorted(whole.indices.begin(), whole.indices.end())) {
       whole.sort();
     }
   }
 
-  const T* x_;
+  EncodeTokens<T> tokens_;
   const Packed& packed_;
-  const OtherLatents<T>& others_;
-  const std::vector<double>& centre_;
+  const Tiling& tiling_;
   const Thresholds<T> thresholds_;
-  const bool may_leave_, screens_;
-  const Tiling tiling_;
   std::vector<Kept<T>> kept_;   // [n_tokens, ranges]
   std::vector<Kept<T>> whole_;  // [n_tokens]
-  std::vector<char> zero_, left_;
 };
 
 // values, crow, col as the op table has them, and the tokens that were left.
@@ -247,12 +215,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> as_ragged(const Tensor& x, con
   Tensor crow = torch::stable::new_empty(x, {n_tokens + 1}, ScalarType::Long);
   int64_t* starts = mutable_data<int64_t>(crow);
   starts[0] = 0;
-  std::vector<int64_t> left;
   for (int64_t token = 0; token < n_tokens; ++token) {
     starts[token + 1] = starts[token] + static_cast<int64_t>(found.of(token).indices.size());
-    if (found.left(token)) {
-      left.push_back(token);
-    }
   }
   Tensor col = torch::stable::new_empty(x, {starts[n_tokens]}, ScalarType::Long);
   Tensor values = torch::stable::new_empty(x, {starts[n_tokens]});
@@ -263,9 +227,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> as_ragged(const Tensor& x, con
       std::copy(own.values.begin(), own.values.end(), mutable_data<T>(values) + starts[token]);
     }
   });
-  Tensor undecided = torch::stable::new_empty(x, {static_cast<int64_t>(left.size())}, ScalarType::Long);
-  std::copy(left.begin(), left.end(), mutable_data<int64_t>(undecided));
-  return {values, crow, col, undecided};
+  std::vector<int64_t> left;
+  found.tokens().list_left(0, left);
+  return {values, crow, col, token_numbers(x, left)};
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor> encode(
@@ -279,7 +243,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> encode(
   return dispatch_floating("x", x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const OtherLatents<T> others(packed, b_enc, centre);
-    AboveThreshold<T> found(data<T>(rows), x.size(0), packed, others, centre, limits, may_leave);
+    const bool screens = packed.codes.has_value();
+    AboveThreshold<T> found({data<T>(rows), x.size(0), packed, others, centre, screens, may_leave}, limits);
     found.run();
     return as_ragged(x, found);
   });
@@ -301,9 +266,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> try_threshold_encode(
   return encode(x, W_enc, b_enc, b_dec, threshold, {weight, bias, codes, sums, bounds, groups, gain}, true);
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("threshold_encode", TORCH_BOX(&darkmatter::threshold_encode));
-  m.impl("try_threshold_encode", TORCH_BOX(&darkmatter::try_threshold_encode));
+  m.impl("threshold_encode", TORCH_BOX(&darkmatter::cpu::threshold_encode));
+  m.impl("try_threshold_encode", TORCH_BOX(&darkmatter::cpu::try_threshold_encode));
 }

@@ -4,9 +4,9 @@
 #include <cstring>
 
 #include "cpu/active.h"
-#include "cpu/pool.h"
+#include "cpu/kernels/pool.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 static Tensor to_dense(Tensor values, Tensor indices, OptionalTensor crow, int64_t n_latents) {
   check_values(values, indices);
@@ -31,6 +31,6 @@ static Tensor to_dense(Tensor values, Tensor indices, OptionalTensor crow, int64
   return out;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) { m.impl("to_dense", TORCH_BOX(&darkmatter::to_dense)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) { m.impl("to_dense", TORCH_BOX(&darkmatter::cpu::to_dense)); }

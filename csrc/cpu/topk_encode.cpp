@@ -1,6 +1,6 @@
 // topk_encode: the k largest pre-activations of each token, exact, without an [N, F] array.
 //
-// Each task finds the best k of its range of places for each of its tokens, by screening (screened_topk.h) or by exact
+// Each task finds the best k of its range of places for each of its tokens, by screening (top_k.h) or by exact
 // sums of all; the ranges are merged at the end, with the latents that need no place. try_topk_encode leaves the tokens
 // that screening does not help to its caller.
 #include <torch/csrc/stable/library.h>
@@ -8,9 +8,10 @@
 #include <numeric>
 #include <tuple>
 
-#include "cpu/screened_topk.h"
+#include "cpu/screen/encode_tokens.h"
+#include "cpu/screen/top_k.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 constexpr int64_t kGroup = 2048;       // tokens whose candidates (2k a token and range) live at a time
 constexpr int64_t kMaxScreenK = 4096;  // above, the lists of bounds cost more than the scores
@@ -19,31 +20,14 @@ constexpr int64_t kMaxScreenK = 4096;  // above, the lists of bounds cost more t
 template <typename T>
 class TopK {
  public:
-  TopK(
-      const T* x, int64_t n_tokens, const Packed& packed, const OtherLatents<T>& others,
-      const std::vector<double>& centre, int64_t k, bool may_leave)
-      : x_(x),
-        packed_(packed),
-        others_(others),
-        centre_(centre),
-        k_(k),
-        may_leave_(may_leave),
-        screens_(packed.codes && k <= kMaxScreenK && 8 * k <= packed.places.n_places),
-        tiling_(
-            screens_ ? screen_tiling(n_tokens, packed.places.n_places)
-                     : Tiling::exact(n_tokens, packed.places.n_places, packed.d())),
-        best_(n_tokens * tiling_.ranges),
-        zero_(n_tokens, 0),
-        left_(n_tokens, may_leave && !screens_) {}
+  TopK(const EncodeTokens<T>& tokens, int64_t k)
+      : tokens_(tokens), tiling_(tokens_.tiling), k_(k), best_(tiling_.n_tokens * tiling_.ranges) {}
 
-  // values, indices: [n_tokens, k]. Tokens for which left() is set then hold nothing that means anything.
+  // values, indices: [n_tokens, k]. Tokens that are left then hold nothing that means anything.
   void run(T* values, int64_t* indices) {
-    if (!may_leave_ || screens_) {
-      parallel_tasks(tiling_.tasks(), [&](int64_t i) {
-        const Tiling::Task task = tiling_.task(i);
-        screens_ ? screen_task(task) : exact_task(task, rows_between(0, task.tokens));
-      });
-    }
+    tokens_.run(
+        [&](const Tiling::Task& task) { screen_task(task); },
+        [&](const Tiling::Task& task, const Rows& rows) { exact_task(task, rows); });
     find_constant_best();
     parallel_ranges(tiling_.n_tokens, 16, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
@@ -52,68 +36,64 @@ class TopK {
     });
   }
 
-  bool left(int64_t token) const { return left_[token]; }
+  const EncodeTokens<T>& tokens() const { return tokens_; }
 
  private:
   Best<T>& best_of(int64_t token, const Tiling::Task& task) { return best_[token * tiling_.ranges + task.number]; }
 
   void screen_task(const Tiling::Task& task) {
-    const TaskTokens<T> tokens(x_ + task.token * packed_.d(), task.tokens, screened_weights(packed_), centre_);
-    TopKScreen<T> screen(tokens, packed_, task, k_, may_leave_);
+    const Packed& packed = tokens_.packed;
+    const TaskTokens<T> tokens(tokens_.row(task.token), task.tokens, screened_weights(packed), tokens_.centre);
+    TopKScreen<T> screen(tokens, packed, task, k_, tokens_.may_leave);
     std::vector<TopKState<T>>& states = screen.run();
-    Rows undecided;
     for (int64_t row = 0; row < task.tokens; ++row) {
       if (states[row].screened) {
         best_of(task.token + row, task) = std::move(states[row].best);
-      } else if (tokens.zero[row]) {
-        zero_[task.token + row] = 1;
-      } else {
-        undecided.push_back(static_cast<int32_t>(row));
       }
     }
-    if (may_leave_) {
-      for (const int32_t row : undecided) {
-        left_[task.token + row] = 1;
-      }
-    } else {
-      exact_task(task, undecided);
-    }
+    exact_task(task, tokens_.sort_undecided(tokens, task, [&](int64_t row) { return states[row].screened; }));
   }
 
   void exact_task(const Tiling::Task& task, const Rows& rows) {
-    visit_exactly<T>(
-        x_ + task.token * packed_.d(), rows, packed_, task.begin, task.end, [&](int64_t row, int64_t place, T h) {
-          offer_place(best_of(task.token + row, task), k_, packed_.places, place, h);
-        });
+    const Packed& packed = tokens_.packed;
+    visit_exactly<T>(tokens_.row(task.token), rows, packed, task.begin, task.end, [&](int64_t row, int64_t place, T h) {
+      offer_place(best_of(task.token + row, task), k_, packed.places, place, h);
+    });
   }
 
   // Those of the constant latents that can be among the best of any token, and the best of a token of zeros.
   void find_constant_best() {
-    others_.visit_constant([&](int32_t latent, T h) { constant_.offer_any(k_, {h, latent}); });
+    tokens_.others.visit_constant([&](int32_t latent, T h) { constant_.offer_any(k_, {h, latent}); });
     constant_.cut(k_);
-    if (std::find(zero_.begin(), zero_.end(), 1) != zero_.end()) {
-      others_.visit_all_at_zero([&](int32_t latent, T h) { at_zero_.offer_any(k_, {h, latent}); });
+    if (tokens_.any_zero()) {
+      tokens_.others.visit_all_at_zero([&](int32_t latent, T h) { at_zero_.offer_any(k_, {h, latent}); });
       at_zero_.cut(k_);
     }
   }
 
   void write(int64_t token, T* values, int64_t* indices) {
-    if (left_[token]) {
+    if (tokens_.left[token]) {
       std::fill_n(values, k_, T(0.0f));
       std::iota(indices, indices + k_, int64_t{0});
       return;
     }
     std::vector<Candidate<T>> merged;
     const auto add = [&](const Best<T>& part) { merged.insert(merged.end(), part.kept.begin(), part.kept.end()); };
-    if (zero_[token]) {
+    const auto add_one = [&](int32_t latent, T h) { merged.push_back({h, latent}); };
+    const T* x = tokens_.row(token);
+    if (tokens_.zero[token]) {
       add(at_zero_);
     } else {
       for (int64_t range = 0; range < tiling_.ranges; ++range) {
         add(best_[token * tiling_.ranges + range]);
       }
-      add_constant(token, merged);
+      if (tokens_.others.constant_of(x)) {
+        add(constant_);
+      } else {
+        tokens_.others.visit_constant_as_nan(k_, add_one);
+      }
     }
-    others_.visit_odd(x_ + token * packed_.d(), [&](int32_t latent, T h) { merged.push_back({h, latent}); });
+    tokens_.others.visit_odd(x, add_one);
     std::partial_sort(merged.begin(), merged.begin() + k_, merged.end(), comes_first<T>);
     for (int64_t a = 0; a < k_; ++a) {
       values[a] = relu(merged[a].value);
@@ -121,30 +101,10 @@ class TopK {
     }
   }
 
-  // 0 times Inf or NaN is NaN: of a token that is not finite, the constant latents too.
-  void add_constant(int64_t token, std::vector<Candidate<T>>& merged) const {
-    const T* row = x_ + token * packed_.d();
-    const bool finite = constant_.kept.empty() ||
-                        std::all_of(row, row + packed_.d(), [](T e) { return std::isfinite(static_cast<double>(e)); });
-    if (finite) {
-      merged.insert(merged.end(), constant_.kept.begin(), constant_.kept.end());
-    } else {
-      const Places& places = packed_.places;
-      for (int64_t i = 0; i < std::min(k_, places.n_constant); ++i) {
-        merged.push_back({static_cast<T>(std::numeric_limits<float>::quiet_NaN()), places.constant[i]});
-      }
-    }
-  }
-
-  const T* x_;
-  const Packed& packed_;
-  const OtherLatents<T>& others_;
-  const std::vector<double>& centre_;
+  EncodeTokens<T> tokens_;
+  const Tiling& tiling_;
   const int64_t k_;
-  const bool may_leave_, screens_;
-  const Tiling tiling_;
   std::vector<Best<T>> best_;  // [n_tokens, ranges]
-  std::vector<char> zero_, left_;
   Best<T> constant_, at_zero_;
 };
 
@@ -160,24 +120,19 @@ static std::tuple<Tensor, Tensor, Tensor> encode(
   if (x.size(0) > 0 && k > 0) {
     const Tensor rows = torch::stable::contiguous(x);
     const std::vector<double> centre = wide_vector(b_dec);
+    const bool screens = packed.codes && k <= kMaxScreenK && 8 * k <= packed.places.n_places;
     dispatch_floating("x", x.scalar_type(), [&](auto type) {
       using T = decltype(type);
       const OtherLatents<T> others(packed, b_enc, centre);
       for (int64_t first = 0; first < x.size(0); first += kGroup) {
         const int64_t some = std::min(kGroup, x.size(0) - first);
-        TopK<T> group(data<T>(rows) + first * x.size(1), some, packed, others, centre, k, may_leave);
+        TopK<T> group({data<T>(rows) + first * x.size(1), some, packed, others, centre, screens, may_leave}, k);
         group.run(mutable_data<T>(values) + first * k, mutable_data<int64_t>(indices) + first * k);
-        for (int64_t token = 0; token < some; ++token) {
-          if (group.left(token)) {
-            left.push_back(first + token);
-          }
-        }
+        group.tokens().list_left(first, left);
       }
     });
   }
-  Tensor undecided = torch::stable::new_empty(x, {static_cast<int64_t>(left.size())}, ScalarType::Long);
-  std::copy(left.begin(), left.end(), mutable_data<int64_t>(undecided));
-  return {values, indices, undecided};
+  return {values, indices, token_numbers(x, left)};
 }
 
 static std::tuple<Tensor, Tensor> topk_encode(
@@ -194,9 +149,9 @@ static std::tuple<Tensor, Tensor, Tensor> try_topk_encode(
   return encode(x, W_enc, b_enc, b_dec, k, {weight, bias, codes, sums, bounds, groups, gain}, true);
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("topk_encode", TORCH_BOX(&darkmatter::topk_encode));
-  m.impl("try_topk_encode", TORCH_BOX(&darkmatter::try_topk_encode));
+  m.impl("topk_encode", TORCH_BOX(&darkmatter::cpu::topk_encode));
+  m.impl("try_topk_encode", TORCH_BOX(&darkmatter::cpu::try_topk_encode));
 }

@@ -6,11 +6,11 @@
 
 #include <algorithm>
 
-#include "cuda/finish.cuh"
-#include "cuda/fused_filter.h"
-#include "cuda/tensors.h"
+#include "cuda/kernels/dispatch.h"
+#include "cuda/screen/finish.cuh"
+#include "cuda/screen/fused_filter.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int64_t kTileTokens = 4096;
 constexpr int64_t kChunkBytes = 32 << 20;  // of scores: within the 40 to 60 MB of L2 of an A100 or H200
@@ -38,7 +38,7 @@ inline bool can_screen(const Tensor& W_enc) {
 template <typename T>
 ExactRows<T> exact_rows(const Tensor& x, const Packed& packed) {
   const int64_t d = x.size(1);
-  return {pointer<T>(x),  pointer<T>(packed.weight), pointer<double>(packed.bias), x.size(0), d, packed.weight.size(0),
+  return {data<T>(x),     data<T>(packed.weight), data<double>(packed.bias), x.size(0), d, packed.weight.size(0),
           d <= kMaxStaged};
 }
 
@@ -89,27 +89,28 @@ class ScreenPass {
     centre_ = contiguous_or_none(b_dec);
   }
 
-  // For each tile of tokens: filter(chunk, latents, tokens, lists, grid) for each chunk, then finish(first token, n,
-  // ..).
+  // For each tile of tokens:
+  //   filter(chunk, latents, tokens, lists, grid) for each chunk,
+  //   then finish(first token, n, tokens, lists).
   template <typename T, typename Filter, typename Finish>
   void run(const Tensor& x, const Filter& filter, const Finish& finish) {
     const int64_t n_latents = packed_.weight.size(0), d = x.size(1);
-    const ScreenedLatents latents{pointer<float>(*packed_.bounds), n_latents};
+    const ScreenedLatents latents{data<float>(*packed_.bounds), n_latents};
     for (int64_t first = 0; first < x.size(0); first += kTileTokens) {
       const int64_t n = std::min(kTileTokens, x.size(0) - first);
       const ScreenedTokens tokens{
-          mutable_pointer<__half>(codes_), mutable_pointer<float>(scale_), mutable_pointer<TokenBounds>(bounds_),
-          mutable_pointer<int>(exact_) + first};
+          mutable_data<__half>(codes_), mutable_data<float>(scale_), mutable_data<TokenBounds>(bounds_),
+          mutable_data<int>(exact_) + first};
       const CandidateLists lists{
-          mutable_pointer<int>(count_),
-          mutable_pointer<int32_t>(latent_),
-          lower_ ? mutable_pointer<float>(*lower_) : nullptr,
-          upper_ ? mutable_pointer<float>(*upper_) : nullptr,
-          limit_ ? mutable_pointer<uint32_t>(*limit_) : nullptr,
+          mutable_data<int>(count_),
+          mutable_data<int32_t>(latent_),
+          lower_ ? mutable_data<float>(*lower_) : nullptr,
+          upper_ ? mutable_data<float>(*upper_) : nullptr,
+          limit_ ? mutable_data<uint32_t>(*limit_) : nullptr,
           ranges_};
       device_.launch(
-          round_tokens_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), kThreads, 0,
-          pointer<T>(x) + first * d, pointer<T>(centre_), n, d, d_padded_, tokens, lists);
+          round_tokens_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), kThreads, 0, data<T>(x) + first * d,
+          data<T>(centre_), n, d, d_padded_, tokens, lists);
       const dim3 grid(static_cast<unsigned>(ceil_div(n, kFilterTokens)), static_cast<unsigned>(ranges_));
       if (fused_) {
         if (width_ > 0) {
@@ -120,7 +121,7 @@ class ScreenPass {
         for (int64_t latent = 0; latent < n_latents; latent += width_) {
           const int64_t width = std::min(width_, n_latents - latent);
           multiply(tokens.codes, n, latent, width, 0);
-          filter(ScoreChunk{pointer<float>(products_), width_, n, latent, width, 0}, latents, tokens, lists, grid);
+          filter(ScoreChunk{data<float>(products_), width_, n, latent, width, 0}, latents, tokens, lists, grid);
         }
       }
       finish(first, n, tokens, lists);
@@ -136,8 +137,8 @@ class ScreenPass {
       const __half* tokens, int64_t n, int64_t first, int64_t width, int64_t column, int64_t runs = 1,
       int64_t skip = 0) const {
     half_products(
-        device_, tokens, pointer<__half>(*packed_.codes) + first * d_padded_, n, width, d_padded_,
-        mutable_pointer<float>(products_) + column, width_, runs, skip);
+        device_, tokens, data<__half>(*packed_.codes) + first * d_padded_, n, width, d_padded_,
+        mutable_data<float>(products_) + column, width_, runs, skip);
   }
 
   // The chunk before the fused filter: every step-th run of latents, of which the last may be cut short.
@@ -150,7 +151,7 @@ class ScreenPass {
     if (rest > 0) {
       multiply(tokens, n, whole * (kRun + skip), rest, whole * kRun);
     }
-    return {pointer<float>(products_), width_, n, 0, width, skip};
+    return {data<float>(products_), width_, n, 0, width, skip};
   }
 
   const OnDevice& device_;
@@ -162,4 +163,4 @@ class ScreenPass {
   std::optional<FusedFilter> fused_;
 };
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

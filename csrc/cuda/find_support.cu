@@ -1,12 +1,12 @@
 // find_support on CUDA. The number of nonzero entries decides the shape of the result, so the op waits for the device
 // once, as torch.nonzero does.
-#include "cuda/find_support.cuh"
+#include "cuda/kernels/find_support.cuh"
 
 #include <tuple>
 
-#include "cuda/tensors.h"
+#include "cuda/kernels/dispatch.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 template <typename T, int kWidth>
 static std::tuple<Tensor, Tensor> support(const OnDevice& device, const Tensor& acts) {
@@ -14,20 +14,19 @@ static std::tuple<Tensor, Tensor> support(const OnDevice& device, const Tensor& 
   Tensor counts = torch::stable::new_empty(acts, {n_tokens * kWarps}, ScalarType::Long);
   const dim3 grid(static_cast<unsigned>(n_tokens));
   device.launch(
-      count_support_kernel<T, kWidth>, grid, kThreads, 0, pointer<T>(acts), n_latents,
-      mutable_pointer<int64_t>(counts));
+      count_support_kernel<T, kWidth>, grid, kThreads, 0, data<T>(acts), n_latents, mutable_data<int64_t>(counts));
   const Tensor up_to = prefix_sums(counts);
   Tensor crow = torch::stable::new_zeros(acts, {n_tokens + 1}, ScalarType::Long);
   Tensor rest = torch::stable::narrow(crow, 0, 1, n_tokens);
   Tensor by_warp = torch::stable::view(up_to, {n_tokens, kWarps});
   torch::stable::copy_(rest, torch::stable::select(by_warp, 1, kWarps - 1));
   int64_t n_active = 0;
-  device.read(pointer<int64_t>(crow) + n_tokens, &n_active, 1);
+  device.read(data<int64_t>(crow) + n_tokens, &n_active, 1);
   Tensor col = torch::stable::new_empty(acts, {n_active}, ScalarType::Long);
   if (n_active > 0) {
     device.launch(
-        write_support_kernel<T, kWidth>, grid, kThreads, 0, pointer<T>(acts), n_latents, pointer<int64_t>(up_to),
-        pointer<int64_t>(counts), mutable_pointer<int64_t>(col));
+        write_support_kernel<T, kWidth>, grid, kThreads, 0, data<T>(acts), n_latents, data<int64_t>(up_to),
+        data<int64_t>(counts), mutable_data<int64_t>(col));
   }
   return {crow, col};
 }
@@ -42,7 +41,7 @@ static std::tuple<Tensor, Tensor> find_support(Tensor acts) {
         torch::stable::new_empty(acts, {0}, ScalarType::Long)};
   }
   const Tensor rows = torch::stable::contiguous(acts);
-  return dispatch_all(acts.scalar_type(), [&](auto type) {
+  return dispatch_floating("acts", acts.scalar_type(), [&](auto type) {
     using T = decltype(type);
     constexpr int kWidth = 16 / sizeof(T);
     const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
@@ -51,6 +50,6 @@ static std::tuple<Tensor, Tensor> find_support(Tensor acts) {
   });
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("find_support", TORCH_BOX(&darkmatter::find_support)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("find_support", TORCH_BOX(&darkmatter::cuda::find_support)); }

@@ -13,7 +13,7 @@
 
 #include "checks.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 // The device of a tensor made current, and torch's current stream there.
 class OnDevice {
@@ -98,4 +98,4 @@ void half_products(
     const OnDevice& device, const __half* tokens, const __half* latents, int64_t n, int64_t width, int64_t d,
     float* products, int64_t ld, int64_t runs = 1, int64_t skip = 0);
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

@@ -1,9 +1,9 @@
 // pursuit_step on CUDA: launch and registration. Nothing waits for the device.
-#include "cuda/pursuit_step.cuh"
+#include "cuda/kernels/pursuit_step.cuh"
 
-#include "cuda/tensors.h"
+#include "cuda/kernels/dispatch.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 static void check_rows(const char* name, const Tensor& tensor, const Tensor& like) {
   check_type(name, tensor, like.scalar_type());
@@ -52,19 +52,18 @@ static void pursuit_step(
   const Tensor direction = torch::stable::empty_like(target);
   const auto run = [&](auto type) {
     using T = decltype(type);
-    const PursuitState<T> state{
-        pointer<T>(target),
-        pointer<T>(dictionary),
-        pointer<int64_t>(choice),
-        pointer<int64_t>(l0),
-        mutable_pointer<T>(residual),
-        mutable_pointer<int64_t>(atoms),
-        mutable_pointer<T>(weights),
-        mutable_pointer<int64_t>(n_chosen),
-        mutable_pointer<int>(done),
-        mutable_pointer<T>(direction),
-        target.size(1),
-        weights.size(1)};
+    const PursuitState<T> state{data<T>(target),
+                                data<T>(dictionary),
+                                data<int64_t>(choice),
+                                data<int64_t>(l0),
+                                mutable_data<T>(residual),
+                                mutable_data<int64_t>(atoms),
+                                mutable_data<T>(weights),
+                                mutable_data<int64_t>(n_chosen),
+                                mutable_data<int>(done),
+                                mutable_data<T>(direction),
+                                target.size(1),
+                                weights.size(1)};
     const bool staged = state.d <= kMaxStaged;
     Arena arena{nullptr};
     if (staged) {
@@ -84,6 +83,6 @@ static void pursuit_step(
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("pursuit_step", TORCH_BOX(&darkmatter::pursuit_step)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("pursuit_step", TORCH_BOX(&darkmatter::cuda::pursuit_step)); }

@@ -2,9 +2,9 @@
 #include <tuple>
 
 #include "cuda/encoder.h"
-#include "cuda/screen_intervals.cuh"
+#include "cuda/screen/screen_intervals.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 static std::tuple<Tensor, Tensor, Tensor> screen_intervals(
     Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, OptionalTensor weight, OptionalTensor bias,
@@ -24,7 +24,7 @@ static std::tuple<Tensor, Tensor, Tensor> screen_intervals(
     const Tensor rows = torch::stable::contiguous(x);
     ScreenPass pass(device, rows, b_dec, packed, 0);
     int64_t first_token = 0;
-    dispatch_screened(x.scalar_type(), [&](auto type) {
+    dispatch_screened("x", x.scalar_type(), [&](auto type) {
       pass.run<decltype(type)>(
           rows,
           [&](const ScoreChunk& chunk, const ScreenedLatents& latents, const ScreenedTokens& tokens,
@@ -32,8 +32,8 @@ static std::tuple<Tensor, Tensor, Tensor> screen_intervals(
             const dim3 grid(static_cast<unsigned>(ceil_div(chunk.width, kThreads)), static_cast<unsigned>(chunk.n));
             device.launch(
                 write_intervals_kernel, grid, kThreads, 0, chunk, latents, tokens,
-                mutable_pointer<float>(lower) + first_token * n_latents,
-                mutable_pointer<float>(upper) + first_token * n_latents);
+                mutable_data<float>(lower) + first_token * n_latents,
+                mutable_data<float>(upper) + first_token * n_latents);
           },
           [&](int64_t, int64_t n, const ScreenedTokens&, const CandidateLists&) { first_token += n; });
     });
@@ -42,6 +42,8 @@ static std::tuple<Tensor, Tensor, Tensor> screen_intervals(
   return {lower, upper, screened};
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("screen_intervals", TORCH_BOX(&darkmatter::screen_intervals)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
+  m.impl("screen_intervals", TORCH_BOX(&darkmatter::cuda::screen_intervals));
+}

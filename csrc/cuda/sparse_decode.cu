@@ -1,36 +1,12 @@
-// sparse_decode, its two gradients, and dense acts: launch and registration on CUDA. Nothing waits for the device.
-#include "cuda/sparse_decode.cuh"
+// sparse_decode and its two gradients on CUDA: launch and registration. Nothing waits for the device.
+#include "cuda/kernels/sparse_decode.cuh"
 
 #include <tuple>
 #include <vector>
 
-#include "cuda/tensors.h"
+#include "cuda/active.h"
 
-namespace darkmatter {
-
-// The active latents an op is given, their shapes checked. (Their values would have to be fetched: the kernels treat an
-// index out of range as NaN.)
-struct Active {
-  Tensor indices;
-  OptionalTensor crow;
-  ActiveLatents latents;
-
-  Active(const Tensor& given, const OptionalTensor& rows, int64_t n_latents)
-      : indices(torch::stable::contiguous(given)), crow(contiguous_or_none(rows)) {
-    check_type("indices", given, ScalarType::Long);
-    check_dim("indices", given, rows ? 1 : 2);
-    require(
-        n_latents > 0 || given.numel() == 0, "indices: must be empty where there are no latents, got ", given.numel());
-    if (rows) {
-      check_dim("crow", *rows, 1);
-      check_type("crow", *rows, ScalarType::Long);
-      require(rows->size(0) >= 1, "crow: must have N + 1 entries, got shape ", shape_of(*rows));
-    }
-    latents = {
-        pointer<int64_t>(indices), pointer<int64_t>(crow), rows ? 0 : given.size(1),
-        rows ? rows->size(0) - 1 : given.size(0), n_latents};
-  }
-};
+namespace darkmatter::cuda {
 
 template <typename T, int kWidth, bool kSkipZeros>
 static void launch_decode(
@@ -40,8 +16,8 @@ static void launch_decode(
   const dim3 grid(
       static_cast<unsigned>(ceil_div(active.n_tokens, kWarps)), static_cast<unsigned>(ceil_div(d, 32 * kWidth)));
   device.launch(
-      sparse_decode_kernel<T, kWidth, kSkipZeros>, grid, kThreads, 0, pointer<T>(values), active, pointer<T>(rows),
-      pointer<T>(bias), d, mutable_pointer<T>(out));
+      sparse_decode_kernel<T, kWidth, kSkipZeros>, grid, kThreads, 0, data<T>(values), active, data<T>(rows),
+      data<T>(bias), d, mutable_data<T>(out));
 }
 
 // out [N, d] = sums of rows [.., d] weighted by values.
@@ -52,7 +28,7 @@ static void weighted_rows(
   if (out.numel() == 0) {
     return;
   }
-  dispatch_all(rows.scalar_type(), [&](auto type) {
+  dispatch_floating("rows", rows.scalar_type(), [&](auto type) {
     using T = decltype(type);
     constexpr int kWidth = kSliceBytes / 32 / sizeof(T);
     const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
@@ -81,7 +57,7 @@ static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, 
   return out;
 }
 
-static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tensor W_dec) {
+static Tensor decoder_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tensor W_dec) {
   check_dim("rows", rows, 2);
   check_dim("W_dec", W_dec, 2);
   check_floating("W_dec", W_dec);
@@ -94,14 +70,14 @@ static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tenso
   const std::vector<int64_t> shape(indices.sizes().begin(), indices.sizes().end());
   Tensor out = torch::stable::new_empty(W_dec, shape);
   if (out.numel() > 0) {
-    dispatch_all(W_dec.scalar_type(), [&](auto type) {
+    dispatch_floating("W_dec", W_dec.scalar_type(), [&](auto type) {
       using T = decltype(type);
       const int64_t d = W_dec.size(1);
       const bool staged = d <= kMaxStaged;
       device.launch(
-          sparse_dot_kernel<T>, dim3(static_cast<unsigned>(active.latents.n_tokens)), kThreads,
-          staged ? d * sizeof(double) : 0, pointer<T>(left), active.latents, pointer<T>(weights), d, staged,
-          mutable_pointer<T>(out));
+          decoder_dot_kernel<T>, dim3(static_cast<unsigned>(active.latents.n_tokens)), kThreads,
+          staged ? d * sizeof(double) : 0, data<T>(left), active.latents, data<T>(weights), d, staged,
+          mutable_data<T>(out));
     });
   }
   return out;
@@ -109,7 +85,7 @@ static Tensor sparse_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tenso
 
 // Sums over the tokens of a latent are the sums over the latents of a token with the roles exchanged: the active
 // latents sorted by latent, tokens ascending within one, are the "active tokens" of each latent.
-static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, Tensor rows, int64_t n_latents) {
+static Tensor decoder_outer(Tensor values, Tensor indices, OptionalTensor crow, Tensor rows, int64_t n_latents) {
   check_dim("rows", rows, 2);
   check_floating("rows", rows);
   check_values(values, indices);
@@ -125,44 +101,23 @@ static Tensor sparse_outer(Tensor values, Tensor indices, OptionalTensor crow, T
   const Tensor right = torch::stable::contiguous(rows), factors = torch::stable::contiguous(values);
   Tensor starts = torch::stable::new_empty(sorted, {n_latents + 1});
   Tensor tokens = torch::stable::new_empty(sorted, {n}), own = torch::stable::new_empty(factors, {n});
-  dispatch_all(rows.scalar_type(), [&](auto type) {
+  dispatch_floating("rows", rows.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const int64_t most = std::max(n, n_latents + 1);
     device.launch(
-        segments_kernel<T>, dim3(static_cast<unsigned>(ceil_div(most, kThreads))), kThreads, 0,
-        pointer<int64_t>(sorted), pointer<int64_t>(order), n, active.latents, pointer<T>(factors),
-        mutable_pointer<int64_t>(starts), mutable_pointer<int64_t>(tokens), mutable_pointer<T>(own));
+        segments_kernel<T>, dim3(static_cast<unsigned>(ceil_div(most, kThreads))), kThreads, 0, data<int64_t>(sorted),
+        data<int64_t>(order), n, active.latents, data<T>(factors), mutable_data<int64_t>(starts),
+        mutable_data<int64_t>(tokens), mutable_data<T>(own));
   });
-  const ActiveLatents by_latent{
-      pointer<int64_t>(tokens), pointer<int64_t>(starts), 0, n_latents, active.latents.n_tokens};
+  const ActiveLatents by_latent{data<int64_t>(tokens), data<int64_t>(starts), 0, n_latents, active.latents.n_tokens};
   weighted_rows<false>(device, own, by_latent, right, std::nullopt, out);
   return out;
 }
 
-static Tensor to_dense(Tensor values, Tensor indices, OptionalTensor crow, int64_t n_latents) {
-  check_values(values, indices);
-  check_floating("values", values);
-  require(n_latents >= 0, "n_latents: must be at least 0, got ", n_latents);
-  const OnDevice device(values);
-  const Active active(indices, crow, n_latents);
-  const Tensor given = torch::stable::contiguous(values);
-  Tensor dense = torch::stable::new_zeros(values, {active.latents.n_tokens, n_latents});
-  if (dense.numel() > 0 && given.numel() > 0) {
-    dispatch_all(values.scalar_type(), [&](auto type) {
-      using T = decltype(type);
-      device.launch(
-          to_dense_kernel<T>, dim3(static_cast<unsigned>(ceil_div(active.latents.n_tokens, kThreads))), kThreads, 0,
-          pointer<T>(given), active.latents, mutable_pointer<T>(dense));
-    });
-  }
-  return dense;
-}
-
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
-  m.impl("sparse_decode", TORCH_BOX(&darkmatter::sparse_decode));
-  m.impl("sparse_dot", TORCH_BOX(&darkmatter::sparse_dot));
-  m.impl("sparse_outer", TORCH_BOX(&darkmatter::sparse_outer));
-  m.impl("to_dense", TORCH_BOX(&darkmatter::to_dense));
+  m.impl("sparse_decode", TORCH_BOX(&darkmatter::cuda::sparse_decode));
+  m.impl("decoder_dot", TORCH_BOX(&darkmatter::cuda::decoder_dot));
+  m.impl("decoder_outer", TORCH_BOX(&darkmatter::cuda::decoder_outer));
 }

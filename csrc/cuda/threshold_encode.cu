@@ -3,10 +3,10 @@
 #include <tuple>
 
 #include "cuda/encoder.h"
-#include "cuda/exact.cuh"
-#include "cuda/filter_threshold.cuh"
+#include "cuda/screen/exact.cuh"
+#include "cuda/screen/filter_threshold.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int64_t kPoolPerToken = 1024;  // kept latents a token, on average; more go the exact way
 
@@ -25,9 +25,8 @@ struct Kept {
   }
 
   KeptPool pool() const {
-    return {
-        mutable_pointer<int32_t>(latent),           values.mutable_data_ptr(),       latent.numel(),
-        mutable_pointer<unsigned long long>(found), mutable_pointer<int64_t>(start), mutable_pointer<int64_t>(count)};
+    return {mutable_data<int32_t>(latent),           values.mutable_data_ptr(),    latent.numel(),
+            mutable_data<unsigned long long>(found), mutable_data<int64_t>(start), mutable_data<int64_t>(count)};
   }
 };
 
@@ -38,8 +37,8 @@ static Tensor limits_of(const OnDevice& device, const Tensor& threshold, const K
   if (threshold.numel() > 0) {
     device.launch(
         threshold_limits_kernel<T>, dim3(static_cast<unsigned>(ceil_div(threshold.numel(), kThreads))), kThreads, 0,
-        pointer<T>(threshold), threshold.numel(), mutable_pointer<float>(limits),
-        mutable_pointer<unsigned long long>(kept.found) + 1);
+        data<T>(threshold), threshold.numel(), mutable_data<float>(limits),
+        mutable_data<unsigned long long>(kept.found) + 1);
   }
   return limits;
 }
@@ -48,7 +47,7 @@ template <typename T>
 static void screened_threshold(
     const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed,
     const Thresholds<T>& thresholds, const Tensor& limits, Kept& kept) {
-  const LatentLimits of_latents{pointer<float>(limits), thresholds.step};
+  const LatentLimits of_latents{data<float>(limits), thresholds.step};
   ScreenPass pass(device, x, b_dec, packed, 0, FusedQuestion{0, margin_of<T>(), of_latents});
   const ExactRows<T> all = exact_rows<T>(x, packed);
   const size_t finish_bytes = shared_bytes(all, [](Arena& arena) {
@@ -88,7 +87,7 @@ static std::tuple<Tensor, Tensor, Tensor> above(
     const Tensor& threshold) {
   const bool screened = packed.codes.has_value();
   Kept kept(x, screened ? x.size(0) * kPoolPerToken : 0);
-  const Thresholds<T> thresholds{pointer<T>(threshold), threshold.dim() == 0 ? 0 : 1};
+  const Thresholds<T> thresholds{data<T>(threshold), threshold.dim() == 0 ? 0 : 1};
   const Tensor limits = limits_of<T>(device, threshold, kept);
   if constexpr (!std::is_same_v<T, double>) {
     if (screened) {
@@ -104,22 +103,21 @@ static std::tuple<Tensor, Tensor, Tensor> above(
   const auto exact = [&](const int64_t* crow, int64_t* col, T* values) {
     device.launch(
         exact_threshold_kernel<T>, dim3(static_cast<unsigned>(std::min<int64_t>(all.n, kExactBlocks))), kThreads,
-        exact_bytes, all, pointer<int>(kept.exact), thresholds, mutable_pointer<int64_t>(kept.count), crow, col,
-        values);
+        exact_bytes, all, data<int>(kept.exact), thresholds, mutable_data<int64_t>(kept.count), crow, col, values);
   };
   exact(nullptr, nullptr, nullptr);
   const Tensor crow = row_starts(kept.count);
   int64_t n_kept = 0, n_nan = 0;
-  device.read(pointer<int64_t>(crow) + all.n, &n_kept, 1);
-  device.read(pointer<int64_t>(kept.found) + 1, &n_nan, 1);
+  device.read(data<int64_t>(crow) + all.n, &n_kept, 1);
+  device.read(data<int64_t>(kept.found) + 1, &n_nan, 1);
   require(n_nan == 0, "threshold: must not contain NaN, got ", n_nan, " NaN");
   Tensor col = torch::stable::new_empty(x, {n_kept}, ScalarType::Long);
   Tensor values = torch::stable::new_empty(x, {n_kept});
   if (n_kept > 0) {
     device.launch(
-        write_kept_kernel<T>, dim3(static_cast<unsigned>(all.n)), kThreads, 0, kept.pool(), pointer<int64_t>(crow),
-        pointer<int>(kept.exact), mutable_pointer<int64_t>(col), mutable_pointer<T>(values));
-    exact(pointer<int64_t>(crow), mutable_pointer<int64_t>(col), mutable_pointer<T>(values));
+        write_kept_kernel<T>, dim3(static_cast<unsigned>(all.n)), kThreads, 0, kept.pool(), data<int64_t>(crow),
+        data<int>(kept.exact), mutable_data<int64_t>(col), mutable_data<T>(values));
+    exact(data<int64_t>(crow), mutable_data<int64_t>(col), mutable_data<T>(values));
   }
   return {values, crow, col};
 }
@@ -139,10 +137,12 @@ static std::tuple<Tensor, Tensor, Tensor> threshold_encode(
         torch::stable::new_empty(x, {0}, ScalarType::Long)};
   }
   const Tensor rows = torch::stable::contiguous(x), limits = torch::stable::contiguous(threshold);
-  return dispatch_all(
-      x.scalar_type(), [&](auto type) { return above<decltype(type)>(device, rows, b_dec, packed, limits); });
+  return dispatch_floating(
+      "x", x.scalar_type(), [&](auto type) { return above<decltype(type)>(device, rows, b_dec, packed, limits); });
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("threshold_encode", TORCH_BOX(&darkmatter::threshold_encode)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
+  m.impl("threshold_encode", TORCH_BOX(&darkmatter::cuda::threshold_encode));
+}

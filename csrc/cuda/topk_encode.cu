@@ -3,10 +3,10 @@
 #include <tuple>
 
 #include "cuda/encoder.h"
-#include "cuda/exact.cuh"
-#include "cuda/filter_topk.cuh"
+#include "cuda/screen/exact.cuh"
+#include "cuda/screen/filter_topk.cuh"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 constexpr int64_t kSortedBytes = 256 << 20;  // of exact scores at a time, where all are sorted
 constexpr int64_t kMaxGridY = 65535;
@@ -34,7 +34,7 @@ static void screened_topk(
         tile.n = n;
         device.launch(
             finish_topk_kernel<T>, dim3(static_cast<unsigned>(n)), kThreads, finish_bytes, tile, tokens, lists, k,
-            mutable_pointer<T>(values) + first * k, mutable_pointer<int64_t>(indices) + first * k);
+            mutable_data<T>(values) + first * k, mutable_data<int64_t>(indices) + first * k);
       });
   const size_t exact_bytes = shared_bytes(all, [](Arena& arena) {
     arena.take<uint64_t>(kList);
@@ -43,7 +43,7 @@ static void screened_topk(
   });
   device.launch(
       exact_topk_kernel<T>, dim3(static_cast<unsigned>(std::min<int64_t>(all.n, kExactBlocks))), kThreads, exact_bytes,
-      all, pointer<int>(pass.exact()), k, mutable_pointer<T>(values), mutable_pointer<int64_t>(indices));
+      all, data<int>(pass.exact()), k, mutable_data<T>(values), mutable_data<int64_t>(indices));
 }
 
 // All pre-activations, sorted by torch: stable, so that ties keep the order of latents, and NaN first.
@@ -66,7 +66,7 @@ static void sorted_topk(
     device.launch(
         exact_scores_kernel<T>,
         dim3(static_cast<unsigned>(ceil_div(all.n_latents, kThreads)), static_cast<unsigned>(n)), kThreads, arena.used,
-        tile, mutable_pointer<T>(scores));
+        tile, mutable_data<T>(scores));
     const auto [best, latents] = stable_sort(scores, true);
     Tensor values_out = torch::stable::narrow(const_cast<Tensor&>(values), 0, first, n);
     Tensor indices_out = torch::stable::narrow(const_cast<Tensor&>(indices), 0, first, n);
@@ -90,17 +90,18 @@ static std::tuple<Tensor, Tensor> topk_encode(
   if (x.size(0) > 0 && k > 0) {
     const Tensor rows = torch::stable::contiguous(x);
     if (packed.codes) {
-      dispatch_screened(x.scalar_type(), [&](auto type) {
+      dispatch_screened("x", x.scalar_type(), [&](auto type) {
         screened_topk<decltype(type)>(device, rows, b_dec, packed, static_cast<int>(k), values, indices);
       });
     } else {
-      dispatch_all(
-          x.scalar_type(), [&](auto type) { sorted_topk<decltype(type)>(device, rows, packed, k, values, indices); });
+      dispatch_floating("x", x.scalar_type(), [&](auto type) {
+        sorted_topk<decltype(type)>(device, rows, packed, k, values, indices);
+      });
     }
   }
   return {values, indices};
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("topk_encode", TORCH_BOX(&darkmatter::topk_encode)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("topk_encode", TORCH_BOX(&darkmatter::cuda::topk_encode)); }

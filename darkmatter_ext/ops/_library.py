@@ -30,6 +30,11 @@ if not CPU_LIBRARY.exists():
     )
 _load(CPU_LIBRARY)
 
+from darkmatter_ext import _C  # noqa: E402  (of the same build: a missing one is told of first)
+
+BOUND_ROWS: int = _C.BOUND_ROWS  # bounds a latent has
+MIN_TOKENS_TO_PACK: int = _C.MIN_TOKENS_TO_PACK  # in a call whose weights are not prepared
+
 # The CUDA library needs torch's own CUDA library in the process; a CPU torch has none.
 CUDA_LOADED = CUDA_LIBRARY.exists() and torch.version.cuda is not None
 if CUDA_LOADED:

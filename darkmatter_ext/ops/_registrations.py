@@ -1,6 +1,6 @@
 """What torch needs to know about the compiled ops besides their kernels: shapes (fakes), gradients, vmap.
 
-sparse_decode, sparse_dot and sparse_outer are the three partial derivatives of one trilinear form,
+sparse_decode, decoder_dot and decoder_outer are the three partial derivatives of one trilinear form,
 sum over the active (i, j) of v_ij <r_i, w_j>, so each one's gradients are the other two and gradients of any order exist.
 (torch.func.grad and jacrev are not supported: torch.library's gradients do not run inside functorch's.)
 
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake, register_vmap
 
-from darkmatter_ext.ops import _library  # noqa: F401  (defines torch.ops.darkmatter)
+from darkmatter_ext.ops import _library
 
 _ops = torch.ops.darkmatter
-_BOUND_ROWS = 5  # kBoundRows of csrc/screening.h
 # weight, bias, codes, sums, bounds, groups are derived from W_enc, b_enc, b_dec; gain has no gradient
 _NO_PACKED_GRADIENTS = (None,) * 7
 
@@ -27,20 +26,20 @@ _NO_PACKED_GRADIENTS = (None,) * 7
 # Fakes
 
 
-@register_fake("darkmatter::pack_encoder")
+@register_fake("darkmatter::prepare_encoder")
 def _(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, gain: Tensor | None = None) -> tuple[Tensor, ...]:
-    return W_enc.new_empty(W_enc.shape[::-1]), *_pack_rows_fake(W_enc.mT, b_enc, b_dec, gain)
+    return W_enc.new_empty(W_enc.shape[::-1]), *_prepare_rows_fake(W_enc.mT, b_enc, b_dec, gain)
 
 
-@register_fake("darkmatter::pack_rows")
-def _pack_rows_fake(
+@register_fake("darkmatter::prepare_rows")
+def _prepare_rows_fake(
     rows: Tensor, b_enc: Tensor, b_dec: Tensor | None, gain: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     n_latents, d = rows.shape
     # What is stored for screening depends on the machine that runs, so its sizes are unknown here.
     n_codes, padded, n_groups = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
     if rows.is_cuda:
-        codes = rows.new_empty(padded, -(-d // 64) * 64, dtype=torch.float16)  # screen_padded of screen.cuh
+        codes = rows.new_empty(padded, -(-d // 64) * 64, dtype=torch.float16)  # screen_padded of certificate.cuh
         n_sums = n_groups = 0
     else:
         codes, n_sums = rows.new_empty(n_codes, dtype=torch.int8), padded
@@ -48,7 +47,7 @@ def _pack_rows_fake(
         rows.new_empty(n_latents, dtype=torch.float64),
         codes,
         rows.new_empty(n_sums, dtype=torch.int32),
-        rows.new_empty(_BOUND_ROWS, padded, dtype=torch.float32),
+        rows.new_empty(_library.BOUND_ROWS, padded, dtype=torch.float32),
         rows.new_empty(n_groups, dtype=torch.int32),
     )
 
@@ -103,22 +102,22 @@ def _(values, indices, crow, W_dec, b_dec) -> Tensor:
     return W_dec.new_empty(n_tokens, W_dec.shape[1])
 
 
-@register_fake("darkmatter::sparse_dot")
+@register_fake("darkmatter::decoder_dot")
 def _(rows, indices, crow, W_dec) -> Tensor:
     return W_dec.new_empty(indices.shape)
 
 
-@register_fake("darkmatter::sparse_outer")
+@register_fake("darkmatter::decoder_outer")
 def _(values, indices, crow, rows, n_latents) -> Tensor:
     return rows.new_empty(n_latents, rows.shape[1])
 
 
-@register_fake("darkmatter::sparse_decode_wide")
+@register_fake("darkmatter::wide_decode")
 def _(values, indices, W_dec) -> Tensor:
     return values.new_empty(values.shape[0], W_dec.shape[1])
 
 
-@register_fake("darkmatter::sparse_dot_wide")
+@register_fake("darkmatter::wide_dot")
 def _(rows, indices, W_dec) -> Tensor:
     return rows.new_empty(indices.shape)
 
@@ -142,10 +141,10 @@ def decode_backward(ctx: Any, grad: Tensor) -> tuple:
     values, indices, crow, W_dec = ctx.saved_tensors
     wants_values, _, _, wants_weights, wants_bias = ctx.needs_input_grad
     return (
-        _ops.sparse_dot(grad, indices, crow, W_dec) if wants_values else None,
+        _ops.decoder_dot(grad, indices, crow, W_dec) if wants_values else None,
         None,
         None,
-        _ops.sparse_outer(values, indices, crow, grad, W_dec.shape[0]) if wants_weights else None,
+        _ops.decoder_outer(values, indices, crow, grad, W_dec.shape[0]) if wants_weights else None,
         grad.sum(0) if wants_bias and ctx.has_bias else None,
     )
 
@@ -162,7 +161,7 @@ def _dot_backward(ctx: Any, grad: Tensor) -> tuple:
         _ops.sparse_decode(grad, indices, crow, W_dec, None) if wants_rows else None,
         None,
         None,
-        _ops.sparse_outer(grad, indices, crow, rows, W_dec.shape[0]) if wants_weights else None,
+        _ops.decoder_outer(grad, indices, crow, rows, W_dec.shape[0]) if wants_weights else None,
     )
 
 
@@ -175,7 +174,7 @@ def _outer_backward(ctx: Any, grad: Tensor) -> tuple:
     values, indices, crow, rows = ctx.saved_tensors
     wants_values, _, _, wants_rows, _ = ctx.needs_input_grad
     return (
-        _ops.sparse_dot(rows, indices, crow, grad) if wants_values else None,
+        _ops.decoder_dot(rows, indices, crow, grad) if wants_values else None,
         None,
         None,
         _ops.sparse_decode(values, indices, crow, grad, None) if wants_rows else None,
@@ -198,18 +197,18 @@ def to_dense_backward(ctx: Any, grad: Tensor) -> tuple:
 
 register_autograd("darkmatter::to_dense", to_dense_backward, setup_context=save_to_dense)
 register_autograd("darkmatter::sparse_decode", decode_backward, setup_context=save_decode)
-register_autograd("darkmatter::sparse_dot", _dot_backward, setup_context=_save_dot)
-register_autograd("darkmatter::sparse_outer", _outer_backward, setup_context=_save_outer)
+register_autograd("darkmatter::decoder_dot", _dot_backward, setup_context=_save_dot)
+register_autograd("darkmatter::decoder_outer", _outer_backward, setup_context=_save_outer)
 
 
 # Gradients of the encoders
 
 
 def _latent_sums(grad: Tensor, indices: Tensor, crow: Tensor | None, n_tokens: int, n_latents: int) -> Tensor:
-    """Sum of the gradients of each latent [F], in float64. On CUDA as sparse_outer with ones: index_add is not
+    """Sum of the gradients of each latent [F], in float64. On CUDA as decoder_outer with ones: index_add is not
     deterministic there."""
     if grad.is_cuda:
-        return _ops.sparse_outer(grad, indices, crow, grad.new_ones(n_tokens, 1), n_latents)[:, 0]
+        return _ops.decoder_outer(grad, indices, crow, grad.new_ones(n_tokens, 1), n_latents)[:, 0]
     sums = torch.zeros(n_latents, dtype=torch.float64)
     return sums.index_add(0, indices.reshape(-1), grad.reshape(-1).double())
 
@@ -242,7 +241,7 @@ def _encoder_gradients(
         grad_b_dec = -(W_enc.to(wide) @ sums.to(wide)).to(W_enc.dtype)
     sums = sums.to(W_enc.dtype)
     if wants_weights:
-        grad_weights = _ops.sparse_outer(grad, indices, crow, x, n_latents)  # [F, d]
+        grad_weights = _ops.decoder_outer(grad, indices, crow, x, n_latents)  # [F, d]
         if b_dec is not None:
             grad_weights = grad_weights - torch.outer(sums, b_dec)
         grad_weights = grad_weights.mT

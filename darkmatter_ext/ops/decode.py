@@ -54,7 +54,7 @@ def decoder_dot(x: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:
 
     x [..., d], W_dec [F, d]; returns [z]. Differentiable. Cost: z d multiply-adds.
     """
-    return call(_ops.sparse_dot, flat_rows(x), acts.col_indices, acts.crow_indices, W_dec)
+    return call(_ops.decoder_dot, flat_rows(x), acts.col_indices, acts.crow_indices, W_dec)
 
 
 def decoder_outer(acts: SparseActs, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def decoder_outer(acts: SparseActs, x: Tensor) -> Tensor:
     Deterministic; differentiable. Cost: z d multiply-adds and one write of F d elements.
     """
     return call(
-        _ops.sparse_outer, acts.values.reshape(-1), acts.col_indices, acts.crow_indices, flat_rows(x), acts.d_sae
+        _ops.decoder_outer, acts.values.reshape(-1), acts.col_indices, acts.crow_indices, flat_rows(x), acts.d_sae
     )
 
 
@@ -115,11 +115,11 @@ def wide_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """
     if W_dec.dtype == torch.float64:
         return call(_ops.sparse_decode, values, indices, None, W_dec, None)
-    return call(_ops.sparse_decode_wide, values, indices, W_dec)
+    return call(_ops.wide_decode, values, indices, W_dec)
 
 
 def wide_dot(rows: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """<rows_i, W_dec_j> [N, k] for j in indices [N, k], in float64 and not rounded; dtypes and cost as `wide_decode`."""
     if W_dec.dtype == torch.float64:
-        return call(_ops.sparse_dot, rows, indices, None, W_dec)
-    return call(_ops.sparse_dot_wide, rows, indices, W_dec)
+        return call(_ops.decoder_dot, rows, indices, None, W_dec)
+    return call(_ops.wide_dot, rows, indices, W_dec)

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.ops import _registrations  # noqa: F401  (registers fakes and gradients)
+from darkmatter_ext.ops._library import MIN_TOKENS_TO_PACK
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.checks import call, check_tensor, check_weights, flat_rows
 from darkmatter_ext.runtime.inputs import InputError
 
 _ops = torch.ops.darkmatter
 _NOT_PACKED = (None,) * 7
-_MIN_TOKENS_TO_PACK = 64  # kMinTokensToPack of csrc/cpu/pack_encoder.cpp
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class PreparedEncoder:
     )
     sums: Tensor  # [places, padded] int32; empty on CUDA
     bounds: Tensor  # [5, places, padded] float32
-    groups: Tensor  # int32: which latents are equal or constant (csrc/cpu/places.h); empty on CUDA
+    groups: Tensor  # int32: which latents are equal or constant (csrc/cpu/screen/places.h); empty on CUDA
     gain: Tensor | None  # [F], multiplies the rounded pre-activations
     has_b_dec: bool
 
@@ -148,9 +148,9 @@ def prepare_encoder(
         check_tensor("gain", gain, (W_enc.shape[1],), W_enc)
     if share_rows and W_enc.device.type == "cpu" and W_enc.mT.is_contiguous():
         rows = W_enc.detach().mT
-        packed = call(_ops.pack_rows, rows, b_enc, b_dec, gain)
+        packed = call(_ops.prepare_rows, rows, b_enc, b_dec, gain)
     else:
-        rows, *packed = call(_ops.pack_encoder, W_enc, b_enc, b_dec, gain)
+        rows, *packed = call(_ops.prepare_encoder, W_enc, b_enc, b_dec, gain)
     bias, codes, sums, bounds, groups = packed
     own_gain = None if gain is None else gain.detach().clone()
     return PreparedEncoder(rows, bias, codes, sums, bounds, groups, own_gain, has_b_dec=b_dec is not None)
@@ -207,7 +207,7 @@ def _packed(
     if prepared is not None:
         return prepared.packed
     shared = x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if not shared or x.shape[:-1].numel() < _MIN_TOKENS_TO_PACK:
+    if not shared or x.shape[:-1].numel() < MIN_TOKENS_TO_PACK:
         return _NOT_PACKED
     return prepare_encoder(W_enc, b_enc, b_dec=b_dec).packed
 

@@ -28,7 +28,7 @@ CSRC = TESTS.parent / "csrc"
 X86 = TESTS / "emulator/x86"
 # What the emulation of AVX-512 stands on; vectors of 64 bytes become two of 32.
 X86_FLAGS = ("-std=c++20", "-w", "-Wno-psabi", "-mavx2", "-mfma", "-mf16c", f"-I{X86}")
-CHOOSE = ("isa.cpp", "screen.cpp")
+CHOOSE = ("isa.cpp", "screen_kernels.cpp")
 # With the second, gcc fuses multiplications and additions as at -O3: float64 answers depend on it.
 OPTIMISE = ("-O1", "-fexpensive-optimizations")
 TORCH = Path(torch.__file__).parent
@@ -64,7 +64,7 @@ def _built_once(name: str, sources: list[Path], build: Callable[[Path], None]) -
 @functools.cache
 def library() -> Path:
     """The built library of the CUDA ops."""
-    sources = sorted([*CSRC.glob("*.*"), *(CSRC / "cuda").glob("*.*"), *(TESTS / "emulator").rglob("*.*")])
+    sources = sorted([*CSRC.glob("*.*"), *(CSRC / "cuda").rglob("*.*"), *(TESTS / "emulator").rglob("*.*")])
 
     def build(out: Path) -> None:
         command = [
@@ -96,13 +96,13 @@ def _build_cpu(out: Path) -> None:
         copy = Path(work)
         for source in _cpu_sources():
             target = copy / source.relative_to(CSRC)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(_without_targets(source))
         common = [compiler(), *X86_FLAGS, *OPTIMISE, "-fPIC", "-fvisibility=hidden", f"-I{copy}", *TORCH_FLAGS]
         shutil.copy(X86 / "library.h", copy)
         header = str(copy / "library.h")
         subprocess.run([*common, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
-        sources = [copy / "ops.cpp", *(path for path in (copy / "cpu").glob("*.cpp") if path.name not in CHOOSE)]
+        sources = [copy / "ops.cpp", *(path for path in (copy / "cpu").rglob("*.cpp") if path.name not in CHOOSE)]
         sources.append(X86 / "isa.cpp")  # has those that choose in it
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [f"{copy / path.name}.o" for path in sources]
@@ -121,7 +121,7 @@ def needs_avx2() -> None:
 
 
 def _cpu_sources() -> list[Path]:
-    return sorted([*CSRC.glob("*.h"), CSRC / "ops.cpp", *(CSRC / "cpu").glob("*.*")])
+    return sorted([*CSRC.glob("*.h"), CSRC / "ops.cpp", *(CSRC / "cpu").rglob("*.*")])
 
 
 @functools.cache

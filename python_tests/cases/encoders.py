@@ -10,7 +10,7 @@ from darkmatter_ext.ops import _registrations  # noqa: F401  (defines torch.ops.
 
 SCREENED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INF, NAN = math.inf, math.nan
-NOT_PACKED = (None,) * len(torch.ops.darkmatter.pack_encoder.default._schema.returns)
+NOT_PACKED = (None,) * len(torch.ops.darkmatter.prepare_encoder.default._schema.returns)
 
 
 def same(mine, theirs):
@@ -33,7 +33,7 @@ def check_encoders(ops, x, W_enc, b_enc, b_dec=None, *, k=5, threshold=9.0, pack
     """Both encoders of `ops` on a device against the CPU's; CPU tensors in."""
     threshold = torch.as_tensor(threshold).to(x.dtype)
     given = [None if part is None else part.to(device) for part in (x, W_enc, b_enc, b_dec)]
-    parts = ops.pack_encoder(*given[1:]) if packed else NOT_PACKED
+    parts = ops.prepare_encoder(*given[1:]) if packed else NOT_PACKED
     same(ops.topk_encode(*given, k, *parts), torch.ops.darkmatter.topk_encode(x, W_enc, b_enc, b_dec, k, *NOT_PACKED))
     same(
         ops.threshold_encode(*given, threshold.to(device), *parts),

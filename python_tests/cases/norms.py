@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from darkmatter_ext.measurement.family import family_sites, measured_family
+from darkmatter_ext.measurement.selection import SAE_TRAINING
 from sae_lens import SAE
 from torch import Tensor
 
 from cases.measured import store_activations
 from cases.planted import plain_map, plain_r2, planted_sae
 from darkmatter_ext.activations.sources import CacheSource
-from darkmatter_ext.measurement.family import family_sites, measured_family
 from darkmatter_ext.measurement.measurement import MeasuredSae
-from darkmatter_ext.measurement.selection import SAE_TRAINING
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.runtime.progress import Stages
 

@@ -38,8 +38,8 @@ class Case:
         return getattr(torch.ops.darkmatter, self.op)
 
 
-# What pack_encoder returns is what the encoders take as their last arguments, however many tensors that is.
-N_PACKED = len(torch.ops.darkmatter.pack_encoder.default._schema.returns)
+# What prepare_encoder returns is what the encoders take as their last arguments, however many tensors that is.
+N_PACKED = len(torch.ops.darkmatter.prepare_encoder.default._schema.returns)
 
 
 def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -66,7 +66,7 @@ def _encode(*extra: Any, centred: bool = False, packed: bool = False, n: int = N
         b = b_dec if centred else None
         middle = [torch.tensor(value, dtype=dtype) if isinstance(value, float) else value for value in extra]
         middle = [value.to(dtype) if isinstance(value, Tensor) else value for value in middle]
-        pack = torch.ops.darkmatter.pack_encoder
+        pack = torch.ops.darkmatter.prepare_encoder
         parts = pack(W_enc, b_enc, b) if packed else (None,) * len(pack.default._schema.returns)
         return (x, W_enc, b_enc, b, *middle, *parts)
 
@@ -154,22 +154,22 @@ def _screened(*extra: Any, gain: bool = False) -> Callable:
         W_enc, b_enc, b_dec = encoder(dtype, d=40, n_latents=300)
         middle = [torch.tensor(value, dtype=dtype) if isinstance(value, float) else value for value in extra]
         gains = (gaussian(300, seed=10).abs().to(dtype),) if gain else ()
-        packed = torch.ops.darkmatter.pack_encoder(W_enc, b_enc, b_dec, *gains)
+        packed = torch.ops.darkmatter.prepare_encoder(W_enc, b_enc, b_dec, *gains)
         return (gaussian(N, 40, seed=4, dtype=dtype), W_enc, b_enc, b_dec, *middle, *packed, *gains)
 
     return make
 
 
-def _pack_rows(dtype: torch.dtype) -> tuple[Any, ...]:
+def _prepare_rows(dtype: torch.dtype) -> tuple[Any, ...]:
     W_enc, b_enc, b_dec = encoder(dtype, d=40, n_latents=300)
     return W_enc.mT.contiguous(), b_enc, b_dec, gaussian(300, seed=10).abs().to(dtype)
 
 
 _X_W_B = (0, 1, 2)
 CASES = [
-    Case("pack_encoder", "plain", _pack(centred=False, transposed=False)),
-    Case("pack_encoder", "centred", _pack(centred=True, transposed=False)),
-    Case("pack_encoder", "already-packed", _pack(centred=True, transposed=True)),
+    Case("prepare_encoder", "plain", _pack(centred=False, transposed=False)),
+    Case("prepare_encoder", "centred", _pack(centred=True, transposed=False)),
+    Case("prepare_encoder", "already-packed", _pack(centred=True, transposed=True)),
     Case("topk_encode", "plain", _encode(K), _X_W_B),
     Case("topk_encode", "centred", _encode(K, centred=True), (*_X_W_B, 3)),
     Case("topk_encode", "packed", _encode(K, centred=True, packed=True), (0,)),  # the packed copy stays as it is
@@ -184,18 +184,18 @@ CASES = [
     Case("threshold_encode", "gains", _screened(9.0, gain=True), (0,)),
     Case("threshold_encode", "nothing-kept", _encode(1e4), _X_W_B),
     Case("threshold_encode", "no-tokens", _encode(0.5, n=0), _X_W_B),
-    Case("pack_rows", "gains", _pack_rows),
+    Case("prepare_rows", "gains", _prepare_rows),
     Case("try_topk_encode", "packed", _screened(K), (0,)),
     Case("try_threshold_encode", "packed", _screened(9.0), (0,)),
     Case("sparse_decode", "fixed", _decode("fixed", bias=True), (0, 3, 4)),
     Case("sparse_decode", "ragged", _decode("ragged", bias=False), (0, 3)),
     Case("sparse_decode", "nothing-active", _decode("none", bias=True), (0, 3, 4)),
-    Case("sparse_dot", "fixed", _dot("fixed"), (0, 3)),
-    Case("sparse_dot", "ragged", _dot("ragged"), (0, 3)),
-    Case("sparse_outer", "fixed", _outer("fixed"), (0, 3)),
-    Case("sparse_outer", "ragged", _outer("ragged"), (0, 3)),
-    Case("sparse_decode_wide", "fixed", _wide_decode),
-    Case("sparse_dot_wide", "fixed", _wide_dot),
+    Case("decoder_dot", "fixed", _dot("fixed"), (0, 3)),
+    Case("decoder_dot", "ragged", _dot("ragged"), (0, 3)),
+    Case("decoder_outer", "fixed", _outer("fixed"), (0, 3)),
+    Case("decoder_outer", "ragged", _outer("ragged"), (0, 3)),
+    Case("wide_decode", "fixed", _wide_decode),
+    Case("wide_dot", "fixed", _wide_dot),
     Case("to_dense", "fixed", _sparse_acts("fixed"), (0,)),
     Case("to_dense", "ragged", _sparse_acts("ragged"), (0,)),
     Case("to_dense", "nothing-active", _sparse_acts("none"), (0,)),
@@ -205,7 +205,7 @@ CASES = [
 ]
 
 # What CUDA has no kernel for: the host never looks there at what screening left undecided; gains have no kernel yet.
-CPU_ONLY = {"pack_rows", "try_topk_encode", "try_threshold_encode", "sparse_decode_wide", "sparse_dot_wide"}
+CPU_ONLY = {"prepare_rows", "try_topk_encode", "try_threshold_encode", "wide_decode", "wide_dot"}
 ON_CUDA = [case for case in CASES if case.op not in CPU_ONLY and case.name != "gains"]
 
 

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from darkmatter_ext.measurement.selection import FIT
 
 from darkmatter_ext.activations.sources import ContextBatch
 from darkmatter_ext.measurement import family
 from darkmatter_ext.measurement.measurement import MeasuredSae
 from darkmatter_ext.measurement.nulls import NullModels
-from darkmatter_ext.measurement.selection import FIT
 from darkmatter_ext.measurement.sweeps import context_roles
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.runtime.progress import Stages

@@ -41,14 +41,14 @@ struct float4 {
   float x, y, z, w;
 };
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 inline constexpr size_t kSharedBytes = 227 * 1024, kCanary = 64;
 inline constexpr int kMaxClusterBlocks = 2;
 // Of the first block of a cluster (of the only one, without clusters), and of the others.
 __attribute__((aligned(1024))) inline unsigned char memory[kSharedBytes + kCanary];
 __attribute__((aligned(1024))) inline unsigned char others[kMaxClusterBlocks - 1][kSharedBytes + 1024];
 inline unsigned char* memory_of(int rank) { return rank == 0 ? memory : others[rank - 1]; }
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda
 
 namespace simt {
 
@@ -288,21 +288,21 @@ E from_bits(uint64_t bits) {
 
 // Runs every block of a grid, `blocks` at a time: a cluster.
 inline void run_grid(dim3 grid, int threads, size_t shared, const Work& body, int blocks = 1) {
-  using darkmatter::kCanary;
-  if (shared > darkmatter::kSharedBytes) {
+  using darkmatter::cuda::kCanary;
+  if (shared > darkmatter::cuda::kSharedBytes) {
     throw std::runtime_error("emulated kernel: asks for " + std::to_string(shared) + " bytes of shared memory");
   }
-  if (grid.x % blocks != 0 || blocks > darkmatter::kMaxClusterBlocks) {
+  if (grid.x % blocks != 0 || blocks > darkmatter::cuda::kMaxClusterBlocks) {
     throw std::runtime_error("emulated kernel: a grid that is not of whole clusters");
   }
   for (unsigned y = 0; y < grid.y; ++y) {
     for (unsigned x = 0; x < grid.x; x += blocks) {
       for (int rank = 0; rank < blocks; ++rank) {
-        std::memset(darkmatter::memory_of(rank), 0xa5, shared + kCanary);
+        std::memset(darkmatter::cuda::memory_of(rank), 0xa5, shared + kCanary);
       }
       Block(dim3(x, y, 0), grid, threads, blocks, body).run();
       for (int rank = 0; rank < blocks; ++rank) {
-        const unsigned char* behind = darkmatter::memory_of(rank) + shared;
+        const unsigned char* behind = darkmatter::cuda::memory_of(rank) + shared;
         if (std::any_of(behind, behind + kCanary, [](unsigned char byte) { return byte != 0xa5; })) {
           throw std::runtime_error("emulated kernel: wrote behind its shared memory");
         }

@@ -9,12 +9,13 @@
 #include "ops.cpp"
 
 #include "cuda/find_support.cu"
-#include "cuda/fused_filter.cu"
-#include "cuda/pack_encoder.cu"
+#include "cuda/prepare_encoder.cu"
 #include "cuda/pursuit_step.cu"
+#include "cuda/screen/fused_filter.cu"
 #include "cuda/screen_intervals.cu"
 #include "cuda/sparse_decode.cu"
 #include "cuda/threshold_encode.cu"
+#include "cuda/to_dense.cu"
 #include "cuda/topk_encode.cu"
 
 // The order in which the threads of a block take turns.

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 // Four products and the running sum are aligned to the largest of them and truncated to 24 bits.
 inline double add_truncated(double sum, const double (&products)[4]) {
@@ -23,4 +23,4 @@ inline double add_truncated(double sum, const double (&products)[4]) {
   return total;
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

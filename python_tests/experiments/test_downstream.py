@@ -3,13 +3,13 @@
 import pytest
 import torch
 from cases.models import flags, small_model
+from darkmatter_ext.measurement.reconstruct import random_dictionary, shuffled_decoder
 
 from darkmatter_ext import cli
 from darkmatter_ext.activations.splicing import SplicedModel, SplicedTokens, TokenLosses, splice_losses
 from darkmatter_ext.estimators.least_squares import LinearMap
 from darkmatter_ext.experiments.downstream import SETTINGS, loss_numbers, recovery_numbers, sae_splices
 from darkmatter_ext.measurement.decompose import Reconstruction, TokenBatch
-from darkmatter_ext.measurement.reconstruct import random_dictionary, shuffled_decoder
 
 CONTEXTS, LENGTH = 60, 20
 

@@ -5,11 +5,11 @@ import urllib.request
 import pytest
 import torch
 from cases.models import flags
+from darkmatter_ext.measurement.selection import FIT, HELD_OUT
 
 from darkmatter_ext.activations import store
 from darkmatter_ext.experiments.error_saes import Snippets, fit_error_map, fvu, reconstruction_numbers, split_errors
 from darkmatter_ext.measurement.decompose import Reconstruction, TokenBatch
-from darkmatter_ext.measurement.selection import FIT, HELD_OUT
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.encode import topk_encode
 

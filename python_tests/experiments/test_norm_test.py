@@ -4,12 +4,12 @@ import pytest
 import torch
 from cases.models import flags, saved_sae
 from cases.planted import PlantedSource, coin, family_tokens, plain_map, plain_parts, plain_r2, planted_sae
+from darkmatter_ext.measurement.family import KS, WIDTHS, FamilyConfig
 
 from darkmatter_ext import cli
 from darkmatter_ext.experiments.norm_test import PRESETS, NormTestConfig, norm_numbers, over_saes
 from darkmatter_ext.measurement.engine import measure
 from darkmatter_ext.measurement.error import NORM_TARGETS
-from darkmatter_ext.measurement.family import KS, WIDTHS, FamilyConfig
 from darkmatter_ext.measurement.measurement import MeasureSettings
 from darkmatter_ext.report.result import load_result
 

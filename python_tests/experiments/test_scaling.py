@@ -10,6 +10,9 @@ import pytest
 import torch
 from cases.measured import store_activations
 from cases.models import flags, saved_sae
+from darkmatter_ext.measurement.reconstruct import as_reconstruct
+from darkmatter_ext.measurement.selection import MeasuredBatches
+from darkmatter_ext.measurement.site import prepared_site
 
 from darkmatter_ext import cli
 from darkmatter_ext.activations.sources import CacheSource
@@ -19,9 +22,6 @@ from darkmatter_ext.experiments.scaling import ScalingConfig, at_fixed_l0, break
 from darkmatter_ext.measurement.decompose import decompose_stream
 from darkmatter_ext.measurement.engine import measure
 from darkmatter_ext.measurement.measurement import MeasuredSae, MeasureSettings
-from darkmatter_ext.measurement.reconstruct import as_reconstruct
-from darkmatter_ext.measurement.selection import MeasuredBatches
-from darkmatter_ext.measurement.site import prepared_site
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.report.result import load_result
 from darkmatter_ext.runtime.progress import Stages

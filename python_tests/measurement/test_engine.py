@@ -6,13 +6,13 @@ import pytest
 import torch
 from cases.measured import HOOKS, LENGTH, numbers, saes, write_caches
 from cases.models import small_sae
+from darkmatter_ext.measurement.selection import FIT, HELD_OUT
 
 from darkmatter_ext.estimators.least_squares import fit_linear
 from darkmatter_ext.measurement.decompose import Reconstruction, TokenBatch, decompose_stream
 from darkmatter_ext.measurement.engine import measure, tokens_to_read
 from darkmatter_ext.measurement.error import NORM_TARGETS
 from darkmatter_ext.measurement.measurement import NORM_FIT, MeasureSettings, Predictor
-from darkmatter_ext.measurement.selection import FIT, HELD_OUT
 from darkmatter_ext.measurement.sweeps import context_groups, context_roles
 from darkmatter_ext.measurement.token_table import read_tokens
 

@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 from cases.models import save_model, saved_sae, write_text
+from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 
 from darkmatter_ext import cli
 from darkmatter_ext.estimators.sums import LinearSums
 from darkmatter_ext.experiments import decomposition
 from darkmatter_ext.measurement import many_saes, many_saes_config
 from darkmatter_ext.measurement.cost import PlannedSae, cost, duration, known_model
-from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.report.result import load_result
 from darkmatter_ext.runtime.progress import Stages

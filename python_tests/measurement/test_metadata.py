@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 from cases.models import flags, saved_sae, small_sae
+from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
+from darkmatter_ext.measurement.selection import kept_positions
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,9 +15,7 @@ from darkmatter_ext import cli
 from darkmatter_ext.activations.text import bos_id, bos_note, special_token_ids
 from darkmatter_ext.measurement import many_saes
 from darkmatter_ext.measurement.decompose import decompose
-from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 from darkmatter_ext.measurement.metadata import InputFlags, given_positions, usage
-from darkmatter_ext.measurement.selection import kept_positions
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.report.result import load_result
 from darkmatter_ext.runtime.progress import Stages

@@ -177,9 +177,9 @@ def test_vmap_of_decode_equals_a_loop(values_dim, indices_dim):
 # Answers
 
 
-def test_pack_encoder_by_hand():
+def test_prepare_encoder_by_hand():
     W_enc = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    weight, bias = torch.ops.darkmatter.pack_encoder(
+    weight, bias = torch.ops.darkmatter.prepare_encoder(
         W_enc, torch.tensor([10.0, 20.0, 30.0]), torch.tensor([1.0, -1.0])
     )[:2]
     assert weight.tolist() == [[1.0, 4.0], [2.0, 5.0], [3.0, 6.0]]
@@ -191,13 +191,13 @@ def test_the_gradients_of_decode_by_hand():
     rows = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
     W_dec = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
     fixed, crow, flat = torch.tensor([[2, 0], [1, 1]]), torch.tensor([0, 3, 4]), torch.tensor([2, 0, 1, 1])
-    sparse_dot, sparse_outer = torch.ops.darkmatter.sparse_dot, torch.ops.darkmatter.sparse_outer
-    assert sparse_dot(rows, fixed, None, W_dec).tolist() == [[6.0, 1.0], [-1.0, -1.0]]
-    assert sparse_dot(rows, flat, crow, W_dec).tolist() == [6.0, 1.0, 2.0, -1.0]
+    decoder_dot, decoder_outer = torch.ops.darkmatter.decoder_dot, torch.ops.darkmatter.decoder_outer
+    assert decoder_dot(rows, fixed, None, W_dec).tolist() == [[6.0, 1.0], [-1.0, -1.0]]
+    assert decoder_dot(rows, flat, crow, W_dec).tolist() == [6.0, 1.0, 2.0, -1.0]
     values = torch.tensor([1.0, 10.0, 100.0, 1000.0])
-    outer = sparse_outer(values.reshape(2, 2), fixed, None, rows, 3)
+    outer = decoder_outer(values.reshape(2, 2), fixed, None, rows, 3)
     assert outer.tolist() == [[10.0, 20.0], [3300.0, -1100.0], [1.0, 2.0]]
-    outer = sparse_outer(values, flat, crow, rows, 4)
+    outer = decoder_outer(values, flat, crow, rows, 4)
     assert outer.tolist() == [[10.0, 20.0], [3100.0, -800.0], [1.0, 2.0], [0.0, 0.0]]
 
 

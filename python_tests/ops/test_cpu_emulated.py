@@ -87,7 +87,7 @@ def test_the_emulated_library_has_no_instruction_beyond_avx2():
     assert not re.search(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])|vpdp", text)
 
 
-ON_CPU = [case for case in CASES if case.op not in ("screen_intervals", "pack_encoder", "pack_rows")]
+ON_CPU = [case for case in CASES if case.op not in ("screen_intervals", "prepare_encoder", "prepare_rows")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,7 +97,7 @@ def test_every_case_of_every_op(cpu, case, dtype):
     expected = case.call()(*arguments)
     if case.name in ("packed", "gains"):  # codes may be of another kind
         gains = arguments[5 + N_PACKED :]
-        arguments[5 : 5 + N_PACKED] = cpu.pack_encoder(*arguments[1:4], *gains)
+        arguments[5 : 5 + N_PACKED] = cpu.prepare_encoder(*arguments[1:4], *gains)
     same(getattr(cpu, case.op)(*arguments), expected)
 
 
@@ -179,8 +179,8 @@ def test_packing(isa, dtype, d, n_latents):
     """Weight and bias as the real library's; codes are the (rotated) rows rounded, and their bounds hold, not loosely."""
     cpu = emulated_ops(isa)
     _, W_enc, b_enc, b_dec = gaussian(1, d, n_latents, dtype)
-    weight, bias, codes, sums, bounds, groups = cpu.pack_encoder(W_enc, b_enc, b_dec)
-    same((weight, bias, groups), (part := torch.ops.darkmatter.pack_encoder(W_enc, b_enc, b_dec))[:2] + part[5:])
+    weight, bias, codes, sums, bounds, groups = cpu.prepare_encoder(W_enc, b_enc, b_dec)
+    same((weight, bias, groups), (part := torch.ops.darkmatter.prepare_encoder(W_enc, b_enc, b_dec))[:2] + part[5:])
     exact, group = W_enc.mT.double(), GROUP[isa]
     if isa == BYTES:
         exact = rotated(exact)
@@ -227,7 +227,7 @@ def test_gains(cpu, dtype):
     gain = (torch.rand(900) * 3).to(dtype)
     gain[:30], gain[30:60] = 0, -gain[30:60]
     real = torch.ops.darkmatter
-    ours, theirs = ((*packed.pack_encoder(W_enc, b_enc, b_dec, gain), gain) for packed in (cpu, real))
+    ours, theirs = ((*packed.prepare_encoder(W_enc, b_enc, b_dec, gain), gain) for packed in (cpu, real))
     given, threshold = (x, W_enc, b_enc, b_dec), torch.tensor(20.0, dtype=dtype)
     assert ours[2].numel() > 0
     same(cpu.topk_encode(*given, 12, *ours), real.topk_encode(*given, 12, *theirs))
@@ -243,7 +243,7 @@ def test_tokens_left_undecided(cpu, dtype):
     W_enc[:, :3000] = W_enc[:, :1] + 1e-5 * W_enc[:, :3000]
     x[10:20] = W_enc[:, 0]
     x, W_enc, b_enc = x.to(dtype), W_enc.to(dtype), torch.zeros(4000).to(dtype)
-    packed, threshold = cpu.pack_encoder(W_enc, b_enc, None), torch.tensor(8.0).to(dtype)
+    packed, threshold = cpu.prepare_encoder(W_enc, b_enc, None), torch.tensor(8.0).to(dtype)
     values, indices, left = cpu.try_topk_encode(x, W_enc, b_enc, None, 8, *packed)
     decided = torch.ones(70, dtype=torch.bool).index_fill(0, left, False)
     assert decided[8]

@@ -42,7 +42,7 @@ def emulated_ops(cuda, monkeypatch):
 
 
 def shared_cases():
-    return [case for case in ON_CUDA if case.op not in ("screen_intervals", "pack_encoder")]
+    return [case for case in ON_CUDA if case.op not in ("screen_intervals", "prepare_encoder")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -52,7 +52,7 @@ def test_every_case_of_every_op(cuda, case, dtype):
     on_cpu = case.call()(*arguments)
     if case.name == "packed":  # codes of the CPU are not those of CUDA
         _, W_enc, b_enc, b_dec = arguments[:4]
-        arguments[5:] = cuda.pack_encoder(W_enc, b_enc, b_dec)
+        arguments[5:] = cuda.prepare_encoder(W_enc, b_enc, b_dec)
     mine = getattr(cuda, case.op)(*arguments)
     if dtype == torch.float64:  # the last bit may depend on fused multiply-add
         for one, other in zip(
@@ -68,8 +68,8 @@ def test_every_case_of_every_op(cuda, case, dtype):
 def test_packing(cuda, dtype, transposed):
     _, W_enc, b_enc, b_dec = gaussian(dtype=dtype)
     W_enc = W_enc.mT.contiguous().mT if transposed else W_enc
-    weight, bias, codes, sums, bounds, groups = cuda.pack_encoder(W_enc, b_enc, b_dec)
-    on_cpu = torch.ops.darkmatter.pack_encoder(W_enc, b_enc, b_dec)
+    weight, bias, codes, sums, bounds, groups = cuda.prepare_encoder(W_enc, b_enc, b_dec)
+    on_cpu = torch.ops.darkmatter.prepare_encoder(W_enc, b_enc, b_dec)
     assert torch.equal(weight, on_cpu[0])
     assert weight.data_ptr() != W_enc.data_ptr()
     assert torch.equal(bias, on_cpu[1]) or dtype == torch.float64
@@ -103,7 +103,7 @@ def test_encoders_of_long_rows_and_unpacked_weights(cuda):
 def test_screening_decides_without_reading_the_rows(cuda):
     """Rows of latents that cannot be in the answer are never read: what they hold after packing changes nothing."""
     x, W_enc, b_enc, b_dec = gaussian(12, 64, 4000)
-    weight, *others = cuda.pack_encoder(W_enc, b_enc, b_dec)
+    weight, *others = cuda.prepare_encoder(W_enc, b_enc, b_dec)
     on_cpu = dm.topk_encode(x, W_enc, b_enc, 8, b_dec=b_dec)
     above = dm.threshold_encode(x, W_enc, b_enc, 20.0, b_dec=b_dec)
     h = reference.pre_activations(x, W_enc, b_enc, b_dec=b_dec)
@@ -148,7 +148,7 @@ def test_nan_in_weights_is_refused_when_prepared(cuda):
     x, W_enc, b_enc, b_dec = gaussian()
     W_enc[3, 5] = NAN
     with pytest.raises(RuntimeError, match="W_enc: must not contain NaN, got shape"):
-        cuda.pack_encoder(W_enc, b_enc, b_dec)
+        cuda.prepare_encoder(W_enc, b_enc, b_dec)
     values, indices = cuda.topk_encode(x, W_enc, b_enc, b_dec, 3, *NOT_PACKED)  # unprepared: as torch.topk, NaN first
     assert values[:, 0].isnan().all()
     assert (indices[:, 0] == 5).all()
@@ -172,8 +172,8 @@ def test_sparse_ops(n, d, n_latents, k, dtype, seed):
     crow = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
     for v, i, c in ((values, indices, None), (values[kept], indices[kept], crow)):
         same(cuda.sparse_decode(v, i, c, W_dec, rows[0]), cpu.sparse_decode(v, i, c, W_dec, rows[0]))
-        same(cuda.sparse_dot(rows, i, c, W_dec), cpu.sparse_dot(rows, i, c, W_dec))
-        same(cuda.sparse_outer(v, i, c, rows, n_latents), cpu.sparse_outer(v, i, c, rows, n_latents))
+        same(cuda.decoder_dot(rows, i, c, W_dec), cpu.decoder_dot(rows, i, c, W_dec))
+        same(cuda.decoder_outer(v, i, c, rows, n_latents), cpu.decoder_outer(v, i, c, rows, n_latents))
         same(cuda.to_dense(v, i, c, n_latents), cpu.to_dense(v, i, c, n_latents))
         dense = cpu.to_dense(v, i, c, n_latents)
         same(cuda.find_support(dense), cpu.find_support(dense))
@@ -229,7 +229,7 @@ def test_the_emulator_finds_what_it_is_for(tmp_path):
         r"""
 #include <cstdio>
 #include <cuda_runtime.h>
-using darkmatter::memory;
+using darkmatter::cuda::memory;
 int out[3];
 void sums(bool barrier) {
   int* shared = reinterpret_cast<int*>(memory);

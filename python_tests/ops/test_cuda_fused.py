@@ -16,7 +16,7 @@ from cases.encoders import NOT_PACKED
 pytestmark = pytest.mark.slow  # a kernel that is off by default, emulated thread by thread
 
 INF, NAN = math.inf, math.nan
-BIAS = 1  # of csrc/screening.h's BoundRow
+BIAS = 1  # of csrc/margins.h's BoundRow
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,7 +54,7 @@ class Screened:
 
     def __init__(self, W_enc, b_enc, b_dec, left_out=slice(0, 0)):
         self.given = W_enc, b_enc, b_dec
-        *parts, bounds, groups = torch.ops.darkmatter_emulated.pack_encoder(*self.given)
+        *parts, bounds, groups = torch.ops.darkmatter_emulated.prepare_encoder(*self.given)
         kept = torch.ones(W_enc.shape[1], dtype=torch.bool)
         kept[left_out] = False
         bounds[BIAS, ~kept] = -INF

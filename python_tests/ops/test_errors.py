@@ -212,8 +212,8 @@ RAW = [
     (lambda: raw("sparse_decode", X, LONG_3_4.float(), None, W_ENC), "indices: must have dtype Long, got Float"),
     (lambda: raw("sparse_decode", X, LONG_3_2, None, W_ENC), "values: must have the shape of indices [3, 2]"),
     (lambda: raw("sparse_decode", X[0], LONG_3_4[0], LONG_3_4[0, :0], W_DEC), "crow: must have N + 1 entries"),
-    (lambda: raw("sparse_dot", X[:2], LONG_3_2, None, W_DEC), "rows: must have 3 rows, one a token, got 2"),
-    (lambda: raw("sparse_outer", X, LONG_3_4, None, X, -1), "n_latents: must be at least 0, got -1"),
+    (lambda: raw("decoder_dot", X[:2], LONG_3_2, None, W_DEC), "rows: must have 3 rows, one a token, got 2"),
+    (lambda: raw("decoder_outer", X, LONG_3_4, None, X, -1), "n_latents: must be at least 0, got -1"),
 ]
 
 
@@ -234,7 +234,7 @@ BAD_ACTIVE = [
 ]
 
 
-@pytest.mark.parametrize("op", ["sparse_decode", "sparse_dot", "sparse_outer"])
+@pytest.mark.parametrize("op", ["sparse_decode", "decoder_dot", "decoder_outer"])
 @pytest.mark.parametrize(("indices", "crow", "message"), BAD_ACTIVE, ids=[case[-1][:40] for case in BAD_ACTIVE])
 def test_bad_indices_behind_torch_ops_do_not_read_foreign_memory(op, indices, crow, message):
     indices = torch.tensor(indices)
@@ -242,8 +242,8 @@ def test_bad_indices_behind_torch_ops_do_not_read_foreign_memory(op, indices, cr
     crow = None if crow is None else torch.tensor(crow)
     arguments = {
         "sparse_decode": (torch.ones(indices.shape), indices, crow, W_DEC, None),
-        "sparse_dot": (rows, indices, crow, W_DEC),
-        "sparse_outer": (torch.ones(indices.shape), indices, crow, rows, F),
+        "decoder_dot": (rows, indices, crow, W_DEC),
+        "decoder_outer": (torch.ones(indices.shape), indices, crow, rows, F),
     }
     with pytest.raises(RuntimeError) as caught:
         getattr(torch.ops.darkmatter, op)(*arguments[op])

@@ -12,7 +12,7 @@
 #include "checks.h"
 #include "tensor_core.h"
 
-namespace darkmatter {
+namespace darkmatter::cuda {
 
 class OnDevice {
  public:
@@ -65,4 +65,4 @@ inline void half_products(
   }
 }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cuda

@@ -3,28 +3,28 @@
 
 #define __builtin_cpu_supports(feature) true
 #define active_isa isa_of_the_environment
-#include "cpu/isa.cpp"
+#include "cpu/kernels/isa.cpp"
 #undef active_isa
-#include "cpu/screen.h"
+#include "cpu/screen/certificate.h"
 
-namespace darkmatter {
+namespace darkmatter::cpu {
 
 static Isa chosen = Isa::scalar;
 
 Isa active_isa() { return chosen; }
 
-}  // namespace darkmatter
+}  // namespace darkmatter::cpu
 
 #define static  // the choice of codes is made at each call, not at the first
-#include "cpu/screen.cpp"
+#include "cpu/kernels/screen_kernels.cpp"
 #undef static
 
 // False for a name that isa_name does not give.
 extern "C" __attribute__((visibility("default"))) bool darkmatter_emulated_isa(const char* name) {
-  using darkmatter::Isa;
-  for (const Isa isa : darkmatter::kIsas) {
-    if (std::strcmp(darkmatter::isa_name(isa), name) == 0) {
-      darkmatter::chosen = isa;
+  using darkmatter::cpu::Isa;
+  for (const Isa isa : darkmatter::cpu::kIsas) {
+    if (std::strcmp(darkmatter::cpu::isa_name(isa), name) == 0) {
+      darkmatter::cpu::chosen = isa;
       return true;
     }
   }

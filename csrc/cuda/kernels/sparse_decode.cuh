@@ -1,0 +1,129 @@
+// sparse_decode and its gradients on the GPU: one warp a token and a slice of columns.
+//
+// Budget: each active latent's row of W_dec is read once a token, 16 bytes a thread. Blocks run through the tokens of
+// one slice of kSlice bytes before the next slice: of W_dec one slice (F kSlice bytes: 67 MB at F 131072) is in use at
+// a time, so that rows several tokens share are found in L2.
+//
+// Sums are in float64 in stored order, one thread a column, so the result equals the CPU's to the bit for float32 and
+// 16-bit input: their products are exact in float64.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/kernels/active.cuh"
+#include "cuda/kernels/block.cuh"
+
+namespace darkmatter::cuda {
+
+constexpr int kSliceBytes = 512;  // of a row: 32 threads of 16 bytes
+constexpr int kDecodeAhead = 8;   // rows a thread has in flight: 8 x 16 bytes x 768 threads, 96 KB a multiprocessor
+constexpr int kDecodeBlocks = 3;  // a multiprocessor: 80 registers a thread
+
+// Sixteen bytes of T, loaded at once.
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Packet {
+  T element[kWidth];
+};
+
+// out_i = b + sum over a of values_a rows[indices_a]. kSkipZeros: a value of 0 adds no row (relu leaves zeros), so an
+// infinite row there does not make NaN (the row is fetched, which costs less than a branch). An index out of range
+// would read foreign memory; without asking the host the honest answer is NaN.
+template <typename T, int kWidth, bool kSkipZeros>
+__global__ void __launch_bounds__(kThreads, kDecodeBlocks) sparse_decode_kernel(
+    const T* __restrict__ values, ActiveLatents active,
+    const T* __restrict__ rows,  // [F, d]
+    const T* __restrict__ bias,  // [d] or null
+    int64_t d, T* __restrict__ out) {
+  using Row = Packet<T, kWidth>;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int64_t column = (static_cast<int64_t>(blockIdx.y) * 32 + threadIdx.x % 32) * kWidth;
+  if (token >= active.n_tokens || column >= d) {
+    return;
+  }
+  double sum[kWidth];
+#pragma unroll
+  for (int c = 0; c < kWidth; ++c) {
+    sum[c] = bias != nullptr ? widen(bias[column + c]) : 0.0;
+  }
+  // Weights and rows of the entries from `a`; a stretch of kDecodeAhead has no branch, so that all its loads are in
+  // flight.
+  const auto add = [&](int64_t a, auto count) {
+    double factor[count.value];
+    Row ahead[count.value];
+#pragma unroll
+    for (int i = 0; i < count.value; ++i) {
+      const int64_t latent = active.indices[a + i];
+      const bool valid = latent >= 0 && latent < active.n_latents;
+      factor[i] = valid ? widen(values[a + i]) : static_cast<double>(NAN);
+      ahead[i] = *reinterpret_cast<const Row*>(rows + (valid ? latent : 0) * d + column);
+    }
+#pragma unroll
+    for (int i = 0; i < count.value; ++i) {
+#pragma unroll
+      for (int c = 0; c < kWidth; ++c) {
+        const double with = fma(factor[i], widen(ahead[i].element[c]), sum[c]);
+        sum[c] = kSkipZeros && factor[i] == 0.0 ? sum[c] : with;
+      }
+    }
+  };
+  int64_t a = active.begin(token);
+  const int64_t end = active.end(token);
+  for (; a + kDecodeAhead <= end; a += kDecodeAhead) {
+    add(a, std::integral_constant<int, kDecodeAhead>());
+  }
+  for (; a < end; ++a) {
+    add(a, std::integral_constant<int, 1>());
+  }
+  Row result;
+#pragma unroll
+  for (int c = 0; c < kWidth; ++c) {
+    result.element[c] = rounded<T>(sum[c]);
+  }
+  *reinterpret_cast<Row*>(out + token * d + column) = result;
+}
+
+// out_a = <rows_i, W_dec[indices_a]> of the token i of a. One block a token.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kDotBlocks) decoder_dot_kernel(
+    const T* __restrict__ rows, ActiveLatents active, const T* __restrict__ W_dec, int64_t d, bool staged,
+    T* __restrict__ out) {
+  const int64_t token = blockIdx.x;
+  Arena arena{shared_memory()};
+  double* storage = staged ? arena.take<double>(d) : nullptr;
+  const T* own = rows + token * d;
+  const double* row = stage_row(own, d, storage);
+  const int64_t end = active.end(token);
+  for (int64_t a = active.begin(token) + threadIdx.x / kLanes; a < end; a += kGroups) {
+    const int64_t latent = active.indices[a];
+    const bool valid = latent >= 0 && latent < active.n_latents;
+    const double product = valid ? row_dot(row, own, W_dec + latent * d, d) : NAN;
+    if (threadIdx.x % kLanes == 0) {
+      out[a] = rounded<T>(product);
+    }
+  }
+}
+
+// The active latents sorted by latent as segments: starts [F + 1], and the token and value of each entry in that order.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) segments_kernel(
+    const int64_t* __restrict__ sorted,  // [z] latents
+    const int64_t* __restrict__ order,   // [z] where each was
+    int64_t n, ActiveLatents active, const T* __restrict__ values, int64_t* __restrict__ starts,
+    int64_t* __restrict__ tokens, T* __restrict__ own) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (at <= active.n_latents) {  // the first entry whose latent is not below `at`
+    int64_t low = 0, high = n;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      (sorted[middle] < at ? low : high) = sorted[middle] < at ? middle + 1 : middle;
+    }
+    starts[at] = low;
+  }
+  if (at < n) {
+    const int64_t entry = order[at];
+    own[at] = values[entry];
+    tokens[at] = active.token_of(entry);
+  }
+}
+
+}  // namespace darkmatter::cuda

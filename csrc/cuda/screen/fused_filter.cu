@@ -1,0 +1,98 @@
+#include "cuda/screen/fused_filter.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
+
+#include "cuda/screen/fused_filter.cuh"
+
+namespace darkmatter::cuda {
+
+constexpr int64_t kFirstLatents = 2048;   // of the first step at most: four times the largest k
+constexpr int kMostExpected = kList / 2;  // candidates of a list
+constexpr int kMostGrowth = 4;
+constexpr int kEmptyRegisters = 64;  // more than a kernel compiled to nothing has, fewer than the kernel
+
+bool FusedFilter::available(const OnDevice& device, const Tensor& codes) {
+  const char* wanted = std::getenv("DARKMATTER_CUDA_FUSED");
+  return wanted != nullptr && std::string_view(wanted) == "1" && device.capability == 90 &&
+         device.registers(fused_filter_kernel) > kEmptyRegisters &&
+         reinterpret_cast<uintptr_t>(codes.const_data_ptr()) % 16 == 0;
+}
+
+FusedFilter::FusedFilter(
+    const OnDevice& device, const Tensor& codes, const Tensor& bounds, const FusedQuestion& question)
+    : device_(device),
+      question_(question),
+      latents_{data<float>(bounds), codes.size(0)},
+      d_padded_(codes.size(1)),
+      tiles_(static_cast<int>(ceil_div(codes.size(0), kLatentTile))),
+      screens_(torch::stable::new_empty(bounds, {tiles_, kLatentTile, 2}, ScalarType::Float)),
+      largest_(torch::stable::new_empty(bounds, {tiles_, 3}, ScalarType::Float)) {
+  while (question.k > 0 && ceil_div(tiles_, step_) * kLatentTile > kFirstLatents) {
+    step_ *= 2;
+  }
+  require(
+      hopper::describe_rows(data<__half>(codes), latents_.n, d_padded_, kLatentTile / kClusterBlocks, &latent_map_),
+      "darkmatter_ext: the driver must describe the codes of latents, got a refusal");
+  Arena arena{nullptr};
+  arena.take<uint32_t>(3);
+  device.launch(
+      prepare_latents_kernel, dim3(static_cast<unsigned>(tiles_)), kThreads, arena.used, latents_, question.limits,
+      mutable_data<LatentScreen>(screens_), mutable_data<LargestBounds>(largest_));
+}
+
+int64_t FusedFilter::first_latents() const {
+  const int64_t runs = ceil_div(tiles_, step_), last = (runs - 1) * step_ * kLatentTile;
+  return (runs - 1) * kLatentTile + std::min<int64_t>(kLatentTile, latents_.n - last);
+}
+
+void FusedFilter::run(int64_t n, const ScreenedTokens& tokens, const CandidateLists& lists) const {
+  hopper::TensorMap token_map;
+  require(
+      hopper::describe_rows(tokens.codes, n, d_padded_, kTokenTile, &token_map),
+      "darkmatter_ext: the driver must describe the codes of tokens, got a refusal");
+  if (question_.k == 0) {
+    launch(token_map, n, tokens, lists, 1, 0);
+    return;
+  }
+  Arena arena{nullptr};
+  arena.take<BlockScratch>(1);
+  arena.take<float>(1);
+  arena.take<int>(1);
+  for (int step = step_; step > 1;) {
+    const int growth = question_.k * kMostGrowth <= kMostExpected ? std::min(kMostGrowth, step) : 2;
+    step /= growth;
+    device_.launch(
+        raise_limits_kernel, dim3(static_cast<unsigned>(n)), kThreads, arena.used, tokens, lists, question_.k,
+        question_.margin);
+    launch(token_map, n, tokens, lists, step, growth);
+  }
+}
+
+void FusedFilter::launch(
+    const hopper::TensorMap& token_map, int64_t n, const ScreenedTokens& tokens, const CandidateLists& lists, int step,
+    int growth) const {
+  const int multiples = static_cast<int>(ceil_div(tiles_, step));
+  const int wanted = growth == 0 ? multiples : multiples - static_cast<int>(ceil_div(multiples, growth));
+  if (wanted == 0) {
+    return;
+  }
+  const FusedWork work{
+      tokens,
+      latents_,
+      lists,
+      question_.limits,
+      data<LatentScreen>(screens_),
+      data<LargestBounds>(largest_),
+      n,
+      static_cast<int>(d_padded_ / hopper::kTileColumns),
+      {step, growth, wanted}};
+  const int64_t pairs = ceil_div(n, kTokenTile * kClusterBlocks);
+  const int64_t clusters = std::min<int64_t>(pairs * wanted, std::max(1, device_.multiprocessors / kClusterBlocks));
+  device_.launch_clusters(
+      fused_filter_kernel, kClusterBlocks, dim3(static_cast<unsigned>(clusters * kClusterBlocks)), kFusedThreads,
+      kFusedSharedBytes, token_map, latent_map_, work);
+}
+
+}  // namespace darkmatter::cuda
