@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from darkmatter_ext.measurement.site import prepared_site
 from torch import Tensor
 
 from darkmatter_ext.activations.contexts import text_rows, write_contexts
@@ -36,7 +37,6 @@ from darkmatter_ext.activations.text import documents
 from darkmatter_ext.experiments.decomposition import DEMO
 from darkmatter_ext.measurement.engine import measure
 from darkmatter_ext.measurement.measurement import MeasuredSae, MeasureSettings, SiteMeasurement
-from darkmatter_ext.measurement.site import prepared_site
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import cache_dir
 from darkmatter_ext.saes.encoders import as_encoder
@@ -283,6 +283,7 @@ def released(tokens: int) -> None:
         batch = source.read(range(source.n_contexts))
         x = batch.activations[HOOK].flatten(0, 1)
         from darkmatter_ext.measurement.selection import FIT
+
         from darkmatter_ext.measurement.sweeps import context_roles
 
         roles = context_roles(source.documents, _settings(passes=2))
