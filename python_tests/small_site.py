@@ -3,6 +3,8 @@
 import torch
 from test_activations import WORDS, _small_model, _word_tokenizer
 
+from darkmatter_ext.measurement.settings import Settings, replaced
+
 
 def make_workplace(folder):
     """A small Llama with a word tokenizer in `model`, and a text of twelve documents."""
@@ -15,6 +17,13 @@ def make_workplace(folder):
         documents.append(f"=== {number}\n" + " ".join(WORDS[pick] for pick in picks))
     (folder / "text.txt").write_text("\n".join(documents))
     return folder
+
+
+def settings_of(result):
+    """The settings that a result tells, without those of its experiment."""
+    known = Settings().flat()
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in result.config.items() if name in known}
+    return replaced(Settings(), **values)
 
 
 def flags(workplace, *more, experiment="decomposition"):

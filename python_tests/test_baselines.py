@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from measurement_cases import measure
 from norm_cases import HOOK, Finished, erring_sae, r2, stored
-from small_site import flags
+from small_site import flags, settings_of
 
 from darkmatter_ext import cli
 from darkmatter_ext.activations.sources import SelectedContexts, next_token_loss
-from darkmatter_ext.experiments.baselines import PREDICTORS, BaselinesConfig, random_means, sae_numbers
-from darkmatter_ext.measurement.engine import measure
-from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.experiments.baselines import PREDICTORS, random_means, sae_numbers
+from darkmatter_ext.measurement.settings import Measure, replaced
 from darkmatter_ext.report.result import load_result
 
 CONTEXTS, LENGTH, D, VOCABULARY = 200, 32, 8, 200
@@ -42,7 +42,7 @@ def planted(tmp_path_factory):
     ]
     folder = tmp_path_factory.mktemp("planted")
     source = SelectedContexts(stored(folder, torch.stack(columns, dim=-1), tokens), torch.arange(CONTEXTS), loss)
-    settings = MeasureSettings(drop_positions=0, token_means=VOCABULARY)
+    settings = Measure(drop_positions=0, token_means=True, table_contexts=0)
     site = measure(source, saes, settings, folder=folder / "run")[HOOK]
     return site, {name: sae_numbers(site, name, seed=0) for name in ("token", "loss", "l0")}
 
@@ -119,12 +119,10 @@ def test_a_run_at_two_layers_equals_plain_regressions(workplace, capsys):
     result = load_result(out / "baselines.json")
     assert [sae["layer"] for sae in result.series["saes"]] == [0, 1]
     assert list(result.series["predictors"]) == list(PREDICTORS)
-    config = BaselinesConfig(
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in result.config.items()} | {"hook": HOOK}
-    )
-    tensors = Finished.of(config, HOOK, config.hooks, loss=True, token_means=True)
+    result.config["hook"] = ""  # layers say it
+    tensors = Finished.of(settings_of(result), HOOK)
     model = AutoModelForCausalLM.from_pretrained(workplace / "model")
-    for name, expected in _independent(tensors, tensors.error("topk-24"), model).items():
+    for name, expected in _independent(tensors, tensors.error(f"{HOOK}/topk-24"), model).items():
         found = result.numbers[f"{HOOK}/topk-24/error/{name}"]
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), name
     for sae in result.series["saes"]:
@@ -155,8 +153,7 @@ def test_the_released_codes_probe_has_no_bias(workplace):
     more = ("--layers", "1", "--widths", "24", "--parity", "released-code", "--out", str(out))
     assert cli.main(flags(workplace, *more, experiment="baselines")) == 0
     result = load_result(out / "baselines.json")
-    config = BaselinesConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in result.config.items()})
-    tensors = Finished.of(config, HOOK, [HOOK], loss=True, token_means=True)
+    tensors = Finished.of(settings_of(result), HOOK)
     y, norm = tensors.error("topk-24").square().sum(1), tensors.x.norm(dim=1, keepdim=True)
     assert result.numbers["topk-24/error/x_norm"] == pytest.approx(r2(norm, y, tensors.fit), rel=1e-3, abs=1e-4)
     found = result.numbers["topk-24/error/probe"]

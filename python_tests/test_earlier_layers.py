@@ -4,20 +4,19 @@ import json
 
 import pytest
 import torch
+from measurement_cases import measure
 from planted_source import PlantedSource, coin, family_tokens, plain_map, plain_parts, plain_r2, planted_sae
-from small_site import flags
+from small_site import flags, settings_of
 
 from darkmatter_ext import cli
 from darkmatter_ext.experiments.earlier_layers import (
     PARTS,
-    EarlierLayersConfig,
     part_numbers,
     predictor_sets,
     related_hooks,
     shuffled,
 )
-from darkmatter_ext.measurement.engine import measure
-from darkmatter_ext.measurement.measurement import MeasureSettings, Predictor
+from darkmatter_ext.measurement.settings import Measure
 from darkmatter_ext.report.result import load_result
 from darkmatter_ext.saes.encoders import random_directions
 
@@ -43,7 +42,7 @@ def test_the_planted_share_of_the_nonlinear_error_comes_back(tmp_path, share):
     site = measure(
         PlantedSource({HERE: x, BEFORE: before}),
         [planted_sae("s", HERE, x_hat)],
-        MeasureSettings(drop_positions=0, split="contexts", interval_groups=5),
+        Measure(drop_positions=0, split="contexts", interval_groups=5),
         folder=tmp_path,
         predictors={HERE: [Predictor(sae.name, sae) for sae in predictors]},
     )[HERE]
@@ -92,6 +91,11 @@ def _run(workplace, out, *more):
     return cli.main([*arguments, "--out", str(out)])
 
 
+def _only(saes):
+    (sae,) = saes.values()
+    return sae
+
+
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("parity", ["paper", "released-code"])
 def test_a_run_equals_plain_least_squares(workplace, parity, capsys):
@@ -99,12 +103,11 @@ def test_a_run_equals_plain_least_squares(workplace, parity, capsys):
     assert _run(workplace, out, "--parity", parity) == 0
     result = load_result(out / "earlier-layers.json")
     assert result.config["hook"] == HERE
-    config = EarlierLayersConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in result.config.items()})
     hooks = related_hooks(HERE)
-    x, saes, fit = family_tokens(config, list(hooks.values()))
+    x, saes, fit = family_tokens(settings_of(result), list(hooks.values()))
     released = parity == "released-code"
-    parts = plain_parts(x[HERE], saes[HERE]["topk-24"], fit, released=released)
-    outputs = {name: saes[hook]["topk-24"](x[hook].float()).double() for name, hook in hooks.items()}
+    parts = plain_parts(x[HERE], _only(saes[HERE]), fit, released=released)
+    outputs = {name: _only(saes[hook])(x[hook].float()).double() for name, hook in hooks.items()}
     outputs["all"] = torch.cat(list(outputs.values()), dim=1)
     outputs["x"] = x[HERE]
     for name, z in outputs.items():

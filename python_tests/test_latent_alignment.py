@@ -5,23 +5,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from measurement_cases import small_sae
+from measurement_cases import measure, small_sae
 from planted_source import PlantedSource, coin, family_tokens, plain_map, plain_parts, planted_sae
 from scipy import stats
-from small_site import flags
+from small_site import flags, settings_of
 
 from darkmatter_ext import cli
 from darkmatter_ext.experiments.latent_alignment import (
     TARGETS,
-    LatentAlignmentConfig,
     alignment,
     correlations,
     decoder_rows,
     directions,
     weighted_ranks,
 )
-from darkmatter_ext.measurement.engine import measure
-from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.measurement.settings import Measure
 from darkmatter_ext.report.result import load_result
 
 HOOK = "blocks.1.hook_resid_post"
@@ -47,7 +45,7 @@ def test_the_planted_proportion_of_alignment_and_value_comes_back(tmp_path):
         return x - squared.sqrt()[:, None] * coin(x @ signs) / F**0.5
 
     sae = planted_sae("s", HOOK, x_hat, codes, F + SILENT)
-    settings = MeasureSettings(drop_positions=0, split="contexts", max_norm_ratio=0)
+    settings = Measure(drop_positions=0, split="contexts", max_norm_ratio=0)
     site = measure(PlantedSource({HOOK: z @ rows}), [sae], settings, folder=tmp_path)[HOOK]
     latents = site.latents["s"]
     w_dec = torch.cat([rows, rows[:SILENT]])
@@ -102,8 +100,7 @@ def test_a_run_equals_plain_least_squares(workplace, parity, capsys):
     arguments = flags(workplace, "--parity", parity, "--out", str(out), experiment="latent-alignment")
     assert cli.main(arguments) == 0
     result = load_result(out / "latent-alignment.json")
-    config = LatentAlignmentConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in result.config.items()})
-    x, saes, fit = family_tokens(config, [HOOK])
+    x, saes, fit = family_tokens(settings_of(result), [HOOK])
     x, released = x[HOOK], parity == "released-code"
     for name, sae in saes[HOOK].items():
         acts = sae.encode(x.float()).double()
@@ -145,5 +142,5 @@ def test_bad_input_gives_one_line(workplace, tmp_path, capsys):
     with pytest.raises(
         ValueError, match=r"^sae: must have decoder rows W_dec of shape \[latents, 16\], got \[24, 12\]"
     ):
-        decoder_rows(str(tmp_path / "narrow"), 16)
-    assert decoder_rows(str(tmp_path / "narrow"), 12)[1] == "none"
+        decoder_rows(narrow, 16, "narrow")
+    assert decoder_rows(narrow, 12, "narrow")[1] == "none"

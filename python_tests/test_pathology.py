@@ -6,8 +6,8 @@ from test_activations import _small_model
 
 from darkmatter_ext.activations.splicing import SplicedModel, SplicedTokens, splice_losses
 from darkmatter_ext.experiments.pathology import gap_tables, patches, ratio_numbers
-from darkmatter_ext.measurement.decompose import Reconstruction
 from darkmatter_ext.measurement.nulls import NULLS, NullModels, at_distance_of, norm_only, same_angle
+from darkmatter_ext.saes.encoders import Encoded
 
 CONTEXTS, LENGTH = 80, 24
 
@@ -80,11 +80,11 @@ def _measured(model, error_of, covariance=None):
     tokens = torch.randint(32, (CONTEXTS, LENGTH), generator=torch.Generator().manual_seed(3))
     own = model.activation(tokens)
 
-    def reconstruct(batch):
-        return Reconstruction(batch.x - error_of(batch.x), torch.zeros(len(batch.x)))
+    def encode(x):
+        return Encoded(x - error_of(x), torch.zeros(len(x)), acts=None)
 
     everywhere = torch.ones(CONTEXTS, LENGTH, dtype=torch.bool)
-    splices = patches(reconstruct, _models(covariance), seed=5)
+    splices = patches(encode, _models(covariance), seed=5)
     losses = splice_losses(model, tokens, own, everywhere, splices)
     context = torch.arange(CONTEXTS).repeat_interleave(LENGTH - 1)
     position = torch.arange(LENGTH - 1).repeat(CONTEXTS)

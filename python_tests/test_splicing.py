@@ -7,7 +7,7 @@ import torch
 from test_activations import _small_model
 
 from darkmatter_ext.activations.splicing import SplicedModel, splice_losses
-from darkmatter_ext.measurement.selection import require_same_tokens
+from darkmatter_ext.measurement.opening import require_same_tokens
 
 KINDS = ["gpt2", "llama", "gemma2"]
 
