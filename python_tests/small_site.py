@@ -26,10 +26,10 @@ def settings_of(result):
     return replaced(Settings(), **values)
 
 
-def flags(workplace, *more, experiment="decomposition"):
-    """Arguments of `darkmatter run` on it."""
+def flags(workplace, *more, experiment="decomposition", hook="blocks.1.hook_resid_post"):
+    """Arguments of `darkmatter run` on it; without a hook where given SAEs name theirs."""
     return [
-        "run", experiment, "--model", str(workplace / "model"), "--hook", "blocks.1.hook_resid_post",
+        "run", experiment, "--model", str(workplace / "model"), *(["--hook", hook] if hook else []),
         "--text", str(workplace / "text.txt"), "--tokens", "16000", "--context-length", "32", "--widths", "24", "48",
         "--k", "4", "--steps", "30", *more,
     ]  # fmt: skip

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from darkmatter_ext.activations import store
-from darkmatter_ext.activations.text import Document
 from darkmatter_ext.activations.sources import CacheSource, SelectedContexts
+from darkmatter_ext.activations.text import Document
 from darkmatter_ext.measurement.settings import Measure
 from darkmatter_ext.measurement.stored_tokens import MeasuredBatches, StoredTokens
 from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, SAE_TRAINING, UNUSED, TokenRoles, training_contexts

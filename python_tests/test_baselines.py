@@ -11,7 +11,7 @@ from small_site import flags, settings_of
 from darkmatter_ext import cli
 from darkmatter_ext.activations.sources import SelectedContexts, next_token_loss
 from darkmatter_ext.experiments.baselines import PREDICTORS, random_means, sae_numbers
-from darkmatter_ext.measurement.settings import Measure, replaced
+from darkmatter_ext.measurement.settings import Measure
 from darkmatter_ext.report.result import load_result
 
 CONTEXTS, LENGTH, D, VOCABULARY = 200, 32, 8, 200
@@ -130,7 +130,7 @@ def test_a_run_at_two_layers_equals_plain_regressions(workplace, capsys):
         assert ends == sorted(ends)
         assert abs(result.numbers[f"{sae['name']}/error/random_mean"]) < 0.1
     folders = [sae["folder"] for sae in result.series["saes"]]
-    again = flags(workplace, "--sae", *folders, "--out", str(workplace / "given"), experiment="baselines")
+    again = flags(workplace, "--sae", *folders, "--out", str(workplace / "given"), experiment="baselines", hook="")
     assert cli.main(again) == 0  # each SAE at the site it names
     given = load_result(workplace / "given" / "baselines.json")
     assert [sae["layer"] for sae in given.series["saes"]] == [0, 1]
@@ -164,7 +164,7 @@ def test_the_released_codes_probe_has_no_bias(workplace):
 @pytest.mark.usefixtures("own_cache")
 def test_bad_settings_give_one_line(workplace, tmp_path, capsys):
     cases = [
-        (("--layers", "1", "1"), "--layers: must be different numbers of at least 0, got [1, 1]"),
+        (("--layers", "1", "1"), "--layers: must be different numbers, got [1, 1]"),
         (("--layers", "7"), "has blocks 0 to 2, got block 7"),
         (("--sae", str(tmp_path)), "--sae: must be"),
         (("--interval-groups", "0"), "--interval-groups: must be at least 1, got 0"),

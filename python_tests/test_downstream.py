@@ -139,7 +139,7 @@ def test_bad_settings_give_one_line(finished, workplace, tmp_path, capsys):
             (["--contexts", "1"], "--contexts: must be at least 2"),
             (["--contexts", "4000"], "held-out contexts, got 4000"),
             (["--split", "tokens"], "--split: must be documents or contexts to splice into whole contexts"),
-            (["--max-norm-ratio", "0.001"], "must leave fit tokens, got 0 of 16000 tokens"),
+            (["--max-norm-ratio", "0.001"], "must leave tokens to measure, got 8 of contexts of 32 and 0.001"),
         ]
         for more, message in cases:
             assert cli.main(flags(workplace, "--out", str(tmp_path), *site, *more, experiment=experiment)) == 2, more
@@ -185,7 +185,7 @@ def test_pathology_at_two_layers(workplace, capsys):
     assert {path.suffix for path in out.iterdir()} == {".json", ".npz", ".png", ".html"}
     folders = [sae["folder"] for sae in result.series["saes"]]
     capsys.readouterr()
-    again = flags(workplace, "--sae", *folders, "--contexts", "4", "--out", str(out), experiment="pathology")
+    again = flags(workplace, "--sae", *folders, "--contexts", "4", "--out", str(out), experiment="pathology", hook="")
     assert cli.main(again) == 0  # each SAE at the site it names
     assert [sae["layer"] for sae in load_result(out / "pathology.json").series["saes"]] == [0, 1]
 

@@ -1,6 +1,7 @@
 """Errors predicted from SAE outputs of earlier sites: a planted share, the command against plain least squares, bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +18,27 @@ from darkmatter_ext.experiments.earlier_layers import (
     shuffled,
 )
 from darkmatter_ext.measurement.settings import Measure
+from darkmatter_ext.measurement.site_saes import SiteSae
 from darkmatter_ext.report.result import load_result
-from darkmatter_ext.saes.encoders import random_directions
+from darkmatter_ext.saes.encoders import Encoded, random_directions
 
 HERE, BEFORE = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"
 N, D = 40_000, 8
+
+
+class _Planted(SiteSae):
+    """An SAE of the site before whose own encoder is any function of x."""
+
+    @property
+    def own(self):
+        return self.load()
+
+
+def _planted_predictor(x_hat):
+    def encode(x):
+        return Encoded(x_hat(x), torch.ones(len(x)), acts=None)
+
+    return _Planted("p", BEFORE, "", D, 1, "planted", None, None, lambda: encode, 0)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
@@ -37,14 +54,14 @@ def test_the_planted_share_of_the_nonlinear_error_comes_back(tmp_path, share):
         y = (x.square() - 1) / 2**0.5
         return x - (0.7 * x + share**0.5 * y @ rotation + (1 - share) ** 0.5 * coin(x))
 
-    earlier = planted_sae("previous res", BEFORE, lambda y: 3 * y + 1)
-    predictors = [earlier, shuffled("shuffled", earlier, seed=0)]
+    earlier = _planted_predictor(lambda y: 3 * y + 1)
+    predictors = [earlier.encoder(name="previous res"), shuffled(earlier, seed=0)]
     site = measure(
         PlantedSource({HERE: x, BEFORE: before}),
         [planted_sae("s", HERE, x_hat)],
         Measure(drop_positions=0, split="contexts", interval_groups=5),
         folder=tmp_path,
-        predictors={HERE: [Predictor(sae.name, sae) for sae in predictors]},
+        predictors={HERE: predictors},
     )[HERE]
     found = part_numbers(site, "s", predictor_sets([sae.name for sae in predictors]))
     assert found["s/r2_from/previous res/nonlinear"] == pytest.approx(share, abs=0.02)
@@ -60,9 +77,9 @@ def test_the_planted_share_of_the_nonlinear_error_comes_back(tmp_path, share):
 
 
 def test_the_controls_are_what_they_say():
-    sae = planted_sae("p", BEFORE, lambda y: y + 1)
+    sae = _planted_predictor(lambda y: y + 1)
     x = torch.arange(100.0)[:, None]
-    first, again = (shuffled("c", sae, seed=3).load()(x).x_hat for _ in range(2))
+    first, again = (shuffled(sae, seed=3).load()({BEFORE: x}).x_hat for _ in range(2))
     assert torch.equal(first, again)  # the same in both readings of a token
     assert sorted(first.flatten().tolist()) == (x + 1).flatten().tolist()
     assert (first != x + 1).all()  # nobody keeps its own
@@ -86,8 +103,9 @@ def test_earlier_sites_of_a_residual_stream():
     assert related_hooks("blocks.0.hook_resid_post")["previous res"] == "blocks.0.hook_resid_pre"
 
 
-def _run(workplace, out, *more):
-    arguments = flags(workplace, "--widths", "24", "--interval-groups", "3", *more, experiment="earlier-layers")
+def _run(workplace, out, *more, hook=HERE):
+    own = ("--widths", "24", "--interval-groups", "3", *more)
+    arguments = flags(workplace, *own, experiment="earlier-layers", hook=hook)
     return cli.main([*arguments, "--out", str(out)])
 
 
@@ -133,7 +151,7 @@ def _folders(workplace):
 
 @pytest.mark.usefixtures("own_cache")
 def test_saes_that_exist_are_taken_instead(workplace, capsys):
-    """--sae and --predictor, and the streaming preset, with the SAEs that the demo preset trains."""
+    """--sae and --predictor in either preset, with the SAEs that the demo trains: named by themselves, controls beside."""
     out, mlp = workplace / "earlier-given", "blocks.1.hook_mlp_out"
     if mlp not in _folders(workplace):
         assert _run(workplace, out) == 0
@@ -141,9 +159,8 @@ def test_saes_that_exist_are_taken_instead(workplace, capsys):
     chosen = ("--sae", folders[HERE], "--predictor", folders[mlp], folders[BEFORE])
     assert _run(workplace, out, *chosen) == 0
     given = load_result(out / "earlier-layers.json")
-    assert set(given.series["predictors"]) == {
-        "res", mlp, BEFORE, "all", "all but res", "x", "shuffled", "random",
-    }  # fmt: skip
+    named = [Path(folders[hook]).name for hook in (mlp, BEFORE)]
+    assert set(given.series["predictors"]) == {"res", *named, "all", "all but res", "x", "shuffled", "random"}
     assert len(given.series["saes"]) == 1
     assert given.config["sae"] == [folders[HERE]]
     stream = ["run", "earlier-layers", "--preset", "one-pass", *chosen, "--model", str(workplace / "model"), "--text",
@@ -155,7 +172,8 @@ def test_saes_that_exist_are_taken_instead(workplace, capsys):
     for part in PARTS:
         assert abs(streamed.numbers[f"{name}/r2_from/shuffled/{part}"]) < 0.03
     assert streamed.numbers[f"{name}/r2_from/x/linear"] == pytest.approx(1, abs=1e-6)
-    assert len(streamed.series["predictors"]) == 5  # two, both, x, shuffled
+    assert streamed.series["predictors"] == given.series["predictors"]
+    assert streamed.numbers[f"{name}/r2_from/{named[0]}/error"] > streamed.numbers[f"{name}/r2_from/shuffled/error"]
     # another experiment of the same configuration has a state of its own, without the control
     assert cli.main(["run", "decomposition", *stream[2:-1], str(workplace / "earlier-other")]) == 0
     for bad, message in (
@@ -165,7 +183,7 @@ def test_saes_that_exist_are_taken_instead(workplace, capsys):
         (("--sae", folders[mlp], "--predictor", folders[mlp]), f"must be of another site than sae ({mlp}), got"),
     ):
         capsys.readouterr()
-        assert _run(workplace, out, *bad) == 2
+        assert _run(workplace, out, *bad, hook="") == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
@@ -183,4 +201,4 @@ def test_bad_settings_give_one_line(workplace, tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     assert cli.main(["run", "earlier-layers", "--preset", "gpt2-small", "--out", str(tmp_path)]) == 2
-    assert "--predictor: must name at least one SAE of another site, got none" in capsys.readouterr().err
+    assert "--predictor: must name at least one SAE of another site with sae, got none" in capsys.readouterr().err

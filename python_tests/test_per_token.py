@@ -134,12 +134,12 @@ def test_saes_that_cannot_be_compared_are_refused_in_one_line(workplace, tmp_pat
             "--widths: must name at least two widths, one predicts",
         ),
         (
-            flags(workplace, "--sae", one, experiment="per-token"),
+            flags(workplace, "--sae", one, experiment="per-token", hook=""),
             "--sae: must name at least two SAEs, one predicts the other",
         ),
-        (flags(workplace, "--sae", one, other, experiment="per-token"), several),
+        (flags(workplace, "--sae", one, other, experiment="per-token", hook=""), several),
         ([*many, "--sae", one], "--sae: must name at least two SAEs, one predicts the other"),
-        (many, "--sae: must name at least two SAEs, one predicts the other, got none"),
+        ([*many, "--widths", "32"], "--widths: must name at least two widths, one predicts the other, got [32]"),
         ([*many, "--sae", one, other], several),
     ]
     capsys.readouterr()

@@ -1,6 +1,5 @@
 """`scaling`: planted FVU over width found again, the breakdown, and the command line against the two-pass decomposition."""
 
-import dataclasses
 import math
 import subprocess
 import sys
@@ -8,24 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from darkmatter_ext.measurement.reconstruct import as_reconstruct
-from darkmatter_ext.measurement.selection import MeasuredBatches
-from darkmatter_ext.measurement.site import prepared_site
-from measurement_cases import small_sae, store_activations
-from small_site import flags
+from measurement_cases import measure, small_sae, store_activations
+from small_site import flags, settings_of
 
 from darkmatter_ext import cli
 from darkmatter_ext.activations.sources import CacheSource
 from darkmatter_ext.estimators.power_law import fit_power_law
 from darkmatter_ext.experiments import scaling
-from darkmatter_ext.experiments.scaling import ScalingConfig, at_fixed_l0, breakdown
+from darkmatter_ext.experiments.scaling import at_fixed_l0, breakdown
 from darkmatter_ext.measurement.decompose import decompose_stream
-from darkmatter_ext.measurement.engine import measure
-from darkmatter_ext.measurement.measurement import MeasuredSae, MeasureSettings
+from darkmatter_ext.measurement.run import prepare
+from darkmatter_ext.measurement.settings import Measure, replaced
+from darkmatter_ext.measurement.stored_tokens import MeasuredBatches
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.report.result import load_result
 from darkmatter_ext.runtime.progress import Stages
-from darkmatter_ext.saes.encoders import Encoded
+from darkmatter_ext.saes.encoders import Encoded, Encoder
 
 HOOK, D = "blocks.0.hook_resid_post", 8
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
@@ -52,8 +49,8 @@ def test_a_planted_law_and_its_parts_are_recovered_from_activations(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 64, D, generator=generator)
     store_activations(tmp_path / "cache", HOOK, x, torch.zeros(300, 64, dtype=torch.int64), torch.arange(300))
-    saes = [MeasuredSae(f"w{width}", HOOK, width, lambda width=width: _planted_encoder(width)) for width in WIDTHS]
-    settings = MeasureSettings(drop_positions=0, block_contexts=100, split="contexts", max_norm_ratio=0)
+    saes = [Encoder.of_site(f"w{width}", HOOK, width, lambda width=width: _planted_encoder(width)) for width in WIDTHS]
+    settings = Measure(drop_positions=0, block_contexts=100, split="contexts", max_norm_ratio=0)
     site = measure(CacheSource.open([tmp_path / "cache"]), saes, settings, folder=tmp_path / "run")[HOOK]
     numbers = {}
     for width in WIDTHS:
@@ -109,10 +106,9 @@ def test_the_command_measures_a_family_as_the_decomposition_does(workplace, tmp_
     assert cli.main(flags(workplace, *own, experiment="scaling")) == 0
     assert "FVU(W) = c + a W^m" in capsys.readouterr().out
     found = load_result(out / "scaling.json")
-    config = ScalingConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.config.items()})
-    cache, selection, saes = prepared_site(dataclasses.replace(config, ks=(), k=4), Stages(show=False))
-    functions = {name: as_reconstruct(sae) for name, (sae, _) in saes.items()}
-    expected = decompose_stream(MeasuredBatches(cache, selection.roles), functions)
+    inputs = prepare(replaced(settings_of(found), ks=(), k=4), Stages(show=False))
+    functions = {sae.name: lambda batch, encode=sae.own: encode(batch.x) for sae in inputs.saes}
+    expected = decompose_stream(MeasuredBatches(inputs.stored[inputs.one_site]), functions)
     for width in (24, 32, 48, 64):
         for key in ("fvu", "fvu_nonlinear", "r2_vec", "r2_norm/error", "l0"):
             value = found.numbers[f"topk-{width}-k4/{key}"]
@@ -141,11 +137,11 @@ def test_too_few_widths_at_one_l0_give_no_law_and_say_so(workplace, tmp_path, ca
 def test_the_released_codes_positions(monkeypatch):
     """Its scaling script leaves out the first position only (and the last, as everywhere)."""
     seen = []
-    monkeypatch.setattr(scaling.family, "measured", lambda config, _stages: seen.append(config) or 1 / 0)
-    config = dataclasses.replace(scaling.PRESETS["demo"], parity="released-code")
+    monkeypatch.setattr(scaling, "prepare", lambda settings, _stages: seen.append(settings) or 1 / 0)
+    settings = replaced(scaling.PRESETS["demo"], parity="released-code")
     with pytest.raises(ZeroDivisionError):
-        scaling.run(config, None)
-    assert (seen[0].drop_positions, config.drop_positions) == (1, 8)
+        scaling.run(settings, None)
+    assert (seen[0].measure.drop_positions, settings.measure.drop_positions) == (1, 8)
 
 
 BAD = [
@@ -153,7 +149,7 @@ BAD = [
     (["--l0", "0"], "--l0: must be above 0, got 0.0"),
     (["--ks", "4", "30"], "--ks: must be from 1 to the least of widths (24), got 30"),
     (["--ks", "4", "4"], "--ks: must be different numbers, got [4, 4]"),
-    (["--parity", "code"], "--parity: must be one of paper, released-code, got 'code'"),
+    (["--parity", "code"], "--parity: must be paper or released-code, got 'code'"),
     (["--interval-groups", "0"], "--interval-groups: must be at least 1, got 0"),
 ]
 
