@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from small_site import flags
 
 from darkmatter_ext import cli
-from darkmatter_ext.experiments import names
+from darkmatter_ext.experiments import experiment, names
 from darkmatter_ext.report.result import load_result
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -47,9 +48,9 @@ def test_a_run_writes_result_figures_and_report(finished, workplace):
 
 
 def test_a_second_run_gives_the_same_numbers_from_the_cache(finished, workplace, monkeypatch):
-    from darkmatter_ext.measurement import site
+    from darkmatter_ext.measurement import site_saes
 
-    monkeypatch.setattr(site, "train_topk_sae", None)  # training again would fail
+    monkeypatch.setattr(site_saes, "train_topk_sae", None)  # training again would fail
     assert cli.main(flags(workplace, "--out", str(workplace / "again"))) == 0
     first, again = (load_result(path / "decomposition.json") for path in (finished[1], workplace / "again"))
     assert first.numbers == again.numbers
@@ -76,9 +77,15 @@ def test_pursuit_beside_the_encoder(finished, workplace, capsys, method):
 
 def test_saes_of_a_run_can_be_measured_by_folder(finished, workplace, capsys):
     folders = [sae["folder"] for sae in load_result(finished[1] / "decomposition.json").series["saes"]]
-    assert cli.main(flags(workplace, "--sae", *folders, "--out", str(workplace / "given"))) == 0
-    result = load_result(workplace / "given" / "decomposition.json")
-    assert result.numbers["tokens/sae_training"] == 0
+    numbers = []
+    for more in ([], ["--store", "True"]):
+        assert cli.main(flags(workplace, "--sae", *folders, *more, "--out", str(workplace / "given"))) == 0
+        numbers.append(load_result(workplace / "given" / "decomposition.json").numbers)
+    streamed, stored = numbers
+    assert stored["tokens/sae_training"] == 0
+    assert "tokens/sae_training" not in streamed
+    assert {name for name in stored if name.startswith("tokens/")} > {name for name in streamed if "tokens/" in name}
+    assert streamed == pytest.approx({name: stored[name] for name in streamed}, rel=1e-4)
     assert "wrote" in capsys.readouterr().out
 
 
@@ -114,6 +121,21 @@ def test_list_env_and_help(capsys):
         cli.main(["run", "decomposition", "--help"])
     assert caught.value.code == 0
     assert "--context-length" in capsys.readouterr().out
+
+
+EVERY = [(name, preset) for name in names() for preset in experiment(name).PRESETS]
+
+
+@pytest.mark.parametrize(("name", "preset"), EVERY)
+def test_help_shows_every_setting_once(name, preset, capsys):
+    """Whichever part a setting is in: a flag of its own name, no prefix, none twice, each with its line."""
+    with pytest.raises(SystemExit):
+        cli.main(["run", name, "--preset", preset, "--help"])
+    lines = capsys.readouterr().out.partition("options:")[2]
+    shown = re.findall(r"^ {2}(?:-h, )?(--[\w.-]+)", lines, re.MULTILINE)
+    settings = [f"--{setting.replace('_', '-')}" for setting in experiment(name).PRESETS[preset].flat()]
+    assert len(set(settings)) == len(settings)
+    assert sorted(shown) == sorted([*settings, "--help", "--preset", "--out", "--dry-run"])
 
 
 BAD = [
