@@ -132,10 +132,10 @@ def test_help_shows_every_setting_once(name, preset, capsys):
     with pytest.raises(SystemExit):
         cli.main(["run", name, "--preset", preset, "--help"])
     lines = capsys.readouterr().out.partition("options:")[2]
-    shown = re.findall(r"^ {2}(?:-h, )?(--[\w.-]+)", lines, re.MULTILINE)
-    settings = [f"--{setting.replace('_', '-')}" for setting in experiment(name).PRESETS[preset].flat()]
-    assert len(set(settings)) == len(settings)
-    assert sorted(shown) == sorted([*settings, "--help", "--preset", "--out", "--dry-run"])
+    shown = re.findall(r"^ {2}(-[\w.-]+)", lines, re.MULTILINE)
+    names = list(experiment(name).PRESETS[preset].flat())
+    settings = [f"--{own.replace('_', '-')}" if len(own) > 1 else f"-{own}" for own in names]
+    assert sorted(shown) == sorted([*settings, "-h", "--preset", "--out", "--dry-run"])
 
 
 BAD = [

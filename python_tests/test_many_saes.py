@@ -173,7 +173,8 @@ def test_stored_activations_and_tokenised_datasets_are_sources_too(workplace, tm
     first, second = (found.site_of("a").decomposition("a").numbers() for found in (streamed, again))
     assert first == pytest.approx(second, rel=1e-9)
     assert cli.main(["run", "decomposition", "--model", model, "--text", text, "--tokens", "4000", "--hook", HOOK,
-                     "--context-length", "32", "--sae", *sae, "--store", "True", "--out", str(tmp_path / "out")]) == 0  # fmt: skip
+                     "--context-length", "32", "--sae", *sae, "--store", "True",
+                     "--out", str(tmp_path / "out")]) == 0  # fmt: skip
     folder = next(path for path in (workplace / "cache" / "activations").iterdir()
                   if json.loads((path / "meta.json").read_text())["n_contexts"] == 125)  # fmt: skip
     stored = _settings(sae=sae, cache=(str(folder),), tokens=4000, split="contexts")

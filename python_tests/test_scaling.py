@@ -181,20 +181,89 @@ def test_given_saes_must_be_of_two_widths_and_of_the_site(workplace, tmp_path, c
         assert error.count("\n") == 1
 
 
+def _saved(folder, widths, hook="blocks.1.hook_resid_post"):
+    """Given SAEs of these widths."""
+    for width in widths:
+        sae = small_sae("topk", 16, width, width, bias=0.0)
+        sae.cfg.metadata["hook_name"] = hook
+        sae.save_model(folder / f"sae-{width}")
+    return [str(folder / f"sae-{width}") for width in widths]
+
+
+def _stream(workplace, saes):
+    return ["run", "scaling", "--preset", "one-pass", "--sae", *saes, "--model", str(workplace / "model"), "--text",
+            str(workplace / "text.txt"), "--tokens", "8000", "--context-length", "32", "--l0", "4",
+            "--with-pursuit"]  # fmt: skip
+
+
+def _counted(monkeypatch, module, name):
+    """The calls of a function, which still does its work."""
+    work, calls = getattr(module, name), []
+    monkeypatch.setattr(module, name, lambda *given, **more: calls.append(given) or work(*given, **more))
+    return calls
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_three_measurements_load_every_sae_once_and_tokenise_once(workplace, tmp_path, monkeypatch, store):
+    """SAEs, pursuit and controls are measured of inputs made once; a checkpoint has a folder for each set of encoders."""
+    from darkmatter_ext.measurement import opening, site_saes
+
+    monkeypatch.setenv("DARKMATTER_CACHE", str(tmp_path / "cache"))
+    loaded = _counted(monkeypatch, site_saes, "load_sae")
+    tokenised = _counted(monkeypatch, opening, "tokenize_contexts" if store else "text_rows")
+    ran = _counted(monkeypatch, opening, "activation_caches") if store else []
+    saes, folder = _saved(tmp_path, (24, 32, 48, 64)), tmp_path / "run"
+    more = ["--store", str(store), "--checkpoint", str(folder), "--out", str(tmp_path / "out")]
+    assert cli.main([*_stream(workplace, saes), *more]) == 0
+    assert [spec for spec, *_ in loaded] == saes
+    assert (len(tokenised), len(ran)) == (1, int(store))
+    sets = {path.parent.relative_to(folder).as_posix() for path in folder.rglob("run.json")}
+    assert sets == {".", "pursuit", "shuffled decoder-random directions"}
+    assert (folder / "contexts").exists() != store
+    first = load_result(tmp_path / "out" / "scaling.json").numbers
+    loaded.clear()
+    assert cli.main([*_stream(workplace, saes), *more]) == 0  # from the states of all three
+    assert load_result(tmp_path / "out" / "scaling.json").numbers == first
+    assert len(tokenised) == (2 if store else 1)  # streamed: the contexts are kept with the states
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_budget_of_memory_loads_saes_again_and_changes_no_number(workplace, tmp_path, monkeypatch):
+    from darkmatter_ext.measurement import site_saes
+
+    loaded = _counted(monkeypatch, site_saes, "load_sae")
+    saes, numbers = _saved(tmp_path, (24, 32)), []
+    of_both = 2 * 4 * 16 * (24 + 32)  # bytes
+    for number, gigabytes in enumerate((0, 2 * of_both / 1e9, 1e-9)):
+        loaded.clear()
+        own = ["--sae-memory-gb", str(gigabytes), "--checkpoint", str(tmp_path / f"run-{number}")]
+        stream = [word for word in _stream(workplace, saes) if word != "--with-pursuit"]
+        assert cli.main([*stream, *own, "--out", str(tmp_path / "out")]) == 0
+        numbers.append((load_result(tmp_path / "out" / "scaling.json").numbers, len(loaded)))
+    (free, once), (enough, kept), (tight, often) = numbers
+    assert once == 2
+    assert kept <= 4  # each measurement, of the SAEs and of the controls, keeps its own
+    assert often > 2 * 8000 / 32 / 32  # every block of both readings
+    assert enough == free == tight
+
+
+def test_saes_of_several_sites_are_told_before_the_model_runs(workplace, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DARKMATTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(scaling, "prepare", None)
+    saes = [*_saved(tmp_path, (24,)), *_saved(tmp_path, (48,), "blocks.0.hook_resid_post")]
+    assert cli.main([*_stream(workplace, saes), "--out", str(tmp_path / "out")]) == 2
+    message = (
+        "--sae: must be of one site to see how error scales, got blocks.1.hook_resid_post and blocks.0.hook_resid_post"
+    )
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 def test_two_processes_measure_several_times_and_agree_with_one(workplace, tmp_path):
     """SAEs, pursuit and controls are three measurements: all in one process group of a torchrun."""
-    saes = []
-    for width in (24, 32, 48, 64):
-        sae = small_sae("topk", 16, width, width, bias=0.0)
-        sae.cfg.metadata["hook_name"] = "blocks.1.hook_resid_post"
-        sae.save_model(tmp_path / f"sae-{width}")
-        saes.append(str(tmp_path / f"sae-{width}"))
+    own = _stream(workplace, _saved(tmp_path, (24, 32, 48, 64)))
     command = Path(sys.executable).with_name("darkmatter")
-    own = ["run", "scaling", "--preset", "one-pass", "--sae", *saes, "--model", str(workplace / "model"), "--text",
-           str(workplace / "text.txt"), "--tokens", "8000", "--context-length", "32", "--l0", "4",
-           "--with-pursuit"]  # fmt: skip
     assert cli.main([*own, "--out", str(tmp_path / "one")]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node=2", "--master-port=0",
                 "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(command)]  # fmt: skip
