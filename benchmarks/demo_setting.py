@@ -94,7 +94,8 @@ def main() -> None:
     lines = [
         "# How far the demo's numbers depend on its settings",
         "",
-        f"`python benchmarks/demo_setting.py`: one factor changed at a time from the demo ({EMBEDDED_MODEL}, {BASE.saes.trained_hooks[0]},",
+        f"`python benchmarks/demo_setting.py`: one factor changed at a time from the demo ({EMBEDDED_MODEL},",
+        f"{BASE.saes.trained_hooks[0]},",
         f"{BASE.data.tokens} tokens, k {BASE.saes.k}, {BASE.saes.steps} steps, split by {BASE.measure.split}, positions below "
         f"{BASE.measure.drop_positions}",
         f"dropped). Mean over {arguments.seeds} seeds (of the splits and of SAE training), range in brackets; held-out tokens.",

@@ -313,7 +313,7 @@ def test_a_finished_measurement_gives_its_result_at_once(source, tmp_path):
         ({"parity": "code"}, "parity: must be paper or released-code, got 'code'"),
         ({"parity": "released-code", "passes": 1}, "passes: must be 2 with parity released-code, got 1"),
         ({"interval_groups": 0}, "interval_groups: must be at least 1, got 0"),
-        ({"products": "bf16"}, "products: must be one of float64, float32, got 'bf16'"),
+        ({"products": "bf16"}, "products: must be float64 or float32, got 'bf16'"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
