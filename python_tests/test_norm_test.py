@@ -133,7 +133,7 @@ def test_help_lists_the_settings(name, preset, capsys):
     ],
 )
 def test_bad_settings_give_one_line(workplace, more, message, capsys, tmp_path):
-    arguments = flags(workplace, *more, "--out", str(tmp_path), experiment="norm-test")
+    arguments = flags(workplace, "--ks", "4", *more, "--out", str(tmp_path), experiment="norm-test")
     if "--preset" in more:
         arguments = ["run", "norm-test", *more, "--out", str(tmp_path)]
     assert cli.main(arguments) == 2

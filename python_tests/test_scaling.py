@@ -120,7 +120,7 @@ def test_the_command_measures_a_family_as_the_decomposition_does(workplace, tmp_
         rest = found.numbers[f"topk-{width}-k4/breakdown/rest"]
         assert rest == found.numbers[f"topk-{width}-k4 pursuit/fvu_nonlinear"]
     assert found.series["law"] == [f"topk-{width}-k4" for width in (24, 32, 48, 64)]
-    shuffled, random = (found.numbers[f"topk-64 {name}/fvu"] for name in ("shuffled decoder", "random directions"))
+    shuffled, random = (found.numbers[f"topk-64-k4 {name}/fvu"] for name in ("shuffled decoder", "random directions"))
     assert min(shuffled, random) > found.numbers["topk-64-k4/fvu"]
     names = {"scaling.json", "scaling_lines.png", "scaling_contours.png", "scaling_breakdown.png", "report.html"}
     assert {path.name for path in out.iterdir()} == names
@@ -157,7 +157,7 @@ BAD = [
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize(("more", "message"), BAD, ids=lambda value: str(value)[:30])
 def test_bad_settings_give_one_line(workplace, tmp_path, capsys, more, message):
-    assert cli.main(flags(workplace, *more, "--out", str(tmp_path), experiment="scaling")) == 2
+    assert cli.main(flags(workplace, "--ks", "4", *more, "--out", str(tmp_path), experiment="scaling")) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
