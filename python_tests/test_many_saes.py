@@ -303,7 +303,11 @@ def test_saes_that_do_not_fit_are_refused(workplace, tmp_path, capsys):
         (_flags(workplace, *out, "--tokens", "70"), "--tokens: must leave documents on every side of the split, got 1"),
         (
             _flags(workplace, *out, "--drop-positions", "40"),
-            "--drop-positions, --max-norm-ratio: must leave tokens to measure, got 40 of contexts of 32 and 10",
+            "--drop-positions: must be from 0 to 31 (context length 32), got 40",
+        ),
+        (
+            _flags(workplace, *out, "--positions", "35:40"),
+            "--drop-positions, --max-norm-ratio: must leave tokens to measure, got 8 of contexts of 32 within slice(35",
         ),
         (_flags(workplace, *out, "--max-norm-ratio", "0.0001"), "must leave tokens to measure"),
         (
