@@ -53,8 +53,8 @@ def test_help_names_every_setting(name, capsys):
     assert stopped.value.code == 0
     said = capsys.readouterr().out
     assert experiments.about(name).split()[0] in said
-    for field in dataclasses.fields(experiments.experiment(name).PRESETS["demo"]):
-        assert f"--{field.name.replace('_', '-')} " in said, field.name
+    for setting in experiments.experiment(name).PRESETS["demo"].flat():
+        assert f"{'--' if len(setting) > 1 else '-'}{setting.replace('_', '-')} " in said, setting
 
 
 def test_a_dry_run_plans_and_does_nothing(name, workplace, capsys, tmp_path):
@@ -69,9 +69,7 @@ def test_a_run_leaves_its_result_its_figures_and_a_page(name, finished):
     assert result.experiment == name
     assert result.numbers
     assert result.provenance["versions"]
-    assert set(result.config) == {
-        field.name for field in dataclasses.fields(experiments.experiment(name).PRESETS["demo"])
-    }
+    assert set(result.config) == set(experiments.experiment(name).PRESETS["demo"].flat())
     figures = {path.name for path in folder.glob("*.png")}
     assert figures
     assert figures <= {f"{name}_{figure}.png" for figure in experiments.experiment(name).FIGURES}
