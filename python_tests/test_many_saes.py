@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from measurement_cases import small_sae
+from measurement_cases import small_sae, store_activations
 from test_activations import WORDS, _small_model, _word_tokenizer
 
 from darkmatter_ext import cli
@@ -21,6 +21,7 @@ from darkmatter_ext.measurement.run import measured, prepare, resolve
 from darkmatter_ext.measurement.settings import Settings, replaced
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.report.result import load_result
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes import catalogue
 from darkmatter_ext.saes.loading import describe_sae
@@ -324,6 +325,57 @@ def test_saes_that_do_not_fit_are_refused(workplace, tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error, error
         assert error.count("\n") == 1
+
+
+def test_what_prepare_refuses_it_tells_in_one_line(workplace, tmp_path):
+    text, one = str(workplace / "text.txt"), str(workplace / "a")
+    given = {"sae": (one,), "model": str(workplace / "gpt2"), "text": text, "tokens": 4000}
+    elsewhere = _saved(tmp_path / "elsewhere", HOOK, 0, model_name="openai-community/gpt2")
+    other = _saved(tmp_path / "other", HOOK, 1, model_name="google/gemma-2-2b")
+    processed = _saved(tmp_path / "processed", HOOK, 0, context_size=32, model_from_pretrained_kwargs={"fold_ln": True})
+    x, nameless = torch.randn(6, 32, 16), torch.full((6, 32), -1)
+    store_activations(tmp_path / "cache", HOOK, x, nameless, torch.arange(6))
+    cache = {"sae": (one,), "cache": (str(tmp_path / "cache"),), "tokens": 192}
+    cases = [
+        (
+            given | {"sae": (elsewhere, other), "model": ""},
+            {},
+            "model: must be given, the SAEs were made with openai-comm",
+        ),
+        (
+            given | {"sae": (processed,)},
+            {"splices": True},
+            "backend: must be huggingface to splice into the model, got",
+        ),
+        (given | {"sae": (processed,), "loss": True}, {}, "loss: must be left out with TransformerLens' processed"),
+        (cache | {"sae": (str(workplace / "z"),)}, {}, f"cache: must hold blocks.0.attn.hook_z, got {HOOK}"),
+        (
+            cache | {"exclude_special_tokens": "yes", "model": given["model"]},
+            {},
+            "exclude_special_tokens: must be no for",
+        ),
+        (
+            cache | {"store": True},
+            {},
+            "cache: must be left out where activations are stored, they come from text, got it",
+        ),
+        (cache, {"splices": True}, "cache: must be left out where activations are stored, they come from text, got it"),
+        (
+            given | {"backend": "transformer-lens", "sae": ()},
+            {},
+            "backend: must be auto or huggingface without sae, got",
+        ),
+        (given | {"text": str(tmp_path / "none.txt")}, {}, "text: must be a readable file"),
+        (given | {"tokens": 900_000, "store": True}, {}, "tokens: the text gives"),
+        (given | {"hook": "blocks.1.hook_mlp_out"}, {}, "sae: must be of the site blocks.1.hook_mlp_out, got one of"),
+    ]
+    for values, more, message in cases:
+        with pytest.raises(InputError) as caught:
+            prepare(_settings(**values), Stages(show=False), **more)
+        assert message in str(caught.value), message
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="tokns: must be one of the settings device, context_length, bos, "):
+        _settings(tokns=5)
 
 
 def test_a_named_checkpoint_refuses_another_configuration(workplace, tmp_path, capsys):

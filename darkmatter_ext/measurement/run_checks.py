@@ -65,6 +65,6 @@ def signs_of(saes: Sequence[SiteSae], samples: Mapping[str, Tensor]) -> list[str
     """What looks wrong with SAEs, for a result that does not measure them in sweeps."""
     return [
         misloaded(sae.name, sign)
-        for sae in saes
-        for sign in signs(sae.load(), samples[sae.hook], expected_l0=sae.expected_l0, encode=sae.own)
+        for sae, loaded in ((sae, sae.load()) for sae in saes)
+        for sign in signs(loaded, samples[sae.hook], expected_l0=sae.expected_l0, encode=sae.own_of(loaded))
     ]
