@@ -374,7 +374,7 @@ def test_what_prepare_refuses_it_tells_in_one_line(workplace, tmp_path):
             prepare(_settings(**values), Stages(show=False), **more)
         assert message in str(caught.value), message
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="tokns: must be one of the settings device, context_length, bos, "):
+    with pytest.raises(InputError, match="tokns: must be one of the settings context_length, bos, "):
         _settings(tokns=5)
 
 
