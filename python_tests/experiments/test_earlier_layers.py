@@ -29,9 +29,8 @@ N, D = 40_000, 8
 class _Planted(SiteSae):
     """An SAE of the site before whose own encoder is any function of x."""
 
-    @property
-    def own(self):
-        return self.load()
+    def own_of(self, loaded):
+        return loaded
 
 
 def _planted_predictor(x_hat):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from cases.measured import store_activations
 from cases.models import save_model, saved_sae, write_text
 
 from darkmatter_ext import cli
@@ -20,6 +21,7 @@ from darkmatter_ext.measurement.run import measured, prepare, resolve
 from darkmatter_ext.measurement.settings import Settings, replaced
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.report.result import load_result
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes import catalogue
 from darkmatter_ext.saes.loading import describe_sae
@@ -309,6 +311,59 @@ def test_saes_that_do_not_fit_are_refused(site, tmp_path, refused):
     ]
     for flags, message in cases:
         refused(flags, message)
+
+
+def test_what_prepare_refuses_it_tells_in_one_line(site, tmp_path):
+    text, one = str(site / "text.txt"), str(site / "a")
+    given = {"sae": (one,), "model": str(site / "gpt2"), "text": text, "tokens": 4000}
+    elsewhere = saved_sae(tmp_path / "elsewhere", hook_name=HOOK, model_name="openai-community/gpt2")
+    other = saved_sae(tmp_path / "other", seed=1, hook_name=HOOK, model_name="google/gemma-2-2b")
+    processed = saved_sae(
+        tmp_path / "processed", hook_name=HOOK, context_size=32, model_from_pretrained_kwargs={"fold_ln": True}
+    )
+    x, nameless = torch.randn(6, 32, 16), torch.full((6, 32), -1)
+    store_activations(tmp_path / "cache", HOOK, x, nameless, torch.arange(6))
+    cache = {"sae": (one,), "cache": (str(tmp_path / "cache"),), "tokens": 192}
+    cases = [
+        (
+            given | {"sae": (elsewhere, other), "model": ""},
+            {},
+            "model: must be given, the SAEs were made with openai-comm",
+        ),
+        (
+            given | {"sae": (processed,)},
+            {"splices": True},
+            "backend: must be huggingface to splice into the model, got",
+        ),
+        (given | {"sae": (processed,), "loss": True}, {}, "loss: must be left out with TransformerLens' processed"),
+        (cache | {"sae": (str(site / "z"),)}, {}, f"cache: must hold blocks.0.attn.hook_z, got {HOOK}"),
+        (
+            cache | {"exclude_special_tokens": "yes", "model": given["model"]},
+            {},
+            "exclude_special_tokens: must be no for",
+        ),
+        (
+            cache | {"store": True},
+            {},
+            "cache: must be left out where activations are stored, they come from text, got it",
+        ),
+        (cache, {"splices": True}, "cache: must be left out where activations are stored, they come from text, got it"),
+        (
+            given | {"backend": "transformer-lens", "sae": ()},
+            {},
+            "backend: must be auto or huggingface without sae, got",
+        ),
+        (given | {"text": str(tmp_path / "none.txt")}, {}, "text: must be a readable file"),
+        (given | {"tokens": 900_000, "store": True}, {}, "tokens: the text gives"),
+        (given | {"hook": "blocks.1.hook_mlp_out"}, {}, "sae: must be of the site blocks.1.hook_mlp_out, got one of"),
+    ]
+    for values, more, message in cases:
+        with pytest.raises(InputError) as caught:
+            prepare(_settings(**values), Stages(show=False), **more)
+        assert message in str(caught.value), message
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="tokns: must be one of the settings context_length, bos, "):
+        _settings(tokns=5)
 
 
 @pytest.mark.runs
