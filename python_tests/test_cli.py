@@ -1,7 +1,6 @@
 """The command line: what it lists and plans, and every bad input: one line, exit code 2, nothing half-written."""
 
 import json
-import re
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import pytest
 from cases.models import flags, saved_sae
 
 from darkmatter_ext import cli
-from darkmatter_ext.experiments import experiment, names
+from darkmatter_ext.experiments import names
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -37,21 +36,6 @@ def test_list_env_and_help(capsys):
         cli.main(["run", "decomposition", "--help"])
     assert caught.value.code == 0
     assert "--context-length" in capsys.readouterr().out
-
-
-EVERY = [(name, preset) for name in names() for preset in experiment(name).PRESETS]
-
-
-@pytest.mark.parametrize(("name", "preset"), EVERY)
-def test_help_shows_every_setting_once(name, preset, capsys):
-    """Whichever part a setting is in: a flag of its own name, no prefix, none twice, each with its line."""
-    with pytest.raises(SystemExit):
-        cli.main(["run", name, "--preset", preset, "--help"])
-    lines = capsys.readouterr().out.partition("options:")[2]
-    shown = re.findall(r"^ {2}(-[\w.-]+)", lines, re.MULTILINE)
-    names = list(experiment(name).PRESETS[preset].flat())
-    settings = [f"--{own.replace('_', '-')}" if len(own) > 1 else f"-{own}" for own in names]
-    assert sorted(shown) == sorted([*settings, "-h", "--preset", "--out", "--dry-run"])
 
 
 BAD = [
