@@ -17,13 +17,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from darkmatter_ext.activations.embedded_model import EMBEDDED_MODEL
 from darkmatter_ext.cli import _quiet_libraries
 from darkmatter_ext.experiments import decomposition
+from darkmatter_ext.measurement.settings import replaced
 from darkmatter_ext.report.result import Result, provenance
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import atomic_file, cache_dir, fingerprint
 
-BASE = dataclasses.replace(decomposition.DEMO, widths=(2048,))
+BASE = replaced(decomposition.PRESETS["demo"], widths=(2048,))
 FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {  # factor -> values other than the demo's
     "tokens": {"tokens": (100_000, 400_000)},
     "width": {"widths": ((1024,), (4096,))},
@@ -66,7 +68,7 @@ class Rows:
     def measure(self, label: str, **changes: Any) -> str:
         if label not in self.rows:
             start = time.perf_counter()
-            configs = [dataclasses.replace(BASE, seed=seed, **changes) for seed in self.seeds]
+            configs = [replaced(BASE, seed=seed, **changes) for seed in self.seeds]
             self.rows[label] = _row(label, [decomposition.run(config, Stages(show=False)) for config in configs])
             with atomic_file(self.path) as part:
                 part.write_text(json.dumps(self.rows))
@@ -81,7 +83,7 @@ def main() -> None:
     arguments = parser.parse_args()
     _quiet_libraries()
     kept = Rows(arguments.seeds)
-    rows = [kept.measure(f"demo, {BASE.widths[0]} latents")]
+    rows = [kept.measure(f"demo, {BASE.saes.widths[0]} latents")]
     for factor, settings in FACTORS.items():
         ((field, values),) = settings.items()
         for value in values:
@@ -92,8 +94,10 @@ def main() -> None:
     lines = [
         "# How far the demo's numbers depend on its settings",
         "",
-        f"`python benchmarks/demo_setting.py`: one factor changed at a time from the demo ({BASE.model}, {BASE.hook},",
-        f"{BASE.tokens} tokens, k {BASE.k}, {BASE.steps} steps, split by {BASE.split}, positions below {BASE.drop_positions}",
+        f"`python benchmarks/demo_setting.py`: one factor changed at a time from the demo ({EMBEDDED_MODEL},",
+        f"{BASE.saes.trained_hooks[0]},",
+        f"{BASE.data.tokens} tokens, k {BASE.saes.k}, {BASE.saes.steps} steps, split by {BASE.measure.split}, positions below "
+        f"{BASE.measure.drop_positions}",
         f"dropped). Mean over {arguments.seeds} seeds (of the splits and of SAE training), range in brackets; held-out tokens.",
         f"Made {made['created'][:10]} with torch {made['versions']['torch']} on {made['device']}.",
         "",

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from darkmatter_ext.measurement.site import prepared_site
 from torch import Tensor
 
 from darkmatter_ext.activations.contexts import text_rows, write_contexts
@@ -34,13 +33,15 @@ from darkmatter_ext.activations.embedded_model import EMBEDDED_MODEL
 from darkmatter_ext.activations.sources import CacheSource, ModelSource, Source
 from darkmatter_ext.activations.store import ActivationCache, _write_shard, load_tokenizer
 from darkmatter_ext.activations.text import documents
-from darkmatter_ext.experiments.decomposition import DEMO
 from darkmatter_ext.measurement.engine import measure
-from darkmatter_ext.measurement.measurement import MeasuredSae, MeasureSettings, SiteMeasurement
+from darkmatter_ext.measurement.measurement import SiteMeasurement
+from darkmatter_ext.measurement.presets import DEMO
+from darkmatter_ext.measurement.run import prepare
+from darkmatter_ext.measurement.settings import Measure, replaced
+from darkmatter_ext.measurement.tokens import FIT, TokenRoles
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import cache_dir
-from darkmatter_ext.saes.encoders import as_encoder
-from darkmatter_ext.saes.loading import load_sae
+from darkmatter_ext.saes.encoders import Encoder, as_encoder
 
 HOOK, D, K = "blocks.10.hook_resid_post", 576, 32
 LENGTH = 256
@@ -72,16 +73,14 @@ def _row(seconds: Seconds, **row: Any) -> None:
     _report(**row, wall_s=seconds.wall, cpu_s=seconds.cpu)
 
 
-def _settings(**changes: Any) -> MeasureSettings:
-    return dataclasses.replace(
-        MeasureSettings(passes=1, products="float32", batch_tokens=2048, block_contexts=32), **changes
-    )
+def _settings(**changes: Any) -> Measure:
+    return dataclasses.replace(Measure(passes=1, products="float32", table_contexts=0), **changes)
 
 
-def _measure(source: Source, saes: Sequence[MeasuredSae], settings: MeasureSettings) -> dict[str, SiteMeasurement]:
+def _measure(source: Source, saes: Sequence[Encoder], settings: Measure) -> dict[str, SiteMeasurement]:
     folder = Path(tempfile.mkdtemp())
     try:
-        return measure(source, saes, settings, folder=folder)
+        return measure(source, saes, TokenRoles.decide(source, settings, [HOOK]), folder=folder)
     finally:
         shutil.rmtree(folder)
 
@@ -100,14 +99,12 @@ def _demo_source(tokens: int, folder: Path) -> ModelSource:
     return ModelSource.load(EMBEDDED_MODEL, [HOOK], store, dtype=torch.float32)
 
 
-def _demo_saes(n: int) -> list[MeasuredSae]:
+def _demo_saes(n: int) -> list[Encoder]:
     """Eight SAEs as the demo trains them: widths 1024, 2048, 4096 of three seeds, without the last."""
     saes = []
     for seed in range(3):
-        found = prepared_site(dataclasses.replace(DEMO, seed=seed), Stages(show=False))[2]
-        for name, (sae, folder) in found.items():
-            encoder = as_encoder(load_sae(folder))
-            saes.append(MeasuredSae(f"{name} seed {seed}", HOOK, int(sae.cfg.d_sae), lambda e=encoder: e))
+        found = prepare(replaced(DEMO, seed=seed), Stages(show=False)).saes
+        saes += [sae.encoder(name=f"{sae.name} seed {seed}") for sae in found]
     order = [1, 4, 7, 0, 2, 3, 5, 6]  # the three of 2048 first, then the others as they come
     return [saes[i] for i in order[:n]]
 
@@ -186,11 +183,11 @@ def _stored(tokens: int, true: Tensor, folder: Path) -> CacheSource:
     return CacheSource({HOOK: ActivationCache(folder, meta)})
 
 
-def _measured(saes: Sequence[Any]) -> list[MeasuredSae]:
+def _measured(saes: Sequence[Any]) -> list[Encoder]:
     """Encoders made once, as a run makes them."""
     encoders = [as_encoder(sae) for sae in saes]
     return [
-        MeasuredSae(f"sae{i}", HOOK, sae.cfg.d_sae, lambda e=e: e)
+        Encoder.of_site(f"sae{i}", HOOK, sae.cfg.d_sae, lambda e=e: e)
         for i, (sae, e) in enumerate(zip(saes, encoders, strict=True))
     ]
 
@@ -282,12 +279,8 @@ def released(tokens: int) -> None:
             _row(seconds, procedure=name, tokens=tokens)
         batch = source.read(range(source.n_contexts))
         x = batch.activations[HOOK].flatten(0, 1)
-        from darkmatter_ext.measurement.selection import FIT
-
-        from darkmatter_ext.measurement.sweeps import context_roles
-
-        roles = context_roles(source.documents, _settings(passes=2))
-        train = (roles == FIT).repeat_interleave(LENGTH)
+        roles = TokenRoles.decide(source, _settings(passes=2), [HOOK])
+        train = (roles.contexts == FIT).repeat_interleave(LENGTH)
     total, (stages, numbers) = _timed(lambda: released_procedure(x, train, plain_saes))
     same = rows["ours, two passes, float64 products"][1]
     worst = max(abs(theirs[key] - own[key]) for theirs, own in zip(numbers, same, strict=True) for key in theirs)

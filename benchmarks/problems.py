@@ -244,19 +244,17 @@ def _sae(architecture: str, W_enc: Tensor, k: int) -> Any:
 
 def demo_problems() -> list[Problem]:
     """The demo's own SAEs on its own held-out activations, when the demo has run on this machine."""
-    from darkmatter_ext.measurement.selection import HELD_OUT, tokens_with_role
-    from darkmatter_ext.measurement.site import site_contexts, site_selection, sites_activations, trained_saes
-
-    from darkmatter_ext.experiments.decomposition import DEMO
+    from darkmatter_ext.measurement.presets import DEMO
+    from darkmatter_ext.measurement.run import prepare
+    from darkmatter_ext.measurement.tokens import HELD_OUT
     from darkmatter_ext.runtime.progress import Stages
 
-    config, stages = DEMO, Stages(show=False)
-    cache = sites_activations(config, [config.hook], site_contexts(config, stages), stages)[config.hook]
-    selection = site_selection(config, cache)
-    x = tokens_with_role(cache, selection.roles, HELD_OUT)[:1024]
+    inputs, k = prepare(DEMO, Stages(show=False)), DEMO.saes.k
+    x = inputs.stored[inputs.one_site].with_role(HELD_OUT)[:1024]
     problems = []
-    for name, (sae, _) in trained_saes(config, cache, selection, stages).items():
+    for trained in inputs.saes:
+        sae = trained.load()
         sae.cfg.apply_b_dec_to_input = False  # centred here, so that every row has the same form
-        label = f"topk demo {name} {len(x)}x{sae.cfg.d_in}x{sae.cfg.d_sae} k{config.k} float32"
-        problems.append(Problem(label, x - sae.b_dec, sae, config.k, "topk"))
+        label = f"topk demo {trained.name} {len(x)}x{sae.cfg.d_in}x{sae.cfg.d_sae} k{k} float32"
+        problems.append(Problem(label, x - sae.b_dec, sae, k, "topk"))
     return problems

@@ -37,6 +37,7 @@ from darkmatter_ext.saes.encoders import Encode, Encoder, random_directions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from sae_lens import SAE
 
 PARTS = ("error", "linear", "nonlinear")
 OWN, PREVIOUS = "res", "previous res"
@@ -93,8 +94,8 @@ class Predictors:
 def shuffled(sae: SiteSae, *, seed: int) -> Encoder:
     """The SAE's output of other tokens: every batch is permuted first, the same way in every reading."""
 
-    def make(_sae: object) -> Encode:
-        encode = sae.own
+    def make(loaded: SAE) -> Encode:
+        encode = sae.own_of(loaded)
         return lambda x: encode(x[other_tokens(len(x), torch.Generator().manual_seed(seed)).to(x.device)])
 
     return sae.encoder(make, name="shuffled")

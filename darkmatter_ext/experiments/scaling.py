@@ -19,6 +19,7 @@ from darkmatter_ext.estimators.intervals import Interval
 from darkmatter_ext.estimators.power_law import MINIMUM_WIDTHS, PowerLaw, fit_power_law
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import KS, WIDTHS, presets
+from darkmatter_ext.measurement.resolved import resolve
 from darkmatter_ext.measurement.run import Inputs, Measurement, measured, prepare
 from darkmatter_ext.measurement.settings import Settings, replaced
 from darkmatter_ext.measurement.site_saes import Make
@@ -41,7 +42,6 @@ from darkmatter_ext.report.table import Table, shown, with_interval
 from darkmatter_ext.runtime.inputs import InputError, require
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.encoders import as_encoder, pursuit_encoder, random_directions, shuffled_sae
-from darkmatter_ext.saes.loading import describe_sae
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,9 +141,12 @@ def _controls(inputs: Inputs, widest: dict[str, Any], numbers: dict[str, float],
     return measured(inputs, stages, saes=[inputs.sae(widest["name"])], encoders=controls)
 
 
-def _check_widths(settings: ScalingSettings) -> None:
-    """Raises InputError for given SAEs of one width only."""
-    widths = {describe_sae(spec).d_sae for spec in settings.saes.sae}
+def _check_saes(settings: ScalingSettings) -> None:
+    """Raises InputError for given SAEs of one width only, or SAEs of several sites."""
+    found = resolve(settings)
+    if len(found.sites) > 1:
+        raise InputError(f"sae: must be of one site to see how error scales, got {' and '.join(found.sites)}")
+    widths = {sae.d_sae for sae in found.saes}
     if len(widths) == 1:
         raise InputError(f"sae: must be SAEs of at least 2 widths to see how error scales, got {sorted(widths)}")
 
@@ -155,11 +158,9 @@ def run(settings: ScalingSettings, stages: Stages) -> Result:
     """
     if settings.measure.parity == "released-code":  # its scaling script leaves out the first position and the last
         settings = replaced(settings, drop_positions=1)
-    _check_widths(settings)
+    _check_saes(settings)
     inputs = prepare(settings, stages)
     found = measured(inputs, stages)
-    if len(found.sites) > 1:
-        raise InputError(f"sae: must be of one site to see how error scales, got {', '.join(found.sites)}")
     numbers = found.sae_numbers()
     chosen = at_fixed_l0(_candidates(inputs, found.saes, settings.l0), numbers, settings.l0)
     notes: list[str] = []

@@ -162,7 +162,8 @@ def _from_store(found: Resolved, stages: Stages, own: Processes, *, drop_last: b
         raise InputError(
             "torchrun: must be used with SAEs that exist (sae) and activations that are streamed, got store"
         )
-    for sae in _given(found, settings.device):
+    given = _given(found, settings.device)
+    for sae in given:
         sae.load()  # a bad SAE is told before the model runs for minutes
     caches = stored_activations(found, stages)
     widths = {hook: cache.d_in for hook, cache in caches.items()}
@@ -174,7 +175,6 @@ def _from_store(found: Resolved, stages: Stages, own: Processes, *, drop_last: b
     source = SelectedContexts(CacheSource(caches), measured, losses)
     roles = _roles(found, source, drop_last=drop_last)
     stored = {hook: StoredTokens.of(caches[hook], hook, training, roles) for hook in found.sites}
-    given = _given(found, settings.device)
     return Inputs(
         resolved=found,
         source=source,

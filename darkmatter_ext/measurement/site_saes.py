@@ -57,7 +57,7 @@ class SiteSae:
 
         def load() -> Encode:
             sae = self.load()
-            encode = self.own if make is as_encoder else make(sae)
+            encode = self.own_of(sae) if make is as_encoder else make(sae)
             if checks is not None:
                 checks.see(self.name, self.hook, sae, encode if make is as_encoder else None, self.expected_l0)
             return encode
@@ -68,10 +68,14 @@ class SiteSae:
     def _encode(self) -> Encode:
         return as_encoder(self.load())
 
+    def own_of(self, loaded: SAE) -> Encode:
+        """Its own encoder of an object that `load` gave: under a budget of memory nothing is read twice."""
+        return self._encode if self.stays else as_encoder(loaded)
+
     @property
     def own(self) -> Encode:
         """Its own encoder: x [n, d] -> Sae(x), L0 and active latents."""
-        return self._encode if self.stays else as_encoder(self.load())
+        return self.own_of(self.load())
 
 
 def given_saes(
@@ -148,6 +152,6 @@ def signs_of(saes: Sequence[SiteSae], samples: Mapping[str, Tensor]) -> list[str
     """What looks wrong with SAEs, for a result that does not measure them in sweeps."""
     return [
         misloaded(sae.name, sign)
-        for sae in saes
-        for sign in signs(sae.load(), samples[sae.hook], expected_l0=sae.expected_l0, encode=sae.own)
+        for sae, loaded in ((sae, sae.load()) for sae in saes)
+        for sign in signs(loaded, samples[sae.hook], expected_l0=sae.expected_l0, encode=sae.own_of(loaded))
     ]

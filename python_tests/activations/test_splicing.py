@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 from cases.models import small_model
-from darkmatter_ext.measurement.selection import require_same_tokens
 
 from darkmatter_ext.activations.splicing import SplicedModel, splice_losses
+from darkmatter_ext.measurement.opening import require_same_tokens
 
 KINDS = ["gpt2", "llama", "gemma2"]
 

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from cases.measured import numbers, open_caches, saes
+from cases.measured import measure, numbers, open_caches, saes
 from darkmatter_ext.measurement import token_table
-from darkmatter_ext.measurement.engine import measure
-from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.measurement.settings import Measure
 from darkmatter_ext.runtime import checkpoint
 from darkmatter_ext.runtime.processes import processes
 
-SETTINGS = MeasureSettings(drop_positions=1, block_contexts=7, token_means=40, checkpoint_seconds=0)
+SETTINGS = Measure(
+    drop_positions=1, batch_tokens=4096, block_contexts=7, token_means=True, table_contexts=0, checkpoint_seconds=0
+)
 
 
 class KilledAtRead:

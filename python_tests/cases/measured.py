@@ -8,15 +8,30 @@ import torch
 from cases.models import small_sae
 from darkmatter_ext.activations import store
 from darkmatter_ext.activations.sources import CacheSource
-from darkmatter_ext.measurement.measurement import MeasuredSae
-from darkmatter_ext.saes.encoders import as_encoder
+from darkmatter_ext.measurement import engine
+from darkmatter_ext.measurement.tokens import TokenRoles
+from darkmatter_ext.saes.encoders import Encoder, as_encoder
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out")
 CONTEXTS, LENGTH, D = 60, 16, 12
 
 
 def _measured(name, hook, architecture, d_sae, seed):
-    return MeasuredSae(name, hook, d_sae, lambda: as_encoder(small_sae(architecture, D, d_sae, seed)), 8 * D * d_sae)
+    def load():
+        return as_encoder(small_sae(architecture, D, d_sae, seed))
+
+    return Encoder.of_site(name, hook, d_sae, load, weight_bytes=8 * D * d_sae)
+
+
+def decided(source, encoders, settings):
+    """The roles of a source's tokens, as a run decides them."""
+    hooks = list(dict.fromkeys(encoder.writes for encoder in encoders))
+    return TokenRoles.decide(source, settings, hooks, drop_last=settings.parity == "released-code")
+
+
+def measure(source, encoders, settings, **more):
+    """The engine's `measure`, with the roles that a run decides."""
+    return engine.measure(source, encoders, decided(source, encoders, settings), **more)
 
 
 def saes():
@@ -76,5 +91,5 @@ def numbers(measurement):
         found |= {f"{hook}/means/{key}": value for key, value in site.token_mean_r2().items()}
         first = next(iter(site.saes))
         fit = site.scalar_fit([f"{first}/l0", "x_norm"], [f"{first}/error_norm"])
-        found |= {f"{hook}/scalar": fit.r2, f"{hook}/left_out": site.left_out_by_norm}
+        found |= {f"{hook}/scalar": fit.r2, f"{hook}/left_out": site.left_out.by_norm}
     return found

@@ -4,6 +4,7 @@ import torch
 from sae_lens.registry import get_sae_class
 
 from darkmatter_ext.activations.text import Document
+from darkmatter_ext.measurement.settings import Settings, replaced
 
 WORDS = [
     "the",
@@ -106,10 +107,17 @@ def make_workplace(folder):
     return folder
 
 
-def flags(workplace, *more, experiment="decomposition"):
-    """Arguments of `darkmatter run` on it."""
+def settings_of(result):
+    """The settings that a result tells, without those of its experiment."""
+    known = Settings().flat()
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in result.config.items() if name in known}
+    return replaced(Settings(), **values)
+
+
+def flags(workplace, *more, experiment="decomposition", hook="blocks.1.hook_resid_post"):
+    """Arguments of `darkmatter run` on it; without a hook where given SAEs name theirs."""
     return [
-        "run", experiment, "--model", str(workplace / "model"), "--hook", "blocks.1.hook_resid_post",
+        "run", experiment, "--model", str(workplace / "model"), *(["--hook", hook] if hook else []),
         "--text", str(workplace / "text.txt"), "--tokens", "16000", "--context-length", "32", "--widths", "24", "48",
         "--k", "4", "--steps", "30", *more,
     ]  # fmt: skip

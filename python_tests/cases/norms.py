@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from darkmatter_ext.measurement.family import family_sites, measured_family
-from darkmatter_ext.measurement.selection import SAE_TRAINING
 from sae_lens import SAE
 from torch import Tensor
 
 from cases.measured import store_activations
 from cases.planted import plain_map, plain_r2, planted_sae
 from darkmatter_ext.activations.sources import CacheSource
-from darkmatter_ext.measurement.measurement import MeasuredSae
+from darkmatter_ext.measurement.run import measured, prepare
 from darkmatter_ext.measurement.token_table import read_tokens
+from darkmatter_ext.measurement.tokens import SAE_TRAINING
 from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.encoders import Encoder
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -26,7 +26,7 @@ def stored(folder, x: Tensor, tokens: Tensor) -> CacheSource:
     return CacheSource.open([folder / HOOK])
 
 
-def erring_sae(name, error_of, l0_of=lambda x: torch.ones(len(x))) -> MeasuredSae:
+def erring_sae(name, error_of, l0_of=lambda x: torch.ones(len(x))) -> Encoder:
     """An "SAE" of 64 latents that errs by error_of(x) [n, d] with l0_of(x) [n] active ones."""
 
     def codes(x):
@@ -52,21 +52,22 @@ class Finished(NamedTuple):
     saes: dict[str, SAE]
 
     @classmethod
-    def of(cls, config, hook, hooks, **more) -> Finished:
-        """Of a family's site: roles from the table of held-out tokens, everything else from the cache."""
+    def of(cls, settings, hook) -> Finished:
+        """Of a site: roles from the table of held-out tokens, everything else from the cache."""
         stages = Stages(show=False)
-        site = family_sites(config, hooks, stages)[hook]
-        table = measured_family(config, stages, hooks=hooks, **more).sites[hook].per_token
+        inputs = prepare(settings, stages)
+        site, measure = inputs.stored[hook], settings.measure
+        table = measured(inputs, stages).sites[hook].per_token
         held_out = torch.tensor(read_tokens(table)["context"].to_pylist()).unique()
-        chosen = (site.selection.roles != SAE_TRAINING).all(1).nonzero().flatten()
+        chosen = (site.roles != SAE_TRAINING).all(1).nonzero().flatten()
         contexts = site.cache.column("tokens")[chosen]
-        last = config.context_length - ("loss" in more or config.parity == "released-code")
+        last = contexts.shape[1] - (measure.loss or measure.parity == "released-code")
         kept = torch.zeros(contexts.shape, dtype=torch.bool)
-        kept[:, config.drop_positions : last] = True
+        kept[:, measure.drop_positions : last] = True
         context, position = kept.nonzero().unbind(1)
         x = torch.cat([shard.activations for shard in site.cache.shards()])[chosen].float()[kept]
         fit = ~torch.isin(context, held_out)
-        return cls(x, contexts[kept], contexts, (context, position), fit, {n: sae for n, (sae, _) in site.saes.items()})
+        return cls(x, contexts[kept], contexts, (context, position), fit, {s.name: s.load() for s in inputs.of(hook)})
 
     def error(self, name: str) -> Tensor:
         """[n, d] x less the SAE's own forward, by SAELens."""

@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 
 import torch
-from darkmatter_ext.measurement.selection import FIT
 
 from darkmatter_ext.activations.sources import ContextBatch
-from darkmatter_ext.measurement import family
-from darkmatter_ext.measurement.measurement import MeasuredSae
 from darkmatter_ext.measurement.nulls import NullModels
-from darkmatter_ext.measurement.sweeps import context_roles
+from darkmatter_ext.measurement.run import prepare
+from darkmatter_ext.measurement.tokens import FIT
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.runtime.progress import Stages
-from darkmatter_ext.saes.encoders import Encoded
+from darkmatter_ext.saes.encoders import Encoded, Encoder
 
 LENGTH = 50
 
@@ -24,6 +22,7 @@ class PlantedSource:
     activations: dict
     identity: str = "planted"
     context_length: int = LENGTH
+    largest_token: int = 0
 
     @property
     def widths(self):
@@ -49,7 +48,7 @@ def planted_sae(name, hook, x_hat, codes=None, d_sae=1):
         z = torch.zeros(len(x), d_sae) if codes is None else codes(x)
         return Encoded(x_hat(x), (z != 0).sum(1), SparseActs.from_dense(z))
 
-    return MeasuredSae(name, hook, d_sae, lambda: encode)
+    return Encoder.of_site(name, hook, d_sae, lambda: encode)
 
 
 def coin(x):
@@ -57,16 +56,16 @@ def coin(x):
     return 1 - 2 * ((x.double().abs() * 4e4).floor() % 2).to(x.dtype)
 
 
-def family_tokens(config, hooks):
-    """What a run of this family measured: hook -> x [n, d] float64 and the SAEs, which of the n tokens are fit tokens."""
-    sites = family.family_sites(config, hooks, Stages(show=False))
-    source = family._source(config, sites, Stages(show=False), loss=False)
-    roles = context_roles(source.documents, family._settings(config, 0))
+def family_tokens(settings, hooks):
+    """What a run with SAEs trained at hooks measured: hook -> x [n, d] float64 and the SAEs by name, which of the n
+    tokens are fit tokens."""
+    inputs = prepare(settings, Stages(show=False), train_at=hooks)
+    source, measure = inputs.source, settings.measure
     batch = source.read(range(source.n_contexts))
-    kept = range(config.drop_positions, source.context_length - (config.parity == "released-code"))
+    kept = range(measure.drop_positions, source.context_length - (measure.parity == "released-code"))
     x = {hook: batch.activations[hook][:, kept].flatten(0, 1).double() for hook in hooks}
-    fit = (roles == FIT)[:, None].expand(-1, len(kept)).flatten()
-    return x, {hook: {name: sae for name, (sae, _) in sites[hook].saes.items()} for hook in hooks}, fit
+    fit = (inputs.roles.contexts == FIT)[:, None].expand(-1, len(kept)).flatten()
+    return x, {hook: {sae.name: sae.load() for sae in inputs.of(hook)} for hook in hooks}, fit
 
 
 def plain_map(x, y, *, bias=True):

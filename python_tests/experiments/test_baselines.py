@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from cases.models import flags
+from cases.measured import measure
+from cases.models import flags, settings_of
 from cases.norms import HOOK, Finished, erring_sae, r2, stored
 
 from darkmatter_ext import cli
 from darkmatter_ext.activations.sources import SelectedContexts, next_token_loss
-from darkmatter_ext.experiments.baselines import PREDICTORS, BaselinesConfig, random_means, sae_numbers
-from darkmatter_ext.measurement.engine import measure
-from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.experiments.baselines import PREDICTORS, random_means, sae_numbers
+from darkmatter_ext.measurement.settings import Measure
 from darkmatter_ext.report.result import load_result
 
 CONTEXTS, LENGTH, D, VOCABULARY = 200, 32, 8, 200
@@ -42,7 +42,7 @@ def planted(tmp_path_factory):
     ]
     folder = tmp_path_factory.mktemp("planted")
     source = SelectedContexts(stored(folder, torch.stack(columns, dim=-1), tokens), torch.arange(CONTEXTS), loss)
-    settings = MeasureSettings(drop_positions=0, token_means=VOCABULARY)
+    settings = Measure(drop_positions=0, token_means=True, table_contexts=0)
     site = measure(source, saes, settings, folder=folder / "run")[HOOK]
     return site, {name: sae_numbers(site, name, seed=0) for name in ("token", "loss", "l0")}
 
@@ -113,12 +113,10 @@ def test_a_run_at_two_layers_equals_plain_regressions(finished, workplace):
     assert {path.name for path in out.iterdir()} == {"baselines.json", "baselines_r2.png", "report.html"}
     assert [sae["layer"] for sae in result.series["saes"]] == [0, 1]
     assert list(result.series["predictors"]) == list(PREDICTORS)
-    config = BaselinesConfig(
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in result.config.items()} | {"hook": HOOK}
-    )
-    tensors = Finished.of(config, HOOK, config.hooks, loss=True, token_means=True)
+    result.config["hook"] = ""  # layers say it
+    tensors = Finished.of(settings_of(result), HOOK)
     model = AutoModelForCausalLM.from_pretrained(workplace / "model")
-    for name, expected in _independent(tensors, tensors.error("topk-24"), model).items():
+    for name, expected in _independent(tensors, tensors.error(f"{HOOK}/topk-24"), model).items():
         found = result.numbers[f"{HOOK}/topk-24/error/{name}"]
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), name
     for sae in result.series["saes"]:
@@ -129,7 +127,7 @@ def test_a_run_at_two_layers_equals_plain_regressions(finished, workplace):
 
 def test_given_saes_are_measured_at_the_site_each_names(finished, workplace, tmp_path):
     folders = [sae["folder"] for sae in finished("baselines").result.series["saes"]]
-    assert cli.main(flags(workplace, "--sae", *folders, "--out", str(tmp_path), experiment="baselines")) == 0
+    assert cli.main(flags(workplace, "--sae", *folders, "--out", str(tmp_path), experiment="baselines", hook="")) == 0
     assert [sae["layer"] for sae in load_result(tmp_path / "baselines.json").series["saes"]] == [0, 1]
 
 
@@ -151,8 +149,7 @@ def test_streamed_saes_have_every_predictor_asked_for(finished, workplace, tmp_p
 def test_the_released_codes_probe_has_no_bias(finished):
     """Its norm script has none in the regressions on x; those on single numbers are not in it and keep theirs."""
     result = finished("baselines", "--layers", "1", "--parity", "released-code").result
-    config = BaselinesConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in result.config.items()})
-    tensors = Finished.of(config, HOOK, [HOOK], loss=True, token_means=True)
+    tensors = Finished.of(settings_of(result), HOOK)
     y, norm = tensors.error("topk-24").square().sum(1), tensors.x.norm(dim=1, keepdim=True)
     assert result.numbers["topk-24/error/x_norm"] == pytest.approx(r2(norm, y, tensors.fit), rel=1e-3, abs=1e-4)
     found = result.numbers["topk-24/error/probe"]
@@ -162,7 +159,7 @@ def test_the_released_codes_probe_has_no_bias(finished):
 
 def test_bad_settings_give_one_line(workplace, tmp_path, refused):
     cases = [
-        (("--layers", "1", "1"), "--layers: must be different numbers of at least 0, got [1, 1]"),
+        (("--layers", "1", "1"), "--layers: must be different numbers, got [1, 1]"),
         (("--layers", "7"), "has blocks 0 to 2, got block 7"),
         (("--sae", str(tmp_path)), "--sae: must be"),
         (("--interval-groups", "0"), "--interval-groups: must be at least 1, got 0"),

@@ -1,5 +1,6 @@
 """`decomposition` from the command line: files, numbers that hang together, runs from the cache and from given SAEs."""
 
+import pytest
 import torch
 from cases.models import flags
 
@@ -29,18 +30,25 @@ def test_a_run_writes_result_figures_and_report(finished):
 
 
 def test_a_second_run_gives_the_same_numbers_from_the_cache(finished, workplace, monkeypatch, tmp_path):
-    from darkmatter_ext.measurement import site
+    from darkmatter_ext.measurement import site_saes
 
     first = finished("decomposition").result
-    monkeypatch.setattr(site, "train_topk_sae", None)  # training again would fail
+    monkeypatch.setattr(site_saes, "train_topk_sae", None)  # training again would fail
     assert cli.main(flags(workplace, "--out", str(tmp_path))) == 0
     assert load_result(tmp_path / "decomposition.json").numbers == first.numbers
 
 
 def test_saes_of_a_run_can_be_measured_by_folder(finished, workplace, capsys, tmp_path):
     folders = [sae["folder"] for sae in finished("decomposition").result.series["saes"]]
-    assert cli.main(flags(workplace, "--sae", *folders, "--out", str(tmp_path))) == 0
-    assert load_result(tmp_path / "decomposition.json").numbers["tokens/sae_training"] == 0
+    numbers = []
+    for more in ([], ["--store", "True"]):
+        assert cli.main(flags(workplace, "--sae", *folders, *more, "--out", str(tmp_path))) == 0
+        numbers.append(load_result(tmp_path / "decomposition.json").numbers)
+    streamed, stored = numbers
+    assert stored["tokens/sae_training"] == 0
+    assert "tokens/sae_training" not in streamed
+    assert {name for name in stored if name.startswith("tokens/")} > {name for name in streamed if "tokens/" in name}
+    assert streamed == pytest.approx({name: stored[name] for name in streamed}, rel=1e-4)
     assert "wrote" in capsys.readouterr().out
 
 

@@ -3,13 +3,12 @@
 import pytest
 import torch
 from cases.models import flags, small_model
-from darkmatter_ext.measurement.reconstruct import random_dictionary, shuffled_decoder
 
 from darkmatter_ext import cli
 from darkmatter_ext.activations.splicing import SplicedModel, SplicedTokens, TokenLosses, splice_losses
 from darkmatter_ext.estimators.least_squares import LinearMap
 from darkmatter_ext.experiments.downstream import SETTINGS, loss_numbers, recovery_numbers, sae_splices
-from darkmatter_ext.measurement.decompose import Reconstruction, TokenBatch
+from darkmatter_ext.saes.encoders import Encoded, as_encoder, random_dictionary, shuffled_sae
 
 CONTEXTS, LENGTH = 60, 20
 
@@ -23,10 +22,10 @@ def _splice(error_of, linear_of, seed=0):
     tokens = torch.randint(32, (CONTEXTS, LENGTH), generator=torch.Generator().manual_seed(3))
     own = model.activation(tokens)
 
-    def reconstruct(batch):
-        return Reconstruction(batch.x - error_of(batch.x), torch.zeros(len(batch.x)))
+    def encode(x):
+        return Encoded(x - error_of(x), torch.zeros(len(x)), acts=None)
 
-    splices = sae_splices(reconstruct, linear_of, seed=seed)
+    splices = sae_splices(encode, linear_of, seed=seed)
     named = {f"s/{name}": splice for name, splice in splices.items()}
     losses = splice_losses(model, tokens, own, torch.ones(CONTEXTS, LENGTH, dtype=torch.bool), named)
     context = torch.arange(CONTEXTS).repeat_interleave(LENGTH - 1)
@@ -85,11 +84,10 @@ def test_controls_reconstruct_badly_and_sparsely():
     x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 17) + 3
     settings = TrainingConfig(d_sae=64, k=4, steps=200, batch_size=256, learning_rate=3e-3)
     sae, _ = train_topk_sae(x, settings)
-    batch = TokenBatch(x[:500], torch.zeros(500, dtype=torch.bool))
     before = sae.W_dec.detach().clone()
     own = (x[:500] - sae(x[:500])).square().sum()
-    random = random_dictionary(x.mean(0), 64, 4, seed=0)(batch)
-    shuffled = shuffled_decoder(sae, seed=0)(batch)
+    random = random_dictionary(x.mean(0), 64, 4, seed=0)(x[:500])
+    shuffled = as_encoder(shuffled_sae(sae, seed=0))(x[:500])
     variance = (x[:500] - x.mean(0)).square().sum()
     assert own < (x[:500] - random.x_hat).square().sum() < variance
     assert (x[:500] - shuffled.x_hat).square().sum() > variance
@@ -126,7 +124,7 @@ def test_bad_settings_give_one_line(finished, workplace, tmp_path, refused):
             (["--contexts", "1"], "--contexts: must be at least 2"),
             (["--contexts", "4000"], "held-out contexts, got 4000"),
             (["--split", "tokens"], "--split: must be documents or contexts to splice into whole contexts"),
-            (["--max-norm-ratio", "0.001"], "must leave fit tokens, got 0 of 16000 tokens"),
+            (["--max-norm-ratio", "0.001"], "must leave tokens to measure, got 8 of contexts of 32 and 0.001"),
         ]
         for more, message in cases:
             refused(flags(workplace, "--out", str(tmp_path), *site, *more, experiment=experiment), message)

@@ -1,28 +1,43 @@
 """Errors predicted from SAE outputs of earlier sites: a planted share, the command against plain least squares, bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from cases.models import flags
+from cases.measured import measure
+from cases.models import flags, settings_of
 from cases.planted import PlantedSource, coin, family_tokens, plain_map, plain_parts, plain_r2, planted_sae
 
 from darkmatter_ext import cli
 from darkmatter_ext.experiments.earlier_layers import (
     PARTS,
-    EarlierLayersConfig,
     part_numbers,
     predictor_sets,
     related_hooks,
     shuffled,
 )
-from darkmatter_ext.measurement.engine import measure
-from darkmatter_ext.measurement.measurement import MeasureSettings, Predictor
+from darkmatter_ext.measurement.settings import Measure
+from darkmatter_ext.measurement.site_saes import SiteSae
 from darkmatter_ext.report.result import load_result
-from darkmatter_ext.saes.encoders import random_directions
+from darkmatter_ext.saes.encoders import Encoded, random_directions
 
 HERE, BEFORE = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"
 N, D = 40_000, 8
+
+
+class _Planted(SiteSae):
+    """An SAE of the site before whose own encoder is any function of x."""
+
+    def own_of(self, loaded):
+        return loaded
+
+
+def _planted_predictor(x_hat):
+    def encode(x):
+        return Encoded(x_hat(x), torch.ones(len(x)), acts=None)
+
+    return _Planted("p", BEFORE, "", D, 1, "planted", None, None, lambda: encode, 0)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
@@ -38,14 +53,14 @@ def test_the_planted_share_of_the_nonlinear_error_comes_back(tmp_path, share):
         y = (x.square() - 1) / 2**0.5
         return x - (0.7 * x + share**0.5 * y @ rotation + (1 - share) ** 0.5 * coin(x))
 
-    earlier = planted_sae("previous res", BEFORE, lambda y: 3 * y + 1)
-    predictors = [earlier, shuffled("shuffled", earlier, seed=0)]
+    earlier = _planted_predictor(lambda y: 3 * y + 1)
+    predictors = [earlier.encoder(name="previous res"), shuffled(earlier, seed=0)]
     site = measure(
         PlantedSource({HERE: x, BEFORE: before}),
         [planted_sae("s", HERE, x_hat)],
-        MeasureSettings(drop_positions=0, split="contexts", interval_groups=5),
+        Measure(drop_positions=0, split="contexts", interval_groups=5),
         folder=tmp_path,
-        predictors={HERE: [Predictor(sae.name, sae) for sae in predictors]},
+        predictors={HERE: predictors},
     )[HERE]
     found = part_numbers(site, "s", predictor_sets([sae.name for sae in predictors]))
     assert found["s/r2_from/previous res/nonlinear"] == pytest.approx(share, abs=0.02)
@@ -61,9 +76,9 @@ def test_the_planted_share_of_the_nonlinear_error_comes_back(tmp_path, share):
 
 
 def test_the_controls_are_what_they_say():
-    sae = planted_sae("p", BEFORE, lambda y: y + 1)
+    sae = _planted_predictor(lambda y: y + 1)
     x = torch.arange(100.0)[:, None]
-    first, again = (shuffled("c", sae, seed=3).load()(x).x_hat for _ in range(2))
+    first, again = (shuffled(sae, seed=3).load()({BEFORE: x}).x_hat for _ in range(2))
     assert torch.equal(first, again)  # the same in both readings of a token
     assert sorted(first.flatten().tolist()) == (x + 1).flatten().tolist()
     assert (first != x + 1).all()  # nobody keeps its own
@@ -87,21 +102,25 @@ def test_earlier_sites_of_a_residual_stream():
     assert related_hooks("blocks.0.hook_resid_post")["previous res"] == "blocks.0.hook_resid_pre"
 
 
-def _command(workplace, out, *more):
-    arguments = flags(workplace, "--widths", "24", "--interval-groups", "3", *more, experiment="earlier-layers")
-    return [*arguments, "--out", str(out)]
+def _command(workplace, out, *more, hook=HERE):
+    own = ("--widths", "24", "--interval-groups", "3", *more)
+    return [*flags(workplace, *own, experiment="earlier-layers", hook=hook), "--out", str(out)]
+
+
+def _only(saes):
+    (sae,) = saes.values()
+    return sae
 
 
 @pytest.mark.parametrize("more", [(), ("--parity", "released-code")], ids=["paper", "released-code"])
 def test_a_run_equals_plain_least_squares(finished, more):
     out, result, _ = finished("earlier-layers", *more)
     assert result.config["hook"] == HERE
-    config = EarlierLayersConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in result.config.items()})
     hooks = related_hooks(HERE)
-    x, saes, fit = family_tokens(config, list(hooks.values()))
+    x, saes, fit = family_tokens(settings_of(result), list(hooks.values()))
     released = bool(more)
-    parts = plain_parts(x[HERE], saes[HERE]["topk-24"], fit, released=released)
-    outputs = {name: saes[hook]["topk-24"](x[hook].float()).double() for name, hook in hooks.items()}
+    parts = plain_parts(x[HERE], _only(saes[HERE]), fit, released=released)
+    outputs = {name: _only(saes[hook])(x[hook].float()).double() for name, hook in hooks.items()}
     outputs["all"] = torch.cat(list(outputs.values()), dim=1)
     outputs["x"] = x[HERE]
     for name, z in outputs.items():
@@ -127,16 +146,20 @@ def _folders(workplace):
 MLP = "blocks.1.hook_mlp_out"
 
 
+def _predictors(folders):
+    """Given SAEs are named by themselves, with controls beside."""
+    named = [Path(folders[hook]).name for hook in (MLP, BEFORE)]
+    return {"res", *named, "all", "all but res", "x", "shuffled", "random"}
+
+
 def test_saes_that_exist_are_taken_instead(finished, workplace, tmp_path):
-    """--sae and --predictor, with the SAEs that the demo preset trains."""
+    """--sae and --predictor, with the SAEs that the demo trains."""
     finished("earlier-layers")
     out, folders = tmp_path / "given", _folders(workplace)
     chosen = ("--sae", folders[HERE], "--predictor", folders[MLP], folders[BEFORE])
     assert cli.main(_command(workplace, out, *chosen)) == 0
     given = load_result(out / "earlier-layers.json")
-    assert set(given.series["predictors"]) == {
-        "res", MLP, BEFORE, "all", "all but res", "x", "shuffled", "random",
-    }  # fmt: skip
+    assert set(given.series["predictors"]) == _predictors(folders)
     assert len(given.series["saes"]) == 1
     assert given.config["sae"] == [folders[HERE]]
 
@@ -155,7 +178,9 @@ def test_streamed_saes_that_exist_have_controls_of_their_own(finished, workplace
     for part in PARTS:
         assert abs(streamed.numbers[f"{name}/r2_from/shuffled/{part}"]) < 0.03
     assert streamed.numbers[f"{name}/r2_from/x/linear"] == pytest.approx(1, abs=1e-6)
-    assert len(streamed.series["predictors"]) == 5  # two, both, x, shuffled
+    assert set(streamed.series["predictors"]) == _predictors(folders)
+    mlp = Path(folders[MLP]).name
+    assert streamed.numbers[f"{name}/r2_from/{mlp}/error"] > streamed.numbers[f"{name}/r2_from/shuffled/error"]
     # another experiment of the same configuration has a state of its own, without the control
     assert cli.main(["run", "decomposition", *stream[2:-1], str(tmp_path / "other")]) == 0
 
@@ -169,7 +194,7 @@ def test_saes_that_do_not_fit_together_are_refused(finished, workplace, tmp_path
         (("--sae", folders[HERE], folders[MLP], "--predictor", folders[BEFORE]), "--sae: must be of one site, got"),
         (("--sae", folders[MLP], "--predictor", folders[MLP]), f"must be of another site than sae ({MLP}), got"),
     ):
-        refused(_command(workplace, tmp_path, *bad), message)
+        refused(_command(workplace, tmp_path, *bad, hook=""), message)
 
 
 def test_bad_settings_give_one_line(workplace, tmp_path, refused):
@@ -180,4 +205,4 @@ def test_bad_settings_give_one_line(workplace, tmp_path, refused):
     ):
         refused(_command(workplace, tmp_path, *more), message)
     preset = ["run", "earlier-layers", "--preset", "gpt2-small", "--out", str(tmp_path)]
-    refused(preset, "--predictor: must name at least one SAE of another site, got none")
+    refused(preset, "--predictor: must name at least one SAE of another site with sae, got none")

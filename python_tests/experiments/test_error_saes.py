@@ -5,13 +5,15 @@ import urllib.request
 import pytest
 import torch
 from cases.models import flags
-from darkmatter_ext.measurement.selection import FIT, HELD_OUT
 
 from darkmatter_ext.activations import store
 from darkmatter_ext.experiments.error_saes import Snippets, fit_error_map, fvu, reconstruction_numbers, split_errors
-from darkmatter_ext.measurement.decompose import Reconstruction, TokenBatch
+from darkmatter_ext.measurement.decompose import TokenBatch
+from darkmatter_ext.measurement.stored_tokens import StoredTokens
+from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, LeftOut
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.encode import topk_encode
+from darkmatter_ext.saes.encoders import Encoded
 
 
 def _batches(n=4000, d=6, seed=0):
@@ -24,9 +26,9 @@ def test_parts_add_up_and_the_planted_map_is_found():
     x, train, batches = _batches()
     weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)) / 6
 
-    def sae(batch):
-        planted = batch.x @ weight + 0.5 * (batch.x - 2).square()
-        return Reconstruction(batch.x - planted, torch.zeros(len(batch.x)))
+    def sae(x):
+        planted = x @ weight + 0.5 * (x - 2).square()
+        return Encoded(x - planted, torch.zeros(len(x)), acts=None)
 
     found = fit_error_map(batches, sae, on_all=False)
     assert found.n_tokens == int(train.sum())
@@ -45,18 +47,15 @@ def test_numbers_are_their_definitions():
     b_enc = torch.zeros(20)
     b_enc[3] = -1000  # a dead latent
 
-    def encode(part):
-        return topk_encode(part, W_enc, b_enc, 4)
+    def encode(x):
+        acts = topk_encode(x, W_enc, b_enc, 4)
+        return Encoded(acts.to_dense() @ W_enc.mT / 20, acts.l0(), acts)
 
-    def reconstruct(batch):
-        acts = encode(batch.x)
-        return Reconstruction(acts.to_dense() @ W_enc.mT / 20, acts.l0())
-
-    found = reconstruction_numbers(reconstruct, encode, y)
-    dense = encode(y).to_dense()
+    found = reconstruction_numbers(encode, y)
+    dense = encode(y).acts.to_dense()
     expected = (y - dense @ W_enc.mT / 20).square().sum() / (y - y.mean(0)).square().sum()
     assert found["fvu"] == pytest.approx(expected.item(), rel=1e-5)
-    assert fvu(reconstruct, y) == pytest.approx(found["fvu"])
+    assert fvu(encode, y) == pytest.approx(found["fvu"])
     assert found["l0"] == pytest.approx((dense != 0).sum(1).double().mean().item())
     assert found["dead"] == pytest.approx(((dense != 0).sum(0) == 0).double().mean().item())
     assert found["dead"] >= 1 / 20
@@ -70,7 +69,8 @@ def test_snippets_are_held_out_tokens_in_a_row(tmp_path):
     roles[1, 2:] = HELD_OUT
     roles[3, :] = HELD_OUT
     roles[3, 5] = 0
-    snippets = Snippets.cut(cache, roles, 4, str)
+    stored = StoredTokens(cache, roles, LeftOut(), 1.0, 1.0, 0.0)
+    snippets = Snippets.cut(stored, 4, str)
     assert snippets.contexts == [1, 3]
     assert snippets.tokens == [["14", "15", "16", "17"], ["30", "31", "32", "33"]]
     assert snippets.rows.tolist() == [[2, 3, 4, 5], [8, 9, 10, 11]]  # places among the 17 held-out tokens
@@ -80,7 +80,7 @@ def test_snippets_are_held_out_tokens_in_a_row(tmp_path):
     dense[0, 2] = 1  # on no snippet
     assert snippets.firing(SparseActs.from_dense(dense)).tolist() == [0, 2, 0, 0, 0]
     with pytest.raises(ValueError, match="context_length: must hold 16 held-out tokens in a row"):
-        Snippets.cut(cache, roles, 16, str)
+        Snippets.cut(stored, 16, str)
 
 
 def test_a_run_without_a_call_to_any_network(finished, monkeypatch):

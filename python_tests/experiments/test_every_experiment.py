@@ -5,6 +5,7 @@ The contract is the docstring of darkmatter_ext/experiments/__init__.py. A new f
 
 import dataclasses
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -47,14 +48,22 @@ def test_it_has_what_the_contract_names(name):
         assert not isinstance(settings, type)
 
 
-def test_help_names_every_setting(name, capsys):
+@pytest.mark.parametrize(
+    ("name", "preset"), [(name, preset) for name in NAMES for preset in experiments.experiment(name).PRESETS]
+)
+def test_help_shows_every_setting_once(name, preset, capsys):
+    """Whichever part a setting is in: a flag of its own name, no prefix, none twice, each with its line."""
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", name, "--help"])
+        cli.main(["run", name, "--preset", preset, "--help"])
     assert stopped.value.code == 0
-    said = capsys.readouterr().out
+    said, _, options = capsys.readouterr().out.partition("options:")
     assert experiments.about(name).split()[0] in said
-    for field in dataclasses.fields(experiments.experiment(name).PRESETS["demo"]):
-        assert f"--{field.name.replace('_', '-')} " in said, field.name
+    shown = re.findall(r"^ {2}(-[\w.-]+)", options, re.MULTILINE)
+    settings = [
+        f"--{own.replace('_', '-')}" if len(own) > 1 else f"-{own}"
+        for own in experiments.experiment(name).PRESETS[preset].flat()
+    ]
+    assert sorted(shown) == sorted([*settings, "-h", "--preset", "--out", "--dry-run"])
 
 
 def test_a_dry_run_plans_and_does_nothing(name, workplace, capsys, tmp_path):
@@ -69,9 +78,7 @@ def test_a_run_leaves_its_result_its_figures_and_a_page(name, finished):
     assert result.experiment == name
     assert result.numbers
     assert result.provenance["versions"]
-    assert set(result.config) == {
-        field.name for field in dataclasses.fields(experiments.experiment(name).PRESETS["demo"])
-    }
+    assert set(result.config) == set(experiments.experiment(name).PRESETS["demo"].flat())
     figures = {path.name for path in folder.glob("*.png")}
     assert figures
     assert figures <= {f"{name}_{figure}.png" for figure in experiments.experiment(name).FIGURES}

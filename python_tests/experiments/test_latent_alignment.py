@@ -5,21 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases.models import flags, small_sae
+from cases.measured import measure
+from cases.models import flags, settings_of, small_sae
 from cases.planted import PlantedSource, coin, family_tokens, plain_map, plain_parts, planted_sae
 from scipy import stats
 
 from darkmatter_ext.experiments.latent_alignment import (
     TARGETS,
-    LatentAlignmentConfig,
     alignment,
     correlations,
     decoder_rows,
     directions,
     weighted_ranks,
 )
-from darkmatter_ext.measurement.engine import measure
-from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.measurement.settings import Measure
 
 HOOK = "blocks.1.hook_resid_post"
 N, F, SILENT = 40_000, 100, 5
@@ -44,7 +43,7 @@ def test_the_planted_proportion_of_alignment_and_value_comes_back(tmp_path):
         return x - squared.sqrt()[:, None] * coin(x @ signs) / F**0.5
 
     sae = planted_sae("s", HOOK, x_hat, codes, F + SILENT)
-    settings = MeasureSettings(drop_positions=0, split="contexts", max_norm_ratio=0)
+    settings = Measure(drop_positions=0, split="contexts", max_norm_ratio=0)
     site = measure(PlantedSource({HOOK: z @ rows}), [sae], settings, folder=tmp_path)[HOOK]
     latents = site.latents["s"]
     w_dec = torch.cat([rows, rows[:SILENT]])
@@ -95,8 +94,7 @@ def test_random_directions_have_the_norms_of_the_rows():
 @pytest.mark.parametrize("more", [(), ("--parity", "released-code")], ids=["paper", "released-code"])
 def test_a_run_equals_plain_least_squares(finished, more):
     out, result, _ = finished("latent-alignment", *more)
-    config = LatentAlignmentConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in result.config.items()})
-    x, saes, fit = family_tokens(config, [HOOK])
+    x, saes, fit = family_tokens(settings_of(result), [HOOK])
     x, released = x[HOOK], bool(more)
     for name, sae in saes[HOOK].items():
         acts = sae.encode(x.float()).double()
@@ -133,5 +131,5 @@ def test_bad_input_gives_one_line(workplace, tmp_path, refused):
     with pytest.raises(
         ValueError, match=r"^sae: must have decoder rows W_dec of shape \[latents, 16\], got \[24, 12\]"
     ):
-        decoder_rows(str(tmp_path / "narrow"), 16)
-    assert decoder_rows(str(tmp_path / "narrow"), 12)[1] == "none"
+        decoder_rows(narrow, 16, "narrow")
+    assert decoder_rows(narrow, 12, "narrow")[1] == "none"

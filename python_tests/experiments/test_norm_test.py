@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from cases.models import flags, saved_sae
+from cases.measured import measure
+from cases.models import flags, saved_sae, settings_of
 from cases.planted import PlantedSource, coin, family_tokens, plain_map, plain_parts, plain_r2, planted_sae
-from darkmatter_ext.measurement.family import KS, WIDTHS, FamilyConfig
 
 from darkmatter_ext import cli
-from darkmatter_ext.experiments.norm_test import PRESETS, NormTestConfig, norm_numbers, over_saes
-from darkmatter_ext.measurement.engine import measure
+from darkmatter_ext.experiments.norm_test import PRESETS, NormTestSettings, norm_numbers, over_saes
 from darkmatter_ext.measurement.error import NORM_TARGETS
-from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.measurement.presets import DEMO, KS, WIDTHS
+from darkmatter_ext.measurement.settings import Measure, extended, replaced
 from darkmatter_ext.report.result import load_result
 
 HOOK = "blocks.1.hook_resid_post"
@@ -27,7 +27,7 @@ def test_the_planted_share_of_the_squared_norm_comes_back(tmp_path, noise):
         direction = coin(x) / D**0.5
         return x - squared.sqrt()[:, None] * direction
 
-    settings = MeasureSettings(drop_positions=0, split="contexts")
+    settings = Measure(drop_positions=0, split="contexts")
     site = measure(PlantedSource({HOOK: x}), [planted_sae("s", HOOK, x_hat)], settings, folder=tmp_path)[HOOK]
     numbers = norm_numbers(site, "s")
     expected = 1 / (1 + noise**2)
@@ -40,8 +40,8 @@ def test_the_planted_share_of_the_squared_norm_comes_back(tmp_path, noise):
 
 
 def test_the_demo_is_the_measurement_other_families_make():
-    assert PRESETS["demo"] == NormTestConfig(widths=WIDTHS, ks=KS)
-    assert vars(PRESETS["demo"]) == vars(FamilyConfig(widths=WIDTHS, ks=KS))
+    assert PRESETS["demo"] == extended(DEMO, NormTestSettings, widths=WIDTHS, ks=KS)
+    assert PRESETS["demo"].flat() == replaced(DEMO, widths=WIDTHS, ks=KS).flat()
 
 
 def test_median_and_range_are_over_saes():
@@ -58,8 +58,7 @@ def test_median_and_range_are_over_saes():
 def test_a_run_equals_plain_least_squares(finished, more):
     """Every R2 of the result from stored tensors and torch.linalg.lstsq; without bias and with b* on all tokens, or not."""
     out, result, _ = finished("norm-test", *more)
-    config = NormTestConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in result.config.items()})
-    x, saes, fit = family_tokens(config, [HOOK])
+    x, saes, fit = family_tokens(settings_of(result), [HOOK])
     x, saes = x[HOOK], saes[HOOK]
     assert [sae["name"] for sae in result.series["saes"]] == list(saes)
     assert (int(fit.sum()), int((~fit).sum())) == (result.numbers["tokens/fit"], result.numbers["tokens/held_out"])
@@ -115,7 +114,7 @@ def test_help_lists_the_settings(name, preset, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--parity", "code"), "--parity: must be one of paper, released-code, got 'code'"),
+        (("--parity", "code"), "--parity: must be paper or released-code, got 'code'"),
         (("--ks", "4", "100"), "--ks: must be from 1 to the least of widths (24), got 100"),
         (("--ks", "4", "4"), "--ks: must be different numbers, got [4, 4]"),
         (("--interval-groups", "0"), "--interval-groups: must be at least 1, got 0"),
@@ -124,7 +123,7 @@ def test_help_lists_the_settings(name, preset, capsys):
     ],
 )
 def test_bad_settings_give_one_line(workplace, more, message, refused, tmp_path):
-    arguments = flags(workplace, *more, "--out", str(tmp_path), experiment="norm-test")
+    arguments = flags(workplace, "--ks", "4", *more, "--out", str(tmp_path), experiment="norm-test")
     if "--preset" in more:
         arguments = ["run", "norm-test", *more, "--out", str(tmp_path)]
     refused(arguments, message)

@@ -8,8 +8,8 @@ from cases.planted import null_models
 from darkmatter_ext import cli
 from darkmatter_ext.activations.splicing import SplicedModel, SplicedTokens, splice_losses
 from darkmatter_ext.experiments.pathology import gap_tables, patches, ratio_numbers
-from darkmatter_ext.measurement.decompose import Reconstruction
 from darkmatter_ext.report.result import load_result
+from darkmatter_ext.saes.encoders import Encoded
 
 CONTEXTS, LENGTH = 80, 24
 
@@ -27,11 +27,11 @@ def _measured(model, error_of, covariance=None):
     tokens = torch.randint(32, (CONTEXTS, LENGTH), generator=torch.Generator().manual_seed(3))
     own = model.activation(tokens)
 
-    def reconstruct(batch):
-        return Reconstruction(batch.x - error_of(batch.x), torch.zeros(len(batch.x)))
+    def encode(x):
+        return Encoded(x - error_of(x), torch.zeros(len(x)), acts=None)
 
     everywhere = torch.ones(CONTEXTS, LENGTH, dtype=torch.bool)
-    splices = patches(reconstruct, null_models(covariance), seed=5)
+    splices = patches(encode, null_models(covariance), seed=5)
     losses = splice_losses(model, tokens, own, everywhere, splices)
     context = torch.arange(CONTEXTS).repeat_interleave(LENGTH - 1)
     position = torch.arange(LENGTH - 1).repeat(CONTEXTS)
@@ -126,7 +126,9 @@ def test_a_run_at_two_layers(finished):
 
 def test_given_saes_are_spliced_at_the_site_each_names(finished, workplace, tmp_path):
     folders = [sae["folder"] for sae in finished("pathology").result.series["saes"]]
-    again = flags(workplace, "--sae", *folders, "--contexts", "4", "--out", str(tmp_path), experiment="pathology")
+    again = flags(
+        workplace, "--sae", *folders, "--contexts", "4", "--out", str(tmp_path), experiment="pathology", hook=""
+    )
     assert cli.main(again) == 0
     assert [sae["layer"] for sae in load_result(tmp_path / "pathology.json").series["saes"]] == [0, 1]
 

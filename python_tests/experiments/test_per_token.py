@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from cases.models import flags, saved_sae
+from cases.measured import measure
+from cases.models import flags, saved_sae, settings_of
 from cases.norms import HOOK, Finished, erring_sae, r2, stored
 
 from darkmatter_ext import cli
 from darkmatter_ext.estimators.intervals import r2_interval
-from darkmatter_ext.experiments.per_token import PRESETS, PerTokenConfig, pair_numbers, shuffled_r2
-from darkmatter_ext.measurement.engine import measure
-from darkmatter_ext.measurement.measurement import MeasureSettings
+from darkmatter_ext.experiments.per_token import PRESETS, pair_numbers, shuffled_r2
+from darkmatter_ext.measurement.settings import Measure
 from darkmatter_ext.report.result import load_result
 
 SHARED, FROM_NONLINEAR = 0.8, 0.36  # correlation of the second error norm with the first, and with its nonlinear part
@@ -41,7 +41,7 @@ def planted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     source = stored(folder, x, torch.zeros(CONTEXTS, LENGTH, dtype=torch.int64))
     saes = [erring_sae("one", one), erring_sae("two", two)]
-    return measure(source, saes, MeasureSettings(drop_positions=0), folder=folder / "run")[HOOK]
+    return measure(source, saes, Measure(drop_positions=0), folder=folder / "run")[HOOK]
 
 
 def test_the_planted_share_and_gain_come_back(planted):
@@ -89,8 +89,7 @@ def test_a_run_regresses_every_pair(finished, more):
     names = {"per-token.json", "per-token_matrices.png", "per-token_curves.png", "report.html"}
     assert {path.name for path in out.iterdir()} == names
     assert [sae["d_sae"] for sae in result.series["saes"]] == [24, 48]  # smaller first, however given
-    config = PerTokenConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in result.config.items()})
-    tensors = Finished.of(config, config.hook, [config.hook])
+    tensors = Finished.of(settings_of(result), HOOK)
     assert int((~tensors.fit).sum()) == result.numbers["tokens/held_out"]
     norms = {name: tensors.error(name).norm(dim=1) for name in ("topk-24", "topk-48")}
     given = {"r2/topk-24/topk-48": ("topk-24", "topk-48"), "r2/topk-48/topk-24": ("topk-48", "topk-24")}
@@ -131,12 +130,12 @@ def test_saes_that_cannot_be_compared_are_refused_in_one_line(workplace, tmp_pat
             "--widths: must name at least two widths, one predicts",
         ),
         (
-            flags(workplace, "--sae", one, experiment="per-token"),
+            flags(workplace, "--sae", one, experiment="per-token", hook=""),
             "--sae: must name at least two SAEs, one predicts the other",
         ),
-        (flags(workplace, "--sae", one, other, experiment="per-token"), several),
+        (flags(workplace, "--sae", one, other, experiment="per-token", hook=""), several),
         ([*many, "--sae", one], "--sae: must name at least two SAEs, one predicts the other"),
-        (many, "--sae: must name at least two SAEs, one predicts the other, got none"),
+        ([*many, "--widths", "32"], "--widths: must name at least two widths, one predicts the other, got [32]"),
         ([*many, "--sae", one, other], several),
     ]
     for arguments, message in cases:
@@ -148,5 +147,5 @@ def test_plans_and_presets(workplace, capsys):
     assert cli.main([*flags(workplace, experiment="per-token"), "--dry-run"]) == 0
     assert "error norm of every SAE on that of every other" in capsys.readouterr().out
     paper = PRESETS["gemma-2-9b-l20"]
-    assert [spec.rpartition("_")[2] for spec in paper.sae] == ["58", "57", "55", "62", "64", "48", "57"]
+    assert [spec.rpartition("_")[2] for spec in paper.saes.sae] == ["58", "57", "55", "62", "64", "48", "57"]
     assert "gemma-2-9b-all-layers" not in PRESETS

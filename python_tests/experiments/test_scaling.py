@@ -1,6 +1,5 @@
 """`scaling`: planted FVU over width found again, the breakdown, and the command line against the two-pass decomposition."""
 
-import dataclasses
 import math
 import subprocess
 import sys
@@ -8,24 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases.measured import store_activations
-from cases.models import flags, saved_sae
-from darkmatter_ext.measurement.reconstruct import as_reconstruct
-from darkmatter_ext.measurement.selection import MeasuredBatches
-from darkmatter_ext.measurement.site import prepared_site
+from cases.measured import measure, store_activations
+from cases.models import flags, saved_sae, settings_of
 
 from darkmatter_ext import cli
 from darkmatter_ext.activations.sources import CacheSource
 from darkmatter_ext.estimators.power_law import fit_power_law
 from darkmatter_ext.experiments import scaling
-from darkmatter_ext.experiments.scaling import ScalingConfig, at_fixed_l0, breakdown
+from darkmatter_ext.experiments.scaling import at_fixed_l0, breakdown
 from darkmatter_ext.measurement.decompose import decompose_stream
-from darkmatter_ext.measurement.engine import measure
-from darkmatter_ext.measurement.measurement import MeasuredSae, MeasureSettings
+from darkmatter_ext.measurement.run import prepare
+from darkmatter_ext.measurement.settings import Measure, replaced
+from darkmatter_ext.measurement.stored_tokens import MeasuredBatches
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.report.result import load_result
 from darkmatter_ext.runtime.progress import Stages
-from darkmatter_ext.saes.encoders import Encoded
+from darkmatter_ext.saes.encoders import Encoded, Encoder
 
 HOOK, D = "blocks.0.hook_resid_post", 8
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
@@ -52,8 +49,8 @@ def test_a_planted_law_and_its_parts_are_recovered_from_activations(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 64, D, generator=generator)
     store_activations(tmp_path / "cache", HOOK, x, torch.zeros(300, 64, dtype=torch.int64), torch.arange(300))
-    saes = [MeasuredSae(f"w{width}", HOOK, width, lambda width=width: _planted_encoder(width)) for width in WIDTHS]
-    settings = MeasureSettings(drop_positions=0, block_contexts=100, split="contexts", max_norm_ratio=0)
+    saes = [Encoder.of_site(f"w{width}", HOOK, width, lambda width=width: _planted_encoder(width)) for width in WIDTHS]
+    settings = Measure(drop_positions=0, block_contexts=100, split="contexts", max_norm_ratio=0)
     site = measure(CacheSource.open([tmp_path / "cache"]), saes, settings, folder=tmp_path / "run")[HOOK]
     numbers = {}
     for width in WIDTHS:
@@ -104,10 +101,9 @@ def test_the_command_measures_a_family_as_the_decomposition_does(finished):
     """Widths 24 to 64 with k 4: every number of every SAE equals the two-pass stream's, and the files are there."""
     out, found, said = finished("scaling")
     assert "FVU(W) = c + a W^m" in said
-    config = ScalingConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.config.items()})
-    cache, selection, saes = prepared_site(dataclasses.replace(config, ks=(), k=4), Stages(show=False))
-    functions = {name: as_reconstruct(sae) for name, (sae, _) in saes.items()}
-    expected = decompose_stream(MeasuredBatches(cache, selection.roles), functions)
+    inputs = prepare(replaced(settings_of(found), ks=(), k=4), Stages(show=False))
+    functions = {sae.name: lambda batch, encode=sae.own: encode(batch.x) for sae in inputs.saes}
+    expected = decompose_stream(MeasuredBatches(inputs.stored[inputs.one_site]), functions)
     for width in (24, 32, 48, 64):
         for key in ("fvu", "fvu_nonlinear", "r2_vec", "r2_norm/error", "l0"):
             value = found.numbers[f"topk-{width}-k4/{key}"]
@@ -119,7 +115,7 @@ def test_the_command_measures_a_family_as_the_decomposition_does(finished):
         rest = found.numbers[f"topk-{width}-k4/breakdown/rest"]
         assert rest == found.numbers[f"topk-{width}-k4 pursuit/fvu_nonlinear"]
     assert found.series["law"] == [f"topk-{width}-k4" for width in (24, 32, 48, 64)]
-    shuffled, random = (found.numbers[f"topk-64 {name}/fvu"] for name in ("shuffled decoder", "random directions"))
+    shuffled, random = (found.numbers[f"topk-64-k4 {name}/fvu"] for name in ("shuffled decoder", "random directions"))
     assert min(shuffled, random) > found.numbers["topk-64-k4/fvu"]
     names = {"scaling.json", "scaling_lines.png", "scaling_contours.png", "scaling_breakdown.png", "report.html"}
     assert {path.name for path in out.iterdir()} == names
@@ -134,11 +130,11 @@ def test_too_few_widths_at_one_l0_give_no_law_and_say_so(finished):
 def test_the_released_codes_positions(monkeypatch):
     """Its scaling script leaves out the first position only (and the last, as everywhere)."""
     seen = []
-    monkeypatch.setattr(scaling.family, "measured", lambda config, _stages: seen.append(config) or 1 / 0)
-    config = dataclasses.replace(scaling.PRESETS["demo"], parity="released-code")
+    monkeypatch.setattr(scaling, "prepare", lambda settings, _stages: seen.append(settings) or 1 / 0)
+    settings = replaced(scaling.PRESETS["demo"], parity="released-code")
     with pytest.raises(ZeroDivisionError):
-        scaling.run(config, None)
-    assert (seen[0].drop_positions, config.drop_positions) == (1, 8)
+        scaling.run(settings, None)
+    assert (seen[0].measure.drop_positions, settings.measure.drop_positions) == (1, 8)
 
 
 BAD = [
@@ -146,14 +142,14 @@ BAD = [
     (["--l0", "0"], "--l0: must be above 0, got 0.0"),
     (["--ks", "4", "30"], "--ks: must be from 1 to the least of widths (24), got 30"),
     (["--ks", "4", "4"], "--ks: must be different numbers, got [4, 4]"),
-    (["--parity", "code"], "--parity: must be one of paper, released-code, got 'code'"),
+    (["--parity", "code"], "--parity: must be paper or released-code, got 'code'"),
     (["--interval-groups", "0"], "--interval-groups: must be at least 1, got 0"),
 ]
 
 
 @pytest.mark.parametrize(("more", "message"), BAD, ids=lambda value: str(value)[:30])
 def test_bad_settings_give_one_line(workplace, tmp_path, refused, more, message):
-    refused(flags(workplace, *more, "--out", str(tmp_path), experiment="scaling"), message)
+    refused(flags(workplace, "--ks", "4", *more, "--out", str(tmp_path), experiment="scaling"), message)
 
 
 def test_given_saes_must_be_of_two_widths_and_of_the_site(workplace, tmp_path, refused):
@@ -168,17 +164,81 @@ def test_given_saes_must_be_of_two_widths_and_of_the_site(workplace, tmp_path, r
         refused(flags(workplace, *saes, "--out", str(tmp_path / "out"), experiment="scaling"), message)
 
 
+def _saved(folder, widths, hook="blocks.1.hook_resid_post"):
+    """Given SAEs of these widths."""
+    return [saved_sae(folder / f"sae-{width}", d_sae=width, seed=width, hook_name=hook) for width in widths]
+
+
+def _stream(workplace, saes):
+    return ["run", "scaling", "--preset", "one-pass", "--sae", *saes, "--model", str(workplace / "model"), "--text",
+            str(workplace / "text.txt"), "--tokens", "8000", "--context-length", "32", "--l0", "4",
+            "--with-pursuit"]  # fmt: skip
+
+
+def _counted(monkeypatch, module, name):
+    """The calls of a function, which still does its work."""
+    work, calls = getattr(module, name), []
+    monkeypatch.setattr(module, name, lambda *given, **more: calls.append(given) or work(*given, **more))
+    return calls
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_three_measurements_load_every_sae_once_and_tokenise_once(workplace, tmp_path, monkeypatch, store):
+    """SAEs, pursuit and controls are measured of inputs made once; a checkpoint has a folder for each set of encoders."""
+    from darkmatter_ext.measurement import opening, site_saes
+
+    monkeypatch.setenv("DARKMATTER_CACHE", str(tmp_path / "cache"))
+    loaded = _counted(monkeypatch, site_saes, "load_sae")
+    tokenised = _counted(monkeypatch, opening, "tokenize_contexts" if store else "text_rows")
+    ran = _counted(monkeypatch, opening, "activation_caches") if store else []
+    saes, folder = _saved(tmp_path, (24, 32, 48, 64)), tmp_path / "run"
+    more = ["--store", str(store), "--checkpoint", str(folder), "--out", str(tmp_path / "out")]
+    assert cli.main([*_stream(workplace, saes), *more]) == 0
+    assert [spec for spec, *_ in loaded] == saes
+    assert (len(tokenised), len(ran)) == (1, int(store))
+    sets = {path.parent.relative_to(folder).as_posix() for path in folder.rglob("run.json")}
+    assert sets == {".", "pursuit", "shuffled decoder-random directions"}
+    assert (folder / "contexts").exists() != store
+    first = load_result(tmp_path / "out" / "scaling.json").numbers
+    loaded.clear()
+    assert cli.main([*_stream(workplace, saes), *more]) == 0  # from the states of all three
+    assert load_result(tmp_path / "out" / "scaling.json").numbers == first
+    assert len(tokenised) == (2 if store else 1)  # streamed: the contexts are kept with the states
+
+
+def test_a_budget_of_memory_loads_saes_again_and_changes_no_number(workplace, tmp_path, monkeypatch):
+    from darkmatter_ext.measurement import site_saes
+
+    loaded = _counted(monkeypatch, site_saes, "load_sae")
+    saes, numbers = _saved(tmp_path, (24, 32)), []
+    of_both = 2 * 4 * 16 * (24 + 32)  # bytes
+    for number, gigabytes in enumerate((0, 2 * of_both / 1e9, 1e-9)):
+        loaded.clear()
+        own = ["--sae-memory-gb", str(gigabytes), "--checkpoint", str(tmp_path / f"run-{number}")]
+        stream = [word for word in _stream(workplace, saes) if word != "--with-pursuit"]
+        assert cli.main([*stream, *own, "--out", str(tmp_path / "out")]) == 0
+        numbers.append((load_result(tmp_path / "out" / "scaling.json").numbers, len(loaded)))
+    (free, once), (enough, kept), (tight, often) = numbers
+    assert once == 2
+    assert kept == 4  # the measurement of the controls loads the widest for each of its own
+    assert often > 2 * 8000 / 32 / 32  # every block of both readings
+    assert enough == free == tight
+
+
+def test_saes_of_several_sites_are_told_before_the_model_runs(workplace, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(scaling, "prepare", None)
+    saes = [*_saved(tmp_path, (24,)), *_saved(tmp_path, (48,), "blocks.0.hook_resid_post")]
+    message = (
+        "--sae: must be of one site to see how error scales, got blocks.1.hook_resid_post and blocks.0.hook_resid_post"
+    )
+    refused([*_stream(workplace, saes), "--out", str(tmp_path / "out")], message)
+
+
 @pytest.mark.slow
 def test_two_processes_measure_several_times_and_agree_with_one(workplace, tmp_path):
     """SAEs, pursuit and controls are three measurements: all in one process group of a torchrun."""
-    saes = []
-    for width in (24, 32, 48, 64):
-        sae = tmp_path / f"sae-{width}"
-        saes.append(saved_sae(sae, d_sae=width, seed=width, hook_name="blocks.1.hook_resid_post"))
+    own = _stream(workplace, _saved(tmp_path, (24, 32, 48, 64)))
     command = Path(sys.executable).with_name("darkmatter")
-    own = ["run", "scaling", "--preset", "one-pass", "--sae", *saes, "--model", str(workplace / "model"), "--text",
-           str(workplace / "text.txt"), "--tokens", "8000", "--context-length", "32", "--l0", "4",
-           "--with-pursuit"]  # fmt: skip
     assert cli.main([*own, "--out", str(tmp_path / "one")]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node=2", "--master-port=0",
                 "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(command)]  # fmt: skip

@@ -6,6 +6,7 @@ import torch
 import darkmatter_ext as dm
 from darkmatter_ext.measurement.decompose import TokenBatch, decompose_stream
 from darkmatter_ext.measurement.error import NORM_TARGETS
+from darkmatter_ext.saes.encoders import Encoded
 
 
 def _planted(n=30_000, d=12, linear_share=0.6, seed=0):
@@ -77,9 +78,11 @@ def test_many_saes_in_one_pass_equal_one_at_a_time():
     batches = [TokenBatch(x[i : i + 450], train[i : i + 450], i) for i in range(0, 2000, 450)]
 
     def read(tensor):
-        from darkmatter_ext.measurement.decompose import Reconstruction
+        def own(batch):
+            rows = slice(batch.start, batch.start + len(batch.x))
+            return Encoded(tensor[rows], torch.zeros(len(batch.x)), acts=None)
 
-        return lambda batch: Reconstruction(tensor[batch.start : batch.start + len(batch.x)], torch.zeros(len(batch.x)))
+        return own
 
     together = decompose_stream(batches, {name: read(tensor) for name, tensor in stored.items()})
     for name, tensor in stored.items():

@@ -4,19 +4,20 @@ import dataclasses
 
 import pytest
 import torch
-from cases.measured import HOOKS, LENGTH, numbers, saes, write_caches
+from cases.measured import HOOKS, LENGTH, decided, measure, numbers, saes, write_caches
 from cases.models import small_sae
-from darkmatter_ext.measurement.selection import FIT, HELD_OUT
 
 from darkmatter_ext.estimators.least_squares import fit_linear
-from darkmatter_ext.measurement.decompose import Reconstruction, TokenBatch, decompose_stream
-from darkmatter_ext.measurement.engine import measure, tokens_to_read
+from darkmatter_ext.measurement import engine
+from darkmatter_ext.measurement.decompose import TokenBatch, decompose_stream
+from darkmatter_ext.measurement.engine import tokens_to_read
 from darkmatter_ext.measurement.error import NORM_TARGETS
-from darkmatter_ext.measurement.measurement import NORM_FIT, MeasureSettings, Predictor
-from darkmatter_ext.measurement.sweeps import context_groups, context_roles
+from darkmatter_ext.measurement.settings import Measure
 from darkmatter_ext.measurement.token_table import read_tokens
+from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, NORM_FIT
+from darkmatter_ext.saes.encoders import Encoded
 
-SETTINGS = MeasureSettings(drop_positions=1, block_contexts=7, batch_tokens=40, token_means=40)
+SETTINGS = Measure(drop_positions=1, block_contexts=7, batch_tokens=40, token_means=True, table_contexts=0)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def _tokens(source, hook, settings):
     typical = norms[:16, settings.drop_positions :].median()
     used = (torch.arange(LENGTH) >= settings.drop_positions).expand(norms.shape)
     used = used & (norms <= settings.max_norm_ratio * typical)
-    roles = context_roles(source.documents, settings)[:, None].expand(norms.shape)
+    roles = decided(source, saes(), settings).contexts[:, None].expand(norms.shape)
     contexts = torch.arange(source.n_contexts)[:, None].expand(norms.shape)
     return (
         x[used],
@@ -58,9 +59,9 @@ def test_two_passes_equal_the_stream(source, tmp_path):
         for name in names:
             sae = _sae(name)
             acts = sae.encode(x)
-            stored = Reconstruction(sae.decode(acts), (acts != 0).sum(-1))
-            functions[name] = lambda batch, stored=stored: Reconstruction(
-                *(part[batch.start : batch.start + len(batch.x)] for part in stored)
+            stored = sae.decode(acts), (acts != 0).sum(-1)
+            functions[name] = lambda batch, stored=stored: Encoded(
+                *(part[batch.start : batch.start + len(batch.x)] for part in stored), acts=None
             )
         batches = [TokenBatch(x[i : i + 100], (roles == FIT)[i : i + 100], i) for i in range(0, len(x), 100)]
         expected = decompose_stream(batches, functions)
@@ -69,8 +70,8 @@ def test_two_passes_equal_the_stream(source, tmp_path):
             for key, value in expected[name].numbers().items():
                 assert own.numbers()[key] == pytest.approx(value, rel=1e-5, abs=1e-7), (name, key)  # float32 SAEs
             assert (own.n_train, own.n_test) == (expected[name].n_train, expected[name].n_test)
-    assert found[HOOKS[0]].left_out_by_norm == 1
-    assert found[HOOKS[0]].left_out_by_position == source.n_contexts
+    assert found[HOOKS[0]].left_out.by_norm == 1
+    assert found[HOOKS[0]].left_out.by_position == source.n_contexts
     assert tokens_to_read(source, SETTINGS) == 2 * 60 * 16
 
 
@@ -169,7 +170,7 @@ def test_baselines_and_latents_equal_the_tokens_own(source, tmp_path):
 
 def _group_scores(found, x, roles, contexts, source, settings):
     """FVU, FVU_nonlinear, share and R2 of every set of held-out tokens that leaves one group of contexts out."""
-    groups = context_groups(source.documents, context_roles(source.documents, settings), settings)
+    groups = decided(source, saes(), settings).groups
     error = (x - _sae("large").forward(x)).double()
     nonlinear = error - found.maps["large"](x)
     x = x.double()
@@ -208,8 +209,8 @@ def test_intervals_leave_out_whole_groups_of_contexts(source, tmp_path):
 
 def test_groups_keep_documents_whole_and_one_group_has_no_interval(source, tmp_path):
     settings = dataclasses.replace(SETTINGS, interval_groups=5)
-    roles = context_roles(source.documents, settings)
-    groups = context_groups(source.documents, roles, settings)
+    own = decided(source, saes(), settings)
+    roles, groups = own.contexts, own.groups
     held_out = roles == HELD_OUT
     for document in source.documents[held_out].unique():
         assert len(groups[held_out & (source.documents == document)].unique()) == 1
@@ -263,7 +264,7 @@ def test_the_released_codes_regressions_have_no_bias_and_see_held_out_tokens(sou
 def test_outputs_of_other_saes_predict_every_part_of_the_error(source, tmp_path):
     """Earlier-layer predictors: b* and the linear and nonlinear part come from the same sums."""
     every = saes()
-    predictors = {HOOKS[0]: [Predictor("mlp", every[3]), Predictor("self", every[0])]}
+    predictors = {HOOKS[0]: [every[3], dataclasses.replace(every[0], name="self")]}
     found = measure(source, every[:3], SETTINGS, folder=tmp_path, predictors=predictors)[HOOKS[0]]
     x, roles, *_, used = _tokens(source, HOOKS[0], SETTINGS)
     mlp = source.read(range(source.n_contexts)).activations[HOOKS[1]][used]
@@ -281,7 +282,7 @@ def test_outputs_of_other_saes_predict_every_part_of_the_error(source, tmp_path)
 
 def test_float32_products_and_small_budgets_change_nothing_that_matters(source, tmp_path):
     exact = numbers(measure(source, saes(), SETTINGS, folder=tmp_path / "a"))
-    fast = dataclasses.replace(SETTINGS, products="float32", sae_memory=1.0, batch_tokens=1000, block_contexts=60)
+    fast = dataclasses.replace(SETTINGS, products="float32", sae_memory_gb=1e-9, batch_tokens=1000, block_contexts=60)
     for key, value in numbers(measure(source, saes(), fast, folder=tmp_path / "b")).items():
         assert value == pytest.approx(exact[key], rel=1e-4, abs=1e-4), key
 
@@ -310,18 +311,18 @@ def test_a_finished_measurement_gives_its_result_at_once(source, tmp_path):
         ({"passes": 1, "split": "tokens"}, "split: must be documents or contexts with passes 1, got 'tokens'"),
         ({"split": "rows"}, "split: must be documents, contexts or tokens, got 'rows'"),
         ({"fit_fraction": 1.0}, "fit_fraction: must be between 0 and 1, got 1.0"),
-        ({"parity": "code"}, "parity: must be one of paper, released-code, got 'code'"),
+        ({"parity": "code"}, "parity: must be paper or released-code, got 'code'"),
         ({"parity": "released-code", "passes": 1}, "passes: must be 2 with parity released-code, got 1"),
         ({"interval_groups": 0}, "interval_groups: must be at least 1, got 0"),
-        ({"products": "bf16"}, "products: must be one of float64, float32, got 'bf16'"),
+        ({"products": "bf16"}, "products: must be float64 or float32, got 'bf16'"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
     with pytest.raises(ValueError, match=message.split(":")[0]) as caught:
-        MeasureSettings(**changes)
+        Measure(**changes)
     assert str(caught.value) == message
 
 
 def test_no_sae_is_refused(source, tmp_path):
     with pytest.raises(ValueError, match="saes: must name at least one SAE, got none"):
-        measure(source, [], SETTINGS, folder=tmp_path)
+        engine.measure(source, [], decided(source, saes(), SETTINGS), folder=tmp_path)

@@ -1,6 +1,5 @@
 """Many SAEs through the command line on small models, what their metadata decides, plans, and the public SAEs' names."""
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -8,16 +7,21 @@ import sys
 
 import pytest
 import torch
+from cases.measured import store_activations
 from cases.models import save_model, saved_sae, write_text
-from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
 
 from darkmatter_ext import cli
 from darkmatter_ext.estimators.sums import LinearSums
 from darkmatter_ext.experiments import decomposition
-from darkmatter_ext.measurement import many_saes, many_saes_config
+from darkmatter_ext.measurement import opening
 from darkmatter_ext.measurement.cost import PlannedSae, cost, duration, known_model
+from darkmatter_ext.measurement.excerpt import excerpt
+from darkmatter_ext.measurement.presets import GIVEN
+from darkmatter_ext.measurement.run import measured, prepare, resolve
+from darkmatter_ext.measurement.settings import Settings, replaced
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.report.result import load_result
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes import catalogue
 from darkmatter_ext.saes.loading import describe_sae
@@ -45,6 +49,15 @@ def _cache(site, monkeypatch):
     monkeypatch.setenv("DARKMATTER_CACHE", str(site / "cache"))
 
 
+def _settings(**values):
+    return replaced(Settings(), **values)
+
+
+def _measured(settings):
+    stages = Stages(show=False)
+    return measured(prepare(settings, stages), stages)
+
+
 def _flags(site, *more, model="llama", saes=("a", "b")):
     return [
         "run", "decomposition", "--preset", "one-pass", "--sae", *(str(site / name) for name in saes), "--model",
@@ -57,7 +70,7 @@ def test_a_run_of_given_saes_equals_the_run_that_stores_activations(site, capsys
     """The same SAEs, text, split and positions through both routes: a model that runs as it is read, and stored activations."""
     one = site / "one"
     assert cli.main(_flags(site, "--out", str(one))) == 0
-    stored = ["run", "decomposition", *_flags(site)[4:], "--context-length", "32", "--hook", HOOK]
+    stored = ["run", "decomposition", *_flags(site)[4:], "--store", "True"]
     assert cli.main([*stored, "--out", str(site / "stored")]) == 0
     first, second = (load_result(site / name / "decomposition.json") for name in ("one", "stored"))
     for name in ("a", "b"):
@@ -78,12 +91,12 @@ def test_a_run_of_given_saes_equals_the_run_that_stores_activations(site, capsys
 
 @pytest.mark.runs
 def test_sites_come_from_the_saes_and_share_one_reading(site):
-    config = ManySaesConfig(
+    config = _settings(
         sae=tuple(str(site / name) for name in ("a", "z")), model=str(site / "llama"),
         text=str(site / "text.txt"), tokens=4000, passes=1, loss=True, token_means=True, products="float32",
         table_contexts=2,
     )  # fmt: skip
-    found = many_saes.measured(config, Stages(show=False))
+    found = _measured(config)
     assert set(found.sites) == {HOOK, "blocks.0.attn.hook_z"}
     for name in ("a", "z"):
         assert found.site_of(name).decomposition(name).fvu_nonlinear > 0
@@ -94,13 +107,13 @@ def test_sites_come_from_the_saes_and_share_one_reading(site):
     assert len(set(table["context"].to_pylist())) == 2
     assert min(table["loss"].to_pylist()) > 0
     assert max(table["position"].to_pylist()) == 30  # the last token has no next one
-    assert many_saes.excerpt(found) == {}
+    assert excerpt(found) == {}
 
 
 @pytest.mark.runs
 def test_saes_of_other_sites_predict_the_error(site):
-    config = ManySaesConfig(sae=(str(site / "a"),), model=str(site / "llama"), text=str(site / "text.txt"), tokens=8000)
-    with_others = dataclasses.replace(config, predictor=(str(site / "z"), str(site / "b")))
+    config = _settings(sae=(str(site / "a"),), model=str(site / "llama"), text=str(site / "text.txt"), tokens=8000)
+    with_others = replaced(config, predictor=(str(site / "z"), str(site / "b")))
     plain, found = (decomposition.run(own, Stages(show=False)).numbers for own in (config, with_others))
     assert found["a/fvu_nonlinear"] == pytest.approx(plain["a/fvu_nonlinear"], rel=1e-6)
     for part in ("error", "linear", "nonlinear"):
@@ -119,10 +132,10 @@ def test_metadata_decides_bos_length_positions_and_weights(site, tmp_path):
     )  # fmt: skip
     results = {}
     for sae in (plain, centred):
-        config = ManySaesConfig(
+        config = _settings(
             sae=(sae,), model=str(site / "gpt2"), text=str(site / "text.txt"), tokens=6000, max_norm_ratio=0
         )
-        found = many_saes.measured(config, Stages(show=False))
+        found = _measured(config)
         table = read_tokens(found.sites[HOOK].per_token)
         assert set(table["position"].to_pylist()) == set(range(10, 20))
         assert "Contexts of 24 tokens, without BOS" in found.notes[1]
@@ -130,14 +143,14 @@ def test_metadata_decides_bos_length_positions_and_weights(site, tmp_path):
     assert "processed by TransformerLens (center_writing_weights)" in results[centred][0].notes[1]
     ratio = sum(results[centred][1]) / sum(results[plain][1])
     assert 0.5 < ratio < 1  # the mean over dimensions is gone
-    forced = ManySaesConfig(
+    forced = _settings(
         sae=(centred,), model=str(site / "gpt2"), text=str(site / "text.txt"), tokens=6000,
         max_norm_ratio=0, backend="huggingface",
     )  # fmt: skip
-    found = many_saes.measured(forced, Stages(show=False))
+    found = _measured(forced)
     assert read_tokens(found.sites[HOOK].per_token)["x"].to_pylist() == results[plain][1]
     with pytest.raises(ValueError, match="bos: must be given, the SAEs were made with"):
-        many_saes.measured(ManySaesConfig(sae=(plain, str(site / "a")), model=str(site / "gpt2")), Stages(show=False))
+        _measured(_settings(sae=(plain, str(site / "a")), model=str(site / "gpt2")))
 
 
 @pytest.mark.runs
@@ -146,20 +159,21 @@ def test_stored_activations_and_tokenised_datasets_are_sources_too(site, tmp_pat
 
     text, model = str(site / "text.txt"), str(site / "llama")
     sae = (str(site / "a"),)
-    plain = ManySaesConfig(sae=sae, model=model, text=text, tokens=4000, split="contexts")
-    streamed = many_saes.measured(plain, Stages(show=False))
-    ids = [row for _, row in many_saes._rows(plain, many_saes._resolve(plain))]
+    plain = _settings(sae=sae, model=model, text=text, tokens=4000, split="contexts")
+    streamed = _measured(plain)
+    ids = [row for _, row in opening._rows(resolve(plain))]
     Dataset.from_dict({"input_ids": ids}).save_to_disk(str(tmp_path / "tokens"))
-    tokenised = ManySaesConfig(sae=sae, model=model, tokenised=str(tmp_path / "tokens"), tokens=4000, split="contexts")
-    again = many_saes.measured(tokenised, Stages(show=False))
+    tokenised = _settings(sae=sae, model=model, tokenised=str(tmp_path / "tokens"), tokens=4000, split="contexts")
+    again = _measured(tokenised)
     first, second = (found.site_of("a").decomposition("a").numbers() for found in (streamed, again))
     assert first == pytest.approx(second, rel=1e-9)
     assert cli.main(["run", "decomposition", "--model", model, "--text", text, "--tokens", "4000", "--hook", HOOK,
-                     "--context-length", "32", "--sae", *sae, "--out", str(tmp_path / "out")]) == 0  # fmt: skip
+                     "--context-length", "32", "--sae", *sae, "--store", "True",
+                     "--out", str(tmp_path / "out")]) == 0  # fmt: skip
     folder = next(path for path in (site / "cache" / "activations").iterdir()
                   if json.loads((path / "meta.json").read_text())["n_contexts"] == 125)  # fmt: skip
-    stored = ManySaesConfig(sae=sae, cache=(str(folder),), tokens=4000, split="contexts")
-    cached = many_saes.measured(stored, Stages(show=False)).site_of("a").decomposition("a").numbers()
+    stored = _settings(sae=sae, cache=(str(folder),), tokens=4000, split="contexts")
+    cached = _measured(stored).site_of("a").decomposition("a").numbers()
     assert cached == pytest.approx(first, rel=1e-4)
 
 
@@ -199,12 +213,12 @@ def test_the_presets_name_the_saes_of_the_paper_and_of_saelens_list():
     assert sizes == [768 * 2**i for i in range(8)]
 
 
-@pytest.mark.parametrize("name", [*many_saes_config.PRESETS])
+@pytest.mark.parametrize("name", [*GIVEN])
 def test_every_preset_has_a_plan(name, capsys):
     assert cli.main(["run", "decomposition", "--preset", name, "--dry-run"]) == 0
     plan = capsys.readouterr().out
     if name == "one-pass":
-        assert "as the SAEs say" in plan
+        assert "SAE       blocks.10.hook_resid_post  train TopK, 1024 latents" in plan
         return
     assert plan.count("SAE  ") == len(catalogue.SAE_SETS[name])
     for line in ("download  ", "memory  ", "operations  ", "time  "):
@@ -243,7 +257,9 @@ def test_planned_sums_are_what_a_measurement_allocates():
 
 
 BAD = [
-    ([], "--sae: must name at least one SAE, got none"),
+    (["--tokenised", "a"], "--sae: must be given with tokenised, SAEs are trained on text, got none"),
+    (["--cache", "a"], "--sae: must be given with cache, SAEs are trained on text, got none"),
+    (["--widths"], "--widths: must name at least one width when no sae is given, got none"),
     (
         ["--sae", "/nowhere"],
         "--sae: must be a folder with cfg.json and sae_weights.safetensors, or RELEASE:ID, got '/nowhere'",
@@ -277,23 +293,87 @@ def test_saes_that_do_not_fit_are_refused(site, tmp_path, refused):
         (_flags(site, *out, "--tokens", "70"), "--tokens: must leave documents on every side of the split, got 1"),
         (
             _flags(site, *out, "--drop-positions", "40"),
-            "--drop-positions, --max-norm-ratio: must leave tokens to measure, got 40 of contexts of 32 and 10",
+            "--drop-positions: must be from 0 to 31 (context length 32), got 40",
+        ),
+        (
+            _flags(site, *out, "--positions", "35:40"),
+            "--drop-positions, --max-norm-ratio: must leave tokens to measure, got 8 of contexts of 32 within slice(35",
         ),
         (_flags(site, *out, "--max-norm-ratio", "0.0001"), "must leave tokens to measure"),
-        (_flags(site, *out, "--hook", "blocks.9.hook_resid_pre"), "has blocks 0 to 2, got block 9"),
+        (
+            _flags(site, *out, "--sae", nowhere, "--hook", "blocks.9.hook_resid_pre"),
+            "has blocks 0 to 2, got block 9",
+        ),
+        (
+            _flags(site, *out, "--hook", "blocks.9.hook_resid_pre"),
+            "--sae: must be of the site blocks.9.hook_resid_pre",
+        ),
     ]
     for flags, message in cases:
         refused(flags, message)
 
 
+def test_what_prepare_refuses_it_tells_in_one_line(site, tmp_path):
+    text, one = str(site / "text.txt"), str(site / "a")
+    given = {"sae": (one,), "model": str(site / "gpt2"), "text": text, "tokens": 4000}
+    elsewhere = saved_sae(tmp_path / "elsewhere", hook_name=HOOK, model_name="openai-community/gpt2")
+    other = saved_sae(tmp_path / "other", seed=1, hook_name=HOOK, model_name="google/gemma-2-2b")
+    processed = saved_sae(
+        tmp_path / "processed", hook_name=HOOK, context_size=32, model_from_pretrained_kwargs={"fold_ln": True}
+    )
+    x, nameless = torch.randn(6, 32, 16), torch.full((6, 32), -1)
+    store_activations(tmp_path / "cache", HOOK, x, nameless, torch.arange(6))
+    cache = {"sae": (one,), "cache": (str(tmp_path / "cache"),), "tokens": 192}
+    cases = [
+        (
+            given | {"sae": (elsewhere, other), "model": ""},
+            {},
+            "model: must be given, the SAEs were made with openai-comm",
+        ),
+        (
+            given | {"sae": (processed,)},
+            {"splices": True},
+            "backend: must be huggingface to splice into the model, got",
+        ),
+        (given | {"sae": (processed,), "loss": True}, {}, "loss: must be left out with TransformerLens' processed"),
+        (cache | {"sae": (str(site / "z"),)}, {}, f"cache: must hold blocks.0.attn.hook_z, got {HOOK}"),
+        (
+            cache | {"exclude_special_tokens": "yes", "model": given["model"]},
+            {},
+            "exclude_special_tokens: must be no for",
+        ),
+        (
+            cache | {"store": True},
+            {},
+            "cache: must be left out where activations are stored, they come from text, got it",
+        ),
+        (cache, {"splices": True}, "cache: must be left out where activations are stored, they come from text, got it"),
+        (
+            given | {"backend": "transformer-lens", "sae": ()},
+            {},
+            "backend: must be auto or huggingface without sae, got",
+        ),
+        (given | {"text": str(tmp_path / "none.txt")}, {}, "text: must be a readable file"),
+        (given | {"tokens": 900_000, "store": True}, {}, "tokens: the text gives"),
+        (given | {"hook": "blocks.1.hook_mlp_out"}, {}, "sae: must be of the site blocks.1.hook_mlp_out, got one of"),
+    ]
+    for values, more, message in cases:
+        with pytest.raises(InputError) as caught:
+            prepare(_settings(**values), Stages(show=False), **more)
+        assert message in str(caught.value), message
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="tokns: must be one of the settings context_length, bos, "):
+        _settings(tokns=5)
+
+
 @pytest.mark.runs
 def test_a_named_checkpoint_refuses_another_configuration(site, tmp_path, capsys):
     flags = _flags(site, "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out"))
-    config = ManySaesConfig(
+    config = _settings(
         sae=tuple(str(site / name) for name in ("a", "b")), model=str(site / "llama"),
         text=str(site / "text.txt"), tokens=8000, checkpoint=str(tmp_path / "run"),
     )  # fmt: skip
-    many_saes.measured(config, Stages(show=False))
+    _measured(config)
     assert cli.main([*flags, "--fit-fraction", "0.5"]) == 2
     assert "fit_fraction 0.6 there, 0.5 here" in capsys.readouterr().err
 
@@ -301,10 +381,10 @@ def test_a_named_checkpoint_refuses_another_configuration(site, tmp_path, capsys
 @pytest.mark.runs
 def test_another_sae_under_the_same_name_is_measured_anew(site, tmp_path):
     sae = saved_sae(tmp_path / "sae", hook_name=HOOK, context_size=32)
-    config = ManySaesConfig(sae=(sae,), model=str(site / "llama"), text=str(site / "text.txt"), tokens=4000)
-    first = many_saes.measured(config, Stages(show=False)).site_of("sae").decomposition("sae").fvu
+    config = _settings(sae=(sae,), model=str(site / "llama"), text=str(site / "text.txt"), tokens=4000)
+    first = _measured(config).site_of("sae").decomposition("sae").fvu
     saved_sae(tmp_path / "sae", seed=5, hook_name=HOOK, context_size=32)
-    second = many_saes.measured(config, Stages(show=False)).site_of("sae").decomposition("sae").fvu
+    second = _measured(config).site_of("sae").decomposition("sae").fvu
     assert first != second
 
 
@@ -325,4 +405,6 @@ def test_torchrun_gives_the_table_of_one_process(site, tmp_path):
     flags = ["run", "decomposition", "--out", str(tmp_path / "demo")]
     launcher = [*launcher[: launcher.index("run")], *flags]
     done = subprocess.run(launcher, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
-    assert "torchrun: must be used with a preset whose work is divided" in done.stderr
+    assert (
+        "torchrun: must be used with SAEs that exist (sae) and activations that are streamed, got store" in done.stderr
+    )

@@ -1,22 +1,22 @@
 """What SAEs say about their inputs is followed, overridden by a flag or refused, and said; the same in every preset."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 from cases.models import flags, saved_sae, small_sae
-from darkmatter_ext.measurement.many_saes_config import ManySaesConfig
-from darkmatter_ext.measurement.selection import kept_positions
 from hypothesis import given
 from hypothesis import strategies as st
 
 from darkmatter_ext import cli
 from darkmatter_ext.activations.text import bos_id, bos_note, special_token_ids
-from darkmatter_ext.measurement import many_saes
+from darkmatter_ext.measurement import opening
 from darkmatter_ext.measurement.decompose import decompose
 from darkmatter_ext.measurement.metadata import InputFlags, given_positions, usage
+from darkmatter_ext.measurement.run import measured, prepare
+from darkmatter_ext.measurement.settings import Settings, replaced
 from darkmatter_ext.measurement.token_table import read_tokens
+from darkmatter_ext.measurement.tokens import kept_positions
 from darkmatter_ext.report.result import load_result
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.encoders import as_encoder
@@ -262,7 +262,7 @@ def _saved(folder, **metadata):
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.runs
 def test_every_preset_follows_the_metadata(workplace, tmp_path):
-    """The preset that stores activations and the one that streams: the same tokens, the same numbers, the same notes."""
+    """Activations that are stored and that are streamed: the same tokens, the same numbers, the same notes."""
     sae = _saved(
         tmp_path / "sae", seqpos_slice=[5, -5, 2], exclude_special_tokens=[4],
         model_from_pretrained_kwargs={"center_writing_weights": True},
@@ -270,7 +270,7 @@ def test_every_preset_follows_the_metadata(workplace, tmp_path):
     common = ["--sae", sae, "--model", str(workplace / "model"), "--text", str(workplace / "text.txt")]
     common += ["--tokens", "4800", "--max-norm-ratio", "0", "--drop-positions", "7"]
     results = []
-    for preset, more in (("demo", ["--hook", HOOK]), ("one-pass", [])):
+    for preset, more in (("demo", ["--store", "True"]), ("one-pass", [])):
         out = tmp_path / preset
         assert cli.main(["run", "decomposition", "--preset", preset, *common, *more, "--out", str(out)]) == 0
         result = load_result(out / "decomposition.json")
@@ -293,19 +293,23 @@ def test_every_preset_follows_the_metadata(workplace, tmp_path):
 def test_what_the_model_cannot_take_is_told_before_it_runs(workplace, tmp_path, refused, monkeypatch):
     from datasets import Dataset
 
-    monkeypatch.setattr(many_saes, "ModelSource", None)
+    for runs_the_model in ("ModelSource", "activation_caches"):
+        monkeypatch.setattr(opening, runs_the_model, None)
     sae = _saved(tmp_path / "sae", context_size=4096)
-    for preset in ("demo", "one-pass"):
-        command = [*flags(workplace, "--sae", sae, "--preset", preset, "--out", str(tmp_path / "out"))]
-        command = command[: command.index("--widths")] + command[command.index("--sae") :]
+    for more in ([], ["--store", "True"]):
+        command = flags(workplace, "--sae", sae, *more, "--out", str(tmp_path / "out"))
         command[command.index("--context-length") + 1] = "0"
         refused(command, "--context-length: must be at most the 2048 positions of")
     Dataset.from_dict({"input_ids": [[5] * 24, [99] * 24] * 4}).save_to_disk(str(tmp_path / "rows"))
-    config = ManySaesConfig(
-        sae=(_saved(tmp_path / "short"),), model=str(workplace / "model"), tokenised=str(tmp_path / "rows"), tokens=192
+    config = replaced(
+        Settings(),
+        sae=(_saved(tmp_path / "short"),),
+        model=str(workplace / "model"),
+        tokenised=str(tmp_path / "rows"),
+        tokens=192,
     )
     with pytest.raises(ValueError, match=r"tokens: must be ids of .*, 0 to 31, got 99"):
-        many_saes.measured(config, Stages(show=False))
+        prepare(config, Stages(show=False))
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -316,12 +320,13 @@ def test_a_run_tells_a_misloaded_sae_again_and_again(workplace, tmp_path):
     for key, value in {"hook_name": HOOK, "context_size": 24}.items():
         sae.cfg.metadata[key] = value
     sae.save_model(tmp_path / "sae")
-    config = ManySaesConfig(
-        sae=(str(tmp_path / "sae"),), model=str(workplace / "model"), text=str(workplace / "text.txt"), tokens=4800,
+    config = replaced(
+        Settings(), sae=(str(tmp_path / "sae"),), model=str(workplace / "model"), text=str(workplace / "text.txt"), tokens=4800,
         split="contexts",
     )  # fmt: skip
+    stages = Stages(show=False)
     for _ in range(2):
-        notes = many_saes.measured(config, Stages(show=False)).notes
+        notes = measured(prepare(config, stages), stages).notes
         assert any("sae looks misloaded: every threshold is 0" in note for note in notes), notes
     with pytest.raises(ValueError, match="activation_scale: must be left out"):
-        many_saes.measured(dataclasses.replace(config, activation_scale=(2.0,)), Stages(show=False))
+        prepare(replaced(config, activation_scale=(2.0,)), stages)

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases.interrupted_run import SETTINGS
-from cases.measured import HOOKS, numbers, open_caches, saes, write_caches
+from cases.measured import HOOKS, measure, numbers, open_caches, saes, write_caches
 
 import darkmatter_ext
-from darkmatter_ext.measurement.engine import measure
 from darkmatter_ext.measurement.token_table import TokenTable, read_tokens
 from darkmatter_ext.runtime.checkpoint import CheckpointFolder
 

@@ -5,9 +5,8 @@ import json
 
 import pytest
 import torch
-from darkmatter_ext.measurement.reconstruct import as_reconstruct
 
-from darkmatter_ext.measurement.decompose import TokenBatch
+from darkmatter_ext.saes.encoders import as_encoder
 from darkmatter_ext.saes.loading import load_sae
 from darkmatter_ext.saes.training import TrainingConfig, save_sae, train_topk_sae
 
@@ -60,8 +59,7 @@ def test_saelens_loads_what_is_saved_and_gives_the_same_output(trained, tmp_path
     loaded = SAE.load_from_disk(tmp_path / "sae")
     assert loaded.cfg.architecture() == "topk"
     assert (loaded.cfg.k, loaded.cfg.d_sae, loaded.cfg.metadata.model_name) == (3, 24, "planted")
-    reconstruct = as_reconstruct(load_sae(tmp_path / "sae"))
-    ours = reconstruct(TokenBatch(x[:500], torch.zeros(500, dtype=torch.bool)))
+    ours = as_encoder(load_sae(tmp_path / "sae"))(x[:500])
     with torch.no_grad():
         torch.testing.assert_close(ours.x_hat, loaded(x[:500]), rtol=1e-4, atol=1e-3)
         assert torch.equal(ours.l0, (loaded.encode(x[:500]) != 0).sum(-1))
@@ -94,7 +92,7 @@ def _sae_of(kind, **options):
 def test_every_architecture_gives_saelens_own_answer(kind, options):
     sae, plain = _sae_of(kind, **options), _sae_of(kind, **options)
     x = 2 * torch.randn(200, 12, generator=torch.Generator().manual_seed(0)) + 1
-    ours = as_reconstruct(sae)(TokenBatch(x, torch.zeros(200, dtype=torch.bool)))
+    ours = as_encoder(sae)(x)
     acts = plain.encode(x)
     torch.testing.assert_close(ours.x_hat, plain.decode(acts), rtol=1e-4, atol=1e-4)
     assert torch.equal(ours.l0, (acts != 0).sum(-1))
