@@ -339,10 +339,7 @@ def excuse(sae, x, acts):
         (sae.cfg.architecture() in NEVER_FAST, NEVER_FAST.get(sae.cfg.architecture())),
         (not SCREENS and not pursuit, "no kernel for this processor"),
         (not finite, "weights are not finite"),
-        (
-            any(version_of(p) is None and (torch.is_grad_enabled() or not p.is_inference()) for p in sae.parameters()),
-            "weights made in inference mode",
-        ),
+        (any(version_of(p) is None for p in sae.parameters()), "weights made in inference mode"),
         ({p.dtype for p in sae.parameters()} != {sae.dtype}, "mixed dtypes"),
         (
             getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) and not bool(sae.W_dec.any(dim=1).all()),
