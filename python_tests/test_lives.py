@@ -1,9 +1,13 @@
 """Accelerated SAEs live through random edits beside their plain twins: see lives.py and life_edits.py."""
 
-import pytest
-from life_edits import Draw
-from lives import ARCHITECTURES, Config, DifferenceError, is_hard_to_screen, live, replay
+import copy
 
+import pytest
+import torch
+from life_edits import Draw
+from lives import ARCHITECTURES, Config, DifferenceError, is_hard_to_screen, live, replay, same_acts
+
+import darkmatter_ext as dm
 from darkmatter_ext import drop_in, stepping_aside
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -38,6 +42,32 @@ def _config(architecture, options):
 @pytest.mark.parametrize(("architecture", "options", "edits"), SHORT_LIVES)
 def test_short_lives(architecture, options, edits):
     replay(_config(architecture, options), edits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stale", ["row", "element", "threshold"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "gated", "jumprelu_transcoder"])
+def test_one_stale_latent_of_all_is_found(architecture, dtype, stale):
+    sae = _config(architecture, {"dtype": dtype}).build()
+    x = Draw(1).normal(12, 32).to(sae.dtype)
+    theirs = sae.encode(x)
+    sae_in, latent = sae.process_sae_in(x), int((theirs != 0).sum(0).argmax())
+    same_acts(sae, sae_in, theirs, dm.accelerate(copy.deepcopy(sae)).encode(x))
+    edited = copy.deepcopy(sae)
+    if stale == "row":
+        edited.W_enc[:, latent] = Draw(2).fresh(sae, "W_enc")[:, latent]
+    elif stale == "element":
+        edited.W_enc[7, latent] += 0.5
+    else:
+        _silence(edited, latent)
+    with pytest.raises(DifferenceError):
+        same_acts(edited, sae_in, edited.encode(x), dm.accelerate(sae).encode(x))
+
+
+def _silence(sae, latent):
+    name = "threshold" if "threshold" in sae._parameters else "b_gate" if "b_gate" in sae._parameters else "b_enc"
+    getattr(sae, name)[latent] = 10 if name == "threshold" else -10
 
 
 def test_stepping_aside_without_a_reason_fails(monkeypatch):
