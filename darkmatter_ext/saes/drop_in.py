@@ -246,7 +246,9 @@ class AcceleratedSAE:
             return reason
         if _SAVES_MEMORY in self.__dict__:
             self._lay_as_rows(state, weights[0])
-        prepared = state.encoder.get(*weights, tokens=x.numel() // max(1, self.cfg.d_in))
+        prepared = state.encoder.get(
+            *weights, tokens=x.numel() // max(1, self.cfg.d_in), other=self._parameters.get("W_dec")
+        )
         if isinstance(prepared, str):
             return prepared
         read = state.vectors.get(*vectors) if vectors else ()
@@ -279,10 +281,11 @@ class AcceleratedSAE:
             reason = TOO_DENSE
         if reason:
             return reason
-        rows = state.decoder.get(W_dec, b_dec)
+        W_enc = self._parameters.get("W_enc")
+        rows = state.decoder.get(W_dec, b_dec, other=W_enc)
         if isinstance(rows, str) or not self._architecture.rescales(self):
             return rows if isinstance(rows, str) else Decoder(rows, None)
-        inverses = state.decoder_norms.get(W_dec)
+        inverses = state.decoder_norms.get(W_dec, other=W_enc)
         return inverses if isinstance(inverses, str) else Decoder(rows, inverses)
 
     def _is_overridden(self) -> bool:

@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from darkmatter_ext.ops._library import has_kernels
 from darkmatter_ext.saes.packed_weights import PLAIN, version_of
 
+UNCOUNTED = "weights made in inference mode: torch counts no edits of them (load or clone them outside it)"
+
 
 def transforms_active() -> bool:
     """functorch (vmap, grad, jvp), forward-mode AD or a dispatch mode: each wants torch's own ops to see."""
@@ -104,7 +106,7 @@ def why_not_decoder(sae: Any, acts: Tensor | None, W_dec: Any, b_dec: Any, *, de
 
 def _why_not_these(sae: Any, device: torch.device | None, weights: tuple[Any, ...]) -> str:
     """Why these weights are not what the SAE says, or not of the other tensors' kind. A few attributes: asked at every call."""
-    dtype, grad = sae.dtype, torch.is_grad_enabled()
+    dtype = sae.dtype
     for each in weights:
         if type(each) not in PLAIN:
             return "a weight is not a plain tensor"
@@ -112,6 +114,6 @@ def _why_not_these(sae: Any, device: torch.device | None, weights: tuple[Any, ..
             return "mixed dtypes"
         if device is not None and each.device != device:
             return "tensors on more than one device"
-        if version_of(each) is None and (grad or not each.is_inference()):
-            return "weights made in inference mode"
+        if version_of(each) is None:
+            return UNCOUNTED
     return "a weight is parametrised" if "parametrizations" in sae._modules else ""
