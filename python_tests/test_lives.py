@@ -8,7 +8,7 @@ from life_edits import Draw
 from lives import ARCHITECTURES, Config, DifferenceError, is_hard_to_screen, live, replay, same_acts
 
 import darkmatter_ext as dm
-from darkmatter_ext import drop_in, stepping_aside
+from darkmatter_ext.saes import drop_in, stepping_aside
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
