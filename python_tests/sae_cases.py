@@ -4,10 +4,12 @@ import torch
 from sae_lens.registry import get_sae_class
 from sae_lens.saes import transcoder
 
-from darkmatter_ext.saes import drop_in
+import darkmatter_ext as dm
+from darkmatter_ext.saes import stepping_aside
 
 # These SAEs are all small, and it is the fast path that is tested.
-drop_in.SMALL_DECODE = drop_in.SMALL_ENCODE = drop_in.SMALL_FORWARD = drop_in.FEW_LATENTS = 0
+stepping_aside.SMALL_DECODE = stepping_aside.SMALL_ENCODE = stepping_aside.SMALL_FORWARD = 0
+stepping_aside.FEW_LATENTS = 0
 
 D_IN, D_SAE, D_OUT, K = 64, 512, 48, 8
 SAES = ("topk", "jumprelu", "standard", "gated")
@@ -88,3 +90,14 @@ def assert_close(theirs, ours, scale=1.0):
     """Equal up to SAELens' own rounding."""
     tolerance = TOLERANCE[theirs.dtype]
     torch.testing.assert_close(ours, theirs, rtol=tolerance * scale, atol=tolerance * scale)
+
+
+def pair(architecture="topk", dtype=torch.float32, **options):
+    """Plain and accelerated: two of one seed, for SAELens' normalisation closures of a copy write to the original."""
+    plain, fast = (make_sae(architecture, dtype, **options) for _ in range(2))
+    return plain, dm.accelerate(fast)
+
+
+def only_fast(sae):
+    stats = dm.stats(sae)
+    return bool(stats.fast) and not stats.fallback

@@ -15,6 +15,7 @@ from pathlib import Path
 import lives
 import pytest
 import torch
+from life_answers import assert_alike
 from life_edits import Draw
 from pretrained_counts import NOT_SAID, by_architecture, pretrained_options
 from sae_lens.registry import SAE_CLASS_REGISTRY
@@ -135,7 +136,7 @@ def tried(architecture, value, *, gradients):
     with torch.set_grad_enabled(gradients), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(2):
-            lives.assert_alike(plain, fast, lives.tokens(plain, Draw(3), lives.N_TOKENS))
+            assert_alike(plain, fast, lives.tokens(plain, Draw(3), lives.N_TOKENS))
     stats = dm.stats(fast)
     slow = {"encode", "decode", "forward"} - stats.fast.keys()
     return sorted({reason for method, reasons in stats.fallback.items() if method in slow for reason in reasons})

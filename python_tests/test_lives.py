@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from life_answers import DifferenceError, same_acts
 from life_edits import Draw
-from lives import ARCHITECTURES, Config, DifferenceError, is_hard_to_screen, live, replay, same_acts
+from lives import ARCHITECTURES, Config, is_hard_to_screen, live, replay
 
 import darkmatter_ext as dm
-from darkmatter_ext.saes import drop_in, stepping_aside
+from darkmatter_ext.saes import passes, stepping_aside
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -71,7 +72,7 @@ def _silence(sae, latent):
 
 
 def test_stepping_aside_without_a_reason_fails(monkeypatch):
-    for module in (drop_in, stepping_aside):
+    for module in (passes, stepping_aside):
         monkeypatch.setattr(module, "does_not_pay", lambda tokens, undecided: True)
     with pytest.raises(DifferenceError, match="never fast"):
         replay(_config("jumprelu", {}), [])

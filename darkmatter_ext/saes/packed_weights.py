@@ -145,13 +145,9 @@ class Packed:
         derive: Callable[..., Any],
         *,
         why_not: Callable[..., str] = lambda *_: "",
-        is_view: Callable[[Tensor], bool] = lambda _: False,
     ) -> None:
-        """`derive` gives the value, or a str that says why there is none; `why_not` does before anything is read.
-
-        `is_view` tells of which weights `derive` keeps no copy: of these only the identity is looked at.
-        """
-        self._derive, self._why_not, self._is_view = derive, why_not, is_view
+        """`derive` gives the value, or a str that says why there is none; `why_not` does before anything is read."""
+        self._derive, self._why_not = derive, why_not
         self._state: tuple[list[_Watched], Any] | None = None  # replaced as one: threads see the old or the new
         self._renewals = 0  # without a look in between that found everything as it was
 
@@ -183,7 +179,7 @@ class Packed:
             return reason
         with torch.inference_mode(False), torch.no_grad():
             # before deriving: an edit meanwhile is then seen
-            watched = [_Watched(weight, look_inside=derive and not self._is_view(weight)) for weight in weights]
+            watched = [_Watched(weight, look_inside=derive) for weight in weights]
             watched += [_Watched(other, look_inside=False) for other in seen[n_weights:]]
             value = self._derive(*weights) if derive else CHANGING
         if value is NO_KERNEL:
