@@ -212,7 +212,12 @@ def topk_encode(
         raise InputError(f"k: must be from 0 to {W_enc.shape[1]} (latents), got {k}")
     packed = _packed(x, W_enc, b_enc, b_dec, prepared)
     values, indices = call(_ops.topk_encode, flat_rows(x), W_enc, b_enc, b_dec, k, *packed)
-    shape = (*x.shape[:-1], k)
+    return _fixed(values, indices, x, W_enc)
+
+
+def _fixed(values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor) -> SparseActs:
+    """From values and indices [N, k] of x [..., d]."""
+    shape = (*x.shape[:-1], values.shape[1])
     return SparseActs.fixed(values.reshape(shape), indices.reshape(shape), W_enc.shape[1])
 
 
@@ -285,8 +290,7 @@ def try_topk_encode(
         return topk_encode(x, W_enc, b_enc, k, prepared=prepared), x.new_empty(0, dtype=torch.int64)
     _check_encode("topk_encode", x, W_enc, b_enc, None, prepared)
     values, indices, undecided = call(_ops.try_topk_encode, flat_rows(x), W_enc, b_enc, None, k, *prepared.packed)
-    shape = (*x.shape[:-1], k)
-    return SparseActs.fixed(values.reshape(shape), indices.reshape(shape), W_enc.shape[1]), undecided
+    return _fixed(values, indices, x, W_enc), undecided
 
 
 def try_threshold_encode(
