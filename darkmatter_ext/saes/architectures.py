@@ -143,6 +143,20 @@ class Architecture:
         """What SAELens' forward does last, where that is no hook and no error term."""
         return sae_out
 
+    # For those who compare answers: what a difference may come from
+
+    def threshold(self, sae: Any, latents: Tensor) -> Tensor:
+        """What the pre-activations of some latents [...] have to exceed, besides 0."""
+        return torch.zeros(latents.shape, dtype=sae.dtype)
+
+    def border(self, sae: Any, latents: Tensor, acts: Tensor) -> Tensor:
+        """[m] what decided about latents [m] of tokens with acts [m, F]."""
+        return self.threshold(sae, latents)
+
+    def magnification(self, sae: Any, latents: Tensor) -> Tensor:
+        """What the products of latents [m] are multiplied with."""
+        return torch.ones(latents.shape, dtype=sae.dtype)
+
 
 _zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
@@ -169,6 +183,9 @@ class JumpRelu(Architecture):
     def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
         W_enc, b_enc = weight(sae, "W_enc"), weight(sae, "b_enc")
         return try_threshold_encode(sae_in, W_enc, b_enc, vectors[0], prepared=prepared)
+
+    def threshold(self, sae: Any, latents: Tensor) -> Tensor:
+        return sae.threshold.detach()[latents]
 
     def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
         pre = sae_in @ sae.W_enc + sae.b_enc
@@ -213,6 +230,9 @@ class Gated(Architecture):
     def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
         gate = (sae_in @ sae.W_enc + sae.b_gate > 0).to(sae.dtype)
         return gate * sae.activation_fn(sae_in @ (sae.W_enc * sae.r_mag.exp()) + sae.b_mag)
+
+    def magnification(self, sae: Any, latents: Tensor) -> Tensor:
+        return sae.r_mag.exp()[latents]
 
 
 def _has_few_places(prepared: PreparedEncoder) -> bool:
@@ -285,6 +305,9 @@ class TopK(Architecture):
     def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
         pre = sae_in @ sae.W_enc + sae.b_enc
         return sae.activation_fn(pre * sae.W_dec.norm(dim=-1) if self.rescales(sae) else pre)
+
+    def border(self, sae: Any, latents: Tensor, acts: Tensor) -> Tensor:
+        return acts.masked_fill(acts == 0, float("inf")).min(-1).values
 
 
 class MatchingPursuit(Architecture):
