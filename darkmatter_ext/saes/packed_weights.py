@@ -150,13 +150,14 @@ class Packed:
         self._derive, self._why_not = derive, why_not
         self._state: tuple[list[_Watched], Any] | None = None  # replaced as one: threads see the old or the new
         self._renewals = 0  # without a look in between that found everything as it was
+        self._pair: tuple[Tensor, int, Tensor, int, bool] | None = None  # two tensors, their addresses, whether tied
 
     def get(self, *weights: Tensor, tokens: int = 1, other: Tensor | None = None) -> Any:
         """The derived value of these weights, or why there is none (a str).
 
         `other` may be tied to the first of them: then its edits count too.
         """
-        seen = (*weights, other) if other is not None and is_tied(weights[0], other) else weights
+        seen = (*weights, other) if other is not None and self._is_tied(weights[0], other) else weights
         state = self._state
         if state is not None and len(state[0]) == len(seen):
             for watched, weight in zip(state[0], seen, strict=True):
@@ -170,6 +171,17 @@ class Packed:
         self._renewals += 1
         derive = self._renewals <= _RENEWALS_IN_A_ROW or tokens >= _TOKENS_TO_PAY
         return self._renew(seen, len(weights), derive=derive)
+
+    def _is_tied(self, one: Tensor, other: Tensor) -> bool:
+        """As `is_tied`, which costs more than the rest of a small look; asked again where one of the addresses is another."""
+        pair = self._pair
+        same = pair is not None and pair[0] is one and pair[2] is other
+        if pair is not None and same and pair[1] == one.data_ptr() and pair[3] == other.data_ptr():
+            return pair[4]
+        tied = is_tied(one, other)
+        plain = all(type(each) in PLAIN and each.layout is torch.strided for each in (one, other))
+        self._pair = (one, one.data_ptr(), other, other.data_ptr(), tied) if plain else None
+        return tied
 
     def _renew(self, seen: tuple[Tensor, ...], n_weights: int, *, derive: bool) -> Any:
         weights = seen[:n_weights]
@@ -190,5 +202,5 @@ class Packed:
 
     def forget(self) -> None:
         """Derive anew at the next look, whatever the weights look like."""
-        self._state = None
+        self._state = self._pair = None
         self._renewals = 0
