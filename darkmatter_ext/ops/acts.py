@@ -112,6 +112,13 @@ class SparseActs:
         k = self.values.shape[-1]
         return torch.arange(self.n_tokens + 1, device=self.values.device) * k
 
+    def flat(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values, indices and crow as the ops take them: [N, k], [N, k], None; or ragged [z], [z], [N + 1]."""
+        if self.crow is not None or self.values.ndim == 2:
+            return self.values, self.stored_indices, self.crow
+        shape = (self.n_tokens, self.values.shape[-1])
+        return self.values.reshape(shape), self.stored_indices.reshape(shape), None
+
     def token_numbers(self) -> Tensor:
         """[z] int64, token of every stored entry."""
         lengths = self.crow_indices.diff()

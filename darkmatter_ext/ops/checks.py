@@ -70,5 +70,5 @@ def call(op: Any, *arguments: Any) -> Any:
 
 
 def flat_rows(x: Tensor) -> Tensor:
-    """[..., d] -> [N, d], also when N or d is 0."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    """[..., d] -> [N, d], also when N or d is 0; x itself where it has that shape."""
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -39,13 +39,7 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
     check_device("sparse_decode", "W_dec", W_dec)
     if b_dec is not None:
         check_tensor("b_dec", b_dec, (W_dec.shape[1],), W_dec)
-    if acts.is_ragged:
-        x_hat = call(_ops.sparse_decode, acts.values, acts.col_indices, acts.crow_indices, W_dec, b_dec)
-    else:
-        k = acts.values.shape[-1]
-        shape = (acts.n_tokens, k)
-        values, indices = acts.values.reshape(shape), acts.indices.reshape(shape)
-        x_hat = call(_ops.sparse_decode, values, indices, None, W_dec, b_dec)
+    x_hat = call(_ops.sparse_decode, *acts.flat(), W_dec, b_dec)
     return x_hat.reshape(*acts.batch_shape, W_dec.shape[1])
 
 
@@ -100,11 +94,7 @@ def to_dense(acts: SparseActs) -> Tensor:
     if not isinstance(acts, SparseActs):
         raise TypeError(f"acts: must be SparseActs, got {type(acts).__name__}")
     check_device("to_dense", "acts", acts.values)
-    if acts.is_ragged:
-        dense = call(_ops.to_dense, acts.values, acts.col_indices, acts.crow_indices, acts.d_sae)
-    else:
-        shape = (acts.n_tokens, acts.values.shape[-1])
-        dense = call(_ops.to_dense, acts.values.reshape(shape), acts.indices.reshape(shape), None, acts.d_sae)
+    dense = call(_ops.to_dense, *acts.flat(), acts.d_sae)
     return dense.reshape(acts.shape)
 
 

@@ -29,6 +29,7 @@ from darkmatter_ext.runtime.inputs import InputError
 
 _ops = torch.ops.darkmatter
 _NOT_PACKED = (None,) * 7
+_MAX_SCREENED_K = 4096  # kMaxScreenK of csrc/cpu/topk_encode.cpp
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +61,23 @@ class PreparedEncoder:
 
     @property
     def screens(self) -> bool:
-        """Whether calls go through low-precision screening (same answer, several times faster) or the exact path alone."""
-        return self.codes.numel() > 0
+        """Whether calls go through low-precision screening (same answer, several times faster) or the exact path alone.
+
+        Where torch's product is what screens, not while its precision is lowered (`torch.set_float32_matmul_precision`).
+        """
+        return self.codes.numel() > 0 and not (self._screens_by_torch and not _torch_multiplies_in_full())
+
+    def screens_topk(self, k: int) -> bool:
+        """Whether a call for the k largest is screened too: with most places among the best there is nothing to leave out.
+
+        A place is a latent, or several that are equal; latents of zeros have none.
+        """
+        return not self.weight.is_cpu or (k <= _MAX_SCREENED_K and 8 * k <= self.n_places)
+
+    @functools.cached_property
+    def n_places(self) -> int:
+        """How many pre-activations a token needs: fewer than latents where some are equal or zero (CPU)."""
+        return int(self.groups[0]) if self.groups.numel() else self.d_sae
 
     @property
     def d_in(self) -> int:
@@ -196,7 +212,12 @@ def topk_encode(
         raise InputError(f"k: must be from 0 to {W_enc.shape[1]} (latents), got {k}")
     packed = _packed(x, W_enc, b_enc, b_dec, prepared)
     values, indices = call(_ops.topk_encode, flat_rows(x), W_enc, b_enc, b_dec, k, *packed)
-    shape = (*x.shape[:-1], k)
+    return _fixed(values, indices, x, W_enc)
+
+
+def _fixed(values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor) -> SparseActs:
+    """From values and indices [N, k] of x [..., d]."""
+    shape = (*x.shape[:-1], values.shape[1])
     return SparseActs.fixed(values.reshape(shape), indices.reshape(shape), W_enc.shape[1])
 
 
@@ -269,8 +290,7 @@ def try_topk_encode(
         return topk_encode(x, W_enc, b_enc, k, prepared=prepared), x.new_empty(0, dtype=torch.int64)
     _check_encode("topk_encode", x, W_enc, b_enc, None, prepared)
     values, indices, undecided = call(_ops.try_topk_encode, flat_rows(x), W_enc, b_enc, None, k, *prepared.packed)
-    shape = (*x.shape[:-1], k)
-    return SparseActs.fixed(values.reshape(shape), indices.reshape(shape), W_enc.shape[1]), undecided
+    return _fixed(values, indices, x, W_enc), undecided
 
 
 def try_threshold_encode(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from darkmatter_ext.ops import _registrations, encode
 from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.ops.checks import flat_rows
 from darkmatter_ext.ops.encode import PreparedEncoder
 
 
@@ -56,15 +57,11 @@ class Tried(NamedTuple):
     undecided: Tensor  # [u] int64, numbers of flattened tokens
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
 def try_topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, prepared: PreparedEncoder) -> Tried:
     """As `ops.try_topk_encode`."""
     if not x.is_cpu:
         return Tried(*encode.try_topk_encode(x, W_enc, b_enc, k, prepared=prepared))
-    values, indices, undecided = _topk(_rows(x), W_enc, b_enc, None, k, *prepared.packed)
+    values, indices, undecided = _topk(flat_rows(x), W_enc, b_enc, None, k, *prepared.packed)
     if x.ndim != 2:
         shape = (*x.shape[:-1], k)
         values, indices = values.reshape(shape), indices.reshape(shape)
@@ -77,34 +74,26 @@ def try_threshold_encode(
     """As `ops.try_threshold_encode`; threshold [] or [F], without a gradient."""
     if not x.is_cpu:
         return Tried(*encode.try_threshold_encode(x, W_enc, b_enc, threshold, prepared=prepared))
-    values, crow, col, undecided = _threshold(_rows(x), W_enc, b_enc, None, threshold, *prepared.packed)
+    values, crow, col, undecided = _threshold(flat_rows(x), W_enc, b_enc, None, threshold, *prepared.packed)
     return Tried(SparseActs(values, col, W_enc.shape[1], crow, tuple(x.shape[:-1])), undecided)
 
 
 def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """As `ops.sparse_decode`."""
-    values, indices, crow = acts.values, acts.stored_indices, acts.crow
+    x_hat = _decode(*acts.flat(), W_dec, b_dec)
     batch_shape = acts.batch_shape
-    if crow is None and values.ndim != 2:
-        shape = (acts.n_tokens, values.shape[-1])
-        values, indices = values.reshape(shape), indices.reshape(shape)
-    x_hat = _decode(values, indices, crow, W_dec, b_dec)
     return x_hat if len(batch_shape) == 1 else x_hat.reshape(*batch_shape, W_dec.shape[1])
 
 
 def to_dense(acts: SparseActs) -> Tensor:
     """As `ops.to_dense`."""
-    values, indices = acts.values, acts.stored_indices
-    if acts.crow is None and values.ndim != 2:
-        shape = (acts.n_tokens, values.shape[-1])
-        values, indices = values.reshape(shape), indices.reshape(shape)
-    dense = _to_dense(values, indices, acts.crow, acts.d_sae)
+    dense = _to_dense(*acts.flat(), acts.d_sae)
     return dense if len(acts.batch_shape) == 1 else dense.reshape(acts.shape)
 
 
 def find_support(acts: Tensor) -> SparseActs:
     """As `ops.find_support`, without a gradient."""
-    flat = acts if acts.ndim == 2 else acts.reshape(acts.shape[:-1].numel(), acts.shape[-1])
+    flat = flat_rows(acts)
     crow, col = _below_autograd(_ops.find_support.default, flat)
     if len(flat) == 1:
         values = flat[0, col]

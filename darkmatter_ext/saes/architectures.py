@@ -1,7 +1,7 @@
-"""The SAE architectures of SAELens the drop-in knows: one class each, for what its encode reads and computes.
+"""The SAE architectures of SAELens the drop-in knows: one class each, for what it packs, reads and computes.
 
-A new architecture is a class here and a line in `known_encoders`. Shapes: sae_in [..., d_in] is what SAELens' process_sae_in
-gives; F = d_sae latents; acts [..., F].
+Nowhere else is asked which architecture an SAE has. A new one is a class here and a line in `known_encoders`.
+Shapes: sae_in [..., d_in] is what SAELens' process_sae_in gives; F = d_sae latents; acts [..., F].
 """
 
 from __future__ import annotations
@@ -14,13 +14,25 @@ from torch import Tensor, nn
 
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.decode import decoder_dot
-from darkmatter_ext.ops.encode import PreparedEncoder, prepare_encoder, threshold_encode
+from darkmatter_ext.ops.encode import PreparedEncoder, prepare_encoder, threshold_encode, topk_encode
 from darkmatter_ext.ops.pursuit import prepare_dictionary, pursuit
 from darkmatter_ext.ops.unchecked import Tried, try_threshold_encode, try_topk_encode
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.packed_weights import NO_KERNEL
 from darkmatter_ext.saes.soundness import has_hooks, is_hooked
 from darkmatter_ext.saes.stepping_aside import DENSE_SHARE
+
+
+class _RowsOf(torch.autograd.Function):
+    """The packed rows [F, d], not copied, with the gradient of the W_enc [d, F] they were packed from."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, W_enc: Tensor) -> Tensor:  # type: ignore[override]
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, grad.mT
 
 
 class _ValueWithGradientOf(torch.autograd.Function):
@@ -42,6 +54,9 @@ def weight(sae: Any, name: str) -> Tensor:
 
 
 _MOST_ODD = 64  # latents that are not finite: each costs an exact sum a token
+_FEW_SHARE = 1 / 16  # of the latents: so few places that exact sums of all cost a fraction of a dense product
+FEW_PLACES = "k is more than an eighth of the latents that are alive and differ: no latent could be left out unseen"
+COARSE_PRODUCTS = "torch multiplies float32 in less than float32 (matmul precision): no bound for what is screened so"
 
 
 def _prepared(W_enc: Tensor, b_enc: Tensor, **options: Any) -> PreparedEncoder | str:
@@ -51,7 +66,7 @@ def _prepared(W_enc: Tensor, b_enc: Tensor, **options: Any) -> PreparedEncoder |
         return "the encoder's weights are not finite"
     if prepared.groups.numel() and int(prepared.groups[3]) > _MOST_ODD:
         return "many latents of the encoder are not finite"
-    return prepared if prepared.screens else NO_KERNEL
+    return prepared if prepared.codes.numel() else NO_KERNEL
 
 
 class Architecture:
@@ -62,6 +77,7 @@ class Architecture:
     selects_per_latent = True  # whether latents can be left out before selecting
     hooks_acts_post = True
     is_linear = True  # one product of x and the encoder
+    writes_elsewhere = False  # a transcoder: its output is no reconstruction of its input
 
     # What it reads
 
@@ -90,6 +106,10 @@ class Architecture:
             return f"activation function {type(activation).__name__}"
         return "the activation function is hooked" if has_hooks(activation) else ""
 
+    def why_not_now(self, sae: Any, prepared: Any) -> str:
+        """Why what was packed does not help this call."""
+        return "" if prepared.screens else COARSE_PRODUCTS
+
     # What it computes
 
     def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
@@ -106,7 +126,7 @@ class Architecture:
         """Dense acts in SAELens' own arithmetic, without hooks: for tokens that were handed back."""
         return sae.activation_fn(sae_in @ sae.W_enc + sae.b_enc)
 
-    # The decoder
+    # What follows the decoder
 
     def rescales(self, sae: Any) -> bool:
         """Whether latents are counted in units of their decoder norm: multiplied in when encoding, divided out after."""
@@ -114,6 +134,28 @@ class Architecture:
 
     def decoder_bias(self, sae: Any) -> Tensor | None:
         return weight(sae, "b_dec")
+
+    def finish_decode(self, sae: Any, x_hat: Tensor) -> Tensor:
+        """What SAELens' decode does last."""
+        return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(x_hat), sae.d_head)
+
+    def finish_forward(self, sae: Any, x: Tensor, sae_out: Tensor) -> Tensor:
+        """What SAELens' forward does last, where that is no hook and no error term."""
+        return sae_out
+
+    # For those who compare answers: what a difference may come from
+
+    def threshold(self, sae: Any, latents: Tensor) -> Tensor:
+        """What the pre-activations of some latents [...] have to exceed, besides 0."""
+        return torch.zeros(latents.shape, dtype=sae.dtype)
+
+    def border(self, sae: Any, latents: Tensor, acts: Tensor) -> Tensor:
+        """[m] what decided about latents [m] of tokens with acts [m, F]."""
+        return self.threshold(sae, latents)
+
+    def magnification(self, sae: Any, latents: Tensor) -> Tensor:
+        """What the products of latents [m] are multiplied with."""
+        return torch.ones(latents.shape, dtype=sae.dtype)
 
 
 _zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -142,9 +184,29 @@ class JumpRelu(Architecture):
         W_enc, b_enc = weight(sae, "W_enc"), weight(sae, "b_enc")
         return try_threshold_encode(sae_in, W_enc, b_enc, vectors[0], prepared=prepared)
 
+    def threshold(self, sae: Any, latents: Tensor) -> Tensor:
+        return sae.threshold.detach()[latents]
+
     def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
         pre = sae_in @ sae.W_enc + sae.b_enc
         return sae.activation_fn(pre) * (pre > sae.threshold.detach()).to(sae.dtype)
+
+
+class Transcoder(Architecture):
+    """Writes to another site than it reads from, there plainly; a skip transcoder adds a linear map of its input."""
+
+    writes_elsewhere = True
+
+    def finish_decode(self, sae: Any, x_hat: Tensor) -> Tensor:
+        return x_hat
+
+    def finish_forward(self, sae: Any, x: Tensor, sae_out: Tensor) -> Tensor:
+        skip = sae._parameters.get("W_skip")
+        return sae_out if skip is None else sae_out + x @ skip.T
+
+
+class JumpReluTranscoder(Transcoder, JumpRelu):
+    """A transcoder with a threshold for each latent."""
 
 
 class Gated(Architecture):
@@ -168,6 +230,13 @@ class Gated(Architecture):
     def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
         gate = (sae_in @ sae.W_enc + sae.b_gate > 0).to(sae.dtype)
         return gate * sae.activation_fn(sae_in @ (sae.W_enc * sae.r_mag.exp()) + sae.b_mag)
+
+    def magnification(self, sae: Any, latents: Tensor) -> Tensor:
+        return sae.r_mag.exp()[latents]
+
+
+def _has_few_places(prepared: PreparedEncoder) -> bool:
+    return prepared.n_places <= _FEW_SHARE * prepared.d_sae
 
 
 class TopK(Architecture):
@@ -206,24 +275,39 @@ class TopK(Architecture):
             return "rescale_acts_by_decoder_norm has no kernel for this device"
         return _prepared(W_enc, b_enc, gain=W_dec.norm(dim=-1))
 
+    def why_not_now(self, sae: Any, prepared: Any) -> str:
+        screens = prepared.screens_topk(sae._modules["activation_fn"].k) or _has_few_places(prepared)
+        return super().why_not_now(sae, prepared) or ("" if screens else FEW_PLACES)
+
     def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
-        k = sae._modules["activation_fn"].k
         W_enc, b_enc = weight(sae, "W_enc"), weight(sae, "b_enc")
         if not self.rescales(sae):
-            return try_topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)
+            return self._selected(sae, sae_in, prepared)
         with torch.no_grad():
-            tried = try_topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)
+            tried = self._selected(sae, sae_in, prepared)
         W_dec = weight(sae, "W_dec")
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in (sae_in, W_enc, b_enc, W_dec)):
             return tried
         acts, latents = tried.acts, tried.acts.stored_indices
-        pre = decoder_dot(sae_in, acts, W_enc.mT).reshape(latents.shape) + b_enc[latents]
+        rows = _RowsOf.apply(prepared.weight, W_enc)
+        pre = decoder_dot(sae_in, acts, rows).reshape(latents.shape) + b_enc[latents]
         values = _ValueWithGradientOf.apply(acts.values, pre.relu() * W_dec.norm(dim=-1)[latents])
         return Tried(SparseActs(values, latents, acts.d_sae), tried.undecided)
+
+    def _selected(self, sae: Any, sae_in: Tensor, prepared: Any) -> Tried:
+        k = sae._modules["activation_fn"].k
+        W_enc, b_enc = weight(sae, "W_enc"), weight(sae, "b_enc")
+        if prepared.screens_topk(k):
+            return try_topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)
+        acts = topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)  # exact sums of the few that are alive
+        return Tried(acts, sae_in.new_empty(0, dtype=torch.int64))
 
     def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
         pre = sae_in @ sae.W_enc + sae.b_enc
         return sae.activation_fn(pre * sae.W_dec.norm(dim=-1) if self.rescales(sae) else pre)
+
+    def border(self, sae: Any, latents: Tensor, acts: Tensor) -> Tensor:
+        return acts.masked_fill(acts == 0, float("inf")).min(-1).values
 
 
 class MatchingPursuit(Architecture):
@@ -257,6 +341,9 @@ class MatchingPursuit(Architecture):
             return "more iterations than latents"
         return "x is hooked" if is_hooked(sae.hook_sae_input) else super().why_not(sae, x)
 
+    def why_not_now(self, sae: Any, prepared: Any) -> str:
+        return ""
+
     def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
         finite = sae_in.isfinite().all(-1).reshape(-1)
         undecided = finite.logical_not().nonzero()[:, 0]
@@ -285,13 +372,12 @@ def known_encoders() -> dict[Any, Architecture]:
     """SAELens' encode functions, and what they compute."""
     from sae_lens.saes import gated_sae, jumprelu_sae, matching_pursuit_sae, standard_sae, topk_sae, transcoder
 
-    relu, jumprelu = Architecture(), JumpRelu()
     return {
         topk_sae.TopKSAE.encode: TopK(),
-        standard_sae.StandardSAE.encode: relu,
-        transcoder.Transcoder.encode: relu,
-        jumprelu_sae.JumpReLUSAE.encode: jumprelu,
-        transcoder.JumpReLUTranscoder.encode: jumprelu,
+        standard_sae.StandardSAE.encode: Architecture(),
+        transcoder.Transcoder.encode: Transcoder(),
+        jumprelu_sae.JumpReLUSAE.encode: JumpRelu(),
+        transcoder.JumpReLUTranscoder.encode: JumpReluTranscoder(),
         gated_sae.GatedSAE.encode: Gated(),
         matching_pursuit_sae.MatchingPursuitSAE.encode: MatchingPursuit(),
     }
@@ -324,6 +410,7 @@ def architecture_of(plain: type) -> Architecture:
     """What the encode of a SAELens class computes; raises ValueError, with the reason, where it cannot be accelerated."""
     from sae_lens.saes.sae import TrainingSAE
     from sae_lens.saes.temporal_sae import TemporalSAE
+    from sae_lens.saes.transcoder import Transcoder as SaeLensTranscoder
 
     if issubclass(plain, TrainingSAE):
         why = "a training class, whose weights change at every step and whose losses need dense pre-activations"
@@ -331,6 +418,8 @@ def architecture_of(plain: type) -> Architecture:
         why = "its codes depend on the tokens before, through attention, not on one token's latents"
     elif plain.encode not in known_encoders() or plain.decode not in known_decoders():  # type: ignore[attr-defined]
         why = "its encode or decode is not one of SAELens' own inference classes that are known here"
+    elif known_encoders()[plain.encode].writes_elsewhere != issubclass(plain, SaeLensTranscoder):  # type: ignore[attr-defined]
+        why = "the encode of a transcoder in an SAE, or the other way round"
     else:
         return known_encoders()[plain.encode]  # type: ignore[attr-defined]
     raise InputError(f"sae: must be an SAE that can be accelerated, got {plain.__name__} ({why})")

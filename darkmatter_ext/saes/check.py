@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.runtime.inputs import InputError, told
-from darkmatter_ext.saes.drop_in import Stats, accelerate, stats
+from darkmatter_ext.saes.architectures import architecture_of, weight
+from darkmatter_ext.saes.drop_in import Stats, accelerate, deaccelerate, stats
 from darkmatter_ext.saes.loading import load_sae
 from darkmatter_ext.saes.sanity import signs
 
@@ -99,10 +100,10 @@ def random_activations(sae: Any, n: int, seed: int) -> Tensor:
     """[n, d_in]: sums of encoder directions strong enough to activate their latents, and noise."""
     g = torch.Generator().manual_seed(seed)
     W_enc = sae.W_enc.detach().float()
-    threshold = sae.threshold.detach().float() if hasattr(sae, "threshold") else torch.zeros(W_enc.shape[1])
     planted = max(1, min(PLANTED_LATENTS, W_enc.shape[0] // 32))
     chosen = torch.randint(W_enc.shape[1], (n, planted), generator=g)
-    strength = (threshold[chosen].clamp(min=0) + 1) * (1 + torch.rand(chosen.shape, generator=g))
+    threshold = architecture_of(type(sae)).threshold(sae, chosen).float()
+    strength = (threshold.clamp(min=0) + 1) * (1 + torch.rand(chosen.shape, generator=g))
     directions = W_enc / W_enc.square().sum(0).clamp(min=1e-12)
     x = torch.stack([directions[:, latents] @ s for latents, s in zip(chosen, strength, strict=True)])
     x = x + 0.1 * x.std() * torch.randn(x.shape, generator=g)
@@ -113,10 +114,10 @@ def random_activations(sae: Any, n: int, seed: int) -> Tensor:
 
 def _pre_activations(sae: Any, sae_in: Tensor, tokens: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
     """float64 pre-activations of some (token, latent) pairs, and the size of their sums."""
-    bias = sae.b_enc if getattr(sae, "b_enc", None) is not None else sae.b_gate
+    architecture = architecture_of(type(sae))
+    bias = weight(sae, architecture.bias)
     x, w, b = sae_in[tokens].double(), sae.W_enc.mT[latents].double(), bias[latents].double()
-    rescaled = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
-    unit = sae.W_dec[latents].double().norm(dim=-1) if rescaled else 1.0
+    unit = sae.W_dec[latents].double().norm(dim=-1) if architecture.rescales(sae) else 1.0
     return ((x * w).sum(-1) + b) * unit, (x.norm(dim=-1) * w.norm(dim=-1) + b.abs()) * unit
 
 
@@ -127,15 +128,13 @@ def _compare_latents(plain: Any, data: str, x: Tensor, theirs: Tensor, ours: Ten
     sae_in = plain.process_sae_in(x).reshape(len(theirs), -1)
     tokens, latents = ((theirs > 0) != (ours > 0)).nonzero(as_tuple=True)
     pre, scale = _pre_activations(plain, sae_in, tokens, latents)
-    if hasattr(plain.activation_fn, "k"):
-        border = theirs[tokens].masked_fill(theirs[tokens] == 0, float("inf")).min(-1).values.double()
-    else:
-        border = plain.threshold[latents].double() if hasattr(plain, "threshold") else torch.zeros_like(pre)
+    architecture = architecture_of(type(plain))
+    border = architecture.border(plain, latents, theirs[tokens]).double()
     unexplained = int(((pre - border).abs() > tolerance * scale).sum())
     at_border = len(tokens) - unexplained
     both = ((theirs > 0) & (ours > 0)).nonzero(as_tuple=True)
     _, scale = _pre_activations(plain, sae_in, *both)
-    magnification = plain.r_mag.exp()[both[1]].double() if hasattr(plain, "r_mag") else 1.0
+    magnification = architecture.magnification(plain, both[1]).double()
     error = (theirs[both].double() - ours[both].double()).abs() / (scale * magnification)
     return [
         Comparison(
@@ -249,10 +248,10 @@ def check_sae(
     for name, value in (("tokens", n_tokens), ("rounds", rounds)):
         if value < 1:
             raise InputError(f"{name}: must be at least 1, got {value}")
-    plain, fast = copy.deepcopy(sae), accelerate(copy.deepcopy(sae))
+    plain, fast = deaccelerate(copy.deepcopy(sae)), accelerate(copy.deepcopy(sae))
     for each in (plain, fast):
         each._setup_activation_normalization()  # a copy's closures write to the original
-    data = {"random": random_activations(sae, n_tokens, seed)}
+    data = {"random": random_activations(plain, n_tokens, seed)}
     if given is not None:
         data["given"] = given[:n_tokens]
     if sae.hook_z_reshaping_mode:

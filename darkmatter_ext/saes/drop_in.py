@@ -8,39 +8,39 @@ and `stats` tells why. Latents L = [..., d_sae] are dense where SAELens' methods
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from darkmatter_ext.ops import unchecked
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.decode import decoder_outer, find_support, sparse_decode, to_dense
 from darkmatter_ext.runtime.inputs import InputError
-from darkmatter_ext.saes.architectures import Architecture, architecture_of, known_forwards, weight
-from darkmatter_ext.saes.drop_in_state import Decoder, Pass, Ready, State, Stats, same_pass
-from darkmatter_ext.saes.row_layout import lay_as_rows, lay_contiguous
-from darkmatter_ext.saes.soundness import is_hooked, transforms_active, why_not_decoder, why_not_input, why_not_together
-from darkmatter_ext.saes.stepping_aside import does_not_pay, looks_dense
+from darkmatter_ext.saes import stepping_aside
+from darkmatter_ext.saes.architectures import Architecture, architecture_of, known_forwards
+from darkmatter_ext.saes.drop_in_state import State, Stats
+from darkmatter_ext.saes.looks import SAVES_MEMORY, look_at_decoder, look_at_decoder_after, look_at_encoder
+from darkmatter_ext.saes.passes import (
+    after_decode,
+    decoder_rows,
+    decoder_scale,
+    dense_acts,
+    encode_pass,
+    encoder_input,
+    reconstructed,
+    unhooked_forward,
+)
+from darkmatter_ext.saes.row_layout import lay_contiguous
+from darkmatter_ext.saes.soundness import is_hooked, transforms_active
+from darkmatter_ext.saes.stepping_aside import DECODE_DENSITY, SMALL, TOO_DENSE
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-DECODE_DENSITY = 0.10  # active share of the latents above which SAELens' dense decode is the faster one
-# Multiply-adds of a dense product that takes no longer than what goes around the ops: looks at weights, calls. Measurement
-# on two Zen 3 cores: benchmarks/README.md.
-SMALL_DECODE, SMALL_ENCODE, SMALL_FORWARD = 1 << 21, 1 << 22, 1 << 20
-FEW_LATENTS = (
-    2048  # below, a dense encode is as fast whatever the tokens, and a dense decode up to four times SMALL_DECODE
-)
-SMALL = "small: SAELens' dense product is as fast"
-TOO_MANY = "too many latents are active, or close to it, in most tokens (tried again after some calls)"
-TOO_DENSE = f"more than {DECODE_DENSITY:.0%} of the latents are active"
 _STATE = "_darkmatter_state"
-_SAVES_MEMORY = "_darkmatter_saves_memory"
 
 
 class _DenseGradDecode(torch.autograd.Function):
@@ -83,9 +83,7 @@ class AcceleratedSAE:
     @property
     def _fast(self) -> State:
         state = self.__dict__.get(_STATE)
-        if (
-            state is None or state.owner() is not self
-        ):  # built as type(sae)(cfg), or by copying the attributes of another
+        if state is None or state.owner() is not self:  # built as type(sae)(cfg), or from the attributes of another
             state = self.__dict__[_STATE] = State(self, self._architecture)
         return state
 
@@ -115,7 +113,8 @@ class AcceleratedSAE:
         if torch.compiler.is_compiling():
             return super().encode(x)  # type: ignore[misc]
         state = self._fast
-        ready = SMALL if self._is_small(x, SMALL_ENCODE, FEW_LATENTS) else self._look(state, x)
+        small = self._architecture.is_linear and stepping_aside.is_small_encode(x, self.cfg.d_sae)
+        ready = SMALL if small else look_at_encoder(self, state, x)
         if isinstance(ready, str):
             state.last_pass = None
             state.count("encode", ready)
@@ -123,7 +122,7 @@ class AcceleratedSAE:
             if state.back_off.left and type(acts) is Tensor and not transforms_active():
                 state.back_off.after_dense(acts)
             return acts
-        acts = _dense_acts(self._pass(state, x, ready, "encode"))
+        acts = dense_acts(encode_pass(self, state, x, ready, "encode"))
         if self._architecture.hooks_acts_post and is_hooked(self._modules["hook_sae_acts_post"]):
             return self.hook_sae_acts_post(acts)
         return acts
@@ -133,9 +132,8 @@ class AcceleratedSAE:
         if torch.compiler.is_compiling():
             return super().decode(feature_acts)  # type: ignore[misc]
         state = self._fast
-        decoder = (
-            SMALL if self._is_small_decode(feature_acts) else self._look_at_decoder(state, feature_acts, dense=True)
-        )
+        small = stepping_aside.is_small_decode(feature_acts, self.cfg.d_sae, self.cfg.d_in)
+        decoder = SMALL if small else look_at_decoder(self, state, feature_acts, dense=True)
         support = None
         if not isinstance(decoder, str):
             support = unchecked.find_support(feature_acts.detach())
@@ -145,35 +143,37 @@ class AcceleratedSAE:
         if isinstance(decoder, str) or support is None:
             return super().decode(feature_acts)  # type: ignore[misc]
         bias = self._architecture.decoder_bias(self)
-        scale = self._decoder_scale(decoder)
+        scale = decoder_scale(self, decoder)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (feature_acts, self.W_dec, self.b_dec)):
             support = support if scale is None else support.scaled(scale.detach())
             acts = feature_acts if scale is None else feature_acts * scale
             x_hat = _DenseGradDecode.apply(acts, self.W_dec, bias, decoder.rows, support)
         else:
             x_hat = unchecked.sparse_decode(support if scale is None else support.scaled(scale), decoder.rows, bias)
-        return self._after_decode(x_hat)
+        return after_decode(self, x_hat)
 
     def forward(self, x: Tensor) -> Tensor:
         """SAELens' forward; latents stay sparse in between unless a hook wants them dense."""
         if torch.compiler.is_compiling():
             return super().forward(x)  # type: ignore[misc]
         state = self._fast
-        ready = SMALL if self._is_small(x, SMALL_FORWARD) else self._look(state, x, sparse=True)
-        decoder = ready if isinstance(ready, str) else self._look_at_decoder(state, None)
+        architecture = self._architecture
+        small = architecture.is_linear and stepping_aside.is_small_forward(x, self.cfg.d_sae)
+        ready = SMALL if small else look_at_encoder(self, state, x, sparse=True)
+        decoder = ready if isinstance(ready, str) else look_at_decoder_after(self, state, ready)
         if isinstance(ready, str) or isinstance(decoder, str) or self._is_overridden():
             state.last_pass = None
             state.count("forward", decoder if isinstance(decoder, str) else "forward, encode or decode is overridden")
-            return super().forward(x)  # type: ignore[misc]
-        sae_out = self._reconstructed(self._pass(state, x, ready, "forward"), decoder)
-        if _is_transcoder(self):
-            skip = self._parameters.get("W_skip")
-            return sae_out if skip is None else sae_out + x @ skip.T
+            with state.back_off.one_call():
+                return super().forward(x)  # type: ignore[misc]
+        sae_out = reconstructed(self, encode_pass(self, state, x, ready, "forward"), decoder)
+        if architecture.writes_elsewhere:
+            return architecture.finish_forward(self, x, sae_out)
         if self.use_error_term:
             with torch.no_grad():
                 clean = sae_out.detach()
                 if is_hooked(self.hook_sae_input) or is_hooked(self.hook_sae_recons):
-                    clean = self._unhooked_forward(state, x, ready, decoder)
+                    clean = unhooked_forward(self, state, x, ready, decoder)
                 sae_error = self.hook_sae_error(x - clean)
             sae_out = sae_out + sae_error
         return self.hook_sae_output(sae_out) if is_hooked(self._modules["hook_sae_output"]) else sae_out
@@ -187,12 +187,12 @@ class AcceleratedSAE:
         the dense acts of which these are the nonzero entries.
         """
         state = self._fast
-        ready = self._look(state, x, sparse=True)
+        ready = look_at_encoder(self, state, x, sparse=True)
         if isinstance(ready, str):
             state.count("encode_sparse", ready)
             return find_support(self.encode(x))
-        found = self._pass(state, x, ready, "encode_sparse")
-        return found.acts if found.dense is None else find_support(_dense_acts(found))
+        found = encode_pass(self, state, x, ready, "encode_sparse")
+        return found.acts if found.dense is None else find_support(dense_acts(found))
 
     def decode_sparse(self, acts: SparseActs) -> Tensor:
         """Reconstruction from SparseActs, as decode of their dense form; differentiable in acts.values.
@@ -202,13 +202,14 @@ class AcceleratedSAE:
         if not isinstance(acts, SparseActs):
             raise TypeError(f"acts: must be SparseActs (encode_sparse gives them), got {type(acts).__name__}")
         state = self._fast
-        decoder = self._look_at_decoder(state, acts.values)
+        decoder = look_at_decoder(self, state, acts.values)
         state.count("decode_sparse", decoder if isinstance(decoder, str) else "")
         if isinstance(decoder, str):
             return super().decode(to_dense(acts))  # type: ignore[misc]
-        scale = self._decoder_scale(decoder)
+        scale = decoder_scale(self, decoder)
         scaled = acts if scale is None else acts.scaled(scale)
-        return self._after_decode(sparse_decode(scaled, self._rows(decoder), self._architecture.decoder_bias(self)))
+        x_hat = sparse_decode(scaled, decoder_rows(self, decoder), self._architecture.decoder_bias(self))
+        return after_decode(self, x_hat)
 
     def forward_fused(self, x: Tensor) -> Tensor:
         """As forward; kept as a name for those who want to say that no dense latents shall exist.
@@ -218,175 +219,23 @@ class AcceleratedSAE:
         """
         return self.forward(x)
 
-    # What decides
-
-    def _is_small(self, x: Any, limit: int, latents: int = 0) -> bool:
-        """Whether SAELens' dense encoder is done with x before the looks at the weights would be."""
-        d_sae = self.cfg.d_sae
-        small = isinstance(x, Tensor) and (x.numel() * d_sae < limit or d_sae < latents)
-        return small and self._architecture.is_linear
-
-    def _is_small_decode(self, acts: Any) -> bool:
-        limit = SMALL_DECODE << 2 if self.cfg.d_sae < FEW_LATENTS else SMALL_DECODE
-        return isinstance(acts, Tensor) and acts.numel() * self.cfg.d_in < limit
-
-    def _look(self, state: State, x: Any, *, sparse: bool = False, any_density: bool = False) -> Ready | str:
-        """What is ready for the encode of x, or why SAELens answers; `sparse`: no hook may want dense latents after it."""
-        architecture = self._architecture
-        weights = architecture.packed(self)
-        vectors = tuple(weight(self, name) for name in architecture.vectors)
-        reason = (
-            why_not_input(x)
-            or why_not_together(self, x, (*weights, *vectors))
-            or architecture.why_not(self, x)
-            or self._why_not_hooks(sparse)
-            or (TOO_MANY if state.back_off.left and not any_density else "")
-        )
-        if reason:
-            return reason
-        if _SAVES_MEMORY in self.__dict__:
-            self._lay_as_rows(state, weights[0])
-        prepared = state.encoder.get(*weights, tokens=x.numel() // max(1, self.cfg.d_in))
-        if isinstance(prepared, str):
-            return prepared
-        read = state.vectors.get(*vectors) if vectors else ()
-        return read if isinstance(read, str) else Ready(prepared, read)
-
-    def _lay_as_rows(self, state: State, W_enc: Tensor) -> None:
-        """Let W_enc and its packed rows be one storage. Tried once for a storage: it may be somebody else's too."""
-        if W_enc.is_contiguous() and self._parameters.get("W_enc") is W_enc and state.refused != W_enc.data_ptr():
-            state.forget()
-            state.refused = None if lay_as_rows(W_enc) else W_enc.data_ptr()
-
-    def _why_not_hooks(self, sparse: bool) -> str:
-        if is_hooked(self._modules["hook_sae_acts_pre"]):
-            return "dense pre-activations are hooked (hook_sae_acts_pre)"
-        hooked = sparse and is_hooked(self._modules["hook_sae_acts_post"])
-        return "latents are hooked (hook_sae_acts_post)" if hooked else ""
-
-    def _look_at_decoder(self, state: State, acts: Any, *, dense: bool = False) -> Decoder | str:
-        """What is ready for a decode, or why SAELens answers; acts (values or dense) None where the encoder's look has been."""
-        W_dec, b_dec = weight(self, "W_dec"), weight(self, "b_dec")
-        reason = "" if acts is None else why_not_input(acts)
-        reason = reason or why_not_decoder(self, acts, W_dec, b_dec, dense=dense)
-        if (
-            not reason
-            and dense
-            and acts is not None
-            and not acts.is_meta
-            and looks_dense(acts.detach(), DECODE_DENSITY)
-        ):
-            reason = TOO_DENSE
-        if reason:
-            return reason
-        rows = state.decoder.get(W_dec, b_dec)
-        if isinstance(rows, str) or not self._architecture.rescales(self):
-            return rows if isinstance(rows, str) else Decoder(rows, None)
-        inverses = state.decoder_norms.get(W_dec)
-        return inverses if isinstance(inverses, str) else Decoder(rows, inverses)
-
     def _is_overridden(self) -> bool:
         attributes = self.__dict__
         forward = _plain_class(type(self)).forward  # type: ignore[attr-defined]
         return forward not in known_forwards() or "encode" in attributes or "decode" in attributes
 
-    # The fast path
-
-    def _pass(self, state: State, x: Tensor, ready: Ready, method: str) -> Pass:
-        """The latents of x, for which `_look` has found all ready; reused where SAELens computes them a second time."""
-        sae_in = self._input(x)
-        settings = self._architecture.settings(self)
-        clean = type(self._modules["hook_sae_acts_post"]) is nn.Identity  # SAELens' second pass, hooks disabled
-        last, state.last_pass = state.last_pass, None
-        wants_grad = torch.is_grad_enabled()
-        if clean and not wants_grad and last is not None and same_pass(last, sae_in, ready, settings):
-            state.count(method)
-            return last[3]
-        found = self._fresh_pass(state, sae_in, ready, method)
-        if clean:
-            state.has_second_passes = True
-        elif state.has_second_passes and found.dense is None:  # dense acts are the caller's, who may edit them
-            state.last_pass = sae_in.detach().clone(), ready, settings, found.detach()
-        return found
-
-    def _fresh_pass(self, state: State, sae_in: Tensor, ready: Ready, method: str = "") -> Pass:
-        """As `_pass`, always computed; a part of another call is not counted (method "")."""
-        acts, undecided = self._architecture.encode(self, sae_in, *ready)
-        handed_over, tokens = undecided.numel(), acts.n_tokens
-        state.back_off.after_trying(tokens, handed_over)
-        dense = None
-        if handed_over:
-            rows = sae_in.reshape(tokens, sae_in.shape[-1])
-            dense = self._architecture.dense(self, rows if handed_over == tokens else rows[undecided])
-            state.back_off.was_dense(dense)
-        if method:
-            mostly = does_not_pay(tokens, handed_over)
-            state.count(method, TOO_MANY if mostly else "", 0 if mostly else handed_over)
-        return Pass(acts, undecided, dense)
-
-    def _input(self, x: Tensor) -> Tensor:
-        """process_sae_in, without its steps that do nothing."""
-        cls = type(self)
-        known = cls.process_sae_in is _sae_lens_input() and "process_sae_in" not in self.__dict__  # type: ignore[attr-defined]
-        if not known or self.cfg.apply_b_dec_to_input is not True or is_hooked(self._modules["hook_sae_input"]):
-            return self.process_sae_in(x)
-        sae_in = self.reshape_fn_in(x if x.dtype is self.dtype else x.to(self.dtype))
-        return self.run_time_activation_norm_fn_in(sae_in) - weight(self, "b_dec")
-
-    def _rows(self, decoder: Decoder) -> Tensor:
-        """W_dec itself where it wants a gradient, else its contiguous rows."""
-        W_dec = weight(self, "W_dec")
-        return W_dec if torch.is_grad_enabled() and W_dec.requires_grad else decoder.rows
-
-    def _decoder_scale(self, decoder: Decoder) -> Tensor | None:
-        """[F] what latents are multiplied with before decoding, differentiable, or None."""
-        if decoder.inverse_norms is None:
-            return None
-        W_dec = weight(self, "W_dec")
-        return 1 / W_dec.norm(dim=-1) if torch.is_grad_enabled() and W_dec.requires_grad else decoder.inverse_norms
-
-    def _reconstructed(self, found: Pass, decoder: Decoder) -> Tensor:
-        """x_hat of a pass, through the hooks after the decoder."""
-        acts, undecided, dense = found
-        bias, scale = self._architecture.decoder_bias(self), self._decoder_scale(decoder)
-        if dense is None:
-            scaled = acts if scale is None else acts.scaled(scale)
-            return self._after_decode(unchecked.sparse_decode(scaled, self._rows(decoder), bias))
-        W_dec = weight(self, "W_dec")
-        x_hat = (dense if scale is None else dense * scale) @ W_dec
-        x_hat = x_hat if bias is None else x_hat + bias
-        if undecided.numel() < acts.n_tokens:
-            scaled = acts if scale is None else acts.scaled(scale)
-            others = unchecked.sparse_decode(scaled, self._rows(decoder), bias)
-            x_hat = others.reshape(acts.n_tokens, others.shape[-1]).index_copy(0, undecided, x_hat)
-        return self._after_decode(x_hat.reshape(*acts.batch_shape, W_dec.shape[1]))
-
-    def _after_decode(self, x_hat: Tensor) -> Tensor:
-        """What SAELens' decode does after W_dec and b_dec; transcoders only run the hook, their output is elsewhere."""
-        if is_hooked(self._modules["hook_sae_recons"]):
-            x_hat = self.hook_sae_recons(x_hat)
-        if _is_transcoder(self):
-            return x_hat
-        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(x_hat), self.d_head)
-
-    def _unhooked_forward(self, state: State, x: Tensor, ready: Ready, decoder: Decoder) -> Tensor:
-        from sae_lens.saes.sae import _disable_hooks
-
-        with _disable_hooks(self):  # type: ignore[arg-type]
-            return self._reconstructed(self._fresh_pass(state, self._input(x), ready), decoder)
-
     def _encode_some(self, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
         numbers = _latent_numbers(latents, self.cfg.d_sae).to(self.W_enc.device)
         state = self._fast
-        ready = self._look(state, x, sparse=True, any_density=True)
+        ready = look_at_encoder(self, state, x, sparse=True, any_density=True)
         if isinstance(ready, str):
             state.count("encode(latents)", ready)
             return self.encode(x)[..., numbers]
         if self._architecture.selects_per_latent:
             state.count("encode(latents)")
-            return to_dense(self._architecture.encode_some(self, self._input(x), numbers, ready.vectors))
-        found = self._pass(state, x, ready, "encode(latents)")
-        return found.acts.dense_columns(numbers) if found.dense is None else _dense_acts(found)[..., numbers]
+            return to_dense(self._architecture.encode_some(self, encoder_input(self, x), numbers, ready.vectors))
+        found = encode_pass(self, state, x, ready, "encode(latents)")
+        return found.acts.dense_columns(numbers) if found.dense is None else dense_acts(found)[..., numbers]
 
     # What changes weights in ways no look can see
 
@@ -399,11 +248,11 @@ class AcceleratedSAE:
         self._fast.forget()
         return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's; W_enc is stored contiguous again, for safetensors takes nothing else."""
-        if _SAVES_MEMORY in self.__dict__ and "W_enc" in self._parameters:
-            lay_contiguous(self.W_enc)
-        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """As SAELens'; W_enc is saved contiguous, for safetensors takes nothing else."""
+        super().process_state_dict_for_saving(state_dict)  # type: ignore[misc]
+        if SAVES_MEMORY in self.__dict__ and "W_enc" in state_dict:
+            state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """As SAELens'; the packed weights are made anew."""
@@ -421,17 +270,6 @@ class AcceleratedSAE:
         super().fold_activation_whitening(*args, **kwargs)  # type: ignore[misc]
 
 
-def _dense_acts(found: Pass) -> Tensor:
-    """Dense acts [..., F] of a pass."""
-    acts, undecided, dense = found
-    if dense is None:
-        return unchecked.to_dense(acts)
-    if undecided.numel() == acts.n_tokens:
-        return dense.reshape(acts.shape)
-    flat = to_dense(acts).reshape(acts.n_tokens, acts.d_sae)
-    return flat.index_copy(0, undecided, dense).reshape(acts.shape)
-
-
 def _latent_numbers(latents: Tensor | Sequence[int], d_sae: int) -> Tensor:
     numbers = latents.cpu() if isinstance(latents, Tensor) else torch.tensor(latents)
     if numbers.numel() == 0:
@@ -441,17 +279,6 @@ def _latent_numbers(latents: Tensor | Sequence[int], d_sae: int) -> Tensor:
     if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < d_sae:
         raise InputError(f"latents: must be from 0 to {d_sae - 1}, got {int(numbers.min())} to {int(numbers.max())}")
     return numbers.long()
-
-
-@functools.cache
-def _sae_lens_input() -> Any:
-    from sae_lens import SAE
-
-    return SAE.process_sae_in
-
-
-def _is_transcoder(sae: Any) -> bool:
-    return sae._writes_elsewhere
 
 
 # The public functions
@@ -476,8 +303,6 @@ def _without_acceleration(cls: type) -> type:
 
 def _accelerated_class(plain: type) -> type:
     """The subclass of a SAELens class that `accelerate` gives its objects."""
-    from sae_lens.saes.transcoder import Transcoder
-
     if plain not in _classes:
         # Loading through the class of an accelerated object gives plain objects, as loading through SAE does.
         plain_lookup = classmethod(lambda cls, architecture: plain.get_sae_class_for_architecture(architecture))
@@ -485,7 +310,6 @@ def _accelerated_class(plain: type) -> type:
             "get_sae_class_for_architecture": plain_lookup,
             "__module__": plain.__module__,
             "_architecture": architecture_of(plain),
-            "_writes_elsewhere": issubclass(plain, Transcoder),
         }
         _classes[plain] = types.new_class(
             plain.__name__, (AcceleratedSAE, plain), exec_body=lambda n: n.update(members)
@@ -509,9 +333,10 @@ def accelerate(sae: SAE, *, save_memory: bool = False) -> SAE:
         sae: topk, jumprelu, standard, gated, matching_pursuit, transcoder, skip_transcoder, jumprelu_transcoder or
             jumprelu_skip_transcoder.
         save_memory: store W_enc as the transposed view of contiguous rows, which the ops read in place: W_enc once less in
-            memory. It is then not contiguous (`state_dict` and `deaccelerate` make it so again), and SAELens' own dense
-            products of fewer than about 8 tokens take 1.2 to 1.6 times as long in float32. Not done while somebody else
-            holds its storage or it has a gradient; let no fused optimiser have averages of it yet.
+            memory. It is then not contiguous, in `state_dict` neither (`save_model` writes it so, `deaccelerate` makes it so
+            again), and SAELens' own dense products of fewer than about 8 tokens take 1.2 to 1.6 times as long in float32.
+            Not done, nor undone, while somebody else holds its storage or it has a gradient; let no fused optimiser have
+            averages of it yet.
 
     Returns:
         sae itself, with `encode_sparse`, `decode_sparse`, `forward_fused` and `encode(x, latents=...)` besides.
@@ -530,7 +355,7 @@ def accelerate(sae: SAE, *, save_memory: bool = False) -> SAE:
     if not is_accelerated(sae):
         sae.__class__ = _accelerated_class(type(sae))
     if save_memory:
-        vars(sae)[_SAVES_MEMORY] = True
+        vars(sae)[SAVES_MEMORY] = True
     return sae
 
 
@@ -538,7 +363,7 @@ def deaccelerate(sae: SAE) -> SAE:
     """Give an accelerated SAE its SAELens class back, in place; any other is returned as it is."""
     if is_accelerated(sae):
         vars(sae).pop(_STATE, None)
-        if vars(sae).pop(_SAVES_MEMORY, False) and "W_enc" in sae._parameters:
+        if vars(sae).pop(SAVES_MEMORY, False) and "W_enc" in sae._parameters:
             lay_contiguous(sae.W_enc)
         sae.__class__ = _without_acceleration(type(sae))
     return sae

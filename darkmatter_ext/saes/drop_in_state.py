@@ -1,4 +1,7 @@
-"""What an accelerated SAE carries besides its SAELens attributes: packed weights, the last pass, counts."""
+"""What an accelerated SAE carries besides its SAELens attributes: packed weights, the last pass, counts.
+
+And the small types that its look, pass and decode hand on.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +70,9 @@ class State:
         self.owner = weakref.ref(sae)
         self.encoder = Packed(architecture.prepare, why_not=why_not_weights)
         self.vectors = Packed(architecture.read, why_not=why_not_weights)
-        self.decoder = Packed(_decoder_rows, why_not=why_not_weights, is_view=_is_vector)
-        self.decoder_norms = Packed(_inverse_norms, why_not=why_not_weights)
+        self.decoder = Packed(_decoder, why_not=why_not_weights)
+        self.rescaled_decoder = Packed(_rescaled_decoder, why_not=why_not_weights)
+        self.decoder_of: tuple[Any, Decoder] | None = None  # an encoder packed with W_dec's norms, and that W_dec
         self.back_off = BackOff()
         self.refused: int | None = None  # address of a W_enc that somebody else holds too: its layout stays
         self.has_second_passes = False  # SAELens has asked for an error term: keep the last pass for it
@@ -86,10 +90,10 @@ class State:
             self.handed_over += handed_over
 
     def forget(self) -> None:
-        for packed in (self.encoder, self.vectors, self.decoder, self.decoder_norms):
+        for packed in (self.encoder, self.vectors, self.decoder, self.rescaled_decoder):
             packed.forget()
         self.back_off = BackOff()
-        self.last_pass = None
+        self.last_pass = self.decoder_of = None
 
     def stats(self) -> Stats:
         with self.lock:
@@ -106,20 +110,18 @@ def _no_state() -> None:
     return None
 
 
-def _is_vector(tensor: Tensor) -> bool:
-    """b_dec is read as it is; W_dec may be too, but whether it is finite was asked once."""
-    return tensor.ndim == 1
-
-
-def _decoder_rows(W_dec: Tensor, *_: Tensor) -> Tensor | str:
+def _decoder(W_dec: Tensor) -> Decoder | str:
     """Contiguous rows of W_dec (itself if it is); a reason where they are not finite, for 0 times Inf is NaN only if dense."""
-    return W_dec.detach().contiguous() if bool(W_dec.detach().isfinite().all()) else "W_dec is not finite"
+    W_dec = W_dec.detach()
+    return Decoder(W_dec.contiguous(), None) if bool(W_dec.isfinite().all()) else "W_dec is not finite"
 
 
-def _inverse_norms(W_dec: Tensor) -> Tensor | str:
-    """1 / norm of the decoder's rows, as SAELens computes it."""
-    inverses = 1 / W_dec.detach().norm(dim=-1)
-    return inverses if bool(inverses.isfinite().all()) else "a decoder row is 0"
+def _rescaled_decoder(W_dec: Tensor) -> Decoder | str:
+    """With 1 / norm of the rows, as SAELens computes it."""
+    decoder, inverses = _decoder(W_dec), 1 / W_dec.detach().norm(dim=-1)
+    if isinstance(decoder, str):
+        return decoder
+    return decoder._replace(inverse_norms=inverses) if bool(inverses.isfinite().all()) else "a decoder row is 0"
 
 
 def same_pass(last: tuple[Tensor, Ready, tuple, Pass], sae_in: Tensor, ready: Ready, settings: tuple) -> bool:

@@ -3,7 +3,8 @@
 Optimisers, `copy_`, assignment and `.to` are seen by the identity and version of a tensor. Edits through `.data` (SAELens'
 own fold_* among them) and numpy change neither, so one element of every row and every column is compared as well, one that
 is not 0 where there is one: an edit of a whole latent, a whole dimension or the whole matrix is noticed, an edit of single
-elements through `.data` may not be. Vectors are compared whole.
+elements through `.data` may not be, nor one through another tensor that lies in the same storage, but for the SAE's other
+matrix (tied weights). Vectors are compared whole.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ _ELEMENTS_AT_ONCE = 1 << 22  # copied when places beside zeros are looked for
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """The count of edits torch has seen; None where it keeps none: tensors made in inference mode, whatever they say now."""
+    """The count of edits torch has seen; None where it keeps none: tensors made in inference mode, whatever they say now,
+    and those whose `.data` was, which have a count that stays.
+    """
     try:
-        return tensor._version
+        return None if tensor.is_inference() else tensor._version
     except RuntimeError:
         return None
 
@@ -95,6 +98,13 @@ def _largest_of(matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return found, columns
 
 
+def is_tied(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie in one storage: torch may count an edit of both for one of them only."""
+    if one is other or not all(type(t) in PLAIN and t.layout is torch.strided for t in (one, other)):
+        return False
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 class _Watched:
     """What is remembered of one tensor."""
 
@@ -113,7 +123,7 @@ class _Watched:
     def unchanged(self, tensor: Tensor) -> bool:
         if tensor is not self.tensor or tensor.data_ptr() != self.address:
             return False
-        if self.version is not None and version_of(tensor) != self.version:
+        if self.version is not None and tensor._version != self.version:
             return False
         if (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) != self.form:
             return False
@@ -135,39 +145,54 @@ class Packed:
         derive: Callable[..., Any],
         *,
         why_not: Callable[..., str] = lambda *_: "",
-        is_view: Callable[[Tensor], bool] = lambda _: False,
     ) -> None:
-        """`derive` gives the value, or a str that says why there is none; `why_not` does before anything is read.
-
-        `is_view` tells of which weights `derive` keeps no copy: of these only the identity is looked at.
-        """
-        self._derive, self._why_not, self._is_view = derive, why_not, is_view
+        """`derive` gives the value, or a str that says why there is none; `why_not` does before anything is read."""
+        self._derive, self._why_not = derive, why_not
         self._state: tuple[list[_Watched], Any] | None = None  # replaced as one: threads see the old or the new
         self._renewals = 0  # without a look in between that found everything as it was
+        self._pair: tuple[Tensor, int, Tensor, int, bool] | None = None  # two tensors, their addresses, whether tied
 
-    def get(self, *weights: Tensor, tokens: int = 1) -> Any:
-        """The derived value of these weights, or why there is none (a str)."""
+    def get(self, *weights: Tensor, tokens: int = 1, other: Tensor | None = None) -> Any:
+        """The derived value of these weights, or why there is none (a str).
+
+        `other` may be tied to the first of them: then its edits count too.
+        """
+        seen = (*weights, other) if other is not None and self._is_tied(weights[0], other) else weights
         state = self._state
-        if state is not None and len(state[0]) == len(weights):
-            for watched, weight in zip(state[0], weights, strict=True):
+        if state is not None and len(state[0]) == len(seen):
+            for watched, weight in zip(state[0], seen, strict=True):
                 if not watched.unchanged(weight):
                     break
             else:
                 if state[1] is CHANGING:
-                    return self._renew(weights, derive=True)
+                    return self._renew(seen, len(weights), derive=True)
                 self._renewals = 0
                 return state[1]
         self._renewals += 1
-        return self._renew(weights, derive=self._renewals <= _RENEWALS_IN_A_ROW or tokens >= _TOKENS_TO_PAY)
+        derive = self._renewals <= _RENEWALS_IN_A_ROW or tokens >= _TOKENS_TO_PAY
+        return self._renew(seen, len(weights), derive=derive)
 
-    def _renew(self, weights: tuple[Tensor, ...], *, derive: bool) -> Any:
+    def _is_tied(self, one: Tensor, other: Tensor) -> bool:
+        """As `is_tied`, which costs more than the rest of a small look; asked again where one of the addresses is another."""
+        pair = self._pair
+        same = pair is not None and pair[0] is one and pair[2] is other
+        if pair is not None and same and pair[1] == one.data_ptr() and pair[3] == other.data_ptr():
+            return pair[4]
+        tied = is_tied(one, other)
+        plain = all(type(each) in PLAIN and each.layout is torch.strided for each in (one, other))
+        self._pair = (one, one.data_ptr(), other, other.data_ptr(), tied) if plain else None
+        return tied
+
+    def _renew(self, seen: tuple[Tensor, ...], n_weights: int, *, derive: bool) -> Any:
+        weights = seen[:n_weights]
         reason = self._why_not(*weights)
         if reason:
             self._state = None
             return reason
         with torch.inference_mode(False), torch.no_grad():
             # before deriving: an edit meanwhile is then seen
-            watched = [_Watched(weight, look_inside=derive and not self._is_view(weight)) for weight in weights]
+            watched = [_Watched(weight, look_inside=derive) for weight in weights]
+            watched += [_Watched(other, look_inside=False) for other in seen[n_weights:]]
             value = self._derive(*weights) if derive else CHANGING
         if value is NO_KERNEL:
             for each in watched:
@@ -177,5 +202,5 @@ class Packed:
 
     def forget(self) -> None:
         """Derive anew at the next look, whatever the weights look like."""
-        self._state = None
+        self._state = self._pair = None
         self._renewals = 0

@@ -40,8 +40,8 @@ def lay_as_rows(W_enc: Any) -> bool:
 
 
 @torch.no_grad()
-def lay_contiguous(W_enc: Tensor) -> None:
-    """Store W_enc as torch does by default."""
-    if not W_enc.is_contiguous():
+def lay_contiguous(W_enc: Any) -> None:
+    """Store W_enc as torch does by default, if nobody else holds its storage: their edits would no longer reach it."""
+    if _is_alone(W_enc) and not W_enc.is_contiguous():
         with torch.inference_mode(False):
             W_enc.data = W_enc.data.contiguous()

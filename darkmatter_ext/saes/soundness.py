@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from darkmatter_ext.ops._library import has_kernels
 from darkmatter_ext.saes.packed_weights import PLAIN, version_of
 
+UNCOUNTED = "weights made in inference mode: torch counts no edits of them (load or clone them outside it)"
+
 
 def transforms_active() -> bool:
     """functorch (vmap, grad, jvp), forward-mode AD or a dispatch mode: each wants torch's own ops to see."""
@@ -91,27 +93,31 @@ def why_not_together(sae: Any, x: Tensor, weights: tuple[Any, ...]) -> str:
     return _why_not_these(sae, x.device, weights)
 
 
-def why_not_decoder(sae: Any, acts: Tensor | None, W_dec: Any, b_dec: Any, *, dense: bool) -> str:
-    """Why acts (dense, or values) and the decoder's weights do not belong together."""
-    reason = _why_not_these(sae, None if acts is None else acts.device, (W_dec, b_dec))
-    if reason or acts is None:
+def why_not_decoder(sae: Any, W_dec: Any, b_dec: Any, acts: Tensor | None = None, *, dense: bool = False) -> str:
+    """Why the decoder's weights do not belong together, or not with acts (dense, or values)."""
+    reason = _why_not_these(sae, (W_dec if acts is None else acts).device, (W_dec, b_dec))
+    if reason:
         return reason
+    if b_dec.layout is not torch.strided:
+        return "a weight is a sparse tensor"
+    if acts is None:
+        return ""
     if acts.dtype is not W_dec.dtype:
         return "mixed dtypes"
     fits = not dense or (acts.ndim >= 1 and acts.shape[-1] == W_dec.shape[0])
     return "" if fits else "shape of the latents"
 
 
-def _why_not_these(sae: Any, device: torch.device | None, weights: tuple[Any, ...]) -> str:
+def _why_not_these(sae: Any, device: torch.device, weights: tuple[Any, ...]) -> str:
     """Why these weights are not what the SAE says, or not of the other tensors' kind. A few attributes: asked at every call."""
-    dtype, grad = sae.dtype, torch.is_grad_enabled()
+    dtype = sae.dtype
     for each in weights:
         if type(each) not in PLAIN:
             return "a weight is not a plain tensor"
         if each.dtype is not dtype:
             return "mixed dtypes"
-        if device is not None and each.device != device:
+        if each.device != device:
             return "tensors on more than one device"
-        if version_of(each) is None and (grad or not each.is_inference()):
-            return "weights made in inference mode"
+        if version_of(each) is None:
+            return UNCOUNTED
     return "a weight is parametrised" if "parametrizations" in sae._modules else ""

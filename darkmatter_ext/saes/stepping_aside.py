@@ -1,20 +1,45 @@
-"""The memory of an SAE on which screening does not pay.
+"""When SAELens' own dense code is the faster one: small calls, dense latents, and tokens that screening does not help.
 
-Dense tokens, sinks and ties leave so many candidates that a dense product is the faster way; the ops hand such tokens back.
+Sinks and ties leave so many candidates that a dense product is the faster way; the ops hand such tokens back.
 """
 
 from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DENSE_SHARE = 0.06  # active share of the latents above which a dense encode is the faster one
+DECODE_DENSITY = 0.10  # and a dense decode
+# Multiply-adds of a dense product that takes no longer than what goes around the ops: looks at weights, calls. Measured
+# on two Zen 3 cores: benchmarks/README.md.
+SMALL_DECODE, SMALL_ENCODE, SMALL_FORWARD = 1 << 21, 1 << 22, 1 << 20
+# Below, a dense encode is as fast whatever the tokens, and a dense decode up to four times SMALL_DECODE.
+FEW_LATENTS = 2048
 FIRST_WAIT, LONGEST_WAIT = 8, 256  # calls
 
+SMALL = "small: SAELens' dense product is as fast"
+TOO_MANY = "too many latents are active, or close to it, in most tokens (tried again after some calls)"
+TOO_DENSE = f"more than {DECODE_DENSITY:.0%} of the latents are active"
 
-def does_not_pay(tokens: int, undecided: int) -> bool:
-    """Whether a call hands so many of its tokens back that SAELens' own code is as fast for all of them."""
-    return undecided == tokens > 0 or undecided > max(1, tokens // 4)
+
+def is_small_encode(x: Any, d_sae: int) -> bool:
+    """Whether SAELens' dense encode of x [..., d_in] is done before the looks at the weights would be."""
+    return isinstance(x, Tensor) and (x.numel() * d_sae < SMALL_ENCODE or d_sae < FEW_LATENTS)
+
+
+def is_small_forward(x: Any, d_sae: int) -> bool:
+    return isinstance(x, Tensor) and x.numel() * d_sae < SMALL_FORWARD
+
+
+def is_small_decode(acts: Any, d_sae: int, d_in: int) -> bool:
+    """As `is_small_encode`, for acts [..., d_sae]."""
+    limit = SMALL_DECODE << 2 if d_sae < FEW_LATENTS else SMALL_DECODE
+    return isinstance(acts, Tensor) and acts.numel() * d_in < limit
 
 
 def looks_dense(acts: Tensor, share: float) -> bool:
@@ -22,6 +47,11 @@ def looks_dense(acts: Tensor, share: float) -> bool:
     rows = acts.reshape(-1, acts.shape[-1])
     some = rows[:: max(1, len(rows) // 8)]
     return int(some.count_nonzero()) > share * some.numel()
+
+
+def does_not_pay(tokens: int, undecided: int) -> bool:
+    """Whether a call hands so many of its tokens back that SAELens' own code is as fast for all of them."""
+    return undecided == tokens > 0 or undecided > max(1, tokens // 4)
 
 
 class BackOff:
@@ -33,11 +63,34 @@ class BackOff:
         self._dense = False  # the tokens were many because they were dense, not because they were hard to tell
         self._ends_early = True  # when dense tokens have become sparse; not where that has misled
         self._ended_early = False
+        self._call = threading.local()  # what this thread's `one_call` has decided
 
-    def after_trying(self, tokens: int, undecided: int) -> None:
-        """Remember how a call went."""
-        if tokens == 0:
+    @contextlib.contextmanager
+    def one_call(self) -> Iterator[None]:
+        """Encodes of this thread inside are one call: all are fast or all left to SAELens, and the first one alone counts.
+
+        Else the error term, a difference of two encodes, would hold the difference of two arithmetics.
+        """
+        decided = vars(self._call)
+        before = dict(decided)
+        decided.update(steps_aside=self.left > 0, counted=False)
+        try:
+            yield
+        finally:
+            decided.clear()
+            decided.update(before)
+
+    def steps_aside(self) -> bool:
+        """Whether SAELens answers this call."""
+        return getattr(self._call, "steps_aside", self.left > 0)
+
+    def after_trying(self, tokens: int, dense: Tensor | None) -> None:
+        """Remember how a call went: dense acts [u, F] of the tokens that were handed back, or None."""
+        if tokens == 0 or not self._counts():
             return
+        undecided = 0 if dense is None else len(dense)
+        if dense is not None:
+            self._dense = median_share(dense) > DENSE_SHARE
         if does_not_pay(tokens, undecided):
             self._ends_early = not self._ended_early
             self._wait = min(max(FIRST_WAIT, 2 * self._wait), LONGEST_WAIT)
@@ -47,16 +100,21 @@ class BackOff:
             self._ends_early = True
         self._ended_early = False
 
-    def was_dense(self, acts: Tensor) -> None:
-        """Remember whether tokens were handed back because their acts [u, F] are dense, or because they were hard to tell."""
-        self._dense = median_share(acts) > DENSE_SHARE
-
     def after_dense(self, acts: Tensor) -> None:
         """One call less to wait; none where the tokens of dense acts [..., F] were dense and have become sparse."""
-        self.left = max(0, self.left - 1)
+        if not self.left or not self._counts():
+            return
+        self.left -= 1
         if self._ends_early and self._dense and self.left and median_share(acts) <= DENSE_SHARE:
             self.left = 0
             self._ended_early = True
+
+    def _counts(self) -> bool:
+        """Whether an encode is the first of its call."""
+        counted = getattr(self._call, "counted", None)  # None outside of `one_call`
+        if counted is False:
+            self._call.counted = True
+        return not counted
 
 
 def median_share(acts: Tensor) -> float:

@@ -17,6 +17,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 
 import darkmatter_ext as dm
 from cases import lives
+from cases.life_answers import assert_alike
 from cases.life_edits import Draw
 from cases.pretrained import NOT_SAID, by_architecture, pretrained_options
 
@@ -134,7 +135,7 @@ def tried(architecture, value, *, gradients):
     with torch.set_grad_enabled(gradients), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(2):
-            lives.assert_alike(plain, fast, lives.tokens(plain, Draw(3), lives.N_TOKENS))
+            assert_alike(plain, fast, lives.tokens(plain, Draw(3), lives.N_TOKENS))
     stats = dm.stats(fast)
     slow = {"encode", "decode", "forward"} - stats.fast.keys()
     return sorted({reason for method, reasons in stats.fallback.items() if method in slow for reason in reasons})

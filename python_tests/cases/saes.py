@@ -5,10 +5,11 @@ from sae_lens.registry import get_sae_class
 from sae_lens.saes import transcoder
 
 import darkmatter_ext as dm
-from darkmatter_ext.saes import drop_in
+from darkmatter_ext.saes import stepping_aside
 
 # These SAEs are all small, and it is the fast path that is tested.
-drop_in.SMALL_DECODE = drop_in.SMALL_ENCODE = drop_in.SMALL_FORWARD = drop_in.FEW_LATENTS = 0
+stepping_aside.SMALL_DECODE = stepping_aside.SMALL_ENCODE = stepping_aside.SMALL_FORWARD = 0
+stepping_aside.FEW_LATENTS = 0
 
 D_IN, D_SAE, D_OUT, K = 64, 512, 48, 8
 SAES = ("topk", "jumprelu", "standard", "gated")

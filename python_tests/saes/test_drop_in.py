@@ -7,7 +7,7 @@ import torch
 from cases.saes import ARCHITECTURES, D_SAE, SAES, K, activations, assert_close, assert_same_acts, make_sae, pair
 
 import darkmatter_ext as dm
-from darkmatter_ext.saes import drop_in
+from darkmatter_ext.saes import stepping_aside
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -326,7 +326,7 @@ def test_after_dense_tokens_sparse_ones_are_fast_again():
 
 
 def test_a_small_dense_decode_is_saelens_own(monkeypatch):
-    monkeypatch.setattr(drop_in, "SMALL_DECODE", 1 << 20)
+    monkeypatch.setattr(stepping_aside, "SMALL_DECODE", 1 << 20)
     plain, fast = pair("jumprelu")
     for tokens, reason in ((1, "small"), (40, "")):
         acts = plain.encode(activations(tokens))

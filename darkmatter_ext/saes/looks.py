@@ -1,0 +1,89 @@
+"""The look at the start of every call: what is ready for the ops, or why SAELens answers (a str).
+
+Reasons are asked from the cheapest to the dearest: the tensors at hand (`soundness`), the architecture, hooks, whether it
+pays (`stepping_aside`), and last whether the weights are still those that were packed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from darkmatter_ext.saes.architectures import weight
+from darkmatter_ext.saes.drop_in_state import Decoder, Ready, State
+from darkmatter_ext.saes.row_layout import lay_as_rows
+from darkmatter_ext.saes.soundness import is_hooked, why_not_decoder, why_not_input, why_not_together
+from darkmatter_ext.saes.stepping_aside import DECODE_DENSITY, TOO_DENSE, TOO_MANY, looks_dense
+
+SAVES_MEMORY = "_darkmatter_saves_memory"  # attribute of an SAE whose W_enc and packed rows shall be one storage
+
+
+def look_at_encoder(sae: Any, state: State, x: Any, *, sparse: bool = False, any_density: bool = False) -> Ready | str:
+    """What is ready for the encode of x, or why SAELens answers; `sparse`: no hook may want dense latents after it."""
+    architecture = sae._architecture
+    weights = architecture.packed(sae)
+    vectors = tuple(weight(sae, name) for name in architecture.vectors)
+    reason = (
+        why_not_input(x)
+        or why_not_together(sae, x, (*weights, *vectors))
+        or architecture.why_not(sae, x)
+        or _why_not_hooks(sae, sparse)
+        or (TOO_MANY if not any_density and state.back_off.steps_aside() else "")
+    )
+    if reason:
+        return reason
+    if SAVES_MEMORY in sae.__dict__:
+        _lay_as_rows(sae, state, weights[0])
+    tokens = x.numel() // max(1, sae.cfg.d_in)
+    prepared = state.encoder.get(*weights, tokens=tokens, other=sae._parameters.get("W_dec"))
+    reason = prepared if isinstance(prepared, str) else architecture.why_not_now(sae, prepared)
+    if reason:
+        return reason
+    read = state.vectors.get(*vectors) if vectors else ()
+    return read if isinstance(read, str) else Ready(prepared, read)
+
+
+def _why_not_hooks(sae: Any, sparse: bool) -> str:
+    if is_hooked(sae._modules["hook_sae_acts_pre"]):
+        return "dense pre-activations are hooked (hook_sae_acts_pre)"
+    hooked = sparse and is_hooked(sae._modules["hook_sae_acts_post"])
+    return "latents are hooked (hook_sae_acts_post)" if hooked else ""
+
+
+def _lay_as_rows(sae: Any, state: State, W_enc: Tensor) -> None:
+    """Let W_enc and its packed rows be one storage. Tried once for a storage: it may be somebody else's too."""
+    if W_enc.is_contiguous() and sae._parameters.get("W_enc") is W_enc and state.refused != W_enc.data_ptr():
+        state.forget()
+        state.refused = None if lay_as_rows(W_enc) else W_enc.data_ptr()
+
+
+def look_at_decoder(sae: Any, state: State, acts: Any, *, dense: bool = False) -> Decoder | str:
+    """What is ready for a decode of acts (values of sparse ones, or dense), or why SAELens answers."""
+    W_dec, b_dec = weight(sae, "W_dec"), weight(sae, "b_dec")
+    reason = why_not_input(acts) or why_not_decoder(sae, W_dec, b_dec, acts, dense=dense)
+    if not reason and dense and not acts.is_meta and looks_dense(acts.detach(), DECODE_DENSITY):
+        reason = TOO_DENSE
+    return reason or _decoder(sae, state, W_dec)
+
+
+def look_at_decoder_after(sae: Any, state: State, ready: Ready) -> Decoder | str:
+    """As `look_at_decoder`, for the latents of an encode whose look has found `ready`."""
+    W_dec, b_dec = weight(sae, "W_dec"), weight(sae, "b_dec")
+    reason = why_not_decoder(sae, W_dec, b_dec)
+    if reason:
+        return reason
+    if not sae._architecture.rescales(sae):
+        return _decoder(sae, state, W_dec)
+    # The encoder is packed with the norms of W_dec: its look has found W_dec as it was then.
+    last = state.decoder_of
+    if last is not None and last[0] is ready.prepared:
+        return last[1]
+    decoder = _decoder(sae, state, W_dec)
+    state.decoder_of = None if isinstance(decoder, str) else (ready.prepared, decoder)
+    return decoder
+
+
+def _decoder(sae: Any, state: State, W_dec: Tensor) -> Decoder | str:
+    packed = state.rescaled_decoder if sae._architecture.rescales(sae) else state.decoder
+    return packed.get(W_dec, other=sae._parameters.get("W_enc"))
