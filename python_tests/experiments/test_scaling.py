@@ -182,6 +182,7 @@ def _counted(monkeypatch, module, name):
     return calls
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("store", [False, True])
 def test_three_measurements_load_every_sae_once_and_tokenise_once(workplace, tmp_path, monkeypatch, store):
     """SAEs, pursuit and controls are measured of inputs made once; a checkpoint has a folder for each set of encoders."""
@@ -206,6 +207,7 @@ def test_three_measurements_load_every_sae_once_and_tokenise_once(workplace, tmp
     assert len(tokenised) == (2 if store else 1)  # streamed: the contexts are kept with the states
 
 
+@pytest.mark.runs
 def test_a_budget_of_memory_loads_saes_again_and_changes_no_number(workplace, tmp_path, monkeypatch):
     from darkmatter_ext.measurement import site_saes
 
