@@ -6,6 +6,9 @@ A *document* is one string; contexts never cross documents, and splits can be ma
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib.metadata
+import platform
 import re
 import sysconfig
 import warnings
@@ -86,6 +89,15 @@ def _installed_sources() -> Iterator[tuple[str, list[str]]]:
     for library, root in libraries:
         for path in _source_files(root):
             yield f"{library}/{path.relative_to(root)}", list(_docstrings(path))
+
+
+def installed_versions() -> dict[str, str]:
+    """Of everything whose documentation `installed_documents` reads."""
+    found = {"python": platform.python_version()}
+    for name in DOCUMENTED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a module folder may have another name
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def installed_documents() -> Iterator[Document]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from darkmatter_ext.activations.sources import CacheSource, SelectedContexts, Source, stored_losses
 from darkmatter_ext.activations.store import ActivationCache
+from darkmatter_ext.activations.text import installed_versions
 from darkmatter_ext.measurement.engine import measure, tokens_to_read
 from darkmatter_ext.measurement.measurement import SaeMeasurement, SiteMeasurement
 from darkmatter_ext.measurement.notes import run_notes
@@ -330,7 +331,8 @@ def deciding(
     fields = settings.flat()
     variants = [*(encoders or ()), *(predictor.name for predictor in predictors or ())]
     if not variants:  # an experiment's own settings matter only to the encoders it makes
-        fields = {name: value for name, value in fields.items() if name in Settings().flat()}
+        shared = Settings().flat()
+        fields = {name: value for name, value in fields.items() if name in shared}
     for name in OPERATIONAL:
         del fields[name]
     data = settings.data
@@ -365,7 +367,9 @@ def contexts_folder(found: Resolved) -> Path:
         return Path(checkpoint) / "contexts"
     data = dataclasses.asdict(found.settings.data)
     files = [path for path in (found.model, found.settings.data.text, found.settings.data.tokenised) if path]
-    stamps = {path: stamp(Path(path)) for path in files if Path(path).exists()}
+    stamps: dict[str, Any] = {path: stamp(Path(path)) for path in files if Path(path).exists()}
+    if not found.settings.data.text and not found.settings.data.dataset:
+        stamps["documentation"] = installed_versions()  # another text after an upgrade
     key = fingerprint(**data, usage=dataclasses.asdict(found.usage), seed=found.settings.seed, files=stamps)
     return cache_dir("contexts") / key
 
