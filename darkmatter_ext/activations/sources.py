@@ -230,7 +230,7 @@ class _Shard(NamedTuple):
 
 @dataclass
 class CacheSource:
-    """Our own caches (`activations.activation_cache`), one folder a hook point, all of the same contexts."""
+    """Our own caches (`store.activation_caches`), one folder a hook point, all of the same contexts."""
 
     caches: dict[str, ActivationCache]
 

@@ -59,7 +59,7 @@ class SplicedModel:
 
     @classmethod
     def load(cls, model: str, hook: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> SplicedModel:
-        """The whole model `model` (see `activations.load_model`) with the site `hook`."""
+        """The whole model `model` (see `store.load_model`) with the site `hook`."""
         return cls(load_model(model, device=device, dtype=dtype), parse_hook(hook))
 
     @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 `LinearSums` holds, for predictors v (named blocks side by side, each token's v shifted by a fixed vector) and any number of
 named targets y, the sums of v, v v^T, y, v y^T and y^2. From them `statistics` makes the centred statistics of
-`regression.py` for any choice of blocks as predictors, and any targets, blocks, or affine functions of them: no token is
+`least_squares.py` for any choice of blocks as predictors, and any targets, blocks, or affine functions of them: no token is
 read again for another regression. Targets share the Gram matrix of v, so a token costs p (p + q) multiply-adds.
 
 Error. Sums are float64. Products of a batch are float64, or float32 (`products="float32"`, half the time or less; on GPUs
@@ -187,7 +187,7 @@ def _check_finite(name: str, sums: Tensor, n: int) -> None:
 
 
 def _as_statistics(n: int, mean_x: Tensor, mean_y: Tensor, xx: Tensor, xy: Tensor, yy: Tensor) -> LinearStatistics:
-    """Moments as the statistics `regression.py` solves and scores; a variance below rounding is zero, not negative."""
+    """Moments as the statistics `least_squares.py` solves and scores; a variance below rounding is zero, not negative."""
     statistics = LinearStatistics(0, 0, mean_x.device, count=n)
     statistics.n_predictors, statistics.n_targets = xy.shape
     statistics.mean_x, statistics.mean_y = mean_x, mean_y

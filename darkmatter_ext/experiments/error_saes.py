@@ -4,7 +4,7 @@ What is in the error? TopK SAEs trained on its linear and on its nonlinear part 
 
 Both get the same latents, L0, tokens, steps and seeds. Training tokens are those b* is fitted on, which the first SAE has
 not seen; FVU, L0, dead latents and interpretability are of held-out tokens. Interpretability is detection accuracy per
-decile of activation (`interpretability.py`); beside it stand the first SAE's own latents and, as a control, latents that
+decile of activation (`measurement/detection.py`); beside it stand the first SAE's own latents and, as a control, latents that
 read random directions.
 """
 

@@ -230,7 +230,7 @@ def decompose(
         sae: a SAELens SAE (anything with `encode` and `decode`), left as it is, or Sae(x) itself as a tensor [n, d];
             an SAE on hook_z takes x with heads flattened.
         train: bool [n], tokens to fit b* on; default a seeded random split of `groups` (default: of tokens).
-        train_fraction, groups, seed: of that split, see `regression.train_mask`.
+        train_fraction, groups, seed: of that split, see `least_squares.train_mask`.
         batch_size: tokens encoded at a time.
 
     Returns:

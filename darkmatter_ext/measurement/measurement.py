@@ -1,12 +1,12 @@
 """What one pass over the tokens measures for every SAE of every site, and how it is asked (`engine.py` does it).
 
-A *measurement* reads the contexts of a source in blocks. Each block goes through all SAEs and into sums (`moments.py`)
+A *measurement* reads the contexts of a source in blocks. Each block goes through all SAEs and into sums (`estimators/sums.py`)
 that every estimator is computed from afterwards, without reading a token again: error vector test, norm prediction test,
 FVU and its linear and nonlinear part, predictors from other sites, baselines, mean latent values. b* has to be known
 before the nonlinear error of a single token is, so tokens come in two sweeps:
 
 - `passes=2`, the paper's procedure: b* is fitted on the fit tokens in sweep 1; sweep 2 reads all tokens again, and the
-  norm tests are fitted on the same fit tokens. Equal to `decomposition.decompose_stream`.
+  norm tests are fitted on the same fit tokens. Equal to `decompose.decompose_stream`.
 - `passes=1`: every token is read and encoded once. Contexts are dealt three roles, b* is fitted on the first part, the
   norm tests on the second, which b* has not seen, and everything is scored on the held-out rest.
 
@@ -210,7 +210,7 @@ class SiteMeasurement:
         return self._extra[list(self.saes).index(sae), 2].item() / self.n_held_out
 
     def decomposition(self, sae: str) -> Decomposition:
-        """All numbers of an SAE, as `decomposition.decompose_stream` gives them."""
+        """All numbers of an SAE, as `decompose.decompose_stream` gives them."""
         held_out = self._linear[HELD_OUT]
         error, norms = self.error_fit(sae), self.norm_fit(sae)
         scored = LinearSums.merged([self._linear[FIT], held_out]) if self.released else held_out

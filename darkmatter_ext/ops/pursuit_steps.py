@@ -1,4 +1,4 @@
-"""The steps of batched pursuit: what is chosen, how weights move, when a token stops. See `batched_pursuit`.
+"""The steps of batched pursuit: what is chosen, how weights move, when a token stops. See `pursuit.py`.
 
 Shapes: n tokens of a chunk, d model dimension, F atoms, s places for chosen atoms.
 """

@@ -1,7 +1,7 @@
 """The ops of a small call without their argument checks: for callers that have looked at the tensors already.
 
 What must hold: plain strided tensors of one floating-point dtype on one device with kernels, `prepared` made of these
-weights, shapes as in `ops.py`, no functorch transform and no dispatch mode. Values are those of `ops`.
+weights, shapes as in `ops/encode.py`, no functorch transform and no dispatch mode. Values are those of `ops/encode.py`.
 """
 
 from __future__ import annotations

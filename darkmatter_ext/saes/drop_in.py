@@ -346,7 +346,7 @@ def accelerate(sae: SAE, *, save_memory: bool = False) -> SAE:
 
     Weights are packed at the first call (cost: a few passes over W_enc; memory: W_enc once more, unless memory is saved,
     and its codes: F d bytes with AVX-512 VNNI, 2 F d with other AVX2 processors, none elsewhere). Which later edits of
-    weights are noticed: `darkmatter_ext/packed_weights.py`; after any other call `refresh`.
+    weights are noticed: `darkmatter_ext/saes/packed_weights.py`; after any other call `refresh`.
     """
     from sae_lens import SAE
 

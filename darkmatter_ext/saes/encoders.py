@@ -103,7 +103,7 @@ def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encode:
         method: of METHODS; orthogonal is the non-negative form.
 
     Raises ValueError for another method, or an SAE with maps that pursuit knows nothing of. Cost: see
-    `batched_pursuit.pursuit`.
+    `ops.pursuit.pursuit`.
     """
     if method not in METHODS:
         raise InputError(f"method: must be one of {', '.join(METHODS)}, got {method!r}")
