@@ -30,6 +30,7 @@ from cases.life_answers import (
 )
 from cases.life_edits import EDITS, Draw
 from cases.saes import TRANSCODERS
+from darkmatter_ext.saes.architectures import FEW_PLACES
 from darkmatter_ext.saes.packed_weights import version_of
 from darkmatter_ext.saes.stepping_aside import TOO_MANY
 
@@ -155,8 +156,8 @@ def require_fast(fast):
     if slow and reasons == {TOO_MANY}:
         dm.refresh(fast)  # ends a wait that the weights before an edit have earned
         slow, reasons = _slow_methods(fast)
-    excused = reasons == {TOO_MANY} and is_hard_to_screen(fast, tokens(fast, Draw(5), N_TOKENS))
-    require(not slow or excused, f"{slow}: never fast in {TRIES} calls: {reasons}")
+    hard = reasons <= {TOO_MANY, FEW_PLACES} and is_hard_to_screen(fast, tokens(fast, Draw(5), N_TOKENS))
+    require(not slow or hard, f"{slow}: never fast in {TRIES} calls: {reasons}")
 
 
 def _slow_methods(fast):

@@ -98,7 +98,26 @@ def test_every_case_of_every_op(cpu, case, dtype):
     if case.name in ("packed", "gains"):  # codes may be of another kind
         gains = arguments[5 + N_PACKED :]
         arguments[5 : 5 + N_PACKED] = cpu.prepare_encoder(*arguments[1:4], *gains)
-    same(getattr(cpu, case.op)(*arguments), expected)
+    found = getattr(cpu, case.op)(*arguments)
+    if case.op.startswith("try_"):
+        found, expected = decided_by_both(found, expected)
+    same(found, expected)
+
+
+def decided_by_both(*tried):
+    """What `try_` ops give for the tokens that neither leaves: which they leave depends on codes and threads."""
+    left = torch.cat([answer[-1] for answer in tried])
+    kept = []
+    for values, *places, _ in tried:
+        if len(places) == 1:  # [N, k] values and indices
+            tokens = torch.arange(len(values))
+            shown = (values, *places)
+        else:
+            tokens = torch.repeat_interleave(places[0].diff())
+            shown = (values, places[1])
+        kept.append(tuple(column[~torch.isin(tokens, left)] for column in (tokens, *shown)))
+    assert len(kept[0][0]) > 0
+    return kept
 
 
 @pytest.mark.parametrize("dtype", SCREENED_DTYPES, ids=str)
