@@ -114,13 +114,13 @@ class _Engine:
     def _outputs(self, predictor: Encoder, x: Mapping[str, Tensor]) -> Tensor:
         """[n, d'] what the predictor's SAE makes of its own site's activations."""
         encode = self.rack.encoder(predictor)
-        return torch.cat([encode(part).x_hat for part in self._parts(predictor, x)])
+        return torch.cat([encode(given).x_hat for _, given in self._parts(predictor, x)])
 
-    def _parts(self, sae: Encoder, x: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """What an SAE reads, batch_tokens at a time."""
-        n = len(x[sae.reads[0]])
-        for start in range(0, n, self.settings.batch_tokens):
-            yield {hook: x[hook][start : start + self.settings.batch_tokens] for hook in sae.reads}
+    def _parts(self, sae: Encoder, x: Mapping[str, Tensor]) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """What an SAE reads, batch_tokens at a time, and which tokens these are."""
+        for start in range(0, len(x[sae.reads[0]]), self.settings.batch_tokens):
+            part = slice(start, start + self.settings.batch_tokens)
+            yield part, {hook: x[hook][part] for hook in sae.reads}
 
     # ---- the sweeps
 
@@ -214,10 +214,7 @@ class _Engine:
         scalars = Scalars.of(site, x, piece.loss) if piece.role in sweep.norms else None
         for number, sae in enumerate(site.saes):
             encode = self.rack.encoder(sae)
-            start = 0
-            for given in self._parts(sae, piece.x):
-                part = slice(start, start + self.settings.batch_tokens)
-                start = part.stop
+            for part, given in self._parts(sae, piece.x):
                 encoded = encode(given)
                 error = sae_error(x[part], encoded.x_hat)
                 if piece.role in sweep.errors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from darkmatter_ext.activations.store import (
     load_tokenizer,
     tokenize_contexts,
 )
-from darkmatter_ext.activations.text import documents
+from darkmatter_ext.activations.text import Document, documents
 from darkmatter_ext.measurement.resolved import Resolved
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.processes import Processes
@@ -77,15 +78,19 @@ def _rows(found: Resolved) -> Rows:
     data, usage = found.settings.data, found.usage
     if data.tokenised:
         return tokenised_rows(data.tokenised, context_length=usage.context_length)
-    seed = found.settings.seed
-    text = documents(text=data.text, dataset=data.dataset, shuffle_buffer=data.shuffle_buffer, seed=seed)
     return text_rows(
         load_tokenizer(found.model),
-        text,
+        _documents(found),
         context_length=usage.context_length,
         prepend_bos=usage.bos,
         per_document=data.contexts_per_document,
     )
+
+
+def _documents(found: Resolved) -> Iterable[Document]:
+    data = found.settings.data
+    seed = found.settings.seed
+    return documents(text=data.text, dataset=data.dataset, shuffle_buffer=data.shuffle_buffer, seed=seed)
 
 
 def stored_activations(found: Resolved, stages: Stages) -> dict[str, ActivationCache]:
@@ -101,7 +106,7 @@ def stored_activations(found: Resolved, stages: Stages) -> dict[str, ActivationC
     with stages.stage("tokenise text"):
         contexts = tokenize_contexts(
             load_tokenizer(found.model),
-            documents(text=data.text, dataset=data.dataset, shuffle_buffer=data.shuffle_buffer, seed=settings.seed),
+            _documents(found),
             n_tokens=data.tokens,
             context_length=usage.context_length,
             prepend_bos=usage.bos,

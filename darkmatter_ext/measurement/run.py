@@ -169,10 +169,11 @@ def _from_store(found: Resolved, stages: Stages, own: Processes, *, drop_last: b
     caches = stored_activations(found, stages)
     widths = {hook: cache.d_in for hook, cache in caches.items()}
     _check_widths(found, widths)
-    documents = next(iter(caches.values())).column("documents")
+    any_cache = next(iter(caches.values()))  # all of the same contexts
+    documents = any_cache.column("documents")
     training = training_contexts(documents, settings.measure, 0.0 if settings.saes.sae else settings.saes.sae_fraction)
     measured = (~training).nonzero().flatten()
-    losses = _losses(found, next(iter(caches.values())), measured, stages) if settings.measure.loss else None
+    losses = _losses(found, any_cache, measured, stages) if settings.measure.loss else None
     source = SelectedContexts(CacheSource(caches), measured, losses)
     roles = _roles(found, source, drop_last=drop_last)
     stored = {hook: StoredTokens.of(caches[hook], hook, training, roles) for hook in found.sites}
@@ -184,7 +185,7 @@ def _from_store(found: Resolved, stages: Stages, own: Processes, *, drop_last: b
         predictors=tuple(_predictors(found, settings.device)),
         processes=own,
         stored=stored,
-        text=next(iter(caches.values())).meta["text_sha256"],
+        text=any_cache.meta["text_sha256"],
     )
 
 
@@ -261,7 +262,8 @@ def measured(
     """
     chosen = list(inputs.saes if saes is None else saes)
     roles, own = inputs.roles, inputs.processes
-    folder = run_folder(inputs, chosen, encoders, predictors)
+    decided = deciding(inputs, chosen, encoders, predictors)
+    folder = run_folder(inputs, decided)
     folder.mkdir(parents=True, exist_ok=True)
     sites = list(dict.fromkeys(sae.hook for sae in chosen))
     hooks = list(dict.fromkeys([*sites, *(sae.hook for sae in inputs.predictors)]))
@@ -282,7 +284,7 @@ def measured(
             folder=folder,
             predictors=dict.fromkeys(sites, others),
             processes=own,
-            config=deciding(inputs, chosen, encoders, predictors),
+            config=decided,
             progress=advance,
         )
     if own.is_first and look is not None:
@@ -346,19 +348,14 @@ def deciding(
     }
 
 
-def run_folder(
-    inputs: Inputs,
-    saes: Sequence[SiteSae],
-    encoders: Mapping[str, Make] | None = None,
-    predictors: Sequence[Encoder] | None = None,
-) -> Path:
+def run_folder(inputs: Inputs, decided: Mapping[str, Any]) -> Path:
     """Where a measurement keeps its state: checkpoint, or the cache folder by everything that decides the result.
 
     A checkpoint has a folder of its own below it for each set of encoders or controls.
     """
     if checkpoint := inputs.settings.measure.checkpoint:
-        return Path(checkpoint) / "-".join([*(encoders or ()), *(predictor.name for predictor in predictors or ())])
-    return cache_dir("runs") / fingerprint(**deciding(inputs, saes, encoders, predictors), identity=inputs.text)
+        return Path(checkpoint) / "-".join(decided["variants"])
+    return cache_dir("runs") / fingerprint(**decided, identity=inputs.text)
 
 
 def contexts_folder(found: Resolved) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.activations.splicing import PlacesToSplice
-from darkmatter_ext.activations.store import CONTEXTS_PER_FORWARD, ActivationCache
+from darkmatter_ext.activations.store import CONTEXTS_PER_FORWARD, ActivationCache, ActivationShard
 from darkmatter_ext.measurement.decompose import TokenBatch
 from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, SAE_TRAINING, UNUSED, LeftOut, TokenRoles
 from darkmatter_ext.runtime.inputs import InputError
@@ -71,19 +71,19 @@ class StoredTokens:
         """Tokens with a role."""
         return int((self.roles == role).sum())
 
+    def shards(self) -> Iterator[tuple[ActivationShard, Tensor]]:
+        """The shards in order, each with the roles of its tokens; memory: one shard."""
+        for shard in self.cache.shards():
+            yield shard, self.roles[shard.first_context : shard.first_context + len(shard.tokens)]
+
     def with_role(self, role: int) -> Tensor:
         """All activations with one role, [n, d], in memory: the training set of an SAE."""
-        parts = []
-        for shard in self.cache.shards():
-            own = self.roles[shard.first_context : shard.first_context + len(shard.tokens)]
-            parts.append(shard.activations[own == role])
-        return torch.cat(parts)
+        return torch.cat([shard.activations[own == role] for shard, own in self.shards()])
 
     def mean(self, role: int) -> Tensor:
         """Mean activation [d], float32, of the tokens with one role; memory: one shard."""
         total = torch.zeros(self.cache.d_in, dtype=torch.float64)
-        for shard in self.cache.shards():
-            own = self.roles[shard.first_context : shard.first_context + len(shard.tokens)]
+        for shard, own in self.shards():
             total += shard.activations[own == role].double().sum(0)
         return (total / self.count(role)).float()
 
@@ -97,8 +97,7 @@ class MeasuredBatches:
 
     def __iter__(self) -> Iterator[TokenBatch]:
         start = 0
-        for shard in self.tokens.cache.shards():
-            roles = self.tokens.roles[shard.first_context : shard.first_context + len(shard.tokens)]
+        for shard, roles in self.tokens.shards():
             measured = (roles == FIT) | (roles == HELD_OUT)
             x = shard.activations[measured].to(self.device)
             yield TokenBatch(x, (roles[measured] == FIT).to(self.device), start)

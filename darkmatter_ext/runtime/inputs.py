@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 LONGEST_REASON = 400  # characters: torch lists every key of a state_dict, the hub a page of advice
 
@@ -60,8 +59,4 @@ def told(argument: str, rule: str, given: object) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        _refuse(argument, rule, given, error)
-
-
-def _refuse(argument: str, rule: str, given: object, error: Exception) -> NoReturn:
-    raise InputError(f"{argument}: {rule}, got {given} ({reason(error)})") from None
+        raise InputError(f"{argument}: {rule}, got {given} ({reason(error)})") from None
