@@ -333,10 +333,14 @@ def main() -> None:
                 continue
             found.append(measure(row, arguments.rounds, flush))
             print(_line(found[-1]), flush=True)
-    if arguments.out is not None:
-        content = {"gpu": torch.cuda.get_device_name(), "provenance": provenance("cuda"), "rows": found}
-        with atomic_file(arguments.out / f"{gpu_slug()}{arguments.label}.json") as part:
-            part.write_text(json.dumps(content, indent=1))
+            if arguments.out is not None:  # after every row: a run that is cut keeps what it has
+                _write(arguments.out / f"{gpu_slug()}{arguments.label}.json", found)
+
+
+def _write(path: Path, found: list[dict[str, Any]]) -> None:
+    content = {"gpu": torch.cuda.get_device_name(), "provenance": provenance("cuda"), "rows": found}
+    with atomic_file(path) as part:
+        part.write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

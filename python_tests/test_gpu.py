@@ -283,11 +283,12 @@ def test_compute_sanitizer(tool, tmp_path):
     program.write_text(SANITIZED.format(tests=str(TESTS)))
     command = [
         str(SANITIZER), "--tool", tool, "--kernel-name", "kernel_substring=darkmatter", "--error-exitcode", "3",
+        "--report-api-errors", "no",  # torch probes the driver when it is imported, and is refused: not our error
         sys.executable, str(program),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    if "not supported" in run.stdout + run.stderr:
+    if "Device not supported" in run.stdout + run.stderr:
         pytest.skip(f"compute-sanitizer does not support this device: {(run.stdout + run.stderr).splitlines()[-1]}")
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
     assert "sanitized run finished" in run.stdout
