@@ -43,7 +43,7 @@ STABLE_TORCH_LIBRARY(darkmatter, m) {
   m.def("decoder_dot(Tensor rows, Tensor indices, Tensor? crow, Tensor W_dec) -> Tensor");
   m.def("decoder_outer(Tensor values, Tensor indices, Tensor? crow, Tensor rows, int n_latents) -> Tensor");
   // sparse_decode and decoder_dot of float64 values [N, k] or rows [N, d] with W_dec of any dtype, in float64 and not
-  // rounded. CPU only, for pursuit; float64 weights need them nowhere.
+  // rounded. For pursuit; float64 weights need them nowhere.
   m.def("wide_decode(Tensor values, Tensor indices, Tensor W_dec) -> Tensor");
   m.def("wide_dot(Tensor rows, Tensor indices, Tensor W_dec) -> Tensor");
   // crow [N + 1], col [z] of the nonzero entries (NaN is one, -0 is not) of dense acts [N, F].
@@ -54,10 +54,20 @@ STABLE_TORCH_LIBRARY(darkmatter, m) {
   m.def(
       "screen_intervals(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor? weight, Tensor? bias,"
       " Tensor? codes, Tensor? sums, Tensor? bounds, Tensor? groups, Tensor? gain=None) -> (Tensor, Tensor, Tensor)");
-  // One step of gradient pursuit for tokens [N] after their atoms `choice` are chosen, in place; steps l0 and after
-  // leave a token as it is. atoms, weights [N, s]; done is int32. CUDA only: on the CPU the wide sums do it as fast.
+  // The atom [N] that a step of pursuit takes: the largest float64 product of residual [N, d] (float64) with a row of
+  // dictionary [F, d], the lowest index of those that fall short of it by at most noise [N] (float64). codes, bounds as
+  // prepare_encoder gives them for the dictionary with no bias. -1 for tokens that rest: done, or l0 <= step. CUDA
+  // only.
   m.def(
-      "pursuit_step(Tensor target, Tensor dictionary, Tensor choice, Tensor l0, int step, bool keep_chosen,"
+      "pursuit_choose(Tensor residual, Tensor dictionary, Tensor codes, Tensor bounds, Tensor noise, Tensor l0, int "
+      "step,"
+      " Tensor done) -> Tensor");
+  // One step of gradient pursuit for tokens [N] after their atoms `choice` are chosen, in place; steps l0 and after
+  // leave a token as it is. All float64 but the dictionary; a gradient of at most noise [N] is none. atoms, weights
+  // [N, s]; done is int32. CUDA only: on the CPU the wide sums do it as fast.
+  m.def(
+      "pursuit_step(Tensor target, Tensor dictionary, Tensor choice, Tensor noise, Tensor l0, int step, bool "
+      "keep_chosen,"
       " float residual_threshold, Tensor(a!) residual, Tensor(b!) atoms, Tensor(c!) weights, Tensor(d!) n_chosen,"
       " Tensor(e!) done) -> ()");
 }

@@ -45,7 +45,9 @@ each_case = pytest.mark.parametrize("case", CASES_HERE, ids=[case.id for case in
 
 def test_the_kernels_are_in():
     assert _library.CUDA_LOADED, "torch has CUDA, but the package was built without (DARKMATTER_CUDA=1 pip install ...)"
-    assert {case.op for case in ON_CUDA} | {"pursuit_step", "screen_intervals"} <= set(_library.cuda_ops())
+    assert {case.op for case in ON_CUDA} | {"pursuit_choose", "pursuit_step", "screen_intervals"} <= set(
+        _library.cuda_ops()
+    )
 
 
 @each_case

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cuda/kernels/dispatch.h"
+#include "cuda/kernels/exact_tile.cuh"
 #include "cuda/screen/finish.cuh"
 #include "cuda/screen/fused_filter.h"
 
@@ -30,9 +31,15 @@ Packed packed_encoder(
     const OnDevice& device, const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec,
     const PackedArguments& given, bool screen);
 
+// Codes [F, d_padded] and bounds [kBoundRows, F] as prepare_encoder makes them.
+void check_codes(const Tensor& codes, const Tensor& bounds, int64_t d, int64_t n_latents);
+
+// Whether codes of weights [d, F] are any use. (Of float64 weights pursuit has a use, the encoders have not.)
+inline bool has_codes(int64_t d, int64_t n_latents) {
+  return d >= kMinScreenD && n_latents >= kMinScreenLatents && n_latents < INT32_MAX;
+}
 inline bool can_screen(const Tensor& W_enc) {
-  return W_enc.scalar_type() != ScalarType::Double && W_enc.size(0) >= kMinScreenD &&
-         W_enc.size(1) >= kMinScreenLatents && W_enc.size(1) < INT32_MAX;
+  return W_enc.scalar_type() != ScalarType::Double && has_codes(W_enc.size(0), W_enc.size(1));
 }
 
 template <typename T>
@@ -41,6 +48,39 @@ ExactRows<T> exact_rows(const Tensor& x, const Packed& packed) {
   return {data<T>(x),     data<T>(packed.weight), data<double>(packed.bias), x.size(0), d, packed.weight.size(0),
           d <= kMaxStaged};
 }
+
+template <typename T>
+ExactProducts<T, T> exact_products(const Tensor& x, const Packed& packed) {
+  return {data<T>(x), data<T>(packed.weight), data<double>(packed.bias), x.size(1), packed.weight.size(0)};
+}
+
+constexpr int64_t kMaxGridY = 65535;
+constexpr int64_t kExactBytes = 32 << 20;  // of scores of marked tokens at a time, and at least one group's
+
+// How many groups of marked tokens have their scores in so many bytes.
+template <typename T>
+int64_t exact_groups(int64_t n_tokens, int64_t n_latents) {
+  const int64_t bytes = kExactTokens * n_latents * static_cast<int64_t>(sizeof(T));
+  return std::max<int64_t>(1, std::min(kExactBytes / bytes, ceil_div(n_tokens, kExactTokens)));
+}
+
+// The tokens with a mark, as a list made on the device.
+class MarkedList {
+ public:
+  MarkedList(const OnDevice& device, const Tensor& marks, int mark)
+      : list_(torch::stable::new_empty(marks, {marks.numel()}, ScalarType::Long)),
+        number_(torch::stable::new_zeros(marks, {1}, ScalarType::Long)) {
+    device.launch(
+        list_marked_kernel, dim3(static_cast<unsigned>(ceil_div(marks.numel(), kThreads))), kThreads, 0,
+        data<int>(marks), marks.numel(), mark, tokens());
+  }
+
+  MarkedTokens tokens() const { return {mutable_data<int64_t>(list_), mutable_data<unsigned long long>(number_)}; }
+  const Tensor& number() const { return number_; }
+
+ private:
+  Tensor list_, number_;
+};
 
 // Bytes of shared memory of a kernel that takes `arrays(arena)` besides the staged row.
 template <typename T, typename Arrays>
@@ -56,9 +96,10 @@ class ScreenPass {
  public:
   ScreenPass(
       const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed, int k,
-      const std::optional<FusedQuestion>& fused = std::nullopt)
+      const std::optional<FusedQuestion>& fused = std::nullopt, const TokenRules& rules = {})
       : device_(device),
         packed_(packed),
+        rules_(rules),
         d_padded_(screen_padded(x.size(1))),
         most_(std::min(kTileTokens, x.size(0))),
         width_(
@@ -77,7 +118,7 @@ class ScreenPass {
     codes_ = array(most_ * d_padded_, ScalarType::Half);
     products_ = array(most_ * width_, ScalarType::Float);
     scale_ = array(most_, ScalarType::Float);
-    bounds_ = array(2 * most_, ScalarType::Float);
+    bounds_ = array(static_cast<int64_t>(sizeof(TokenBounds) / sizeof(float)) * most_, ScalarType::Float);
     exact_ = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Int);
     count_ = array(most_ * ranges_, ScalarType::Int);
     latent_ = array(most_ * ranges_ * kList, ScalarType::Int);
@@ -110,7 +151,7 @@ class ScreenPass {
           ranges_};
       device_.launch(
           round_tokens_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), kThreads, 0, data<T>(x) + first * d,
-          data<T>(centre_), n, d, d_padded_, tokens, lists);
+          data<T>(centre_), n, d, d_padded_, rules_.from(first), tokens, lists);
       const dim3 grid(static_cast<unsigned>(ceil_div(n, kFilterTokens)), static_cast<unsigned>(ranges_));
       if (fused_) {
         if (width_ > 0) {
@@ -128,7 +169,7 @@ class ScreenPass {
     }
   }
 
-  const Tensor& exact() const { return exact_; }  // [N] nonzero: a token for the exact path
+  const Tensor& exact() const { return exact_; }  // [N] who answers for a token
 
  private:
   // Products of tokens and latents [first, first + width) into columns from `column` on, `runs` times with `skip`
@@ -156,6 +197,7 @@ class ScreenPass {
 
   const OnDevice& device_;
   const Packed& packed_;
+  const TokenRules rules_;
   int64_t d_padded_, most_, width_;
   int ranges_ = 1;
   Tensor codes_, products_, scale_, bounds_, exact_, count_, latent_;

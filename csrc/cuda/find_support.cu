@@ -21,7 +21,7 @@ static std::tuple<Tensor, Tensor> support(const OnDevice& device, const Tensor& 
   Tensor by_warp = torch::stable::view(up_to, {n_tokens, kWarps});
   torch::stable::copy_(rest, torch::stable::select(by_warp, 1, kWarps - 1));
   int64_t n_active = 0;
-  device.read(data<int64_t>(crow) + n_tokens, &n_active, 1);
+  device.read({{data<int64_t>(crow) + n_tokens, &n_active}});
   Tensor col = torch::stable::new_empty(acts, {n_active}, ScalarType::Long);
   if (n_active > 0) {
     device.launch(

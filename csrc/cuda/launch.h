@@ -69,9 +69,15 @@ class OnDevice {
     return found.numRegs;
   }
 
-  // The host waits for `count` numbers from the device.
-  void read(const int64_t* from, int64_t* to, int count) const {
-    STD_CUDA_CHECK(cudaMemcpyAsync(to, from, count * sizeof(int64_t), cudaMemcpyDeviceToHost, stream_));
+  // The host waits for numbers from the device.
+  struct Number {
+    const int64_t* from;
+    int64_t* to;
+  };
+  void read(std::initializer_list<Number> numbers) const {
+    for (const Number& number : numbers) {
+      STD_CUDA_CHECK(cudaMemcpyAsync(number.to, number.from, sizeof(int64_t), cudaMemcpyDeviceToHost, stream_));
+    }
     STD_CUDA_CHECK(cudaStreamSynchronize(stream_));
   }
 

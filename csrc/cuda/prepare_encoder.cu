@@ -20,7 +20,7 @@ static void check_no_nan(const OnDevice& device, const char* name, const Tensor&
     });
   }
   int64_t count = 0;
-  device.read(data<int64_t>(found), &count, 1);
+  device.read({{data<int64_t>(found), &count}});
   require(count == 0, name, ": must not contain NaN, got shape ", shape_of(given), " with NaN");
 }
 
@@ -28,7 +28,7 @@ static void make_codes(const OnDevice& device, Packed& packed, const Tensor& b_e
   const int64_t n = packed.weight.size(0), d = packed.weight.size(1), d_padded = screen_padded(d);
   packed.codes = torch::stable::new_empty(packed.weight, {n, d_padded}, ScalarType::Half);
   packed.bounds = torch::stable::new_empty(packed.weight, {kBoundRows, n}, ScalarType::Float);
-  dispatch_screened("weight", packed.weight.scalar_type(), [&](auto type) {
+  dispatch_floating("weight", packed.weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
     device.launch(
         round_latents_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), kThreads, 0, data<T>(packed.weight),
@@ -61,6 +61,17 @@ static void refuse_gain(const OptionalTensor& gain) {
   require(!gain, "gain: must be None on CUDA, which has no kernel for it, got a tensor");
 }
 
+void check_codes(const Tensor& codes, const Tensor& bounds, int64_t d, int64_t n_latents) {
+  check_dim("codes", codes, 2);
+  check_size("codes", codes, 0, n_latents);
+  check_size("codes", codes, 1, screen_padded(d));
+  check_type("codes", codes, ScalarType::Half);
+  check_dim("bounds", bounds, 2);
+  check_size("bounds", bounds, 0, kBoundRows);
+  check_size("bounds", bounds, 1, n_latents);
+  check_type("bounds", bounds, ScalarType::Float);
+}
+
 Packed packed_encoder(
     const OnDevice& device, const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec,
     const PackedArguments& given, bool screen) {
@@ -74,14 +85,7 @@ Packed packed_encoder(
   Packed packed{torch::stable::contiguous(*given.weight), torch::stable::contiguous(*given.bias), {}, {}};
   if (screen && given.codes && given.codes->numel() > 0) {
     require(given.bounds.has_value(), "bounds: must be given with codes, got codes alone");
-    check_dim("codes", *given.codes, 2);
-    check_size("codes", *given.codes, 0, W_enc.size(1));
-    check_size("codes", *given.codes, 1, screen_padded(W_enc.size(0)));
-    check_type("codes", *given.codes, ScalarType::Half);
-    check_dim("bounds", *given.bounds, 2);
-    check_size("bounds", *given.bounds, 0, kBoundRows);
-    check_size("bounds", *given.bounds, 1, W_enc.size(1));
-    check_type("bounds", *given.bounds, ScalarType::Float);
+    check_codes(*given.codes, *given.bounds, W_enc.size(0), W_enc.size(1));
     packed.codes = torch::stable::contiguous(*given.codes);
     packed.bounds = torch::stable::contiguous(*given.bounds);
   }
@@ -94,7 +98,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prepare_encode
   refuse_gain(gain);
   check_encoder_weights(W_enc, b_enc, b_dec);
   const OnDevice device(W_enc);
-  Packed packed = pack(device, W_enc, b_enc, b_dec, can_screen(W_enc));
+  Packed packed = pack(device, W_enc, b_enc, b_dec, has_codes(W_enc.size(0), W_enc.size(1)));
   check_no_nan(device, "W_enc", packed.weight, W_enc);
   check_no_nan(device, "b_enc", torch::stable::contiguous(b_enc), b_enc);
   if (b_dec) {

@@ -19,20 +19,36 @@ static void check_tokens(const char* name, const Tensor& tensor, ScalarType type
   require(tensor.is_contiguous(), name, ": must be contiguous, got strides of another layout");
 }
 
+template <typename W>
+static void launch_step(
+    const OnDevice& device, const PursuitState<W>& state, const PursuitRules& rules, int64_t n_tokens) {
+  const bool staged = state.d <= kMaxStaged;
+  Arena arena{nullptr};
+  if (staged) {
+    arena.take<double>(state.d);
+  }
+  arena.take<double>(state.s_max);
+  arena.take<double>(state.s_max);
+  arena.take<PursuitShared>(1);
+  const auto kernel =
+      loads_vectors(state.dictionary, state.d) ? pursuit_step_kernel<W, kVectorWidth<W>> : pursuit_step_kernel<W, 1>;
+  device.launch(kernel, dim3(static_cast<unsigned>(n_tokens)), kThreads, arena.used, state, rules, staged);
+}
+
 static void pursuit_step(
-    Tensor target, Tensor dictionary, Tensor choice, Tensor l0, int64_t step, bool keep_chosen,
+    Tensor target, Tensor dictionary, Tensor choice, Tensor noise, Tensor l0, int64_t step, bool keep_chosen,
     double residual_threshold, Tensor residual, Tensor atoms, Tensor weights, Tensor n_chosen, Tensor done) {
   check_dim("target", target, 2);
   check_dim("dictionary", dictionary, 2);
   check_size("dictionary", dictionary, 1, target.size(1));
   const int64_t n = target.size(0);
+  check_type("target", target, ScalarType::Double);
   check_rows("target", target, target);
   check_rows("dictionary", dictionary, dictionary);
-  check_type("dictionary", dictionary, target.scalar_type());
   check_rows("residual", residual, target);
   check_dim("weights", weights, 2);
   check_size("weights", weights, 0, n);
-  check_type("weights", weights, target.scalar_type());
+  check_type("weights", weights, ScalarType::Double);
   require(weights.is_contiguous(), "weights: must be contiguous, got strides of another layout");
   check_type("atoms", atoms, ScalarType::Long);
   check_values(weights, atoms);
@@ -40,45 +56,37 @@ static void pursuit_step(
   require(
       step >= 0 && step < weights.size(1), "step: must be from 0 to ", weights.size(1) - 1, " (places), got ", step);
   check_tokens("choice", choice, ScalarType::Long, n);
+  check_tokens("noise", noise, ScalarType::Double, n);
   check_tokens("l0", l0, ScalarType::Long, n);
   check_tokens("n_chosen", n_chosen, ScalarType::Long, n);
   check_tokens("done", done, ScalarType::Int, n);
-  const bool wide = target.scalar_type() == ScalarType::Double;
-  require(wide || target.scalar_type() == ScalarType::Float, "target: must be float32 or float64, got another dtype");
   if (n == 0) {
     return;
   }
   const OnDevice device(target);
   const Tensor direction = torch::stable::empty_like(target);
   const auto run = [&](auto type) {
-    using T = decltype(type);
-    const PursuitState<T> state{data<T>(target),
-                                data<T>(dictionary),
-                                data<int64_t>(choice),
-                                data<int64_t>(l0),
-                                mutable_data<T>(residual),
-                                mutable_data<int64_t>(atoms),
-                                mutable_data<T>(weights),
-                                mutable_data<int64_t>(n_chosen),
-                                mutable_data<int>(done),
-                                mutable_data<T>(direction),
-                                target.size(1),
-                                weights.size(1)};
-    const bool staged = state.d <= kMaxStaged;
-    Arena arena{nullptr};
-    if (staged) {
-      arena.take<double>(state.d);
-    }
-    arena.take<T>(state.s_max);
-    arena.take<T>(state.s_max);
-    arena.take<PursuitShared>(1);
-    device.launch(
-        pursuit_step_kernel<T>, dim3(static_cast<unsigned>(n)), kThreads, arena.used, state,
-        PursuitRules{step, keep_chosen, residual_threshold}, staged);
+    using W = decltype(type);
+    const PursuitState<W> state{
+        data<double>(target),
+        data<W>(dictionary),
+        data<int64_t>(choice),
+        data<double>(noise),
+        data<int64_t>(l0),
+        mutable_data<double>(residual),
+        mutable_data<int64_t>(atoms),
+        mutable_data<double>(weights),
+        mutable_data<int64_t>(n_chosen),
+        mutable_data<int>(done),
+        mutable_data<double>(direction),
+        target.size(1),
+        weights.size(1)};
+    launch_step(device, state, PursuitRules{step, keep_chosen, residual_threshold}, n);
   };
-  if (wide) {
+  if (dictionary.scalar_type() == ScalarType::Double) {
     run(double{});
   } else {
+    check_type("dictionary", dictionary, ScalarType::Float);
     run(float{});
   }
 }

@@ -1,5 +1,5 @@
 // threshold_encode on CUDA: as topk_encode, but nobody knows how many latents are kept until they are, so the op waits
-// for the device once, as torch.nonzero does, to allocate its result.
+// for the device once, as torch.nonzero does, to allocate its result; twice where tokens take the exact path.
 #include <tuple>
 
 #include "cuda/encoder.h"
@@ -81,6 +81,40 @@ static Tensor row_starts(const Tensor& count) {
   return crow;
 }
 
+// Where kept latents go: their numbers only (col null), or all of it.
+template <typename T>
+struct KeptPlaces {
+  int64_t* count;
+  const int64_t* crow;
+  int64_t* col;
+  T* values;
+};
+
+// The marked tokens, some at a time: their scores, and which of these are kept.
+template <typename T>
+static void exact_threshold(
+    const OnDevice& device, const Tensor& x, const Packed& packed, const MarkedTokens& marked, int64_t number,
+    const Thresholds<T>& thresholds, const KeptPlaces<T>& places) {
+  const int64_t n_latents = packed.weight.size(0);
+  const int64_t most = std::min(exact_groups<T>(number, n_latents), kMaxGridY) * kExactTokens;
+  const std::array<int64_t, 2> shape{std::min(most, number), n_latents};
+  const Tensor scores = torch::stable::new_empty(x, shape);
+  for (int64_t first = 0; first < number; first += most) {
+    const int64_t n = std::min(most, number - first);
+    const dim3 grid(
+        static_cast<unsigned>(ceil_div(n_latents, kExactLatents)), static_cast<unsigned>(ceil_div(n, kExactTokens)));
+    device.launch(
+        exact_scores_kernel<T>, grid, kThreads, sizeof(ExactShared), exact_products<T>(x, packed), marked, first, n,
+        mutable_data<T>(scores));
+    Arena arena{nullptr};
+    arena.take<BlockScratch>(1);
+    arena.take<int>(1);
+    device.launch(
+        kept_scores_kernel<T>, dim3(static_cast<unsigned>(n)), kThreads, arena.used, data<T>(scores), n_latents, marked,
+        first, thresholds, places.count, places.crow, places.col, places.values);
+  }
+}
+
 template <typename T>
 static std::tuple<Tensor, Tensor, Tensor> above(
     const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed,
@@ -94,30 +128,30 @@ static std::tuple<Tensor, Tensor, Tensor> above(
       screened_threshold<T>(device, x, b_dec, packed, thresholds, limits, kept);
     }
   }
-  const ExactRows<T> all = exact_rows<T>(x, packed);
-  const size_t exact_bytes = shared_bytes(all, [](Arena& arena) {
-    arena.take<T>(kThreads);
-    arena.take<BlockScratch>(1);
-    arena.take<int>(1);
-  });
-  const auto exact = [&](const int64_t* crow, int64_t* col, T* values) {
-    device.launch(
-        exact_threshold_kernel<T>, dim3(static_cast<unsigned>(std::min<int64_t>(all.n, kExactBlocks))), kThreads,
-        exact_bytes, all, data<int>(kept.exact), thresholds, mutable_data<int64_t>(kept.count), crow, col, values);
-  };
-  exact(nullptr, nullptr, nullptr);
-  const Tensor crow = row_starts(kept.count);
-  int64_t n_kept = 0, n_nan = 0;
-  device.read(data<int64_t>(crow) + all.n, &n_kept, 1);
-  device.read(data<int64_t>(kept.found) + 1, &n_nan, 1);
+  const MarkedList marked(device, kept.exact, kExactly);
+  Tensor crow = row_starts(kept.count);
+  int64_t n_kept = 0, n_nan = 0, n_marked = 0;
+  device.read(
+      {{data<int64_t>(crow) + x.size(0), &n_kept},
+       {data<int64_t>(kept.found) + 1, &n_nan},
+       {data<int64_t>(marked.number()), &n_marked}});
   require(n_nan == 0, "threshold: must not contain NaN, got ", n_nan, " NaN");
+  if (n_marked > 0) {
+    exact_threshold<T>(device, x, packed, marked.tokens(), n_marked, thresholds, {mutable_data<int64_t>(kept.count)});
+    crow = row_starts(kept.count);
+    device.read({{data<int64_t>(crow) + x.size(0), &n_kept}});
+  }
   Tensor col = torch::stable::new_empty(x, {n_kept}, ScalarType::Long);
   Tensor values = torch::stable::new_empty(x, {n_kept});
   if (n_kept > 0) {
     device.launch(
-        write_kept_kernel<T>, dim3(static_cast<unsigned>(all.n)), kThreads, 0, kept.pool(), data<int64_t>(crow),
+        write_kept_kernel<T>, dim3(static_cast<unsigned>(x.size(0))), kThreads, 0, kept.pool(), data<int64_t>(crow),
         data<int>(kept.exact), mutable_data<int64_t>(col), mutable_data<T>(values));
-    exact(data<int64_t>(crow), mutable_data<int64_t>(col), mutable_data<T>(values));
+    if (n_marked > 0) {
+      exact_threshold<T>(
+          device, x, packed, marked.tokens(), n_marked, thresholds,
+          {nullptr, data<int64_t>(crow), mutable_data<int64_t>(col), mutable_data<T>(values)});
+    }
   }
   return {values, crow, col};
 }

@@ -9,7 +9,30 @@
 namespace darkmatter::cuda {
 
 constexpr int64_t kSortedBytes = 256 << 20;  // of exact scores at a time, where all are sorted
-constexpr int64_t kMaxGridY = 65535;
+
+// Best k of the tokens that are marked. Nothing but a launch or two where none is.
+template <typename T>
+static void exact_topk(
+    const OnDevice& device, const Tensor& x, const Packed& packed, const Tensor& marks, int k, const Tensor& values,
+    const Tensor& indices) {
+  const int64_t n = x.size(0), n_latents = packed.weight.size(0), groups = ceil_div(n, kExactTokens);
+  const int64_t slots = exact_groups<T>(n, n_latents);
+  const MarkedList marked(device, marks, kExactly);
+  const Tensor ticket = torch::stable::new_zeros(x, {1}, ScalarType::Long);
+  const Tensor counters = torch::stable::new_zeros(x, {2, groups}, ScalarType::Int);
+  const Tensor scores = torch::stable::new_empty(x, {slots, kExactTokens, n_latents});
+  const ExactWork<T> work{
+      marked.tokens(),
+      mutable_data<unsigned long long>(ticket),
+      mutable_data<int>(counters),
+      mutable_data<int>(counters) + groups,
+      mutable_data<T>(scores),
+      slots};
+  device.launch(
+      exact_topk_kernel<T>, dim3(static_cast<unsigned>(kExactBlocks * device.multiprocessors)), kThreads,
+      sizeof(ExactTopKShared), exact_products<T>(x, packed), work, k, mutable_data<T>(values),
+      mutable_data<int64_t>(indices));
+}
 
 template <typename T>
 static void screened_topk(
@@ -36,14 +59,7 @@ static void screened_topk(
             finish_topk_kernel<T>, dim3(static_cast<unsigned>(n)), kThreads, finish_bytes, tile, tokens, lists, k,
             mutable_data<T>(values) + first * k, mutable_data<int64_t>(indices) + first * k);
       });
-  const size_t exact_bytes = shared_bytes(all, [](Arena& arena) {
-    arena.take<uint64_t>(kList);
-    arena.take<T>(kThreads);
-    arena.take<int>(1);
-  });
-  device.launch(
-      exact_topk_kernel<T>, dim3(static_cast<unsigned>(std::min<int64_t>(all.n, kExactBlocks))), kThreads, exact_bytes,
-      all, data<int>(pass.exact()), k, mutable_data<T>(values), mutable_data<int64_t>(indices));
+  exact_topk<T>(device, x, packed, pass.exact(), k, values, indices);
 }
 
 // All pre-activations, sorted by torch: stable, so that ties keep the order of latents, and NaN first.
@@ -51,22 +67,18 @@ template <typename T>
 static void sorted_topk(
     const OnDevice& device, const Tensor& x, const Packed& packed, int64_t k, const Tensor& values,
     const Tensor& indices) {
-  const ExactRows<T> all = exact_rows<T>(x, packed);
-  Arena arena{nullptr};
-  all.take_row(arena);
-  const int64_t row_bytes = all.n_latents * static_cast<int64_t>(sizeof(T) + sizeof(int64_t));
-  const int64_t most = std::max<int64_t>(1, std::min({kSortedBytes / row_bytes, kMaxGridY, all.n}));
-  for (int64_t first = 0; first < all.n; first += most) {
-    const int64_t n = std::min(most, all.n - first);
-    const std::array<int64_t, 2> shape{n, all.n_latents};  // (nvcc 13.0 stumbles over the braces as an argument here)
+  const int64_t n_tokens = x.size(0), n_latents = packed.weight.size(0);
+  const int64_t row_bytes = n_latents * static_cast<int64_t>(sizeof(T) + sizeof(int64_t));
+  const int64_t most = std::max<int64_t>(kExactTokens, std::min(kSortedBytes / row_bytes, kMaxGridY * kExactTokens));
+  for (int64_t first = 0; first < n_tokens; first += most) {
+    const int64_t n = std::min(most, n_tokens - first);
+    const std::array<int64_t, 2> shape{n, n_latents};  // (nvcc 13.0 stumbles over the braces as an argument here)
     const Tensor scores = torch::stable::new_empty(x, shape);
-    ExactRows<T> tile = all;
-    tile.x += first * all.d;
-    tile.n = n;
+    const dim3 grid(
+        static_cast<unsigned>(ceil_div(n_latents, kExactLatents)), static_cast<unsigned>(ceil_div(n, kExactTokens)));
     device.launch(
-        exact_scores_kernel<T>,
-        dim3(static_cast<unsigned>(ceil_div(all.n_latents, kThreads)), static_cast<unsigned>(n)), kThreads, arena.used,
-        tile, mutable_data<T>(scores));
+        exact_scores_kernel<T>, grid, kThreads, sizeof(ExactShared), exact_products<T>(x, packed), MarkedTokens{},
+        first, n, mutable_data<T>(scores));
     const auto [best, latents] = stable_sort(scores, true);
     Tensor values_out = torch::stable::narrow(const_cast<Tensor&>(values), 0, first, n);
     Tensor indices_out = torch::stable::narrow(const_cast<Tensor&>(indices), 0, first, n);

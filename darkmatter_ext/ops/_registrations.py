@@ -122,6 +122,11 @@ def _(rows, indices, W_dec) -> Tensor:
     return rows.new_empty(indices.shape)
 
 
+@register_fake("darkmatter::pursuit_choose")
+def _(residual, _dictionary, _codes, _bounds, _noise, l0, *_others) -> Tensor:
+    return l0.new_empty(residual.shape[0])
+
+
 @register_fake("darkmatter::pursuit_step")
 def _(*_arguments) -> None:  # everything in place
     return None

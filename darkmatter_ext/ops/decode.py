@@ -101,7 +101,7 @@ def to_dense(acts: SparseActs) -> Tensor:
 def wide_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """Sum over k of values [N, k] times W_dec[indices]: `sparse_decode` in float64, not rounded to the dtype of W_dec.
 
-    values are float64; W_dec [F, d] of any dtype on the CPU, float64 on CUDA. Cost as `sparse_decode`; no gradient.
+    values are float64; W_dec [F, d] of any dtype. Cost as `sparse_decode`; no gradient.
     """
     if W_dec.dtype == torch.float64:
         return call(_ops.sparse_decode, values, indices, None, W_dec, None)

@@ -39,8 +39,6 @@ _GATHERED = 1 << 22  # elements of atoms gathered at once by refit: 32 MB in flo
 def prepare_dictionary(dictionary: Tensor) -> PreparedDictionary:
     """Pack a dictionary [F, d] once. It is a copy: after an edit prepare again. 16-bit atoms are widened to float32.
 
-    On CUDA all are widened to float64: its kernels take atoms and residuals of one dtype.
-
     Raises TypeError / ValueError: not a floating-point matrix on a device with kernels, no atoms, or not finite.
 
     Cost: a few passes over the dictionary; memory F d elements, and F d (8-bit codes) or 2 F d bytes (16-bit codes; CUDA).
@@ -55,7 +53,7 @@ def prepare_dictionary(dictionary: Tensor) -> PreparedDictionary:
     if not bool(dictionary.isfinite().all()):
         raise InputError(f"dictionary: must be finite, got NaN or Inf in shape {list(dictionary.shape)}")
     dtype = torch.promote_types(dictionary.dtype, torch.float32)
-    rows = dictionary.detach().to(torch.float64 if dictionary.is_cuda else dtype).contiguous()
+    rows = dictionary.detach().to(dtype).contiguous()
     no_bias = rows.new_zeros(len(rows))
     packed = prepare_encoder(rows.mT, no_bias)
     return PreparedDictionary(packed.weight, no_bias, packed, dtype)

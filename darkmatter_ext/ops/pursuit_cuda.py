@@ -1,10 +1,8 @@
 """Gradient pursuit on CUDA: two fused ops a step, no wait for the device, one CUDA graph for chunks of one shape.
 
-All tokens of a chunk take all steps; a token that is done, or has had its own l0 steps, stays as it is inside the kernel.
-That costs the screen of tokens already done, and saves asking the device which they are.
-
-Residuals, weights and atoms are float64, so the choices are those of `reference.pursuit`, but for one thing: only equal
-products tie, not those equal up to rounding (exact ties behind different arithmetic may go to the higher index).
+All tokens of a chunk take all steps; a token that is done, or has had its own l0 steps, is skipped inside the kernels.
+That saves asking the device which they are. Residuals and weights are float64 and atoms as they are given, so the choices
+are those of `reference.pursuit`, ties up to rounding among them.
 """
 
 from __future__ import annotations
@@ -15,72 +13,61 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.ops.checks import call
-from darkmatter_ext.ops.encode import topk_encode
-from darkmatter_ext.ops.pursuit_choice import PreparedDictionary
+from darkmatter_ext.ops.pursuit_choice import PreparedDictionary, noise_of
 from darkmatter_ext.ops.pursuit_steps import Rules
-from darkmatter_ext.ops.reference import PURSUIT_NOISE
 
 _ops = torch.ops.darkmatter
 GRAPH_CHUNKS = 3  # chunks of one shape from which recording a graph pays
-
-
-def pursuit_step(
-    target: Tensor,
-    dictionary: Tensor,
-    choice: Tensor,
-    l0: Tensor,
-    step: int,
-    state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    *,
-    keep_chosen: bool,
-    residual_threshold: float,
-) -> None:
-    """One step of gradient pursuit on CUDA, in place, after its atoms are chosen: see `ops/pursuit.py`.
-
-    Args:
-        target: [N, d] float32 or float64; dictionary [F, d]; choice, l0: [N] int64.
-        step: from 0; tokens whose l0 is not above it stay as they are.
-        state: residual [N, d], atoms [N, s] int64, weights [N, s], n_chosen [N] int64, done [N] int32; all contiguous.
-
-    Cost: two reads of the rows of each token's atoms; nothing of size F, and nothing waits for the device.
-    """
-    call(_ops.pursuit_step, target, dictionary, choice, l0, step, keep_chosen, residual_threshold, *state)
 
 
 class _Chunk:
     """The state of the tokens of one chunk, in buffers that stay where they are."""
 
     def __init__(self, n: int, steps: int, dictionary: PreparedDictionary) -> None:
-        rows = dictionary.rows
+        rows, d = dictionary.rows, dictionary.rows.shape[1]
         self.dictionary, self.steps = dictionary, steps
-        self.target, self.residual = rows.new_empty(n, rows.shape[1]), rows.new_empty(n, rows.shape[1])
+        self.target = rows.new_empty(n, d, dtype=torch.float64)
+        self.residual = torch.empty_like(self.target)
         self.l0 = rows.new_zeros(n, dtype=torch.int64)
+        self.noise = self.target.new_empty(n)
         self.atoms = rows.new_zeros(n, steps, dtype=torch.int64)
-        self.weights = rows.new_zeros(n, steps)
+        self.weights = self.target.new_zeros(n, steps)
         self.n_chosen = rows.new_zeros(n, dtype=torch.int64)
         self.done = rows.new_zeros(n, dtype=torch.int32)
 
     def run(self, rules: Rules) -> None:
         """All steps for self.target and self.l0."""
         self.residual.copy_(self.target)
-        for tensor in (self.atoms, self.weights, self.n_chosen, self.done):
+        self.noise.copy_(noise_of(self.target, self.dictionary))
+        self.done.copy_(self.noise == 0)  # nothing to explain, or nothing to explain it with
+        for tensor in (self.atoms, self.weights, self.n_chosen):
             tensor.zero_()
-        rows, no_bias, packed = self.dictionary.rows, self.dictionary.no_bias, self.dictionary.packed
-        smallest = PURSUIT_NOISE * self.target.norm(dim=1)
+        rows, packed = self.dictionary.rows, self.dictionary.packed
         state = (self.residual, self.atoms, self.weights, self.n_chosen, self.done)
         for step in range(self.steps):
-            choice = topk_encode(self.residual, rows.mT, no_bias, 1, prepared=packed).indices[:, 0].contiguous()
-            pursuit_step(
+            choice = call(
+                _ops.pursuit_choose,
+                self.residual,
+                rows,
+                packed.codes,
+                packed.bounds,
+                self.noise,
+                self.l0,
+                step,
+                self.done,
+            )
+            call(
+                _ops.pursuit_step,
                 self.target,
                 rows,
                 choice,
+                self.noise,
                 self.l0,
                 step,
-                state,
-                keep_chosen=rules.keep_chosen,
-                residual_threshold=rules.residual_threshold,
+                rules.keep_chosen,
+                rules.residual_threshold,
+                *state,
             )
-            self.done |= self.residual.norm(dim=1) <= smallest  # no product can be more than rounding
 
 
 def _recorded(chunk: _Chunk, rules: Rules) -> Callable[[], None]:

@@ -205,7 +205,7 @@ CASES = [
 ]
 
 # What CUDA has no kernel for: the host never looks there at what screening left undecided; gains have no kernel yet.
-CPU_ONLY = {"prepare_rows", "try_topk_encode", "try_threshold_encode", "wide_decode", "wide_dot"}
+CPU_ONLY = {"prepare_rows", "try_topk_encode", "try_threshold_encode"}
 ON_CUDA = [case for case in CASES if case.op not in CPU_ONLY and case.name != "gains"]
 
 

@@ -54,7 +54,7 @@ namespace simt {
 
 inline constexpr size_t kStack = 128 * 1024;
 inline uint64_t seed = 1;  // of the order of threads; set by a test
-inline int multiprocessors = 2, cluster_launches = 0;
+inline int multiprocessors = 2, capability = 80, cluster_launches = 0;
 
 // Stacks are kept for the next block: making them would take longer than running it.
 inline char* stack_of(int thread) {
@@ -78,6 +78,7 @@ struct Fiber {
   std::deque<std::vector<Work>> groups;
   std::vector<Work> open;
   bool fenced = false;
+  int votes = 0;  // of __syncthreads_or
 };
 
 // Threads of a warp exchanging values. Two sets of slots: nobody can be two exchanges ahead.
@@ -104,6 +105,7 @@ class Block {
         fibers_(threads * blocks),
         at_barrier_(blocks),
         live_(blocks, threads),
+        votes_(blocks),
         random_(seed * 0x9e3779b97f4a7c15 + 1) {
     for (int f = 0; f < threads * blocks; ++f) {
       fibers_[f].thread = dim3(f % threads, 0, 0);
@@ -147,6 +149,16 @@ class Block {
   void sync() {
     at_barrier_[fibers_[running_].rank].push_back(running_);
     yield();
+  }
+  // Whether any thread says yes. Three slots: when a thread is past its barrier nobody reads the slot before, and
+  // nobody writes the one after next.
+  bool sync_or(bool yes) {
+    const int vote = fibers_[running_].votes++;
+    std::array<bool, 3>& slots = votes_[fibers_[running_].rank];
+    slots[vote % 3] |= yes;
+    sync();
+    slots[(vote + 2) % 3] = false;
+    return slots[vote % 3];
   }
   void sync_cluster() {
     at_cluster_barrier_.push_back(running_);
@@ -265,6 +277,7 @@ class Block {
   std::map<const void*, std::vector<int>> asleep_;
   std::vector<std::vector<int>> at_barrier_;
   std::vector<int> live_;
+  std::vector<std::array<bool, 3>> votes_;
   std::vector<Work> behind_;
   std::map<std::pair<int, unsigned>, Meeting> meetings_;
   std::exception_ptr failure_;
@@ -318,6 +331,13 @@ inline void run_grid(dim3 grid, int threads, size_t shared, const Work& body, in
 #define gridDim (simt::Block::current()->grid)
 
 inline void __syncthreads() { simt::Block::current()->sync(); }
+inline int __syncthreads_or(int yes) { return simt::Block::current()->sync_or(yes != 0); }
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) {}
+template <typename E>
+E __ldcg(const E* from) {
+  return *from;
+}
 inline void __syncwarp() { simt::Block::current()->exchange(0xffffffffu, 0); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <typename E>
@@ -356,8 +376,15 @@ E atomicAdd(E* to, E value) {
   *to += value;
   return before;
 }
-inline uint32_t atomicMax(uint32_t* to, uint32_t value) {
-  const uint32_t before = *to;
+template <typename E>
+E atomicMax(E* to, E value) {
+  const E before = *to;
   *to = std::max(before, value);
+  return before;
+}
+template <typename E>
+E atomicMin(E* to, E value) {
+  const E before = *to;
+  *to = std::min(before, value);
   return before;
 }

@@ -10,6 +10,7 @@
 
 #include "cuda/find_support.cu"
 #include "cuda/prepare_encoder.cu"
+#include "cuda/pursuit_choose.cu"
 #include "cuda/pursuit_step.cu"
 #include "cuda/screen/fused_filter.cu"
 #include "cuda/screen_intervals.cu"
@@ -17,11 +18,16 @@
 #include "cuda/threshold_encode.cu"
 #include "cuda/to_dense.cu"
 #include "cuda/topk_encode.cu"
+#include "cuda/wide_decode.cu"
 
 // The order in which the threads of a block take turns.
 extern "C" __attribute__((visibility("default"))) void darkmatter_emulated_seed(uint64_t seed) { simt::seed = seed; }
 extern "C" __attribute__((visibility("default"))) void darkmatter_emulated_multiprocessors(int n) {
   simt::multiprocessors = n;
+}
+// 80: compute capability 8.0. The fused filter is taken from 90 on.
+extern "C" __attribute__((visibility("default"))) void darkmatter_emulated_capability(int capability) {
+  simt::capability = capability;
 }
 
 // Launches of clusters so far.

@@ -4,6 +4,7 @@ The CPU ops have their own tests against the twins, so equality with them is equ
 emulator cannot show (races between blocks, alignment, speed) waits for `make gpu-check`.
 """
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from cases import emulated
 from cases.encoders import NAN, NOT_PACKED, SCREENED_DTYPES, WORST, check_encoders, gaussian, same, worst
 from cases.ops import DTYPES, ON_CUDA
+from cases.pursuit import DICTIONARIES, made_of, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,15 +77,14 @@ def test_packing(cuda, dtype, transposed):
     assert torch.equal(bias, on_cpu[1]) or dtype == torch.float64
     assert codes.dtype == torch.float16
     assert sums.numel() == groups.numel() == 0
-    assert (len(codes) == 1500) == (dtype != torch.float64)
-    if dtype != torch.float64:
-        exact = W_enc.mT.double()
-        approximate = codes[:, :40].double() * bounds[0].double()[:, None]
-        removed = (exact - approximate).norm(dim=1)
-        assert (removed <= bounds[3]).all()
-        assert (bounds[3] <= removed * (1 + 1e-5) + 1e-30).all()
-        assert (exact.norm(dim=1) <= bounds[2]).all()
-        assert (codes[:, 40:] == 0).all()
+    assert len(codes) == 1500
+    exact = W_enc.mT.double()
+    approximate = codes[:, :40].double() * bounds[0].double()[:, None]
+    removed = (exact - approximate).norm(dim=1)
+    assert (removed <= bounds[3]).all()
+    assert (bounds[3] <= removed * (1 + 1e-5) + 1e-30).all()
+    assert (exact.norm(dim=1) <= bounds[2]).all()
+    assert (codes[:, 40:] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", SCREENED_DTYPES, ids=str)
@@ -193,33 +194,101 @@ def test_an_index_out_of_range_is_nan_not_foreign_memory(cuda):
     assert out[1].isnan().all()
 
 
+def pursued(x, dictionary, l0, **options):
+    """Weights [n, F] of gradient pursuit by the ops of CUDA; l0 [n]."""
+    prepared = dm.prepare_dictionary(dictionary)  # with the codes of the CPU, which are not those of CUDA
+    no_bias = torch.zeros(len(dictionary), dtype=prepared.rows.dtype)
+    packed = torch.ops.darkmatter_emulated.prepare_encoder(prepared.rows.mT, no_bias, None)
+    packed = encode.PreparedEncoder(*packed, None, False)
+    prepared = dataclasses.replace(prepared, packed=packed)
+    ((_, atoms, weights),) = run_gradient_on_cuda([x.double()], [l0], prepared, Rules("gradient", **options))
+    return torch.zeros(len(x), len(dictionary), dtype=torch.float64).scatter_add(1, atoms, weights)
+
+
 @pytest.mark.parametrize("keep_chosen", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gradient_pursuit(emulated_ops, keep_chosen, dtype):
-    """The fused steps against the dense twin: the same atoms, the weights to rounding; own l0 of each token."""
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_atoms", [700, 1100])
+def test_gradient_pursuit(emulated_ops, keep_chosen, dtype, n_atoms):
+    """The fused steps against the dense twin: the same atoms, the weights to rounding; own l0 of each token.
+
+    700 atoms are too few to be screened. Zero tokens and atoms, a token that one atom explains."""
     torch.manual_seed(3)
-    x, dictionary = torch.randn(7, 36).to(dtype), torch.randn(1100, 36).to(dtype)
+    x, dictionary = torch.randn(7, 36).to(dtype), torch.randn(n_atoms, 36).to(dtype)
     x[2], dictionary[5], x[4] = 0.0, 0.0, dictionary[8] * 3
     l0 = torch.tensor([0, 1, 4, 12, 7, 12, 3])
     expected = reference.pursuit(x, dictionary, l0, keep_chosen=keep_chosen)
-    prepared = dm.prepare_dictionary(dictionary.double())  # as it is on CUDA
-    rules = Rules("gradient", keep_chosen=keep_chosen)
-    ((_, atoms, weights),) = run_gradient_on_cuda([x.double()], [l0], prepared, rules)
-    found = torch.zeros(7, 1100, dtype=torch.float64).scatter_add(1, atoms, weights.double())
+    found = pursued(x, dictionary, l0, keep_chosen=keep_chosen)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert torch.equal(found != 0, expected != 0)
     assert ((found != 0).sum(1) <= l0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("make", DICTIONARIES, ids=lambda make: make.__name__.strip("_"))
+def test_pursuit_of_ties_is_that_of_the_twin(emulated_ops, make, dtype):
+    """Atoms twice, axes and their negatives, near copies: of products equal up to rounding the lowest index is taken."""
+    dictionary = make(2600, 40).to(dtype)
+    x = torch.cat([targets(3, 40), made_of(dictionary.double(), 3)]).to(dtype)
+    x[1] = x[1].round()  # equal products of different axes
+    l0 = torch.tensor([5, 5, 2, 6, 6, 1])
+    expected = reference.pursuit(x, dictionary, l0)
+    found = pursued(x, dictionary, l0)
+    assert torch.equal(found != 0, expected != 0)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_choice_among_more_ties_than_a_list_holds(cuda):
+    """All atoms equal up to the last bit but one; some tokens rest. The lowest of the ties, or the one that is larger."""
+    torch.manual_seed(5)
+    n_atoms, n = 2600, 21
+    dictionary = torch.randn(1, 40).repeat(n_atoms, 1)
+    residual = dictionary[0].double() + 0.01 * torch.randn(n, 40, dtype=torch.float64)
+    dictionary[2000] *= 1 + 1e-6
+    packed = cuda.prepare_encoder(dictionary.mT, torch.zeros(n_atoms), None)
+    noise = torch.full((n,), 1e-9, dtype=torch.float64)
+    noise[::2] = 1e-3
+    l0, done = torch.full((n,), 3), torch.zeros(n, dtype=torch.int32)
+    done[4], l0[5] = 1, 1
+    choice = cuda.pursuit_choose(residual, dictionary, packed[2], packed[4], noise, l0, 1, done)
+    expected = torch.where(torch.arange(n) % 2 == 0, 0, 2000)
+    expected[4] = expected[5] = -1
+    assert torch.equal(choice, expected)
 
 
 def test_pursuit_stops_at_a_small_residual(emulated_ops):
     torch.manual_seed(4)
     x, dictionary = torch.randn(4, 36), torch.randn(1100, 36)
-    rules = Rules("gradient", residual_threshold=4.0)
-    prepared = dm.prepare_dictionary(dictionary.double())
-    ((_, atoms, weights),) = run_gradient_on_cuda([x.double()], [torch.full((4,), 9)], prepared, rules)
     expected = reference.pursuit(x, dictionary, 9, residual_threshold=4.0)
-    found = torch.zeros(4, 1100, dtype=torch.float64).scatter_add(1, atoms, weights.double())
+    found = pursued(x, dictionary, torch.full((4,), 9), residual_threshold=4.0)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert 0 < (found != 0).sum() < 36
+
+
+@pytest.mark.parametrize("method", ["matching", "orthogonal"])
+def test_other_pursuits_run_on_the_ops_of_cuda(emulated_ops, method):
+    torch.manual_seed(6)
+    x, dictionary = torch.randn(5, 36), torch.nn.functional.normalize(torch.randn(1100, 36), dim=1)
+    expected = reference.pursuit(x, dictionary, 4, method=method)
+    found = dm.pursuit(x, dictionary, 4, method=method).to_dense()
+    assert torch.equal(found != 0, expected != 0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", SCREENED_DTYPES, ids=str)
+def test_many_tokens_that_screening_cannot_help(cuda, dtype):
+    """Hundreds of marked tokens, in more groups than there are slots for their scores; others among them."""
+    x, W_enc, b_enc, b_dec = gaussian(300, 40, 2600, dtype)
+    W_enc[:, 1:] = W_enc[:, :1]  # as many ties as latents
+    b_enc[:] = b_enc[0]
+    W_enc[:, 7] *= 1.5
+    x[::3], x[5, 3], x[6, 0] = 0, NAN, math.inf
+    check_encoders(cuda, x, W_enc, b_enc, b_dec, k=20, threshold=0.5)
+
+
+@pytest.mark.parametrize("k", [600, 1024, 2600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_latents_than_are_screened(cuda, dtype, k):
+    check_encoders(cuda, *gaussian(11, 520, 2600, dtype), k=k, threshold=30.0)
 
 
 def test_the_emulator_finds_what_it_is_for(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from cases import emulated
 from cases.encoders import NOT_PACKED
 
-pytestmark = pytest.mark.slow  # a kernel that is off by default, emulated thread by thread
+pytestmark = pytest.mark.slow  # emulated thread by thread
 
 INF, NAN = math.inf, math.nan
 BIAS = 1  # of csrc/margins.h's BoundRow
@@ -31,9 +31,18 @@ def library():
 
 
 @pytest.fixture
-def fused(library, monkeypatch):
+def hopper(library, monkeypatch):
+    """The emulated device is of compute capability 9.0."""
+    monkeypatch.delenv("DARKMATTER_CUDA_FUSED", raising=False)
+    library.darkmatter_emulated_capability(90)
+    yield library
+    library.darkmatter_emulated_capability(80)
+
+
+@pytest.fixture
+def fused(hopper):
     """The emulated ops take the fused filter, which must have run; afterwards two multiprocessors and one order."""
-    monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "1")
+    library = hopper
     before = library.darkmatter_emulated_cluster_launches()
     yield library
     assert library.darkmatter_emulated_cluster_launches() > before
@@ -163,22 +172,41 @@ def test_numbers_that_are_not_finite(fused):
     Screened(W_enc, b_enc, None).check_topk(x, 9)  # with a b_dec, CUDA folds Inf into the bias and gives NaN
 
 
-def test_off_unless_asked_for(library, monkeypatch):
-    monkeypatch.delenv("DARKMATTER_CUDA_FUSED", raising=False)
-    before = library.darkmatter_emulated_cluster_launches()
+@pytest.mark.parametrize("reason", ["asked", "device"])
+def test_off_where_asked_for_and_on_other_devices(hopper, monkeypatch, reason):
+    if reason == "asked":
+        monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "0")
+    else:
+        hopper.darkmatter_emulated_capability(89)
+    before = hopper.darkmatter_emulated_cluster_launches()
     x, *weights = gaussian(2, 40, 8192)
     Screened(*weights).check_topk(x, 5)
-    assert library.darkmatter_emulated_cluster_launches() == before
+    assert hopper.darkmatter_emulated_cluster_launches() == before
 
 
-def test_codes_that_copies_cannot_take(library, monkeypatch):
+def test_codes_that_copies_cannot_take(hopper):
     """The copies want rows at multiples of 16 bytes: others are screened without the fused filter."""
-    monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "1")
     x, *weights = gaussian(2, 40, 8192)
     screened = Screened(*weights)
     weight, bias, codes, *rest = screened.packed
     moved = torch.empty(codes.numel() + 1, dtype=codes.dtype)[1:].view_as(codes).copy_(codes)
     screened.packed = weight, bias, moved, *rest
-    before = library.darkmatter_emulated_cluster_launches()
+    before = hopper.darkmatter_emulated_cluster_launches()
     screened.check_topk(x, 5)
-    assert library.darkmatter_emulated_cluster_launches() == before
+    assert hopper.darkmatter_emulated_cluster_launches() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_choices_of_pursuit(fused, dtype):
+    """The atom of the largest product, as float64 products say; tokens that rest get none."""
+    torch.manual_seed(1)
+    dictionary, residual = torch.randn(9000, 72).to(dtype), torch.randn(150, 72, dtype=torch.float64)
+    residual[3] = dictionary[4321] * 1e-9
+    packed = torch.ops.darkmatter_emulated.prepare_encoder(dictionary.mT, torch.zeros(9000, dtype=dtype), None)
+    noise, done = 1e-12 * residual.norm(dim=1), (torch.arange(150) % 5 == 0).int()
+    l0 = torch.full((150,), 2)
+    choice = torch.ops.darkmatter_emulated.pursuit_choose(
+        residual, dictionary, packed[2], packed[4], noise, l0, 1, done
+    )
+    expected = (residual @ dictionary.double().mT).argmax(1).masked_fill(done != 0, -1)
+    assert torch.equal(choice, expected)

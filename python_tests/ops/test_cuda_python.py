@@ -54,7 +54,9 @@ def test_gradient_pursuit_never_waits():
     """On fake CPU tensors, because a torch without CUDA cannot copy fake CUDA ones: a look at a number would fail as well."""
     with FakeTensorMode(shape_env=ShapeEnv()):
         packed = prepared_encoder(torch.empty)
-        chunk = pursuit_cuda._Chunk(N, 6, PreparedDictionary(packed.weight, torch.empty(F), packed))
+        dictionary = PreparedDictionary(packed.weight, torch.empty(F), packed)
+        vars(dictionary)["largest_norm"] = 1.0  # asked for once a dictionary, when it is first used
+        chunk = pursuit_cuda._Chunk(N, 6, dictionary)
         chunk.run(Rules("gradient"))
         assert chunk.weights.shape == (N, 6)
 

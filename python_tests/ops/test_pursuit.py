@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases.pursuit import DICTIONARIES, correlated, duplicates, made_of, targets, tied, unit, zero_atoms
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,52 +21,6 @@ VARIANTS = {
     "orthogonal-nonnegative": {"method": "orthogonal", "nonnegative": True},
 }
 each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-
-
-def unit(n, d, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(n, d, generator=g, dtype=torch.float64), dim=1)
-
-
-def _duplicates(n, d):
-    return unit(n // 2, d).repeat(2, 1)
-
-
-def _tied(n, d):
-    """Axes and their negatives, each several times: every product has equals."""
-    return torch.cat([torch.eye(d, dtype=torch.float64), -torch.eye(d, dtype=torch.float64)]).repeat(n, 1)[:n]
-
-
-def _zero_atoms(n, d):
-    atoms = unit(n, d)
-    atoms[::3] = 0
-    return atoms
-
-
-def _correlated(n, d):
-    """A cosine of about 0.8 between any two."""
-    return torch.nn.functional.normalize(unit(n, d) * 0.5 + unit(1, d, seed=1), dim=1)
-
-
-def _any_norm(n, d):
-    return unit(n, d) * torch.logspace(-1, 0.1, n, dtype=torch.float64)[:, None]
-
-
-DICTIONARIES = [unit, _duplicates, _tied, _zero_atoms, _correlated, _any_norm]
-
-
-def targets(n, d, seed=5):
-    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    x[0] = 0  # converged from the start
-    return x
-
-
-def made_of(D, n, active=6, seed=6):
-    """Targets that a few atoms of D add up to, with a little noise: near-ties and small residuals in many steps."""
-    g = torch.Generator().manual_seed(seed)
-    weights = torch.rand(n, len(D), generator=g, dtype=torch.float64)
-    weights = weights * (torch.rand(n, len(D), generator=g) < active / len(D))
-    return weights @ D + 0.02 * torch.randn(n, D.shape[1], generator=g, dtype=torch.float64)
 
 
 def assert_same_support(acts, twin):
@@ -97,7 +52,7 @@ def form(request, monkeypatch):
 def test_every_step_is_that_of_the_twin(options, make, n_atoms, d):
     D = make(n_atoms, d)
     x = targets(12, d)
-    if make is _zero_atoms:
+    if make is zero_atoms:
         x[1] = D[1] * 3  # one atom and converged
     before = x.clone(), D.clone()
     for l0 in (0, 1, 2, 3, 5, 8):
@@ -129,7 +84,7 @@ def test_every_step_has_the_support_of_the_twin_in_lower_precision(options, make
 
 @pytest.mark.slow
 @each_variant
-@pytest.mark.parametrize("make", [unit, _correlated], ids=["random", "correlated"])
+@pytest.mark.parametrize("make", [unit, correlated], ids=["random", "correlated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_thousand_rows_have_the_supports_of_the_twin(options, make, dtype, form):
     """A cosine of about 0.8 between atoms; targets of noise, of a few atoms, and of many."""
@@ -147,8 +102,8 @@ def test_two_thousand_rows_have_the_supports_of_the_twin(options, make, dtype, f
 @each_variant
 def test_dtypes_are_not_mixed_by_rounding(options):
     """x and bias finer than the dictionary: the difference is not rounded to float32 on the way in."""
-    D, bias = _correlated(300, 40).float(), torch.linspace(-300, 300, 40, dtype=torch.float64)
-    x = made_of(_correlated(300, 40), 12) + bias
+    D, bias = correlated(300, 40).float(), torch.linspace(-300, 300, 40, dtype=torch.float64)
+    x = made_of(correlated(300, 40), 12) + bias
     ours = dm.pursuit(x, D, 8, bias=bias, residual_threshold=0.1, **options)
     assert_same_support(ours, reference.pursuit(x, D, 8, bias=bias, residual_threshold=0.1, **options))
 
@@ -281,7 +236,7 @@ def test_orthogonal_refits():
 @given(
     st.integers(0, 10_000),
     st.sampled_from(["matching", "orthogonal", "nonnegative"]),
-    st.sampled_from([unit, _duplicates, _tied, _correlated]),
+    st.sampled_from([unit, duplicates, tied, correlated]),
     st.sampled_from([torch.float64, torch.float32]),
 )
 def test_the_residual_never_grows(seed, method, make, dtype):

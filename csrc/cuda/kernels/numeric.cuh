@@ -82,6 +82,23 @@ DM_HOST_DEVICE inline float key_float(uint32_t key) {
   return bits_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
+// The same of float64.
+DM_HOST_DEVICE inline uint64_t ordered_key(double value) {
+  if (value != value) {
+    return ~uint64_t{0};
+  }
+  value = value == 0.0 ? 0.0 : value;
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits >> 63 != 0 ? ~bits : bits | uint64_t{1} << 63;
+}
+DM_HOST_DEVICE inline double key_double(uint64_t key) {
+  const uint64_t bits = key >> 63 != 0 ? key & ~(uint64_t{1} << 63) : ~key;
+  double value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 // (value, latent) in one number: larger value first, of equals the lower latent. Never 0.
 DM_HOST_DEVICE inline uint64_t ranked(float value, int32_t latent) {
   return static_cast<uint64_t>(ordered_key(value)) << 32 | (0xffffffffu - static_cast<uint32_t>(latent));

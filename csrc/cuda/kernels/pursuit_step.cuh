@@ -5,25 +5,24 @@
 // a weight was clamped: 2 s d elements a token, which is what the sparse ops apart would read, without their launches.
 #pragma once
 
-#include "cuda/kernels/block.cuh"
+#include "cuda/kernels/wide_rows.cuh"
 
 namespace darkmatter::cuda {
 
-constexpr int kAtomsAhead = 8;
-
-// What a step reads and changes of the tokens.
-template <typename T>
+// What a step reads and changes of the tokens. All in float64 but the dictionary.
+template <typename W>
 struct PursuitState {
-  const T* target;        // [N, d]
-  const T* dictionary;    // [F, d]
+  const double* target;   // [N, d]
+  const W* dictionary;    // [F, d]
   const int64_t* choice;  // [N] the atom chosen in this step
+  const double* noise;    // [N] a product of at most so much is 0
   const int64_t* l0;      // [N] steps of each token
-  T* residual;            // [N, d]
+  double* residual;       // [N, d]
   int64_t* atoms;         // [N, s_max]
-  T* weights;             // [N, s_max]
+  double* weights;        // [N, s_max]
   int64_t* n_chosen;      // [N]
   int* done;              // [N] converged, or its residual is small enough
-  T* direction;           // [N, d] scratch
+  double* direction;      // [N, d] scratch
   int64_t d, s_max;
 };
 
@@ -34,7 +33,7 @@ struct PursuitRules {
 };
 
 struct PursuitShared {
-  int place, chosen, clamped;
+  int place;
   double partial[kWarps];
 };
 
@@ -54,14 +53,16 @@ __device__ inline double block_sum(double value, PursuitShared& shared) {
   return sum;
 }
 
-// The place of the atom chosen in the token's list, appended where it is new.
-template <typename T>
-__device__ void choose_place(const PursuitState<T>& state, int64_t token, PursuitShared& shared) {
+// The place of the atom chosen in the token's list, appended where it is new; and the length of the list then.
+struct Place {
+  int place, count;
+};
+template <typename W>
+__device__ Place choose_place(const PursuitState<W>& state, int64_t token, PursuitShared& shared) {
   const int64_t* atoms = state.atoms + token * state.s_max;
   const int n = static_cast<int>(state.n_chosen[token]);
   if (threadIdx.x == 0) {
     shared.place = n;
-    shared.clamped = 0;
   }
   __syncthreads();
   for (int a = threadIdx.x; a < n; a += kThreads) {
@@ -70,110 +71,88 @@ __device__ void choose_place(const PursuitState<T>& state, int64_t token, Pursui
     }
   }
   __syncthreads();
-  shared.chosen = shared.place == n ? n + 1 : n;  // the same from every thread
-  if (threadIdx.x == 0 && shared.place == n) {
+  const int place = shared.place;
+  if (threadIdx.x == 0 && place == n) {
     state.atoms[token * state.s_max + n] = state.choice[token];
     state.n_chosen[token] = n + 1;
   }
   __syncthreads();
+  return {place, place == n ? n + 1 : n};
 }
 
-// visit(column, sum over the support of factors_a dictionary[atom_a, column]) for every column, one thread a column.
-template <typename T, typename Visit>
-__device__ void weighted_atoms(
-    const PursuitState<T>& state, const int64_t* atoms, const T* factors, int count, const Visit& visit) {
-  for (int64_t column = threadIdx.x; column < state.d; column += kThreads) {
-    double sum = 0.0;
-    const auto add = [&](int a, auto n) {  // n loads in flight
-      T ahead[n.value];
-#pragma unroll
-      for (int i = 0; i < n.value; ++i) {
-        ahead[i] = state.dictionary[atoms[a + i] * state.d + column];
-      }
-#pragma unroll
-      for (int i = 0; i < n.value; ++i) {
-        const double factor = widen(factors[a + i]), with = fma(factor, widen(ahead[i]), sum);
-        sum = factor == 0.0 ? sum : with;
-      }
-    };
-    int a = 0;
-    for (; a + kAtomsAhead <= count; a += kAtomsAhead) {
-      add(a, std::integral_constant<int, kAtomsAhead>());
-    }
-    for (; a < count; ++a) {
-      add(a, std::integral_constant<int, 1>());
-    }
-    visit(column, sum);
-  }
-}
-
-template <typename T>
+template <typename W, int kWidth>
 __global__ void __launch_bounds__(kThreads, kDotBlocks)
-    pursuit_step_kernel(PursuitState<T> state, PursuitRules rules, bool staged) {
+    pursuit_step_kernel(PursuitState<W> state, PursuitRules rules, bool staged) {
   const int64_t token = blockIdx.x;
   if (rules.step >= state.l0[token] || state.done[token] != 0) {
     return;  // the whole block
   }
   Arena arena{shared_memory()};
   double* storage = staged ? arena.take<double>(state.d) : nullptr;
-  T* gradient = arena.take<T>(state.s_max);
-  T* moved = arena.take<T>(state.s_max);
+  double* gradient = arena.take<double>(state.s_max);
+  double* moved = arena.take<double>(state.s_max);
   PursuitShared& shared = *arena.take<PursuitShared>(1);
-  T* residual = state.residual + token * state.d;
-  T* weights = state.weights + token * state.s_max;
+  double* residual = state.residual + token * state.d;
+  double* weights = state.weights + token * state.s_max;
   const int64_t* atoms = state.atoms + token * state.s_max;
-  choose_place(state, token, shared);
-  const int count = shared.chosen, place = shared.place;
+  const auto [place, count] = choose_place(state, token, shared);
 
   // The gradient of half the squared residual, on the support: the atom just chosen and those in use.
-  const double* row = stage_row(residual, state.d, storage);
+  if (staged) {
+    stage_row(residual, state.d, storage);
+  }
+  const double* row = staged ? storage : residual;
+  bool moving = false;
   for (int a = static_cast<int>(threadIdx.x) / kLanes; a < count; a += kGroups) {
-    const bool moves = a == place || rules.keep_chosen || widen(weights[a]) != 0.0;
-    const double product = moves ? row_dot(row, residual, state.dictionary + atoms[a] * state.d, state.d) : 0.0;
+    const bool moves = a == place || rules.keep_chosen || weights[a] != 0.0;
+    const double product = moves ? lanes_dot(row, state.dictionary + atoms[a] * state.d, state.d) : 0.0;
+    moving |= fabs(product) > state.noise[token];
     if (threadIdx.x % kLanes == 0) {
-      gradient[a] = rounded<T>(product);
+      gradient[a] = product;
     }
   }
-  __syncthreads();
+  if (__syncthreads_or(moving) == 0) {  // converged; the released code divides 0 by 0 here
+    if (threadIdx.x == 0) {
+      state.done[token] = 1;
+    }
+    return;  // the whole block
+  }
 
   // Line search along c = g D: <c, r> / <c, c>.
-  T* direction = state.direction + token * state.d;
+  double* direction = state.direction + token * state.d;
   double energy = 0.0, gain = 0.0;
-  weighted_atoms(state, atoms, gradient, count, [&](int64_t column, double sum) {
-    direction[column] = rounded<T>(sum);
-    const double c = widen(direction[column]);
-    energy += c * c;
-    gain += c * widen(residual[column]);
+  weighted_columns<kWidth>(state.dictionary, state.d, atoms, gradient, count, [&](int64_t column, double sum) {
+    direction[column] = sum;
+    energy += sum * sum;
+    gain += sum * row[column];
   });
   energy = block_sum(energy, shared);
   gain = block_sum(gain, shared);
-  if (energy == 0.0) {  // converged; the released code divides 0 by 0 here
+  if (energy == 0.0) {
     if (threadIdx.x == 0) {
       state.done[token] = 1;
     }
     return;  // the whole block
   }
   const double length = gain / energy;
+  bool clamps = false;
   for (int a = threadIdx.x; a < count; a += kThreads) {
-    const double weight = widen(weights[a]) + length * widen(gradient[a]);
-    if (weight < 0.0) {
-      shared.clamped = 1;
-    }
-    moved[a] = rounded<T>(relu(weight));
+    const double weight = weights[a] + length * gradient[a];
+    clamps |= weight < 0.0;
+    moved[a] = relu(weight);
     weights[a] = moved[a];
   }
-  __syncthreads();
 
   double squares = 0.0;
-  if (shared.clamped != 0) {  // the weights did not move along the gradient
-    weighted_atoms(state, atoms, moved, count, [&](int64_t column, double sum) {
-      residual[column] = rounded<T>(widen(state.target[token * state.d + column]) - sum);
-      squares += widen(residual[column]) * widen(residual[column]);
+  if (__syncthreads_or(clamps) != 0) {  // the weights did not move along the gradient
+    weighted_columns<kWidth>(state.dictionary, state.d, atoms, moved, count, [&](int64_t column, double sum) {
+      residual[column] = state.target[token * state.d + column] - sum;
+      squares += residual[column] * residual[column];
     });
   } else {
     for (int64_t column = threadIdx.x; column < state.d; column += kThreads) {
-      residual[column] = rounded<T>(widen(residual[column]) - length * widen(direction[column]));
-      squares += widen(residual[column]) * widen(residual[column]);
+      residual[column] -= length * direction[column];
+      squares += residual[column] * residual[column];
     }
   }
   squares = block_sum(squares, shared);

@@ -42,18 +42,23 @@ DM_HOST_DEVICE inline RowScale row_scale(double largest, double squares) {
   return {power, true};
 }
 
-// The bounds of a token: e_ij = alpha_i norm_j + beta_i rounding_j + slack_j.
+// The bounds of a token: e_ij = alpha_i norm_j + beta_i rounding_j + slack_j + extra_i. `extra` widens the intervals of
+// one that asks for all pre-activations up to so much below the best.
 struct TokenBounds {
-  float alpha, beta;
+  float alpha, beta, extra;
+
+  DM_HOST_DEVICE float error(float norm, float rounding, float slack) const {
+    return fmaf(alpha, norm, fmaf(beta, rounding, slack)) + extra;
+  }
 };
 // norm, removed: ||x - c|| and ||dx||; raw: ||x|| + ||c||, which the float64 sums of the exact answer err in proportion
 // to.
-DM_HOST_DEVICE inline TokenBounds token_bounds(double norm, double removed, double raw, int64_t d) {
+DM_HOST_DEVICE inline TokenBounds token_bounds(double norm, double removed, double raw, int64_t d, double extra) {
   const double rounded_norm = norm + removed;
   const double exact_error = 4.0 * static_cast<double>(d + 2) * 0x1p-53 * raw;
   return {
       rounded_up((removed + (accumulation_error(d) + 0x1p-20) * rounded_norm + exact_error) * kOutward),
-      rounded_up(rounded_norm * (1.0 + accumulation_error(d)) * kOutward)};
+      rounded_up(rounded_norm * (1.0 + accumulation_error(d)) * kOutward), rounded_up(extra * kOutward)};
 }
 
 __device__ inline double warp_sum(double value) {
@@ -127,12 +132,29 @@ __global__ void round_latents_kernel(
   }
 }
 
+// Who answers for a token.
+constexpr int kByScreen = 0, kExactly = 1, kNobody = 2;
+
 // The tokens of a tile, ready to be screened.
 struct ScreenedTokens {
   __half* codes;        // [n, d_padded]
   float* scale;         // [n]
   TokenBounds* bounds;  // [n]
-  int* exact;           // [n] nonzero: screening does not help this token, the exact path decides
+  int* exact;           // [n] kExactly: screening does not help this token, the exact path decides
+};
+
+// What a step of pursuit knows of its tokens [n]; null in an encode. Resting tokens are answered by nobody.
+struct TokenRules {
+  const double* noise = nullptr;  // products that fall short of the best by at most so much are wanted too
+  const int* done = nullptr;
+  const int64_t* l0 = nullptr;
+  int64_t step = 0;
+
+  __device__ double extra(int64_t token) const { return noise != nullptr ? noise[token] : 0.0; }
+  __device__ bool rests(int64_t token) const { return noise != nullptr && (done[token] != 0 || l0[token] <= step); }
+  TokenRules from(int64_t first) const {
+    return noise != nullptr ? TokenRules{noise + first, done + first, l0 + first, step} : *this;
+  }
 };
 
 // The candidates of every (token, range of latents) of a tile of tokens.
@@ -148,8 +170,8 @@ struct CandidateLists {
 // Codes and bounds of the tokens of a tile, and empty lists for them. One warp a token.
 template <typename T>
 __global__ void round_tokens_kernel(
-    const T* __restrict__ x, const T* __restrict__ b_dec, int64_t n, int64_t d, int64_t d_padded, ScreenedTokens tokens,
-    CandidateLists lists) {
+    const T* __restrict__ x, const T* __restrict__ b_dec, int64_t n, int64_t d, int64_t d_padded, TokenRules rules,
+    ScreenedTokens tokens, CandidateLists lists) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (token >= n) {
     return;  // whole warps
@@ -161,8 +183,8 @@ __global__ void round_tokens_kernel(
   }
   if (lane == 0) {
     tokens.scale[token] = static_cast<float>(ldexp(1.0, -row.scale.power));
-    tokens.bounds[token] = token_bounds(row.norm, row.removed, row.raw, d);
-    tokens.exact[token] = row.scale.usable ? 0 : 1;
+    tokens.bounds[token] = token_bounds(row.norm, row.removed, row.raw, d, rules.extra(token));
+    tokens.exact[token] = rules.rests(token) ? kNobody : row.scale.usable ? kByScreen : kExactly;
     if (lists.limit != nullptr) {
       lists.limit[token] = ordered_key(-INFINITY);
     }
@@ -178,7 +200,7 @@ DM_HOST_DEVICE inline Interval interval_of(
     float product, float token_scale, TokenBounds token, float scale, float bias, float norm, float rounding,
     float slack) {
   const float score = fmaf(product, token_scale * scale, bias);
-  const float error = fmaf(token.alpha, norm, fmaf(token.beta, rounding, slack));
+  const float error = token.error(norm, rounding, slack);
   const float lower = score - error, upper = score + error;
   return {lower == lower ? lower : -INFINITY, upper == upper ? upper : INFINITY};
 }

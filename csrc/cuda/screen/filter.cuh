@@ -112,7 +112,7 @@ struct FilterShared {
       limit[t] = real && lists.limit != nullptr ? key_float(lists.limit[token]) : 0.0f;
       count[t] = real ? lists.count[token * lists.ranges + block.range] : 0;
       scale[t] = real ? tokens.scale[token] : 0.0f;
-      bounds[t] = real ? tokens.bounds[token] : TokenBounds{0.0f, 0.0f};
+      bounds[t] = real ? tokens.bounds[token] : TokenBounds{0.0f, 0.0f, 0.0f};
       added[t] = cursor[t] = 0;
     }
     __syncthreads();

@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kThreads) filter_threshold_kernel(
     const int64_t token = block.first_token + t;
     if (shared.active[t] && shared.count[t] <= kList) {
       lists.count[token * lists.ranges + block.range] = shared.count[t];
-    } else {
-      tokens.exact[token] = 1;
+    } else if (tokens.exact[token] == kByScreen) {
+      tokens.exact[token] = kExactly;
     }
   }
 }

@@ -146,8 +146,8 @@ __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_topk_kernel(
     if (shared.active[t]) {
       lists.count[token * lists.ranges + tile.block.range] = shared.count[t];
       atomicMax(&lists.limit[token], ordered_key(shared.limit[t]));
-    } else {
-      tokens.exact[token] = 1;
+    } else if (tokens.exact[token] == kByScreen) {
+      tokens.exact[token] = kExactly;
     }
   }
 }

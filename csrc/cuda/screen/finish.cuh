@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) finish_topk_kernel(
   const int count = gather_candidates(lists, token, arrays, &shared.count);
   if (count > kList) {
     if (threadIdx.x == 0) {
-      tokens.exact[token] = 1;
+      tokens.exact[token] = kExactly;
     }
     return;  // the whole block
   }
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_kernel(
   }
   if (count > kList) {
     if (threadIdx.x == 0) {
-      tokens.exact[token] = 1;
+      tokens.exact[token] = kExactly;
     }
     return;  // the whole block
   }
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_kernel(
     const bool fits = static_cast<int64_t>(start) + kept <= pool.capacity;
     pool.start[first_token + token] = static_cast<int64_t>(start);
     pool.count[first_token + token] = fits ? kept : 0;
-    tokens.exact[token] = fits ? 0 : 1;
+    tokens.exact[token] = fits ? kByScreen : kExactly;
     shared.others = fits;
   }
   __syncthreads();

@@ -15,7 +15,7 @@ constexpr int kEmptyRegisters = 64;  // more than a kernel compiled to nothing h
 
 bool FusedFilter::available(const OnDevice& device, const Tensor& codes) {
   const char* wanted = std::getenv("DARKMATTER_CUDA_FUSED");
-  return wanted != nullptr && std::string_view(wanted) == "1" && device.capability == 90 &&
+  return (wanted == nullptr || std::string_view(wanted) != "0") && device.capability == 90 &&
          device.registers(fused_filter_kernel) > kEmptyRegisters &&
          reinterpret_cast<uintptr_t>(codes.const_data_ptr()) % 16 == 0;
 }

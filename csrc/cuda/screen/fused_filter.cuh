@@ -269,7 +269,7 @@ struct TokenRow {
       return INFINITY;
     }
     const float limit_value = key_float(limit);
-    const float error = fmaf(bounds.alpha, largest.norm, fmaf(bounds.beta, largest.rounding, largest.slack));
+    const float error = bounds.error(largest.norm, largest.rounding, largest.slack);
     return limit_value - error - (fabsf(limit_value) + error) * 0x1p-20f;
   }
 };
@@ -397,7 +397,7 @@ __device__ inline void take_hit(const FusedWork& work, const Hit& hit, int64_t f
   }
   const int place = atomicAdd(&work.lists.count[token], 1);
   if (place >= kList) {
-    work.tokens.exact[token] = 1;
+    work.tokens.exact[token] = kExactly;
     return;
   }
   const CandidateList list(work.lists, token, 0);

@@ -21,7 +21,7 @@ struct FusedQuestion {
 // since each launch samples all of it. A list that overflows sends its token the exact way.
 class FusedFilter {
  public:
-  // Where DARKMATTER_CUDA_FUSED=1 asks for it and the device has the code.
+  // Where the device has the code: compute capability 9.0, unless DARKMATTER_CUDA_FUSED=0 asks for the other screen.
   static bool available(const OnDevice& device, const Tensor& codes);
 
   FusedFilter(const OnDevice& device, const Tensor& codes, const Tensor& bounds, const FusedQuestion& question);

@@ -35,10 +35,18 @@ class OnDevice {
     return 255;
   }
 
-  void read(const int64_t* from, int64_t* to, int count) const { std::copy_n(from, count, to); }
+  struct Number {
+    const int64_t* from;
+    int64_t* to;
+  };
+  void read(std::initializer_list<Number> numbers) const {
+    for (const Number& number : numbers) {
+      *number.to = *number.from;
+    }
+  }
 
   int multiprocessors = simt::multiprocessors;
-  int capability = 90;
+  int capability = simt::capability;
 };
 
 inline void half_products(
