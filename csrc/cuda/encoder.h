@@ -64,19 +64,20 @@ int64_t exact_groups(int64_t n_tokens, int64_t n_latents) {
   return std::max<int64_t>(1, std::min(kExactBytes / bytes, ceil_div(n_tokens, kExactTokens)));
 }
 
-// The tokens with a mark, as a list made on the device.
+// The tokens with a mark, as a list made on the device; and counters that begin at 0.
 class MarkedList {
  public:
-  MarkedList(const OnDevice& device, const Tensor& marks, int mark)
+  MarkedList(const OnDevice& device, const Tensor& marks, int mark, int64_t counters = 0)
       : list_(torch::stable::new_empty(marks, {marks.numel()}, ScalarType::Long)),
-        number_(torch::stable::new_zeros(marks, {1}, ScalarType::Long)) {
+        number_(torch::stable::new_zeros(marks, {1 + counters}, ScalarType::Long)) {
     device.launch(
         list_marked_kernel, dim3(static_cast<unsigned>(ceil_div(marks.numel(), kThreads))), kThreads, 0,
         data<int>(marks), marks.numel(), mark, tokens());
   }
 
   MarkedTokens tokens() const { return {mutable_data<int64_t>(list_), mutable_data<unsigned long long>(number_)}; }
-  const Tensor& number() const { return number_; }
+  const int64_t* number() const { return data<int64_t>(number_); }
+  unsigned long long* counters() const { return mutable_data<unsigned long long>(number_) + 1; }
 
  private:
   Tensor list_, number_;

@@ -65,14 +65,12 @@ static void choose(const OnDevice& device, const ChooseArguments& of) {
         mark_unless_resting_kernel, dim3(static_cast<unsigned>(ceil_div(n, kThreads))), kThreads, 0, of.rules, n,
         mutable_data<int>(marks));
   }
-  const MarkedList marked(device, marks, kExactly);
-  const Tensor best = torch::stable::new_zeros(of.choice, {n});
+  const MarkedList marked(device, marks, kExactly, n);
   auto* lowest = mutable_data<unsigned long long>(of.choice);
   for (unsigned long long* pass : {static_cast<unsigned long long*>(nullptr), lowest}) {
     device.launch(
         exact_choice_kernel<W>, dim3(static_cast<unsigned>(kExactBlocks * device.multiprocessors)), kThreads,
-        sizeof(ExactShared), products_of<W>(of), marked.tokens(), data<double>(of.noise),
-        mutable_data<unsigned long long>(best), pass);
+        sizeof(ExactShared), products_of<W>(of), marked.tokens(), data<double>(of.noise), marked.counters(), pass);
   }
 }
 

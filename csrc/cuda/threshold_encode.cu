@@ -134,7 +134,7 @@ static std::tuple<Tensor, Tensor, Tensor> above(
   device.read(
       {{data<int64_t>(crow) + x.size(0), &n_kept},
        {data<int64_t>(kept.found) + 1, &n_nan},
-       {data<int64_t>(marked.number()), &n_marked}});
+       {marked.number(), &n_marked}});
   require(n_nan == 0, "threshold: must not contain NaN, got ", n_nan, " NaN");
   if (n_marked > 0) {
     exact_threshold<T>(device, x, packed, marked.tokens(), n_marked, thresholds, {mutable_data<int64_t>(kept.count)});

@@ -17,17 +17,11 @@ static void exact_topk(
     const Tensor& indices) {
   const int64_t n = x.size(0), n_latents = packed.weight.size(0), groups = ceil_div(n, kExactTokens);
   const int64_t slots = exact_groups<T>(n, n_latents);
-  const MarkedList marked(device, marks, kExactly);
-  const Tensor ticket = torch::stable::new_zeros(x, {1}, ScalarType::Long);
-  const Tensor counters = torch::stable::new_zeros(x, {2, groups}, ScalarType::Int);
+  const MarkedList marked(device, marks, kExactly, 1 + groups);
+  auto* counters = reinterpret_cast<int*>(marked.counters() + 1);  // two a group
   const Tensor scores = torch::stable::new_empty(x, {slots, kExactTokens, n_latents});
-  const ExactWork<T> work{
-      marked.tokens(),
-      mutable_data<unsigned long long>(ticket),
-      mutable_data<int>(counters),
-      mutable_data<int>(counters) + groups,
-      mutable_data<T>(scores),
-      slots};
+  const ExactWork<T> work{marked.tokens(),   marked.counters(),       counters,
+                          counters + groups, mutable_data<T>(scores), slots};
   device.launch(
       exact_topk_kernel<T>, dim3(static_cast<unsigned>(kExactBlocks * device.multiprocessors)), kThreads,
       sizeof(ExactTopKShared), exact_products<T>(x, packed), work, k, mutable_data<T>(values),

@@ -103,7 +103,7 @@ struct MarkedTokens {
   unsigned long long* number;  // of them
 };
 
-__global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads)
     list_marked_kernel(const int* __restrict__ marks, int64_t n, int mark, MarkedTokens marked) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (token < n && marks[token] == mark) {

@@ -58,7 +58,7 @@ bool loads_vectors(const W* rows, int64_t d) {
 
 // out [N, d] = sums of rows [F, d] weighted by values [N, k]. An index out of range makes NaN. Grid: tokens.
 template <typename W, int kWidth>
-__global__ void __launch_bounds__(kThreads) wide_decode_kernel(
+__global__ void __launch_bounds__(kThreads, kDecodeBlocks) wide_decode_kernel(
     const double* __restrict__ values, ActiveLatents active, const W* __restrict__ rows, int64_t d,
     double* __restrict__ out) {
   const int64_t token = blockIdx.x, begin = active.begin(token);

@@ -97,7 +97,7 @@ inline __device__ __noinline__ void take_hits(
 }
 
 // Top-k. The products of all tokens of the block are loaded before the first is used.
-__global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_topk_kernel(
+static __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_topk_kernel(
     ScoreChunk chunk, ScreenedLatents latents, ScreenedTokens tokens, CandidateLists lists, int k,
     RoundingMargin margin) {
   Tile tile(chunk, latents, lists);
