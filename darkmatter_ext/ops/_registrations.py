@@ -36,13 +36,15 @@ def _prepare_rows_fake(
     rows: Tensor, b_enc: Tensor, b_dec: Tensor | None, gain: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     n_latents, d = rows.shape
-    # What is stored for screening depends on the machine that runs, so its sizes are unknown here.
-    n_codes, padded, n_groups = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
+    # What is stored for screening depends on the machine that runs, so its sizes are unknown here. (A size that is asked
+    # for and not used is an error to torch.)
+    size = torch.library.get_ctx().new_dynamic_size
+    padded = size()
     if rows.is_cuda:
         codes = rows.new_empty(padded, -(-d // 64) * 64, dtype=torch.float16)  # screen_padded of certificate.cuh
         n_sums = n_groups = 0
     else:
-        codes, n_sums = rows.new_empty(n_codes, dtype=torch.int8), padded
+        codes, n_sums, n_groups = rows.new_empty(size(), dtype=torch.int8), padded, size()
     return (
         rows.new_empty(n_latents, dtype=torch.float64),
         codes,

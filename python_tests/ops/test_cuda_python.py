@@ -5,7 +5,9 @@ They fail where tensors of two devices meet, and where the host would have to wa
 
 import pytest
 import torch
+from cases.ops import ON_CUDA
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import darkmatter_ext as dm
@@ -59,6 +61,29 @@ def test_gradient_pursuit_never_waits():
         chunk = pursuit_cuda._Chunk(N, 6, dictionary)
         chunk.run(Rules("gradient"))
         assert chunk.weights.shape == (N, 6)
+
+
+TRACED = {case.op: case for case in ON_CUDA if case.op != "screen_intervals"}  # which is for tests
+
+
+@pytest.mark.parametrize("op", TRACED)
+def test_ops_can_be_traced(on_cuda, op):
+    """Sizes that are known only when an op has run are given to its results, each of them: else torch cannot compile it."""
+    case = TRACED[op]
+    arguments = [
+        on_cuda(*value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+        for value in case.make(torch.float32)
+    ]
+    places = [place for place, value in enumerate(arguments) if isinstance(value, torch.Tensor)]
+
+    def run(*tensors):
+        filled = list(arguments)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        return case.call()(*filled)
+
+    graph = make_fx(run, tracing_mode="symbolic")(*(arguments[place] for place in places))
+    assert any(op in str(node.target) for node in graph.graph.nodes)
 
 
 def test_tensors_of_two_devices_are_told(on_cuda):
