@@ -78,6 +78,7 @@ struct Fiber {
   std::deque<std::vector<Work>> groups;
   std::vector<Work> open;
   bool fenced = false;
+  size_t votes = 0;  // barriers so far at which the block voted
 };
 
 // Threads of a warp exchanging values. Two sets of slots: nobody can be two exchanges ahead.
@@ -147,6 +148,16 @@ class Block {
   void sync() {
     at_barrier_[fibers_[running_].rank].push_back(running_);
     yield();
+  }
+  // The barrier that also tells whether any thread's value is not 0.
+  bool sync_or(bool value) {
+    Fiber& fiber = fibers_[running_];
+    std::vector<bool>& votes = votes_[fiber.rank];
+    const size_t at = fiber.votes++;
+    votes.resize(std::max(votes.size(), at + 1));
+    votes[at] = votes[at] || value;
+    sync();
+    return votes[at];
   }
   void sync_cluster() {
     at_cluster_barrier_.push_back(running_);
@@ -264,6 +275,7 @@ class Block {
   std::vector<int> ready_, at_cluster_barrier_;
   std::map<const void*, std::vector<int>> asleep_;
   std::vector<std::vector<int>> at_barrier_;
+  std::map<int, std::vector<bool>> votes_;  // of each block
   std::vector<int> live_;
   std::vector<Work> behind_;
   std::map<std::pair<int, unsigned>, Meeting> meetings_;
@@ -318,7 +330,9 @@ inline void run_grid(dim3 grid, int threads, size_t shared, const Work& body, in
 #define gridDim (simt::Block::current()->grid)
 
 inline void __syncthreads() { simt::Block::current()->sync(); }
+inline int __syncthreads_or(int value) { return simt::Block::current()->sync_or(value != 0); }
 inline void __syncwarp() { simt::Block::current()->exchange(0xffffffffu, 0); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <typename E>
 E __shfl_xor_sync(unsigned mask, E value, int lanes) {

@@ -24,7 +24,8 @@ class FusedFilter {
   // Where DARKMATTER_CUDA_FUSED=1 asks for it and the device has the code.
   static bool available(const OnDevice& device, const Tensor& codes);
 
-  FusedFilter(const OnDevice& device, const Tensor& codes, const Tensor& bounds, const FusedQuestion& question);
+  FusedFilter(
+      const OnDevice& device, const Tensor& codes, const ScreenedLatents& latents, const FusedQuestion& question);
 
   int64_t step() const { return step_; }
   int64_t first_latents() const;  // how many the tiles of the first step are
@@ -43,7 +44,6 @@ class FusedFilter {
   int64_t d_padded_;
   int tiles_, step_ = 1;
   hopper::TensorMap latent_map_;
-  Tensor screens_, largest_;
 };
 
 }  // namespace darkmatter::cuda
