@@ -104,6 +104,13 @@ struct FilterShared {
     const float own = key_float(atomicMax(&limit[t], 0u));
     test[buffer][run][t] = {scale[t], active[t] != 0 ? least_score(own, bounds[t], largest) : INFINITY};
   }
+  // All tests of the warp's own token; `largest` of run lane % kTileRuns.
+  __device__ void set_own_tests(int buffer, const LargestBounds& largest) {
+    __syncwarp();
+    if (threadIdx.x % 32 < kTileRuns) {
+      set_test(buffer, threadIdx.x / 32, threadIdx.x % 32, largest);
+    }
+  }
 };
 
 // The largest bounds of the latents in a run of the tile from `from` on; of any latents beyond the end.
@@ -184,6 +191,7 @@ struct CandidateList {
   int32_t* latent;
   float *lower, *upper;
 
+  __device__ CandidateList(int32_t* latent, float* lower, float* upper) : latent(latent), lower(lower), upper(upper) {}
   __device__ CandidateList(const CandidateLists& lists, int64_t token, int range) {
     const int64_t at = (token * lists.ranges + range) * kList;
     latent = lists.latent + at;

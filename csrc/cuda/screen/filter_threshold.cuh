@@ -12,12 +12,10 @@ __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_threshold_kern
     return;  // the whole block
   }
   FilterShared& shared = *Arena{shared_memory()}.take<FilterShared>(1);
+  const LargestBounds largest = largest_of(latents, block, block.begin, threadIdx.x % kTileRuns);
   shared.load(block, tokens, lists, kList);
   __syncthreads();
-  if (threadIdx.x < kTileRuns * kFilterTokens) {
-    const int run = threadIdx.x / kFilterTokens;
-    shared.set_test(0, threadIdx.x % kFilterTokens, run, largest_of(latents, block, block.begin, run));
-  }
+  shared.set_own_tests(0, largest);
   __syncthreads();
   scan_chunk(
       latents, block, shared,

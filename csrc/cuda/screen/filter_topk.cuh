@@ -29,15 +29,6 @@ struct TopKLimits {
 
   __device__ int own() const { return threadIdx.x / 32; }
 
-  // Sets the warp's own token's tests anew.
-  __device__ void set_tests(int buffer, int from) const {
-    __syncwarp();
-    if (threadIdx.x % 32 < kTileRuns) {
-      const int run = threadIdx.x % 32;
-      shared.set_test(buffer, own(), run, largest_of(latents, block, from, run));
-    }
-  }
-
   // Gives the warp's token a limit if it has none: what the lower bounds of the first tile prove, which are written
   // behind its list for a while.
   __device__ void start() const {
@@ -67,7 +58,6 @@ struct TopKLimits {
     if (lane == 0) {
       shared.limit[t] = proven;
     }
-    set_tests(0, block.begin);
   }
 
   // Tightens the warp's token's list if it is past its mark; one that went past its end sends the token the exact way.
@@ -76,11 +66,13 @@ struct TopKLimits {
     if (shared.active[t] == 0 || count <= shared.mark[t]) {
       return;  // the whole warp
     }
+    const LargestBounds largest = largest_of(latents, block, next, threadIdx.x % kTileRuns);
     const bool fits = count <= kList;
     Tightened after{shared.limit[t], count};
     if (fits) {
-      after = tighten(
-          CandidateList(lists, block.first_token + t, block.range), count, after.limit, k, margin, shared.bins[t]);
+      const int at = block.list(t);
+      const CandidateList list(lists.latent + at, lists.lower + at, lists.upper + at);
+      after = tighten(list, count, after.limit, k, margin, shared.bins[t]);
     }
     __syncwarp();  // all have read what is written now
     if (threadIdx.x % 32 == 0) {
@@ -89,7 +81,7 @@ struct TopKLimits {
       shared.count[t] = after.count;
       shared.mark[t] = mark_after(after.count, k);
     }
-    set_tests(buffer, next);
+    shared.set_own_tests(buffer, largest);
   }
 };
 
@@ -102,10 +94,11 @@ __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_topk_kernel(
   }
   FilterShared& shared = *Arena{shared_memory()}.take<FilterShared>(1);
   const TopKLimits limits{latents, lists, block, shared, k, margin};
+  const LargestBounds largest = largest_of(latents, block, block.begin, threadIdx.x % kTileRuns);
   shared.load(block, tokens, lists, mark_after(k, k));
   __syncthreads();
-  limits.set_tests(0, block.begin);
   limits.start();
+  shared.set_own_tests(0, largest);
   __syncthreads();
   bool past = false;  // some list of this block is past its mark
   scan_chunk(
