@@ -197,3 +197,25 @@ def test_setup_refuses_in_one_line(tmp_path):
     assert run.stderr.splitlines()[-1] == "darkmatter_ext: DARKMATTER_CUDA: must be auto, 1 or 0, got 'maybe'"
     assert "Traceback" not in run.stderr
     assert not list(tmp_path.rglob("*.o"))
+
+
+PTXAS = """ptxas info    : 28 bytes gmem
+ptxas info    : Compiling entry function '_ZN10darkmatter4cuda18filter_topk_kernelENS0_10ScoreChunkEi' for 'sm_90a'
+ptxas info    : Function properties for _ZN10darkmatter4cuda18filter_topk_kernelENS0_10ScoreChunkEi
+    160 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 80 registers, used 1 barriers, 160 bytes cumulative stack size
+ptxas info    : Compile time = 191.835 ms
+ptxas info    : Compiling entry function '_ZN10darkmatter4cuda4runsI6__halfLi4ELb0EEEvPKT_' for 'sm_80'
+ptxas info    : Function properties for _ZN10darkmatter4cuda4runsI6__halfLi4ELb0EEEvPKT_
+    0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 512 bytes smem, 400 bytes cmem[0]
+"""
+
+
+def test_resources_of_kernels(setup_module):
+    found = setup_module.kernel_resources(PTXAS)
+    assert [tuple(each) for each in found] == [
+        ("filter_topk_kernel", "90a", 80, 0, 160, 0),
+        ("runs<half, 4, 0>", "80", 64, 512, 0, 8),
+    ]
+    assert setup_module.kernel_name("_ZN1a6kernelINS_3oddEEEvv") == "kernel<..>"

@@ -92,6 +92,19 @@ size_t shared_bytes(const ExactRows<T>& exact, const Arrays& arrays) {
   return arena.used;
 }
 
+// Arrays of one allocation on the device, each at a multiple of 512 bytes and null if empty; from null, their bytes.
+struct DeviceArrays {
+  unsigned char* at;
+  int64_t used = 0;
+
+  template <typename E>
+  E* take(int64_t n) {
+    E* array = at != nullptr && n > 0 ? reinterpret_cast<E*>(at + used) : nullptr;
+    used += ceil_div(n * static_cast<int64_t>(sizeof(E)), 512) * 512;
+    return array;
+  }
+};
+
 // The device memory of one pass, reused tile by tile.
 class ScreenPass {
  public:
@@ -103,31 +116,25 @@ class ScreenPass {
         rules_(rules),
         d_padded_(screen_padded(x.size(1))),
         most_(std::min(kTileTokens, x.size(0))),
+        rows_(ceil_div(most_, kFilterTokens) * kFilterTokens),
         width_(
             std::min(
                 ceil_div(packed.weight.size(0), kTile) * kTile,
-                std::max<int64_t>(kTile, kChunkBytes / (4 * most_) / kTile * kTile))) {
-    const int64_t tiles = ceil_div(most_, kFilterTokens), wanted = ceil_div(2 * device.multiprocessors, tiles);
-    ranges_ = static_cast<int>(std::min({wanted, width_ / kTile, int64_t{kMaxRanges}}));
+                std::max<int64_t>(kTile, kChunkBytes / (4 * rows_) / kTile * kTile))) {
+    const int64_t tiles = rows_ / kFilterTokens, at_once = kFilterBlocks * device.multiprocessors;
+    ranges_ = static_cast<int>(std::min({at_once / tiles, width_ / kTile, int64_t{kMaxRanges}}));
     ranges_ = std::max(1, std::min(ranges_, kMaxUnion / std::max(1, k)));
-    if (fused && FusedFilter::available(device, *packed.codes)) {
-      fused_.emplace(device, *packed.codes, *packed.bounds, *fused);
+    const bool by_tiles = fused && FusedFilter::available(device, *packed.codes);
+    if (by_tiles) {
       ranges_ = 1;
-      width_ = k > 0 ? ceil_div(fused_->first_latents(), kTile) * kTile : 0;
+      width_ = k > 0 ? ceil_div(FusedFilter::first_latents(k, packed.weight.size(0)), kTile) * kTile : 0;
     }
-    const auto array = [&](int64_t n, ScalarType type) { return torch::stable::new_empty(x, {n}, type); };
-    codes_ = array(most_ * d_padded_, ScalarType::Half);
-    products_ = array(most_ * width_, ScalarType::Float);
-    scale_ = array(most_, ScalarType::Float);
-    bounds_ = array(static_cast<int64_t>(sizeof(TokenBounds) / sizeof(float)) * most_, ScalarType::Float);
+    reserve(x, k);
+    prepare_latents(fused ? fused->limits : LatentLimits{nullptr, 0});
+    if (by_tiles) {
+      fused_.emplace(device, *packed.codes, latents_, *fused);
+    }
     exact_ = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Int);
-    count_ = array(most_ * ranges_, ScalarType::Int);
-    latent_ = array(most_ * ranges_ * kList, ScalarType::Int);
-    if (k > 0) {
-      lower_ = array(most_ * ranges_ * kList, ScalarType::Float);
-      upper_ = array(most_ * ranges_ * kList, ScalarType::Float);
-      limit_ = array(most_, ScalarType::Int);
-    }
     centre_ = contiguous_or_none(b_dec);
   }
 
@@ -137,72 +144,105 @@ class ScreenPass {
   template <typename T, typename Filter, typename Finish>
   void run(const Tensor& x, const Filter& filter, const Finish& finish) {
     const int64_t n_latents = packed_.weight.size(0), d = x.size(1);
-    const ScreenedLatents latents{data<float>(*packed_.bounds), n_latents};
     for (int64_t first = 0; first < x.size(0); first += kTileTokens) {
       const int64_t n = std::min(kTileTokens, x.size(0) - first);
-      const ScreenedTokens tokens{
-          mutable_data<__half>(codes_), mutable_data<float>(scale_), mutable_data<TokenBounds>(bounds_),
-          mutable_data<int>(exact_) + first};
-      const CandidateLists lists{
-          mutable_data<int>(count_),
-          mutable_data<int32_t>(latent_),
-          lower_ ? mutable_data<float>(*lower_) : nullptr,
-          upper_ ? mutable_data<float>(*upper_) : nullptr,
-          limit_ ? mutable_data<uint32_t>(*limit_) : nullptr,
-          ranges_};
+      ScreenedTokens tokens = tokens_;
+      tokens.exact = mutable_data<int>(exact_) + first;
       device_.launch(
           round_tokens_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), kThreads, 0, data<T>(x) + first * d,
-          data<T>(centre_), n, d, d_padded_, rules_.from(first), tokens, lists);
+          data<T>(centre_), n, d, d_padded_, rules_.from(first), tokens, lists_);
       const dim3 grid(static_cast<unsigned>(ceil_div(n, kFilterTokens)), static_cast<unsigned>(ranges_));
       if (fused_) {
         if (width_ > 0) {
-          filter(sampled_products(tokens.codes, n), latents, tokens, lists, grid);
+          filter(sampled_products(tokens.codes, n), latents_, tokens, lists_, grid);
         }
-        fused_->run(n, tokens, lists);
+        fused_->run(n, tokens, lists_);
       } else {
         for (int64_t latent = 0; latent < n_latents; latent += width_) {
           const int64_t width = std::min(width_, n_latents - latent);
           multiply(tokens.codes, n, latent, width, 0);
-          filter(ScoreChunk{data<float>(products_), width_, n, latent, width, 0}, latents, tokens, lists, grid);
+          filter(ScoreChunk{products_, width_, n, latent, width, 0}, latents_, tokens, lists_, grid);
         }
       }
-      finish(first, n, tokens, lists);
+      finish(first, n, tokens, lists_);
     }
   }
 
   const Tensor& exact() const { return exact_; }  // [N] who answers for a token
 
  private:
+  // One allocation for all arrays of the pass: at small N the host would take longer for ten than the device for all.
+  void reserve(const Tensor& x, int k) {
+    const int64_t lists = most_ * ranges_, entries = lists * kList, runs = latent_runs(), bounded = k > 0 ? 1 : 0;
+    const auto take_all = [&](DeviceArrays arrays) {
+      tokens_.codes = arrays.take<__half>(most_ * d_padded_);
+      tokens_.scale = arrays.take<float>(most_);
+      tokens_.bounds = arrays.take<TokenBounds>(most_);
+      products_ = arrays.take<float>(rows_ * width_);
+      lists_ = {
+          arrays.take<int>(lists),
+          arrays.take<int32_t>(entries),
+          arrays.take<float>(bounded * entries),
+          arrays.take<float>(bounded * entries),
+          arrays.take<uint32_t>(bounded * most_),
+          ranges_};
+      screens_ = arrays.take<LatentScreen>(runs * kRun);
+      largest_ = arrays.take<LargestBounds>(runs);
+      return arrays.used;
+    };
+    memory_ = torch::stable::new_empty(x, {take_all(DeviceArrays{nullptr})}, ScalarType::Byte);
+    take_all(DeviceArrays{mutable_data<unsigned char>(memory_)});
+  }
+
+  // Of whole tiles of latents.
+  int64_t latent_runs() const { return ceil_div(packed_.weight.size(0), kTile) * kTileRuns; }
+
+  // What the scans look at.
+  void prepare_latents(const LatentLimits& limits) {
+    latents_ = {data<float>(*packed_.bounds), packed_.weight.size(0), screens_, largest_};
+    Arena arena{nullptr};
+    arena.take<uint32_t>(3);
+    device_.launch(
+        prepare_latents_kernel, dim3(static_cast<unsigned>(latent_runs())), kThreads, arena.used, latents_, limits,
+        screens_, largest_);
+  }
+
   // Products of tokens and latents [first, first + width) into columns from `column` on, `runs` times with `skip`
   // latents left out in between.
   void multiply(
       const __half* tokens, int64_t n, int64_t first, int64_t width, int64_t column, int64_t runs = 1,
       int64_t skip = 0) const {
     half_products(
-        device_, tokens, data<__half>(*packed_.codes) + first * d_padded_, n, width, d_padded_,
-        mutable_data<float>(products_) + column, width_, runs, skip);
+        device_, tokens, data<__half>(*packed_.codes) + first * d_padded_, n, width, d_padded_, products_ + column,
+        width_, runs, skip);
   }
 
   // The chunk before the fused filter: every step-th run of latents, of which the last may be cut short.
   ScoreChunk sampled_products(const __half* tokens, int64_t n) const {
-    const int64_t skip = (fused_->step() - 1) * kRun, width = fused_->first_latents(), whole = width / kRun,
-                  rest = width % kRun;
+    const int64_t n_latents = packed_.weight.size(0), skip = (fused_->step() - 1) * kRun;
+    const int64_t width = FusedFilter::first_latents(fused_->k(), n_latents), whole = width / kRun, rest = width % kRun;
     if (whole > 0) {
       multiply(tokens, n, 0, kRun, 0, whole, skip);
     }
     if (rest > 0) {
       multiply(tokens, n, whole * (kRun + skip), rest, whole * kRun);
     }
-    return {data<float>(products_), width_, n, 0, width, skip};
+    return {products_, width_, n, 0, width, skip};
   }
 
   const OnDevice& device_;
   const Packed& packed_;
   const TokenRules rules_;
-  int64_t d_padded_, most_, width_;
+  int64_t d_padded_, most_, rows_, width_;  // rows_: most_ up to whole blocks of the filter
   int ranges_ = 1;
-  Tensor codes_, products_, scale_, bounds_, exact_, count_, latent_;
-  OptionalTensor lower_, upper_, limit_, centre_;
+  Tensor memory_, exact_;
+  ScreenedTokens tokens_{};
+  CandidateLists lists_{};
+  float* products_ = nullptr;
+  LatentScreen* screens_ = nullptr;
+  LargestBounds* largest_ = nullptr;
+  ScreenedLatents latents_{};
+  OptionalTensor centre_;
   std::optional<FusedFilter> fused_;
 };
 

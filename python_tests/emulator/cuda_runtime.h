@@ -339,6 +339,7 @@ E __ldcg(const E* from) {
   return *from;
 }
 inline void __syncwarp() { simt::Block::current()->exchange(0xffffffffu, 0); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <typename E>
 E __shfl_xor_sync(unsigned mask, E value, int lanes) {

@@ -1,9 +1,5 @@
-"""The fused filter of Hopper, run on the CPU by the emulator, against the CPU ops: equal to the bit.
-
-An encode that screening cannot help takes the exact path, which would hide a fused filter that loses candidates. So most
-tests leave some latents out of the *screen* alone, by a bias of -inf among its bounds: the screened answer is the one
-without them, and the exact path, which knows nothing of the screen, would let them in.
-"""
+"""The fused filter of Hopper, run on the CPU by the emulator, against the CPU ops: equal to the bit, by the screen where
+latents are left out of it (cases/screened.py)."""
 
 import ctypes
 import math
@@ -11,12 +7,11 @@ import math
 import pytest
 import torch
 from cases import emulated
-from cases.encoders import NOT_PACKED
+from cases.screened import Screened
 
 pytestmark = pytest.mark.slow  # emulated thread by thread
 
 INF, NAN = math.inf, math.nan
-BIAS = 1  # of csrc/margins.h's BoundRow
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,39 +51,6 @@ def gaussian(n, d, n_latents, dtype=torch.float32, *, centred=True, seed=0):
     parts = torch.randn(n, d), torch.randn(d, n_latents), torch.randn(n_latents), torch.randn(d)
     x, W_enc, b_enc, b_dec = (part.to(dtype) for part in parts)
     return x, W_enc, b_enc, b_dec if centred else None
-
-
-class Screened:
-    """Packed weights with latents left out of the screen, and what the screen alone then answers."""
-
-    def __init__(self, W_enc, b_enc, b_dec, left_out=slice(0, 0)):
-        self.given = W_enc, b_enc, b_dec
-        *parts, bounds, groups = torch.ops.darkmatter_emulated.prepare_encoder(*self.given)
-        kept = torch.ones(W_enc.shape[1], dtype=torch.bool)
-        kept[left_out] = False
-        bounds[BIAS, ~kept] = -INF
-        self.packed = *parts, bounds, groups
-        self.others = kept.nonzero().squeeze(1)
-
-    def _of_others(self):
-        W_enc, b_enc, b_dec = self.given
-        return W_enc[:, self.others], b_enc[self.others], b_dec
-
-    def check_topk(self, x, k):
-        values, indices = torch.ops.darkmatter_emulated.topk_encode(x, *self.given, k, *self.packed)
-        expected, positions = torch.ops.darkmatter.topk_encode(x, *self._of_others(), k, *NOT_PACKED)
-        assert torch.equal(indices, self.others[positions])
-        assert torch.equal(values.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0))
-
-    def check_threshold(self, x, threshold):
-        """Returns how many latents are kept."""
-        values, crow, col = torch.ops.darkmatter_emulated.threshold_encode(x, *self.given, threshold, *self.packed)
-        own = threshold if threshold.dim() == 0 else threshold[self.others]
-        expected = torch.ops.darkmatter.threshold_encode(x, *self._of_others(), own, *NOT_PACKED)
-        assert torch.equal(crow, expected[1])
-        assert torch.equal(col, self.others[expected[2]])
-        assert torch.equal(values.nan_to_num(nan=12345.0), expected[0].nan_to_num(nan=12345.0))
-        return values.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

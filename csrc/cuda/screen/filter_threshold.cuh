@@ -1,50 +1,38 @@
-// The filter of a threshold encode.
+// The filter of a threshold encode: scores less their latents' limits are looked at, nothing is ever dropped again.
 #pragma once
 
 #include "cuda/screen/filter.cuh"
 
 namespace darkmatter::cuda {
 
-__global__ void __launch_bounds__(kThreads) filter_threshold_kernel(
+__global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_threshold_kernel(
     ScoreChunk chunk, ScreenedLatents latents, ScreenedTokens tokens, CandidateLists lists, LatentLimits limits) {
   const FilterBlock block(chunk, lists);
-  FilterShared& shared = *Arena{shared_memory()}.take<FilterShared>(1);
-  shared.load(block, tokens, lists);
-  for (int64_t tile = block.begin; tile < block.end; tile += kTile) {
-    const int64_t at = tile + threadIdx.x * kFilterLatents;
-    LatentRegisters own;
-    const int64_t first = chunk.latent(at);
-    own.load(latents, first, block.end - at);
-    float limit[kFilterLatents];
-#pragma unroll
-    for (int l = 0; l < kFilterLatents; ++l) {
-      limit[l] = l < own.valid ? limits.values[(first + l) * limits.step] : INFINITY;
-    }
-    for (int t = 0; t < block.n_tokens; ++t) {
-      if (!shared.active[t] || own.valid == 0) {
-        continue;
-      }
-      const CandidateList list(lists, block.first_token + t, block.range);
-      float products[kFilterLatents];
-      load_products(chunk.products + (block.first_token + t) * chunk.ld, at, own.valid, block.aligned, products);
-#pragma unroll
-      for (int l = 0; l < kFilterLatents; ++l) {
-        const float upper = own.interval(l, products[l], shared.scale[t], shared.bounds[t]).upper;
-        if (l < own.valid && !(upper < limit[l])) {
-          const int place = atomicAdd(&shared.count[t], 1);
-          if (place < kList) {
-            list.latent[place] = static_cast<int32_t>(first + l);
-          }
-        }
-      }
-    }
+  if (block.begin >= block.end) {
+    return;  // the whole block
   }
+  FilterShared& shared = *Arena{shared_memory()}.take<FilterShared>(1);
+  const LargestBounds largest = largest_of(latents, block, block.begin, threadIdx.x % kTileRuns);
+  shared.load(block, tokens, lists, kList);
   __syncthreads();
+  shared.set_own_tests(0, largest);
+  __syncthreads();
+  scan_chunk(
+      latents, block, shared,
+      [&](int t, int latent, const Interval& interval) {
+        if (interval.upper < limits.values[latent * limits.step]) {
+          return;
+        }
+        const int place = atomicAdd(&shared.count[t], 1);
+        if (place < kList) {
+          lists.latent[block.list(t) + place] = latent;
+        }
+      },
+      [](int, int) { __syncthreads(); });
   if (static_cast<int>(threadIdx.x) < block.n_tokens) {
-    const int t = threadIdx.x;
-    const int64_t token = block.first_token + t;
+    const int t = threadIdx.x, token = block.first_token + t;
     if (shared.active[t] && shared.count[t] <= kList) {
-      lists.count[token * lists.ranges + block.range] = shared.count[t];
+      lists.count[token * block.ranges + block.range] = shared.count[t];
     } else if (tokens.exact[token] == kByScreen) {
       tokens.exact[token] = kExactly;
     }

@@ -13,6 +13,15 @@ constexpr int kMostExpected = kList / 2;  // candidates of a list
 constexpr int kMostGrowth = 4;
 constexpr int kEmptyRegisters = 64;  // more than a kernel compiled to nothing has, fewer than the kernel
 
+// Which tiles are screened first: every so many. A threshold has no first step.
+static int64_t first_step(int k, int64_t tiles) {
+  int64_t step = 1;
+  while (k > 0 && ceil_div(tiles, step) * kLatentTile > kFirstLatents) {
+    step *= 2;
+  }
+  return step;
+}
+
 bool FusedFilter::available(const OnDevice& device, const Tensor& codes) {
   const char* wanted = std::getenv("DARKMATTER_CUDA_FUSED");
   return (wanted == nullptr || std::string_view(wanted) != "0") && device.capability == 90 &&
@@ -21,30 +30,22 @@ bool FusedFilter::available(const OnDevice& device, const Tensor& codes) {
 }
 
 FusedFilter::FusedFilter(
-    const OnDevice& device, const Tensor& codes, const Tensor& bounds, const FusedQuestion& question)
+    const OnDevice& device, const Tensor& codes, const ScreenedLatents& latents, const FusedQuestion& question)
     : device_(device),
       question_(question),
-      latents_{data<float>(bounds), codes.size(0)},
+      latents_(latents),
       d_padded_(codes.size(1)),
       tiles_(static_cast<int>(ceil_div(codes.size(0), kLatentTile))),
-      screens_(torch::stable::new_empty(bounds, {tiles_, kLatentTile, 2}, ScalarType::Float)),
-      largest_(torch::stable::new_empty(bounds, {tiles_, 3}, ScalarType::Float)) {
-  while (question.k > 0 && ceil_div(tiles_, step_) * kLatentTile > kFirstLatents) {
-    step_ *= 2;
-  }
+      step_(static_cast<int>(first_step(question.k, tiles_))) {
   require(
       hopper::describe_rows(data<__half>(codes), latents_.n, d_padded_, kLatentTile / kClusterBlocks, &latent_map_),
       "darkmatter_ext: the driver must describe the codes of latents, got a refusal");
-  Arena arena{nullptr};
-  arena.take<uint32_t>(3);
-  device.launch(
-      prepare_latents_kernel, dim3(static_cast<unsigned>(tiles_)), kThreads, arena.used, latents_, question.limits,
-      mutable_data<LatentScreen>(screens_), mutable_data<LargestBounds>(largest_));
 }
 
-int64_t FusedFilter::first_latents() const {
-  const int64_t runs = ceil_div(tiles_, step_), last = (runs - 1) * step_ * kLatentTile;
-  return (runs - 1) * kLatentTile + std::min<int64_t>(kLatentTile, latents_.n - last);
+int64_t FusedFilter::first_latents(int k, int64_t n_latents) {
+  const int64_t tiles = ceil_div(n_latents, kLatentTile), step = first_step(k, tiles);
+  const int64_t runs = ceil_div(tiles, step), last = (runs - 1) * step * kLatentTile;
+  return (runs - 1) * kLatentTile + std::min<int64_t>(kLatentTile, n_latents - last);
 }
 
 void FusedFilter::run(int64_t n, const ScreenedTokens& tokens, const CandidateLists& lists) const {
@@ -57,15 +58,13 @@ void FusedFilter::run(int64_t n, const ScreenedTokens& tokens, const CandidateLi
     return;
   }
   Arena arena{nullptr};
-  arena.take<BlockScratch>(1);
-  arena.take<float>(1);
-  arena.take<int>(1);
+  arena.take<int>(kWarps * kBins);
   for (int step = step_; step > 1;) {
     const int growth = question_.k * kMostGrowth <= kMostExpected ? std::min(kMostGrowth, step) : 2;
     step /= growth;
     device_.launch(
-        raise_limits_kernel, dim3(static_cast<unsigned>(n)), kThreads, arena.used, tokens, lists, question_.k,
-        question_.margin);
+        raise_limits_kernel, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), kThreads, arena.used, tokens, lists, n,
+        question_.k, question_.margin);
     launch(token_map, n, tokens, lists, step, growth);
   }
 }
@@ -83,8 +82,6 @@ void FusedFilter::launch(
       latents_,
       lists,
       question_.limits,
-      data<LatentScreen>(screens_),
-      data<LargestBounds>(largest_),
       n,
       static_cast<int>(d_padded_ / hopper::kTileColumns),
       {step, growth, wanted}};

@@ -14,7 +14,7 @@
 #pragma once
 
 #include "cuda/kernels/hopper.cuh"
-#include "cuda/screen/filter.cuh"
+#include "cuda/screen/limits.cuh"
 
 namespace darkmatter::cuda {
 
@@ -33,55 +33,6 @@ constexpr int kColumnGroups = kLatentTile / 8;  // four sums a thread each
 
 static_assert(kLatentTile == hopper::kProductLatents && kHits >= 128);
 
-// What a latent's product must be screened with: the score is product * scale + shift. For a threshold the shift is
-// less the latent's own limit, so that one number a token says where to look.
-struct LatentScreen {
-  float scale, shift;
-};
-
-// The largest bounds of the latents of a tile.
-struct LargestBounds {
-  float norm, rounding, slack;
-};
-
-// Not below bias - limit, also after the rounding of both sides of a comparison (see TokenRow): 2^-20 of each is 8
-// times what the float32 steps of interval_of may lose.
-DM_HOST_DEVICE inline float shift_of(float bias, float limit) {
-  if (!(limit > -INFINITY)) {
-    return INFINITY;  // everything is let in
-  }
-  const double both = fabs(static_cast<double>(bias)) + fabs(static_cast<double>(limit));
-  return both < INFINITY ? rounded_up(static_cast<double>(bias) - limit + both * 0x1p-20) : bias;
-}
-
-// Screens and largest bounds of the latents, tile by tile; beyond the last latent nothing is let in. One block a tile.
-__global__ void __launch_bounds__(kThreads) prepare_latents_kernel(
-    ScreenedLatents latents, LatentLimits limits, LatentScreen* __restrict__ screens,
-    LargestBounds* __restrict__ largest) {
-  static_assert(kLatentTile == kThreads, "one latent a thread");
-  uint32_t* keys = Arena{shared_memory()}.take<uint32_t>(3);
-  if (threadIdx.x < 3) {
-    keys[threadIdx.x] = 0;
-  }
-  __syncthreads();
-  const int64_t latent = static_cast<int64_t>(blockIdx.x) * kLatentTile + threadIdx.x;
-  LatentScreen screen{0.0f, -INFINITY};
-  if (latent < latents.n) {
-    const float* of = latents.bounds + latent;
-    const float bias = of[kBias * latents.n];
-    screen.scale = of[kScale * latents.n];
-    screen.shift = limits.values != nullptr ? shift_of(bias, limits.values[latent * limits.step]) : bias;
-    atomicMax(&keys[0], ordered_key(of[kNorm * latents.n]));
-    atomicMax(&keys[1], ordered_key(of[kRounding * latents.n]));
-    atomicMax(&keys[2], ordered_key(of[kSlack * latents.n]));
-  }
-  screens[latent] = screen;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    largest[blockIdx.x] = {key_float(keys[0]), key_float(keys[1]), key_float(keys[2])};
-  }
-}
-
 // The tiles of latents of a launch: `step` times every number from 0 on, or every number that `growth` does not divide,
 // n in all.
 struct LatentOrder {
@@ -98,8 +49,6 @@ struct FusedWork {
   ScreenedLatents latents;
   CandidateLists lists;  // of one range
   LatentLimits limits;   // null for top-k: then the lists have limits
-  const LatentScreen* screens;
-  const LargestBounds* largest;
   int64_t n_tokens;
   int steps;  // of 64 dimensions
   LatentOrder order;
@@ -188,7 +137,7 @@ __device__ inline void copy_codes(
     hopper::wait(&shared.screens_empty[screen.at], screen.parity ^ 1);
     hopper::arrive_expecting(&shared.screens_full[screen.at], sizeof(shared.screens[0]));
     hopper::copy_bytes(
-        shared.screens[screen.at], work.screens + place.latent_tile * kLatentTile, sizeof(shared.screens[0]),
+        shared.screens[screen.at], work.latents.screens + place.latent_tile * kLatentTile, sizeof(shared.screens[0]),
         &shared.screens_full[screen.at]);
     screen.advance();
     for (int step = 0; step < work.steps; ++step) {
@@ -246,10 +195,6 @@ DM_HOST_DEVICE inline int first_row(int thread) { return thread / 32 * 16 + thre
 DM_HOST_DEVICE inline int first_column(int lane) { return 2 * (lane % 4); }
 
 // One of the two tokens of a thread, loaded before the products and looked at after them.
-//
-// least(): below it no score of the tile is looked at. Where interval_of finds an upper bound not below the limit, the
-// score is not below limit - error; its error is at most that of the largest bounds, rounding being monotone; float32
-// sums err by 2^-24 of what they add, and 2^-20 are allowed for.
 struct TokenRow {
   bool there;
   int exact;
@@ -265,12 +210,7 @@ struct TokenRow {
     limit = work.lists.limit != nullptr ? work.lists.limit[at] : ordered_key(0.0f);
   }
   __device__ float least(const LargestBounds& largest) const {
-    if (!there || exact != 0) {
-      return INFINITY;
-    }
-    const float limit_value = key_float(limit);
-    const float error = bounds.error(largest.norm, largest.rounding, largest.slack);
-    return limit_value - error - (fabsf(limit_value) + error) * 0x1p-20f;
+    return there && exact == 0 ? least_score(key_float(limit), bounds, largest) : INFINITY;
   }
 };
 
@@ -360,7 +300,7 @@ __device__ inline void consume(const FusedWork& work, FusedShared& shared, uint3
     const Schedule::Place place = schedule.place(work, item, rank);
     const int64_t token = place.token + consumer * kConsumerTokens + first_row(thread);
     const TokenRow first(work, token), second(work, token + 8);  // under way while the products are made
-    const LargestBounds largest = work.largest[place.latent_tile];
+    const LargestBounds largest = work.latents.largest[place.latent_tile];
     float sums[hopper::kAccumulators];
     multiply(sums, shared, consumer, work.steps, stage);
     hopper::wait(&shared.screens_full[screen.at], screen.parity);
@@ -385,11 +325,8 @@ __device__ inline void take_hit(const FusedWork& work, const Hit& hit, int64_t f
   if (token >= work.n_tokens || latent >= work.latents.n || work.tokens.exact[token] != 0) {
     return;
   }
-  const float* of = work.latents.bounds + latent;
-  const int64_t n = work.latents.n;
-  const Interval interval = interval_of(
-      hit.product, work.tokens.scale[token], work.tokens.bounds[token], of[kScale * n], of[kBias * n], of[kNorm * n],
-      of[kRounding * n], of[kSlack * n]);
+  const Interval interval =
+      work.latents.interval(latent, hit.product, work.tokens.scale[token], work.tokens.bounds[token]);
   const float limit = work.limits.values != nullptr ? work.limits.values[latent * work.limits.step]
                                                     : key_float(work.lists.limit[token]);
   if (interval.upper < limit) {
@@ -466,26 +403,20 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_filter_kernel(
 #endif
 }
 
-// Between launches: raises the limit of every token to what its list proves. One block a token.
+// Between launches: raises the limit of every token to what its list proves. One warp a token.
 __global__ void __launch_bounds__(kThreads)
-    raise_limits_kernel(ScreenedTokens tokens, CandidateLists lists, int k, RoundingMargin margin) {
-  const int64_t token = blockIdx.x;
-  const int count = lists.count[token];
-  if (tokens.exact[token] != 0 || count < k) {
-    return;  // the whole block
+    raise_limits_kernel(ScreenedTokens tokens, CandidateLists lists, int64_t n, int k, RoundingMargin margin) {
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (token >= n || tokens.exact[token] != 0 || lists.count[token] < k) {
+    return;  // the whole warp
   }
-  Arena arena{shared_memory()};
-  BlockScratch& scratch = *arena.take<BlockScratch>(1);
-  float* limit = arena.take<float>(1);
-  int* cursor = arena.take<int>(1);
-  if (threadIdx.x == 0) {
-    *limit = key_float(lists.limit[token]);
-  }
-  __syncthreads();
-  const int left = tighten(CandidateList(lists, token, 0), count, k, margin, limit, cursor, scratch);
-  if (threadIdx.x == 0) {
-    lists.count[token] = left;
-    lists.limit[token] = ordered_key(*limit);
+  int* bins = Arena{shared_memory()}.take<int>(kWarps * kBins) + threadIdx.x / 32 * kBins;
+  const Tightened after =
+      tighten(CandidateList(lists, token, 0), lists.count[token], lists.limit[token], k, margin, bins);
+  __syncwarp();  // all have read what is written now
+  if (threadIdx.x % 32 == 0) {
+    lists.count[token] = after.count;
+    lists.limit[token] = after.limit;
   }
 }
 

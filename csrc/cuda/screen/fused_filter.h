@@ -24,10 +24,14 @@ class FusedFilter {
   // Where the device has the code: compute capability 9.0, unless DARKMATTER_CUDA_FUSED=0 asks for the other screen.
   static bool available(const OnDevice& device, const Tensor& codes);
 
-  FusedFilter(const OnDevice& device, const Tensor& codes, const Tensor& bounds, const FusedQuestion& question);
+  FusedFilter(
+      const OnDevice& device, const Tensor& codes, const ScreenedLatents& latents, const FusedQuestion& question);
 
+  // How many the tiles of the first step are.
+  static int64_t first_latents(int k, int64_t n_latents);
+
+  int k() const { return question_.k; }
   int64_t step() const { return step_; }
-  int64_t first_latents() const;  // how many the tiles of the first step are
 
   // Screens the latents that are not in the first step, or all of them for a threshold.
   void run(int64_t n, const ScreenedTokens& tokens, const CandidateLists& lists) const;
@@ -41,9 +45,8 @@ class FusedFilter {
   FusedQuestion question_;
   ScreenedLatents latents_;
   int64_t d_padded_;
-  int tiles_, step_ = 1;
+  int tiles_, step_;
   hopper::TensorMap latent_map_;
-  Tensor screens_, largest_;
 };
 
 }  // namespace darkmatter::cuda

@@ -13,10 +13,8 @@ __global__ void __launch_bounds__(kThreads) write_intervals_kernel(
     return;
   }
   const int64_t latent = chunk.first + at;
-  const float* of = latents.bounds + latent;
-  const Interval interval = interval_of(
-      chunk.products[token * chunk.ld + at], tokens.scale[token], tokens.bounds[token], of[kScale * latents.n],
-      of[kBias * latents.n], of[kNorm * latents.n], of[kRounding * latents.n], of[kSlack * latents.n]);
+  const Interval interval =
+      latents.interval(latent, chunk.products[token * chunk.ld + at], tokens.scale[token], tokens.bounds[token]);
   lower[token * latents.n + latent] = interval.lower;
   upper[token * latents.n + latent] = interval.upper;
 }

@@ -1,0 +1,172 @@
+"""The filters of chunks of scores, run on the CPU by the emulator, against the CPU ops: equal to the bit, by the screen
+where latents are left out of it (cases/screened.py).
+"""
+
+import ctypes
+import math
+
+import pytest
+import torch
+from cases import emulated
+from cases.encoders import NOT_PACKED, SCREENED_DTYPES, gaussian, same
+from cases.screened import ROUNDING, SLACK, Screened
+
+pytestmark = pytest.mark.slow  # emulated thread by thread
+
+INF, NAN = math.inf, math.nan
+TILE, LIST = 1024, 2048  # latents of a tile, candidates of a list
+SEEDS = (1, 2, 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    """Memory that nobody wrote is NaN, so that reading it shows."""
+    library = ctypes.CDLL(str(emulated.library()))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield library
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def one_order(library, monkeypatch):
+    """Without the fused filter; afterwards two multiprocessors and one order of threads."""
+    monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "0")
+    yield
+    library.darkmatter_emulated_multiprocessors(2)
+    emulated.set_seed(1)
+
+
+def scores(*stretches):
+    """Weights whose pre-activations of a first unit vector are given, in stretches of (how many, value)."""
+    values = torch.cat([torch.full((n,), float(value)) for n, value in stretches])
+    W_enc = torch.zeros(32, len(values))
+    W_enc[0] = values
+    return W_enc, torch.zeros(len(values)), None
+
+
+def unit(n):
+    """n tokens, the first unit vector each."""
+    x = torch.zeros(n, 32)
+    x[:, 0] = 1
+    return x
+
+
+@pytest.mark.parametrize("dtype", SCREENED_DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("n", "d", "n_latents", "k"),
+    [(9, 40, 4700, 512), (17, 48, 9000, 1), (3, 40, 1030, 2), (8, 40, 4096, 200), (1, 33, 30000, 64)],
+)
+def test_encodes(dtype, n, d, n_latents, k):
+    x, *weights = gaussian(n, d, n_latents, dtype)
+    x *= torch.logspace(0, -2, n)[:, None].to(dtype)  # each token has a scale and limits of its own
+    screened = Screened(*weights, left_out=slice(5, n_latents, 7))
+    screened.check_topk(x, k)
+    threshold = torch.tensor(2.2 * d**0.5, dtype=dtype)
+    assert screened.check_threshold(x, threshold) > n
+    screened.check_threshold(x, (threshold * torch.rand(n_latents)).to(dtype) + threshold)
+
+
+@pytest.mark.parametrize("k", [1, 64, 512])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_tile_better_than_the_one_before(library, seed, k):
+    """Nearly all of each tile is let in, and each tile tightens; in one range and in several."""
+    emulated.set_seed(seed)
+    library.darkmatter_emulated_multiprocessors(seed)
+    x, W_enc, b_enc, b_dec = gaussian(12, 64, 9001, seed=seed)
+    screened = Screened(W_enc * torch.linspace(-4, 4, 9001).exp(), b_enc, b_dec, left_out=slice(3, 9001, 11))
+    screened.check_topk(x, k)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_list_leaves_room_for_a_whole_tile(library, seed):
+    """1025 candidates at the end of a tile are one too many, if the next may let in 1024."""
+    emulated.set_seed(seed)
+    library.darkmatter_emulated_multiprocessors(1)
+    k = 512
+    weights = scores((k, 10), (TILE - k, 0), (LIST - TILE - k + 1, 11), (k - 1, 0), (TILE, 12), (1500, 0))
+    Screened(*weights, left_out=[k + 1]).check_topk(unit(9), k)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_near_ties_fill_a_list_to_its_end(library, seed):
+    """As many ties as a list holds are screened, whatever tile they are in; one more is not."""
+    emulated.set_seed(seed)
+    library.darkmatter_emulated_multiprocessors(1)
+    x = unit(11)
+    x[3:5, 0] = -1  # these have other ties, and too many of them
+    fits = scores((700, 0), (LIST, 1), (1300, 0), (LIST - 1, -1), (1, -1.0), (1, -1.0), (300, 0))
+    Screened(*fits, left_out=[0]).check_topk(x, 65, exact=[3, 4])
+    Screened(*fits, left_out=[0]).check_topk(x, 1, exact=[3, 4])
+
+
+@pytest.mark.parametrize("k", [1, 30])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tokens_that_become_exact_between_others(seed, k):
+    """Overflowing in the middle, not finite, or zero: their neighbours in the block are still screened."""
+    emulated.set_seed(seed)
+    x, W_enc, b_enc, b_dec = gaussian(17, 40, 5000, seed=seed)
+    b_enc[:] = 0.25
+    x[2], x[9] = b_dec, b_dec  # all scores tie
+    x[4, 7], x[12, 0], x[16] = NAN, INF, 1e38
+    exact = [2, 4, 9, 12, 16]
+    screened = Screened(W_enc, b_enc, b_dec, left_out=slice(0, 5000, 13))
+    screened.check_topk(x, k, exact)
+    screened.check_threshold(x, torch.tensor(12.0), [4, 12, 16])  # none of the ties is above
+    screened.check_threshold(x, torch.tensor(0.2), range(17))  # half of all latents
+    limits = torch.full((5000,), 14.0)
+    limits[:2500] = INF
+    limits[9], limits[4990], limits[3000] = -INF, -INF, 3e38
+    screened.check_threshold(x, limits, [4, 12, 16])
+
+
+def test_behind_the_last_latent_of_a_chunk():
+    """A second chunk that ends within a tile, where the scores of the first are left behind; tokens that end within a
+    block; latents of the first chunk that are above all of the second."""
+    x, W_enc, b_enc, _ = gaussian(2045, 32, 4096 + 900)
+    x[torch.arange(2045) % 53 != 0] = 0
+    x[::53] = x[::53].abs() + 0.1
+    W_enc[:, 900:TILE] = W_enc[:, 900:TILE].abs() * 9  # behind the last latent, in the first chunk
+    b_enc += torch.arange(4996) * 1e-3  # zero tokens have an order
+    screened = Screened(W_enc, b_enc, None, left_out=slice(901, 4996, 10))
+    screened.check_topk(x, 12)
+    assert screened.check_threshold(x[:300], torch.tensor(20.0)) > 6
+
+
+@pytest.mark.parametrize("at", [0, 255, 256, 1023, 1024, 2047, 2999])
+@pytest.mark.parametrize("row", [ROUNDING, SLACK])
+def test_a_latent_known_badly_is_a_candidate_by_its_error(row, at):
+    """The codes of one latent say nothing, its bounds say so: it is best, and only its error tells that it may be."""
+    x, W_enc, b_enc, _ = gaussian(9, 40, 3000)
+    W_enc[:, at] = x.sum(0) * 4
+    x[x @ W_enc[:, at] < 300] *= 0.01
+    worse = torch.tensor([at + 5 if at < 2000 else 7])
+    screened = Screened(W_enc, b_enc, None, left_out=worse)
+    screened.codes[at] = 0
+    norm = W_enc[:, at].norm() * 1.01
+    screened.bounds[row, at] = norm if row == ROUNDING else norm * x.norm(dim=1).max()
+    screened.check_topk(x, 3)
+    screened.check_topk(x, 1)
+    screened.check_threshold(x, torch.tensor(100.0))
+
+
+def test_each_of_the_best_known_badly():
+    """Codes of every other latent say nothing: what is kept rests on errors alone."""
+    x, W_enc, b_enc, b_dec = gaussian(10, 40, 2600)
+    screened = Screened(W_enc, b_enc, b_dec, left_out=slice(1, 2600, 50))
+    screened.codes[::2] = 0
+    screened.bounds[ROUNDING, ::2] = W_enc[:, ::2].norm(dim=0) * 1.01
+    screened.check_topk(x, 40)
+    screened.check_threshold(x, torch.tensor(18.0))
+
+
+def test_limits_of_a_token_over_many_chunks(library):
+    """Lists and limits go on from chunk to chunk; few multiprocessors and many give the same."""
+    x, W_enc, b_enc, b_dec = gaussian(520, 32, 20000)
+    x[torch.arange(520) % 103 != 0] = 0
+    b_enc += torch.arange(20000) % 997 * 1e-3
+    given = x, W_enc, b_enc, b_dec
+    expected = torch.ops.darkmatter.topk_encode(*given, 33, *NOT_PACKED)
+    for multiprocessors in (1, 132):
+        library.darkmatter_emulated_multiprocessors(multiprocessors)
+        same(torch.ops.darkmatter_emulated.topk_encode(*given, 33, *NOT_PACKED), expected)
