@@ -80,7 +80,7 @@ gpu-bench:
 	part 90 gpu-profile $(GPU_PYTHON) benchmarks/gpu_profile.py --out "$(GPU_OUT)"; \
 	part 330 gpu-bench $(GPU_PYTHON) benchmarks/gpu.py --seconds 280 --out "$(GPU_OUT)"; \
 	export DARKMATTER_CUDA_FUSED=0; \
-	part 90 gpu-bench-fused-0 $(GPU_PYTHON) benchmarks/gpu.py --rows "encode C" --seconds 60 --label=-fused-0 --out "$(GPU_OUT)"; \
+	part 90 gpu-bench-fused-0 $(GPU_PYTHON) benchmarks/gpu.py --rows C --only encode --seconds 60 --label=-fused-0 --out "$(GPU_OUT)"; \
 	exit $$failed
 
 gpu-sanitize:

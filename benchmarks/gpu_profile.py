@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import PURSUIT, SHAPES, Problem, gpu_slug
+from gpu import PURSUIT, SHAPES, Problem
+from gpu_timing import gpu_slug
 from torch.profiler import ProfilerActivity, profile
 
 import darkmatter_ext as dm

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _functorch  # type: ignore[attr-defined]
 
 from darkmatter_ext.ops._library import has_kernels
 from darkmatter_ext.runtime.inputs import InputError, StateError
