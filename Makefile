@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc darkmatter_ext -type f -not -name '*.so' -not -path '*__pycache__*')
 
-.PHONY: install demo test test-slow bench cuda-check gpu-check lint clean
+.PHONY: install demo test test-slow bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
 
 install: $(VENV)/.installed
 
@@ -39,20 +39,54 @@ bench: install
 cuda-check: $(VENV)/.dependencies
 	$(BIN)/python setup.py --quiet cuda_check
 
-# Everything that needs a GPU, in ten minutes: build, tests with sanitizers, probe, benchmark; results in benchmarks/results.
+# Everything that needs a GPU, in four parts of less than ten minutes each: gpu-build, gpu-test, gpu-bench, gpu-sanitize.
+# Logs and results go to GPU_OUT; DARKMATTER_CUDA_ARCHS=90a builds for one architecture.
 # Needs a Python with a CUDA torch, pybind11, ninja, pytest, hypothesis: .venv where `make install` made it with one, else
-# GPU_PYTHON=... (nothing is installed there, the libraries are built into the source folder). The last two steps try the
-# fused kernel (sm_90a, off by default): under a time limit, because one that has never run may hang.
+# GPU_PYTHON=... (nothing is installed there, the libraries are built into the source folder).
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_OUT ?= benchmarks/results
+NEEDS_GPU = @$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('$@ needs a CUDA device, and torch sees none')"
+HAS_XDIST = $(GPU_PYTHON) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('xdist') is None)"
+GPU_PYTEST = $(GPU_PYTHON) -m pytest -q -m gpu --override-ini addopts= -p no:cacheprovider -rfs --tb=short --maxfail 20 --durations 5
+gpu-check gpu-build gpu-test gpu-bench gpu-sanitize: SHELL := /bin/bash
+# After this, `part LIMIT NAME COMMAND..` runs a command for LIMIT seconds, keeps what it prints in GPU_OUT/NAME.log, and
+# goes on when it fails.
+PARTS = set -o pipefail; mkdir -p "$(GPU_OUT)"; export PYTHONPATH=.; failed=0; \
+	part() { timeout -k 5 "$$1" "$${@:3}" 2>&1 | tee "$(GPU_OUT)/$$2.log" || failed=1; }
+
 gpu-check:
-	DARKMATTER_CUDA=1 $(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	export PYTHONPATH=.; failed=0; \
-	$(GPU_PYTHON) -m pytest -q python_tests/test_gpu.py -m gpu --override-ini addopts= -rs --durations 5 || failed=1; \
-	$(GPU_PYTHON) benchmarks/gpu_probe.py --out benchmarks/results || failed=1; \
-	$(GPU_PYTHON) benchmarks/gpu.py --seconds 180 --out benchmarks/results || failed=1; \
-	export DARKMATTER_CUDA_FUSED=1; \
-	timeout 60 $(GPU_PYTHON) -m pytest -q python_tests/test_gpu.py -m gpu --override-ini addopts= -k "encoders or worst or tiles" || failed=1; \
-	timeout 60 $(GPU_PYTHON) benchmarks/gpu.py --shapes B C --only encode --seconds 40 --label=-fused --out benchmarks/results || failed=1; \
+	$(NEEDS_GPU)
+	$(MAKE) gpu-build
+	failed=0; for part in gpu-test gpu-bench gpu-sanitize; do $(MAKE) $$part || failed=1; done; exit $$failed
+
+gpu-build:
+	$(PARTS); export DARKMATTER_CUDA=1; \
+	part 580 gpu-build $(GPU_PYTHON) setup.py --quiet build_ext --inplace; \
+	exit $$failed
+
+# The encoders once more with each of their two screens, whichever the device has by default.
+gpu-test:
+	$(NEEDS_GPU)
+	$(PARTS); processes=$$($(HAS_XDIST) && echo "-n 8"); \
+	part 300 gpu-test $(GPU_PYTEST) $$processes python_tests/test_gpu.py; \
+	for fused in 1 0; do export DARKMATTER_CUDA_FUSED=$$fused; \
+	part 130 gpu-test-fused-$$fused $(GPU_PYTEST) $$processes python_tests/test_gpu.py -k "encoders or worst or tiles"; \
+	done; exit $$failed
+
+gpu-bench:
+	$(NEEDS_GPU)
+	$(PARTS); \
+	part 60 gpu-probe $(GPU_PYTHON) benchmarks/gpu_probe.py --out "$(GPU_OUT)"; \
+	part 90 gpu-profile $(GPU_PYTHON) benchmarks/gpu_profile.py --out "$(GPU_OUT)"; \
+	part 330 gpu-bench $(GPU_PYTHON) benchmarks/gpu.py --seconds 280 --out "$(GPU_OUT)"; \
+	export DARKMATTER_CUDA_FUSED=0; \
+	part 90 gpu-bench-fused-0 $(GPU_PYTHON) benchmarks/gpu.py --rows C --only encode --seconds 60 --label=-fused-0 --out "$(GPU_OUT)"; \
+	exit $$failed
+
+gpu-sanitize:
+	$(NEEDS_GPU)
+	$(PARTS); processes=$$($(HAS_XDIST) && echo "-n 3"); \
+	part 580 gpu-sanitize $(GPU_PYTEST) $$processes python_tests/test_gpu_sanitizers.py; \
 	exit $$failed
 
 lint: install

@@ -150,7 +150,7 @@ class Build:
     def nvcc_command(self, archs: list[str], extra: str = "") -> str:
         targets = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
         return (
-            f"{shell(self.nvcc or 'nvcc')} -O3 -std=c++20 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden "
+            f"{shell(self.nvcc or 'nvcc')} -O3 -lineinfo -std=c++20 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden "
             f"{self.flags()[0]} {targets} {extra} -MD -MF $out.d -c $in -o $out"
         )
 

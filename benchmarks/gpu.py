@@ -1,32 +1,30 @@
 """The GPU benchmark: ours, peers and floors in one process, interleaved, device events, medians; a table and a JSON file.
 
-    python benchmarks/gpu.py [--shapes A B C D] [--rounds 7] [--seconds 360] [--out FOLDER]
+    python benchmarks/gpu.py [--rows A B C D small training ..] [--only encode] [--rounds 7] [--seconds 360] [--out FOLDER]
 
-Each encode, decode and pursuit is compared with the float64 oracle on some tokens before it is timed. Before every timed run
-the L2 is overwritten. Peers are re-expressed in torch (peers.py), so that a machine needs torch and nothing else. A peer
-that does not fit into memory is recorded as such.
+Each encode, decode and pursuit is compared with the float64 oracle on some tokens before it is timed; how is in
+gpu_timing.py. Peers are re-expressed in torch (peers.py), so that a machine needs torch and nothing else; the shapes that
+they publish are in gpu_published.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gpu_published
 import peers
 import torch
+from gpu_timing import Row, flush_buffer, gpu_slug, line, measure, peak, with_tf32, write
 from torch import Tensor
 
 import darkmatter_ext as dm
 from darkmatter_ext.ops import reference
-from darkmatter_ext.report.result import provenance
-from darkmatter_ext.runtime.storage import atomic_file
 
 SHAPES = {  # N, d, F, k
     "A": (4096, 768, 16384, 32),
@@ -37,43 +35,6 @@ SHAPES = {  # N, d, F, k
 PURSUIT = (256, 3584, 131072, 16)  # N, d, F, steps
 ORACLE_TOKENS = 16
 DENSE_BYTES = 40e9  # a peer whose [N, F] float32 array alone is larger is not tried
-FLUSH_BYTES = 256 << 20
-
-
-@dataclass
-class Row:
-    """One line of the table."""
-
-    name: str
-    ours: Callable[[], Any]
-    peers: dict[str, Callable[[], Any]]
-    floors: dict[str, Callable[[], Any]] = field(default_factory=dict)
-    check: Callable[[], None] = lambda: None
-    flops: float = 0.0  # of ours' screen
-    bytes: float = 0.0  # that ours must read or write
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-def _with_tf32(function: Callable[[], Any]) -> Callable[[], Any]:
-    def run() -> Any:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        try:
-            return function()
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = False
-
-    return run
-
-
-def _peak(function: Callable[[], Any]) -> int:
-    """Bytes allocated at the worst moment of a call, beyond what was there before."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 @dataclass
@@ -120,14 +81,14 @@ class Problem:
         half = self._half_product()
         low = (self.x.bfloat16(), self.W_enc.bfloat16(), self.b_enc.bfloat16()) if fits else None
         dense = self._dense_peers(low) if fits else {}
-        extra = {"peak_bytes": _peak(topk)}
+        extra = {"peak_bytes": peak(topk)}
         if fits:
-            extra["peak_bytes_sae_lens"] = _peak(dense["sae_lens fp32"])
+            extra["peak_bytes_sae_lens"] = peak(dense["sae_lens fp32"])
         yield Row(f"encode topk {name}", topk, dense, {"fp16 matmul": half}, check_topk, flops, extra=extra)
         if fits:
             jump = {
                 "sae_lens fp32": lambda: peers.sae_lens_jumprelu(self.x, self.W_enc, self.b_enc, threshold),
-                "sae_lens tf32": _with_tf32(lambda: peers.sae_lens_jumprelu(self.x, self.W_enc, self.b_enc, threshold)),
+                "sae_lens tf32": with_tf32(lambda: peers.sae_lens_jumprelu(self.x, self.W_enc, self.b_enc, threshold)),
             }
             yield Row(f"encode jumprelu {name}", jumprelu, jump, {"fp16 matmul": half}, flops=flops)
         del low, dense
@@ -147,7 +108,7 @@ class Problem:
         x, W_enc, b_enc, k = self.x, self.W_enc, self.b_enc, self.k
         return {
             "sae_lens fp32": lambda: peers.sae_lens_topk(x, W_enc, b_enc, k),
-            "sae_lens tf32": _with_tf32(lambda: peers.sae_lens_topk(x, W_enc, b_enc, k)),
+            "sae_lens tf32": with_tf32(lambda: peers.sae_lens_topk(x, W_enc, b_enc, k)),
             "sae_lens bf16 (another answer)": lambda: peers.sae_lens_topk(low[0], low[1], low[2], k),
             "matmul + topk fp32": lambda: peers.matmul_topk(x, W_enc, b_enc, k),
             "sparsify fp32": lambda: peers.FusedEncoder.apply(x, self.W_dec, b_enc, k),
@@ -186,7 +147,7 @@ class Problem:
                 return peers.sae_lens_topk(self.x, self.W_enc, self.b_enc, self.k) @ self.W_dec
 
             yield Row(
-                f"forward topk {name}", forward, {"sae_lens fp32": sae_lens, "sae_lens tf32": _with_tf32(sae_lens)}
+                f"forward topk {name}", forward, {"sae_lens fp32": sae_lens, "sae_lens tf32": with_tf32(sae_lens)}
             )
 
 
@@ -203,7 +164,7 @@ def _oracle(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Te
     return values[:, :k].relu(), indices[:, :k]
 
 
-def pursuit_row() -> Row:
+def pursuit_row() -> Iterator[Row]:
     """Gradient pursuit against the dense reference, fp32 and TF32, and the fp16 product alone, S steps."""
     n, d, n_atoms, steps = PURSUIT
     g = torch.Generator("cuda").manual_seed(0)
@@ -220,100 +181,40 @@ def pursuit_row() -> Row:
     def dense() -> Tensor:
         return peers.dense_gradient_pursuit(x, dictionary, steps)
 
-    return Row(
+    yield Row(
         f"pursuit gradient {n}x{d}x{n_atoms}, {steps} steps",
         lambda: dm.pursuit(x, prepared, steps),
-        {"dense reference fp32": dense, "dense reference tf32": _with_tf32(dense)},
+        {"dense reference fp32": dense, "dense reference tf32": with_tf32(dense)},
         {"fp16 matmul, each step": lambda: [torch.mm(x16, d16.mT) for _ in range(steps)]},
         check,
         flops=2.0 * n * d * n_atoms * steps,
     )
 
 
-def copy_row() -> Row:
+def copy_row() -> Iterator[Row]:
     """What the memory gives: a copy, bytes read plus bytes written."""
     source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
-    return Row("copy 4 GB", lambda: target.copy_(source), {}, bytes=2.0 * source.nbytes)
+    yield Row("copy 4 GB", lambda: target.copy_(source), {}, bytes=2.0 * source.nbytes)
 
 
-def _time(function: Callable[[], Any], flush: Tensor) -> float:
-    flush.zero_()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+ROWS: dict[str, Callable[[], Iterator[Row]]] = {
+    "copy": copy_row,
+    **{label: lambda label=label: Problem.make(label).rows() for label in SHAPES},
+    "pursuit": pursuit_row,
+    **gpu_published.ROWS,
+}
 
 
-def measure(row: Row, rounds: int, flush: Tensor) -> dict[str, Any]:
-    """Check, warm up, then time every participant once a round."""
-    row.check()
-    participants = {"ours": row.ours, **row.peers, **{f"floor: {name}": run for name, run in row.floors.items()}}
-    failed, warm = {}, {}
-    for name, function in list(participants.items()):
-        try:
-            _time(function, flush)
-            warm[name] = _time(function, flush)
-        except torch.cuda.OutOfMemoryError:
-            if name == "ours":
-                raise
-            failed[name] = "out of memory"
-            del participants[name]
-            torch.cuda.empty_cache()
-    rounds = max(3, min(rounds, int(4000 / max(sum(warm.values()), 1e-3))))
-    times: dict[str, list[float]] = {name: [] for name in participants}
-    for _ in range(rounds):
-        for name, function in participants.items():
-            times[name].append(_time(function, flush))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    ours = medians["ours"]
-    return {
-        "row": row.name,
-        "rounds": rounds,
-        "median_ms": medians,
-        "spread_ms": {name: [min(values), max(values)] for name, values in times.items()},
-        "ratio_to_ours": {name: median / ours for name, median in medians.items() if name != "ours"},
-        "not_run": failed,
-        "tflops": row.flops / ours / 1e9 if row.flops else None,
-        "gb_per_s": row.bytes / ours / 1e6 if row.bytes else None,
-        **row.extra,
-    }
-
-
-def _line(found: dict[str, Any]) -> str:
-    others = "; ".join(
-        f"{name} {found['median_ms'][name]:.3f} ms = {ratio:.2f}x" for name, ratio in found["ratio_to_ours"].items()
-    )
-    rate = (
-        f" {found['tflops']:.0f} TFLOP/s"
-        if found["tflops"]
-        else f" {found['gb_per_s']:.0f} GB/s"
-        if found["gb_per_s"]
-        else ""
-    )
-    return f"| {found['row']} | {found['median_ms']['ours']:.3f}{rate} | {others} |"
-
-
-def _all_rows(shapes: list[str]) -> Iterator[Row]:
-    yield copy_row()
-    for label in shapes:
-        torch.cuda.empty_cache()
-        yield from Problem.make(label).rows()
+def _rows(name: str) -> Iterator[Row]:
     torch.cuda.empty_cache()
-    yield pursuit_row()
-
-
-def gpu_slug() -> str:
-    """The GPU's name as a file name: nvidia-h200."""
-    return "-".join(torch.cuda.get_device_name().lower().split())
+    return ROWS[name]()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["A", "B", "C"], choices=list(SHAPES), help="shapes to run")
-    parser.add_argument("--only", default="", help="rows whose name begins so")
+    parser.add_argument("--rows", nargs="+", default=[name for name in ROWS if name != "D"], choices=list(ROWS))
+    parser.add_argument("--only", default="", help="of these, the rows whose name begins so")
     parser.add_argument("--label", default="", help="appended to the name of the JSON file")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=360, help="start no new row after this time")
@@ -322,25 +223,19 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py needs a CUDA device, and torch sees none")
     began, found = time.monotonic(), []
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    flush = flush_buffer()
     print(f"{torch.cuda.get_device_name()}\n\n| row | ours, ms | others: ms and ratio to ours |\n|---|---|---|")
     with torch.no_grad():
-        for row in _all_rows(arguments.shapes):
+        for row in (row for name in arguments.rows for row in _rows(name)):
             if not row.name.startswith(arguments.only):
                 continue
             if time.monotonic() - began > arguments.seconds:
                 print(f"| {row.name} | not run: {arguments.seconds:.0f} seconds were over | |")
                 continue
             found.append(measure(row, arguments.rounds, flush))
-            print(_line(found[-1]), flush=True)
+            print(line(found[-1]), flush=True)
             if arguments.out is not None:  # after every row: a run that is cut keeps what it has
-                _write(arguments.out / f"{gpu_slug()}{arguments.label}.json", found)
-
-
-def _write(path: Path, found: list[dict[str, Any]]) -> None:
-    content = {"gpu": torch.cuda.get_device_name(), "provenance": provenance("cuda"), "rows": found}
-    with atomic_file(path) as part:
-        part.write_text(json.dumps(content, indent=1))
+                write(arguments.out / f"{gpu_slug()}{arguments.label}.json", found)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import gpu_slug
+from gpu_timing import gpu_slug
 
 from darkmatter_ext.ops.encode import screen_intervals
 from darkmatter_ext.runtime.storage import atomic_file

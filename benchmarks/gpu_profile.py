@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import PURSUIT, SHAPES, Problem, gpu_slug
+from gpu import PURSUIT, SHAPES, Problem
+from gpu_timing import gpu_slug
 from torch.profiler import ProfilerActivity, profile
 
 import darkmatter_ext as dm
@@ -29,7 +30,7 @@ CALLS = 3
 
 def _short(kernel: str) -> str:
     """A kernel's name without namespaces, arguments and most of its template."""
-    name = kernel.split("(")[0].replace("void ", "")
+    name = kernel.split("(", maxsplit=1)[0].replace("void ", "")
     return name.replace("darkmatter::cuda::", "")[:60]
 
 
@@ -64,9 +65,7 @@ def sae_ops(label: str) -> dict[str, Callable[[], Any]]:
     threshold = acts.values[:, -1].mean()
     return {
         "topk": lambda: dm.topk_encode(problem.x, problem.W_enc, problem.b_enc, problem.k, prepared=prepared),
-        "threshold": lambda: dm.threshold_encode(
-            problem.x, problem.W_enc, problem.b_enc, threshold, prepared=prepared
-        ),
+        "threshold": lambda: dm.threshold_encode(problem.x, problem.W_enc, problem.b_enc, threshold, prepared=prepared),
         "decode": lambda: dm.sparse_decode(acts, problem.W_dec),
         "outer": lambda: decoder_outer(acts, problem.x),
         "prepare": lambda: dm.prepare_encoder(problem.W_enc, problem.b_enc),

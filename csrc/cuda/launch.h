@@ -11,24 +11,52 @@
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <map>
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "checks.h"
 
 namespace darkmatter::cuda {
 
+// What does not change about a device, asked of the driver once.
+struct DeviceFacts {
+  int multiprocessors, capability, shared_limit;
+
+  static DeviceFacts of(int device) {
+    static std::mutex mutex;
+    static std::map<int, DeviceFacts> known;
+    const std::scoped_lock lock(mutex);
+    const auto found = known.find(device);
+    if (found != known.end()) {
+      return found->second;
+    }
+    const auto attribute = [&](cudaDeviceAttr name) {
+      int value = 0;
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+      return value;
+    };
+    const int capability =
+        10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+    const DeviceFacts facts{
+        attribute(cudaDevAttrMultiProcessorCount), capability, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    known.emplace(device, facts);
+    return facts;
+  }
+};
+
 // The device of a tensor made current, and torch's current stream there.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit OnDevice(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {
     void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &current));
     stream_ = static_cast<cudaStream_t>(current);
-    const auto attribute = [&](cudaDeviceAttr name) {
-      int value = 0;
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, tensor.get_device_index()));
-      return value;
-    };
-    multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-    capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+    const DeviceFacts facts = DeviceFacts::of(device_);
+    multiprocessors = facts.multiprocessors;
+    capability = facts.capability;
+    shared_limit_ = facts.shared_limit;
   }
 
   // Starts kernel(arguments...) with `shared` bytes of dynamic shared memory.
@@ -87,13 +115,25 @@ class OnDevice {
  private:
   static constexpr size_t kDefaultShared = 48 * 1024;
 
-  static void allow(const void* kernel, size_t shared) {
-    if (shared > kDefaultShared) {
-      STD_CUDA_CHECK(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  // More shared memory than a kernel has without asking: as much as the device gives, once a kernel and device. Set to
+  // what one call needs, it could be lowered by another thread before this one launches.
+  void allow(const void* kernel, size_t shared) const {
+    if (shared <= kDefaultShared) {
+      return;
+    }
+    static std::mutex mutex;
+    static std::set<std::pair<const void*, int>> allowed;
+    const std::scoped_lock lock(mutex);
+    if (allowed.count({kernel, device_}) == 0) {
+      cudaFuncAttributes own{};
+      STD_CUDA_CHECK(cudaFuncGetAttributes(&own, kernel));
+      const int most = shared_limit_ - static_cast<int>(own.sharedSizeBytes);
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+      allowed.insert({kernel, device_});
     }
   }
 
+  int device_, shared_limit_ = 0;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };

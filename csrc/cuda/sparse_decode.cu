@@ -1,43 +1,26 @@
 // sparse_decode and its two gradients on CUDA: launch and registration. Nothing waits for the device.
 #include "cuda/kernels/sparse_decode.cuh"
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
 #include "cuda/active.h"
+#include "cuda/kernels/decoder_outer.cuh"
 
 namespace darkmatter::cuda {
 
-template <typename T, int kWidth, bool kSkipZeros>
-static void launch_decode(
-    const OnDevice& device, const Tensor& values, const ActiveLatents& active, const Tensor& rows,
-    const OptionalTensor& bias, const Tensor& out) {
-  const int64_t d = rows.size(1);
-  const dim3 grid(
-      static_cast<unsigned>(ceil_div(active.n_tokens, kWarps)), static_cast<unsigned>(ceil_div(d, 32 * kWidth)));
-  device.launch(
-      sparse_decode_kernel<T, kWidth, kSkipZeros>, grid, kThreads, 0, data<T>(values), active, data<T>(rows),
-      data<T>(bias), d, mutable_data<T>(out));
-}
-
-// out [N, d] = sums of rows [.., d] weighted by values.
-template <bool kSkipZeros>
-static void weighted_rows(
-    const OnDevice& device, const Tensor& values, const ActiveLatents& active, const Tensor& rows,
-    const OptionalTensor& bias, const Tensor& out) {
-  if (out.numel() == 0) {
-    return;
+// Calls body with the number of elements that a thread moves at once: 16 bytes where every row of `rows` starts at a
+// multiple of 16, else one.
+template <typename T, typename Body>
+static void with_width(const Tensor& rows, const Body& body) {
+  constexpr int kWidest = kPacketBytes / sizeof(T);
+  const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
+  if (rows.size(1) % kWidest == 0 && address % kPacketBytes == 0) {
+    body(std::integral_constant<int, kWidest>());
+  } else {
+    body(std::integral_constant<int, 1>());
   }
-  dispatch_floating("rows", rows.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    constexpr int kWidth = kSliceBytes / 32 / sizeof(T);
-    const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
-    if (rows.size(1) % kWidth == 0 && address % 16 == 0) {
-      launch_decode<T, kWidth, kSkipZeros>(device, values, active, rows, bias, out);
-    } else {
-      launch_decode<T, 1, kSkipZeros>(device, values, active, rows, bias, out);
-    }
-  });
 }
 
 static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, Tensor W_dec, OptionalTensor b_dec) {
@@ -52,8 +35,23 @@ static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, 
   const OnDevice device(W_dec);
   const Active active(indices, crow, W_dec.size(0));
   const Tensor rows = torch::stable::contiguous(W_dec), factors = torch::stable::contiguous(values);
-  Tensor out = torch::stable::new_empty(W_dec, {active.latents.n_tokens, W_dec.size(1)});
-  weighted_rows<true>(device, factors, active.latents, rows, contiguous_or_none(b_dec), out);
+  const OptionalTensor bias = contiguous_or_none(b_dec);
+  const int64_t d = W_dec.size(1);
+  Tensor out = torch::stable::new_empty(W_dec, {active.latents.n_tokens, d});
+  if (out.numel() == 0) {
+    return out;
+  }
+  dispatch_floating("W_dec", W_dec.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    with_width<T>(rows, [&](auto width) {
+      const dim3 grid(
+          static_cast<unsigned>(ceil_div(active.latents.n_tokens, kWarps)),
+          static_cast<unsigned>(ceil_div(d, 32 * width.value)));
+      device.launch(
+          sparse_decode_kernel<T, width.value>, grid, kThreads, 0, data<T>(factors), active.latents, data<T>(rows),
+          data<T>(bias), d, mutable_data<T>(out));
+    });
+  });
   return out;
 }
 
@@ -83,34 +81,60 @@ static Tensor decoder_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tens
   return out;
 }
 
-// Sums over the tokens of a latent are the sums over the latents of a token with the roles exchanged: the active
-// latents sorted by latent, tokens ascending within one, are the "active tokens" of each latent.
+// Out [F, d] = for each latent the rows of its entries, weighted.
+template <typename T>
+static void launch_outer(
+    const OnDevice& device, const Segments<T>& segments, int64_t n_entries, const Tensor& rows, const Tensor& out) {
+  const int64_t d = rows.size(1), n_latents = segments.n_latents;
+  const int64_t run = n_entries == 0 ? kMaxRun : std::clamp<int64_t>(kOuterEntries * n_latents / n_entries, 1, kMaxRun);
+  with_width<T>(rows, [&](auto width) {
+    constexpr int kLanesARow = outer_lanes<T, width.value>();
+    const dim3 grid(
+        static_cast<unsigned>(ceil_div(n_latents, run * (kThreads / kLanesARow))),
+        static_cast<unsigned>(ceil_div(d, kLanesARow * width.value)));
+    device.launch(
+        decoder_outer_kernel<T, width.value>, grid, kThreads, 0, segments, run, data<T>(rows), d, mutable_data<T>(out));
+  });
+}
+
 static Tensor decoder_outer(Tensor values, Tensor indices, OptionalTensor crow, Tensor rows, int64_t n_latents) {
   check_dim("rows", rows, 2);
   check_floating("rows", rows);
   check_values(values, indices);
   check_type("values", values, rows.scalar_type());
-  require(n_latents >= 0, "n_latents: must be at least 0, got ", n_latents);
+  require(
+      n_latents >= 0 && n_latents < INT32_MAX, "n_latents: must be at least 0 and less than ", INT32_MAX, ", got ",
+      n_latents);
+  require(rows.size(0) < INT32_MAX, "rows: must have less than ", INT32_MAX, " rows, got shape ", shape_of(rows));
   const OnDevice device(rows);
   const Active active(indices, crow, n_latents);
   check_size("rows", rows, 0, active.latents.n_tokens);
   Tensor out = torch::stable::new_empty(rows, {n_latents, rows.size(1)});
+  if (out.numel() == 0) {
+    return out;
+  }
   const int64_t n = indices.numel();
-  const Tensor flat = torch::stable::reshape(active.indices, {n});
-  const auto [sorted, order] = stable_sort(flat, false);
+  const auto blocks = [](int64_t threads) { return dim3(static_cast<unsigned>(ceil_div(threads, kThreads))); };
+  Tensor keys = torch::stable::new_empty(rows, {n}, ScalarType::Int);
+  if (n > 0) {
+    device.launch(
+        latent_keys_kernel, blocks(n), kThreads, 0, data<int64_t>(active.indices), n, n_latents,
+        mutable_data<int32_t>(keys));
+  }
+  const auto [sorted, order] = stable_sort(keys, false);
   const Tensor right = torch::stable::contiguous(rows), factors = torch::stable::contiguous(values);
-  Tensor starts = torch::stable::new_empty(sorted, {n_latents + 1});
-  Tensor tokens = torch::stable::new_empty(sorted, {n}), own = torch::stable::new_empty(factors, {n});
+  Tensor starts = torch::stable::new_empty(order, {n_latents + 1});
+  Tensor tokens = torch::stable::new_empty(keys, {n}), own = torch::stable::new_empty(factors, {n});
   dispatch_floating("rows", rows.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const int64_t most = std::max(n, n_latents + 1);
     device.launch(
-        segments_kernel<T>, dim3(static_cast<unsigned>(ceil_div(most, kThreads))), kThreads, 0, data<int64_t>(sorted),
+        segments_kernel<T>, blocks(std::max(n, n_latents + 1)), kThreads, 0, data<int32_t>(sorted),
         data<int64_t>(order), n, active.latents, data<T>(factors), mutable_data<int64_t>(starts),
-        mutable_data<int64_t>(tokens), mutable_data<T>(own));
+        mutable_data<int32_t>(tokens), mutable_data<T>(own));
+    const Segments<T> segments{
+        data<int64_t>(starts), data<int32_t>(sorted), data<int32_t>(tokens), data<T>(own), n_latents};
+    launch_outer(device, segments, n, right, out);
   });
-  const ActiveLatents by_latent{data<int64_t>(tokens), data<int64_t>(starts), 0, n_latents, active.latents.n_tokens};
-  weighted_rows<false>(device, own, by_latent, right, std::nullopt, out);
   return out;
 }
 

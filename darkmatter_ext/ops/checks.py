@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]
 
 from darkmatter_ext.ops._library import has_kernels
 from darkmatter_ext.runtime.inputs import InputError, StateError
@@ -18,23 +19,36 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor | None) -> None:
-    """One line for a wrong type, shape, dtype or device; None in `shape` stands for any size."""
+    """One line for a wrong type, shape, dtype or device; None in `shape` stands for any size.
+
+    `like` has been checked before.
+    """
+    if isinstance(tensor, Tensor) and like is not None and _is_like(tensor, like) and _has_shape(tensor, shape):
+        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: must be a dense tensor, got layout {tensor.layout}")
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name}: must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    fits = tensor.ndim == len(shape) and all(
-        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
+    if not _has_shape(tensor, shape):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise InputError(f"{name}: must have shape [{wanted}], got {list(tensor.shape)}")
     if like is not None and tensor.dtype != like.dtype:
         raise TypeError(f"{name}: must have dtype {like.dtype} as the other arguments, got {tensor.dtype}")
     if like is not None and tensor.device != like.device:
         raise InputError(f"{name}: must be on {like.device} as the other arguments, got {tensor.device}")
+
+
+def _is_like(tensor: Tensor, like: Tensor) -> bool:
+    return tensor.dtype == like.dtype and tensor.device == like.device and tensor.layout == torch.strided
+
+
+def _has_shape(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
+    have = tensor.shape
+    if have == shape:  # the usual case, at a fifth of the cost
+        return True
+    return len(have) == len(shape) and all(want is None or n == want for n, want in zip(have, shape, strict=True))
 
 
 def check_device(op: str, name: str, tensor: Tensor) -> None:
@@ -58,10 +72,30 @@ def check_weights(op: str, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -
 _CONTENT_RULES = ("must not contain NaN", "indices: must be from", "crow: must")
 
 
-def call(op: Any, *arguments: Any) -> Any:
-    """Call an op; errors about the contents of an argument become ValueError, of one line as all others."""
-    try:
+def below_autograd(op: Any, *arguments: Any) -> Any:
+    """Straight to the kernel: torch.library's registered gradients cost a call some ten microseconds at least."""
+    with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments)
+
+
+def call(op: Any, *arguments: Any) -> Any:
+    """Call an op; errors about the contents of an argument become ValueError, of one line as all others.
+
+    Where no argument wants a gradient, below autograd; not while torch traces or transforms the call, whose tensors do
+    not say what they stand for.
+    """
+    try:
+        if (
+            torch.compiler.is_compiling()
+            or _functorch.peek_interpreter_stack() is not None
+            or _wants_gradient(arguments)
+        ):
+            return op(*arguments)
+        return below_autograd(op, *arguments)
     except RuntimeError as error:
         line = str(error).split("\n", maxsplit=1)[0]
         if any(rule in line for rule in _CONTENT_RULES):

@@ -40,7 +40,8 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
     if b_dec is not None:
         check_tensor("b_dec", b_dec, (W_dec.shape[1],), W_dec)
     x_hat = call(_ops.sparse_decode, *acts.flat(), W_dec, b_dec)
-    return x_hat.reshape(*acts.batch_shape, W_dec.shape[1])
+    batch_shape = acts.batch_shape
+    return x_hat if len(batch_shape) == 1 else x_hat.reshape(*batch_shape, W_dec.shape[1])
 
 
 def decoder_dot(x: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:

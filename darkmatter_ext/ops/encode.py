@@ -29,6 +29,7 @@ from darkmatter_ext.runtime.inputs import InputError
 
 _ops = torch.ops.darkmatter
 _NOT_PACKED = (None,) * 7
+_INTEGERS = (Integral, torch.SymInt)
 _MAX_SCREENED_K = 4096  # kMaxScreenK of csrc/cpu/topk_encode.cpp
 
 
@@ -117,7 +118,7 @@ def _check_encode(
         return
     if not isinstance(prepared, PreparedEncoder):
         raise TypeError(f"prepared: must come from prepare_encoder, got {type(prepared).__name__}")
-    if (prepared.d_in, prepared.d_sae) != tuple(W_enc.shape):
+    if prepared.weight.shape != W_enc.shape[::-1]:
         raise InputError(f"prepared: must be of W_enc {list(W_enc.shape)}, got {[prepared.d_in, prepared.d_sae]}")
     if prepared.weight.dtype != W_enc.dtype or prepared.weight.device != W_enc.device:
         raise InputError(
@@ -206,7 +207,7 @@ def topk_encode(
     tokens at a time, 2 d + 24 K bytes. On CUDA nothing waits for the device, and only `prepare_encoder` looks for NaN.
     """
     _check_encode("topk_encode", x, W_enc, b_enc, b_dec, prepared)
-    if isinstance(k, bool) or not isinstance(k, Integral | torch.SymInt):
+    if type(k) is not int and (isinstance(k, bool) or not isinstance(k, _INTEGERS)):
         raise TypeError(f"k: must be an int, got {type(k).__name__}")
     if not 0 <= k <= W_enc.shape[1]:
         raise InputError(f"k: must be from 0 to {W_enc.shape[1]} (latents), got {k}")
@@ -216,9 +217,11 @@ def topk_encode(
 
 
 def _fixed(values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor) -> SparseActs:
-    """From values and indices [N, k] of x [..., d]."""
-    shape = (*x.shape[:-1], values.shape[1])
-    return SparseActs.fixed(values.reshape(shape), indices.reshape(shape), W_enc.shape[1])
+    """From values and indices [N, k] of x [..., d], as the ops make them: nothing to check."""
+    if x.ndim != 2:
+        shape = (*x.shape[:-1], values.shape[1])
+        values, indices = values.reshape(shape), indices.reshape(shape)
+    return SparseActs(values, indices, W_enc.shape[1])
 
 
 def _packed(
@@ -265,7 +268,7 @@ def threshold_encode(
     threshold = _checked_threshold(threshold, x, W_enc)
     packed = _packed(x, W_enc, b_enc, b_dec, prepared)
     values, crow, col = call(_ops.threshold_encode, flat_rows(x), W_enc, b_enc, b_dec, threshold, *packed)
-    return SparseActs.ragged(crow, col, values, W_enc.shape[1], tuple(x.shape[:-1]))
+    return SparseActs(values, col, W_enc.shape[1], crow, tuple(x.shape[:-1]))
 
 
 def _checked_threshold(threshold: Tensor | float, x: Tensor, W_enc: Tensor) -> Tensor:
@@ -308,7 +311,7 @@ def try_threshold_encode(
     values, crow, col, undecided = call(
         _ops.try_threshold_encode, flat_rows(x), W_enc, b_enc, None, threshold, *prepared.packed
     )
-    return SparseActs.ragged(crow, col, values, W_enc.shape[1], tuple(x.shape[:-1])), undecided
+    return SparseActs(values, col, W_enc.shape[1], crow, tuple(x.shape[:-1])), undecided
 
 
 class ScreenIntervals(NamedTuple):

@@ -14,21 +14,15 @@ from torch import Tensor
 
 from darkmatter_ext.ops import _registrations, encode
 from darkmatter_ext.ops.acts import SparseActs
-from darkmatter_ext.ops.checks import flat_rows
+from darkmatter_ext.ops.checks import below_autograd, flat_rows
 from darkmatter_ext.ops.encode import PreparedEncoder
-
-
-def _below_autograd(op: Callable[..., Any], *arguments: Any) -> Any:
-    """Straight to the kernel: torch.library's registered gradients cost a call a tenth of a millisecond."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
 
 
 def _with_gradient(op: Any, save: Callable[..., None], gradients: Callable[..., tuple]) -> Callable[..., Any]:
     """The op with the gradients registered for it, as a plain autograd function; below autograd where none is asked for."""
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _below_autograd(op, *inputs)
+        output = below_autograd(op, *inputs)
         save(ctx, inputs, output)
         return output
 
@@ -36,7 +30,7 @@ def _with_gradient(op: Any, save: Callable[..., None], gradients: Callable[..., 
     function: Any = type(f"_{op._opname}", (torch.autograd.Function,), members)
 
     def run(*inputs: Any) -> Any:
-        return function.apply(*inputs) if torch.is_grad_enabled() else _below_autograd(op, *inputs)
+        return function.apply(*inputs) if torch.is_grad_enabled() else below_autograd(op, *inputs)
 
     return run
 
@@ -94,7 +88,7 @@ def to_dense(acts: SparseActs) -> Tensor:
 def find_support(acts: Tensor) -> SparseActs:
     """As `ops.find_support`, without a gradient."""
     flat = flat_rows(acts)
-    crow, col = _below_autograd(_ops.find_support.default, flat)
+    crow, col = below_autograd(_ops.find_support.default, flat)
     if len(flat) == 1:
         values = flat[0, col]
     else:

@@ -40,6 +40,9 @@ struct dim3 {
 struct float4 {
   float x, y, z, w;
 };
+struct uint4 {
+  unsigned x, y, z, w;
+};
 
 namespace darkmatter::cuda {
 inline constexpr size_t kSharedBytes = 227 * 1024, kCanary = 64;
@@ -377,6 +380,7 @@ E atomicAdd(E* to, E value) {
   *to += value;
   return before;
 }
+inline void __stcs(uint4* to, uint4 value) { *to = value; }
 template <typename E>
 E atomicMax(E* to, E value) {
   const E before = *to;

@@ -12,7 +12,7 @@ import subprocess
 import pytest
 import torch
 from cases import emulated
-from cases.encoders import NAN, NOT_PACKED, SCREENED_DTYPES, WORST, check_encoders, gaussian, same, worst
+from cases.encoders import INF, NAN, NOT_PACKED, SCREENED_DTYPES, WORST, check_encoders, gaussian, same, worst
 from cases.ops import DTYPES, ON_CUDA
 from cases.pursuit import DICTIONARIES, made_of, targets
 from hypothesis import given, settings
@@ -145,11 +145,20 @@ def test_intervals_hold_every_pre_activation(cuda):
         assert 0.05 < worst < 1, "a bound that is never approached is too loose to be useful"
 
 
-def test_nan_in_weights_is_refused_when_prepared(cuda):
+@pytest.mark.parametrize("n_latents", [1500, 300])  # with codes, whose making finds NaN, and without
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "b_dec"])
+def test_nan_in_weights_is_refused_when_prepared(cuda, name, n_latents):
+    weights = dict(zip(("W_enc", "b_enc", "b_dec"), gaussian(n_latents=n_latents)[1:], strict=True))
+    weights["W_enc"][0, 2], weights["b_enc"][1] = INF, -INF  # infinite is allowed
+    cuda.prepare_encoder(*weights.values())
+    weights[name][..., 5] = NAN
+    with pytest.raises(RuntimeError, match=f"{name}: must not contain NaN, got shape"):
+        cuda.prepare_encoder(*weights.values())
+
+
+def test_nan_in_weights_of_a_call(cuda):
     x, W_enc, b_enc, b_dec = gaussian()
     W_enc[3, 5] = NAN
-    with pytest.raises(RuntimeError, match="W_enc: must not contain NaN, got shape"):
-        cuda.prepare_encoder(W_enc, b_enc, b_dec)
     values, indices = cuda.topk_encode(x, W_enc, b_enc, b_dec, 3, *NOT_PACKED)  # unprepared: as torch.topk, NaN first
     assert values[:, 0].isnan().all()
     assert (indices[:, 0] == 5).all()
@@ -178,6 +187,45 @@ def test_sparse_ops(n, d, n_latents, k, dtype, seed):
         same(cuda.to_dense(v, i, c, n_latents), cpu.to_dense(v, i, c, n_latents))
         dense = cpu.to_dense(v, i, c, n_latents)
         same(cuda.find_support(dense), cpu.find_support(dense))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [1, 37, 132, 520])  # one element at a time; a last slice cut short; several slices
+def test_outer_of_latents_with_no_one_and_many_entries(cuda, dtype, d):
+    """More latents than entries, one latent in every token, nothing at either end; x not aligned."""
+    n, n_latents = 60, 900
+    torch.manual_seed(d)
+    x = torch.randn(n * d + 1).to(dtype)[1:].view(n, d) if d == 132 else torch.randn(n, d).to(dtype)
+    indices = torch.randint(100, 700, (n, 5))
+    indices[:, 2] = 333
+    indices[:, 4] = 650 + torch.arange(n) // 30
+    values = torch.randn(n, 5).to(dtype)
+    mine = cuda.decoder_outer(values, indices, None, x, n_latents)
+    on_cpu = torch.ops.darkmatter.decoder_outer(values, indices, None, x, n_latents)
+    torch.testing.assert_close(mine, on_cpu, rtol=1e-14, atol=1e-14) if dtype == torch.float64 else same(mine, on_cpu)
+    assert (mine[:100] == 0).all()
+    none = indices[:0]
+    assert (cuda.decoder_outer(values[:0], none, None, x[:0], n_latents) == 0).all()
+
+
+def test_outer_with_an_index_out_of_range_adds_to_no_latent(cuda):
+    indices = torch.tensor([[0, 4], [-1, 1 << 32]])
+    out = cuda.decoder_outer(torch.ones(2, 2), indices, None, torch.ones(2, 4), 4)
+    assert out.tolist() == [[1.0] * 4] + [[0.0] * 4] * 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("d", "n_latents"), [(64, 128), (72, 200), (33, 70), (8, 1)])
+def test_packed_rows_are_the_transposed_weights(cuda, dtype, d, n_latents):
+    """Whole and ragged tiles; rows stored with gaps, columns with a stride, a start that is not aligned."""
+    wide = torch.randn(d, n_latents + 8).to(dtype)
+    shifted = torch.randn(d * n_latents + 1).to(dtype)[1:].view(d, n_latents)
+    every_second = torch.randn(d, 2 * n_latents).to(dtype)[:, ::2]
+    one_row = torch.randn(1, n_latents).to(dtype).expand(d, n_latents)
+    for W_enc in (wide[:, 8:].contiguous(), wide[:, 8:], wide[:, :n_latents], shifted, every_second, one_row):
+        weight = cuda.prepare_encoder(W_enc, torch.zeros(n_latents).to(dtype), None)[0]
+        assert weight.is_contiguous()
+        assert torch.equal(weight, W_enc.mT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

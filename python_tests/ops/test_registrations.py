@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from cases.ops import CASES, registered_ops
+from cases.ops import CASES, D, K, N, encoder, registered_ops
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import darkmatter_ext as dm
 from darkmatter_ext.ops import reference
@@ -122,6 +124,32 @@ def test_vmap_over_tokens():
     assert torch.equal(torch.vmap(reconstruct)(x), reconstruct(x))
     assert torch.equal(torch.vmap(torch.vmap(reconstruct))(x), reconstruct(x))
     assert torch.equal(torch.vmap(reconstruct, in_dims=1, out_dims=1)(x), reconstruct(x))
+
+
+def test_gradients_pass_vmap():
+    """A batched tensor does not say whether what it stands for wants a gradient."""
+    W_enc, b_enc, _ = encoder(torch.float64)
+
+    def loss(x, over):
+        x_hat = over(lambda rows: dm.sparse_decode(dm.topk_encode(rows, W_enc, b_enc, K), W_enc.mT))(x)
+        return x_hat.square().sum()
+
+    x = torch.randn(2, N, D, dtype=torch.float64, requires_grad=True)
+    mapped, plain = (torch.autograd.grad(loss(x, over), x)[0] for over in (torch.vmap, lambda function: function))
+    assert mapped.abs().max() > 0
+    torch.testing.assert_close(mapped, plain, rtol=1e-13, atol=1e-13)
+
+
+def test_a_call_without_gradient_is_still_seen_by_dispatch_modes():
+    W_enc, b_enc, _ = encoder(torch.float32)
+    x = torch.randn(N, D)
+    with torch.no_grad():
+        mode = FakeTensorMode()
+        fakes = [mode.from_tensor(tensor) for tensor in (x, W_enc, b_enc)]
+        with mode:
+            assert isinstance(dm.topk_encode(*fakes, K).values, FakeTensor)
+        graph = make_fx(lambda rows: dm.topk_encode(rows, W_enc, b_enc, K).values)(x).graph
+    assert torch.ops.darkmatter.topk_encode.default in [node.target for node in graph.nodes]
 
 
 def test_vmap_of_ragged_acts_says_why_not():

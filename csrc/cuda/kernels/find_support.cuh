@@ -4,7 +4,8 @@
 // counts says where it writes and no two threads have to agree on anything.
 #pragma once
 
-#include "cuda/kernels/sparse_decode.cuh"
+#include "cuda/kernels/block.cuh"
+#include "cuda/kernels/packet.cuh"
 
 namespace darkmatter::cuda {
 

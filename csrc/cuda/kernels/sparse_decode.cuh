@@ -1,4 +1,4 @@
-// sparse_decode and its gradients on the GPU: one warp a token and a slice of columns.
+// sparse_decode and decoder_dot on the GPU: one warp a token and a slice of columns, one block a token.
 //
 // Budget: each active latent's row of W_dec is read once a token, 16 bytes a thread. Blocks run through the tokens of
 // one slice of kSlice bytes before the next slice: of W_dec one slice (F kSlice bytes: 67 MB at F 131072) is in use at
@@ -11,24 +11,16 @@
 #include <type_traits>
 
 #include "cuda/kernels/active.cuh"
-#include "cuda/kernels/block.cuh"
+#include "cuda/kernels/packet.cuh"
 
 namespace darkmatter::cuda {
 
 constexpr int kSliceBytes = 512;  // of a row: 32 threads of 16 bytes
-constexpr int kDecodeAhead = 8;   // rows a thread has in flight: 8 x 16 bytes x 768 threads, 96 KB a multiprocessor
-constexpr int kDecodeBlocks = 3;  // a multiprocessor: 80 registers a thread
 
-// Sixteen bytes of T, loaded at once.
+// out_i = b + sum over a of values_a rows[indices_a]. A value of 0 adds no row (relu leaves zeros), so an infinite row
+// there does not make NaN (the row is fetched, which costs less than a branch). An index out of range would read
+// foreign memory; without asking the host the honest answer is NaN.
 template <typename T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Packet {
-  T element[kWidth];
-};
-
-// out_i = b + sum over a of values_a rows[indices_a]. kSkipZeros: a value of 0 adds no row (relu leaves zeros), so an
-// infinite row there does not make NaN (the row is fetched, which costs less than a branch). An index out of range
-// would read foreign memory; without asking the host the honest answer is NaN.
-template <typename T, int kWidth, bool kSkipZeros>
 __global__ void __launch_bounds__(kThreads, kDecodeBlocks) sparse_decode_kernel(
     const T* __restrict__ values, ActiveLatents active,
     const T* __restrict__ rows,  // [F, d]
@@ -62,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocks) sparse_decode_kernel(
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
         const double with = fma(factor[i], widen(ahead[i].element[c]), sum[c]);
-        sum[c] = kSkipZeros && factor[i] == 0.0 ? sum[c] : with;
+        sum[c] = factor[i] == 0.0 ? sum[c] : with;
       }
     }
   };
@@ -79,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocks) sparse_decode_kernel(
   for (int c = 0; c < kWidth; ++c) {
     result.element[c] = rounded<T>(sum[c]);
   }
-  *reinterpret_cast<Row*>(out + token * d + column) = result;
+  store_packet(out + token * d + column, result);
 }
 
 // out_a = <rows_i, W_dec[indices_a]> of the token i of a. One block a token.
@@ -100,29 +92,6 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) decoder_dot_kernel(
     if (threadIdx.x % kLanes == 0) {
       out[a] = rounded<T>(product);
     }
-  }
-}
-
-// The active latents sorted by latent as segments: starts [F + 1], and the token and value of each entry in that order.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) segments_kernel(
-    const int64_t* __restrict__ sorted,  // [z] latents
-    const int64_t* __restrict__ order,   // [z] where each was
-    int64_t n, ActiveLatents active, const T* __restrict__ values, int64_t* __restrict__ starts,
-    int64_t* __restrict__ tokens, T* __restrict__ own) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (at <= active.n_latents) {  // the first entry whose latent is not below `at`
-    int64_t low = 0, high = n;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      (sorted[middle] < at ? low : high) = sorted[middle] < at ? middle + 1 : middle;
-    }
-    starts[at] = low;
-  }
-  if (at < n) {
-    const int64_t entry = order[at];
-    own[at] = values[entry];
-    tokens[at] = active.token_of(entry);
   }
 }
 

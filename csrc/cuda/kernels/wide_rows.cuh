@@ -3,7 +3,9 @@
 
 #include <type_traits>
 
-#include "cuda/kernels/sparse_decode.cuh"
+#include "cuda/kernels/active.cuh"
+#include "cuda/kernels/block.cuh"
+#include "cuda/kernels/packet.cuh"
 
 namespace darkmatter::cuda {
 

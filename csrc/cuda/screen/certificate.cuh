@@ -75,53 +75,81 @@ __device__ inline double warp_max(double value) {
   return value;
 }
 
-// One row by one warp. Writes its codes, zeros beyond d; returns its scale and norms.
+// One row by one warp. Writes its codes, zeros beyond d; returns its scale and norms. The norm is NaN exactly where the
+// row less its centre has a NaN.
 struct RoundedRow {
   RowScale scale;
   double norm, removed, raw;
 };
+// Calls body(e, x) for every 32nd element of a row from this lane's on, in order. Loads run ahead of the body, which
+// writes where, for all the compiler knows, the row may lie.
+constexpr int kRowAhead = 8;
+template <typename T, typename Body>
+__device__ void for_own_elements(const T* row, int64_t d, const Body& body) {
+  int64_t e = threadIdx.x % 32;
+  for (; e + 32 * (kRowAhead - 1) < d; e += 32 * kRowAhead) {
+    T ahead[kRowAhead];
+#pragma unroll
+    for (int i = 0; i < kRowAhead; ++i) {
+      ahead[i] = row[e + 32 * i];
+    }
+#pragma unroll
+    for (int i = 0; i < kRowAhead; ++i) {
+      body(e + 32 * i, widen(ahead[i]));
+    }
+  }
+  for (; e < d; e += 32) {
+    body(e, widen(row[e]));
+  }
+}
+
 template <typename T>
 __device__ RoundedRow round_row(const T* row, const T* centre, int64_t d, int64_t d_padded, __half* codes) {
-  const int lane = threadIdx.x % 32;
   double squares = 0.0, largest = 0.0, row_squares = 0.0, centre_squares = 0.0;
-  for (int64_t e = lane; e < d; e += 32) {
-    const double x = widen(row[e]), c = centre != nullptr ? widen(centre[e]) : 0.0, value = x - c;
+  const auto centre_at = [&](int64_t e) { return centre != nullptr ? widen(centre[e]) : 0.0; };
+  for_own_elements(row, d, [&](int64_t e, double x) {
+    const double c = centre_at(e), value = x - c;
     squares += value * value;
     row_squares += x * x;
     centre_squares += c * c;
     largest = fabs(value) > largest ? fabs(value) : largest;
-  }
+  });
   squares = warp_sum(squares);
   const double raw = sqrt(warp_sum(row_squares)) + sqrt(warp_sum(centre_squares));
   const RowScale scale = row_scale(warp_max(largest), squares);
   const double factor = scale.usable ? ldexp(1.0, scale.power) : 0.0;
   double removed = 0.0;
-  for (int64_t e = lane; e < d_padded; e += 32) {
-    double value = 0.0;
-    if (e < d && scale.usable) {
-      value = (widen(row[e]) - (centre != nullptr ? widen(centre[e]) : 0.0)) * factor;
-    }
+  for_own_elements(row, d, [&](int64_t e, double x) {
+    const double value = scale.usable ? (x - centre_at(e)) * factor : 0.0;
     const __half code = __float2half_rn(static_cast<float>(value));
     codes[e] = code;
     const double rest = value - widen(code);
     removed += rest * rest;
+  });
+  for (int64_t e = d + threadIdx.x % 32; e < d_padded; e += 32) {
+    codes[e] = __float2half_rn(0.0f);
   }
   removed = sqrt(warp_sum(removed));
   return {scale, sqrt(squares), scale.usable ? removed / factor : INFINITY, raw};
 }
 
-// Codes and bounds of latents [0, n): rows [n, d], b_enc [n]. One warp a latent.
+// Codes and bounds of latents [0, n): rows [n, d], b_enc [n]; counts the rows with NaN into n_nan[0]. One warp a
+// latent.
 template <typename T>
 __global__ void round_latents_kernel(
     const T* __restrict__ rows, const T* __restrict__ b_enc, int64_t n, int64_t d, int64_t d_padded,
-    __half* __restrict__ codes,    // [n, d_padded]
-    float* __restrict__ bounds) {  // [kBoundRows, n]
+    __half* __restrict__ codes,   // [n, d_padded]
+    float* __restrict__ bounds,   // [kBoundRows, n]
+    unsigned long long* n_nan) {  // or null
   const int64_t latent = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (latent >= n) {
     return;  // whole warps
   }
   const RoundedRow row = round_row<T>(rows + latent * d, nullptr, d, d_padded, codes + latent * d_padded);
   if (threadIdx.x % 32 == 0) {
+    if (n_nan != nullptr && row.norm != row.norm) {
+      atomicAdd(n_nan, 1ull);
+    }
     const double bias = widen(b_enc[latent]);
     bounds[kScale * n + latent] = static_cast<float>(ldexp(1.0, -row.scale.power));
     bounds[kBias * n + latent] = static_cast<float>(bias);

@@ -384,6 +384,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1) fused_filter_kernel(
   if (threadIdx.x == 0) {
     shared.init();
   }
+  __syncwarp();  // whole warps arrive at the barrier of the cluster
   hopper::cluster_sync();
   if (warpgroup == 0) {
     hopper::give_registers<kProducerRegisters>();
