@@ -1,6 +1,6 @@
 """Where the time of an op goes on a GPU: device time by kernel, launches, and what the host takes to ask for it.
 
-    python benchmarks/gpu_profile.py [--shapes A C] [--ops topk threshold decode outer pursuit] [--out FOLDER]
+    python benchmarks/gpu_profile.py [--shapes A C] [--ops topk threshold odd decode outer prepare pursuit] [--out FOLDER]
 
 Weights are prepared; DARKMATTER_CUDA_FUSED=1 and 0 choose the screen. Not for comparing: benchmarks/gpu.py does that.
 """
@@ -25,6 +25,7 @@ from darkmatter_ext.ops.decode import decoder_outer
 from darkmatter_ext.runtime.storage import atomic_file
 
 PURSUIT_STEPS = 8
+ODD_TOKENS = 64
 CALLS = 3
 
 
@@ -63,9 +64,12 @@ def sae_ops(label: str) -> dict[str, Callable[[], Any]]:
     prepared = dm.prepare_encoder(problem.W_enc, problem.b_enc)
     acts = dm.topk_encode(problem.x, problem.W_enc, problem.b_enc, problem.k, prepared=prepared)
     threshold = acts.values[:, -1].mean()
+    odd = problem.x.clone()
+    odd[:: len(odd) // ODD_TOKENS] = torch.inf  # screening cannot help them
     return {
         "topk": lambda: dm.topk_encode(problem.x, problem.W_enc, problem.b_enc, problem.k, prepared=prepared),
         "threshold": lambda: dm.threshold_encode(problem.x, problem.W_enc, problem.b_enc, threshold, prepared=prepared),
+        "odd": lambda: dm.topk_encode(odd, problem.W_enc, problem.b_enc, problem.k, prepared=prepared),
         "decode": lambda: dm.sparse_decode(acts, problem.W_dec),
         "outer": lambda: decoder_outer(acts, problem.x),
         "prepare": lambda: dm.prepare_encoder(problem.W_enc, problem.b_enc),
@@ -85,7 +89,9 @@ def pursuit_op() -> Callable[[], Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["A", "C"], choices=list(SHAPES), help="shapes of gpu.py")
-    parser.add_argument("--ops", nargs="+", default=["topk", "threshold", "decode", "outer", "prepare", "pursuit"])
+    parser.add_argument(
+        "--ops", nargs="+", default=["topk", "threshold", "odd", "decode", "outer", "prepare", "pursuit"]
+    )
     parser.add_argument("--label", default="", help="appended to the name of the JSON file")
     parser.add_argument("--out", type=Path, help="folder for a JSON file named after the GPU")
     arguments = parser.parse_args()

@@ -111,6 +111,39 @@ def test_worst_cases(name, dtype):
     check_encoders(torch.ops.darkmatter, x, W_enc, b_enc, b_dec, k=20, threshold=5.0, device="cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hundreds_of_tokens_that_screening_cannot_help(dtype):
+    """All latents tie: 38 groups of tokens share the few slots for their scores. Others, and odd ones, among them."""
+    x, W_enc, b_enc, b_dec = gaussian(320, 64, 70000, dtype)
+    W_enc[:, 1:] = W_enc[:, :1]
+    b_enc[:] = b_enc[0]
+    W_enc[:, 7] *= 1.5
+    x[5, 3], x[6, 0], x[7] = float("nan"), float("inf"), 0
+    check_encoders(torch.ops.darkmatter, x, W_enc, b_enc, b_dec, k=64, threshold=12.0, device="cuda")
+
+
+def test_choices_of_pursuit():
+    """The atom of the largest product as float64 products say, some tokens resting; and among thousands of ties the lowest."""
+    torch.manual_seed(1)
+    dictionary, residual = torch.randn(30000, 200).cuda(), torch.randn(500, 200, dtype=torch.float64).cuda()
+    l0 = torch.full((500,), 2).cuda()
+    noise, done = 1e-12 * residual.norm(dim=1), (torch.arange(500) % 5 == 0).int().cuda()
+
+    def chosen(atoms):
+        prepared = dm.prepare_dictionary(atoms)
+        packed = prepared.packed
+        return torch.ops.darkmatter.pursuit_choose(
+            residual, prepared.rows, packed.codes, packed.bounds, noise, l0, 1, done
+        )
+
+    for atoms in (dictionary, dictionary.double()):
+        expected = (residual @ atoms.double().mT).argmax(1).masked_fill(done != 0, -1)
+        assert torch.equal(chosen(atoms), expected)
+    copies = dictionary[:3].repeat(5000, 1)
+    expected = (residual @ dictionary[:3].double().mT).argmax(1).masked_fill(done != 0, -1)
+    assert torch.equal(chosen(copies), expected)
+
+
 def test_several_tiles_of_tokens_and_the_float64_oracle():
     """More tokens than a tile (4096), compared with the dense float64 twin on the GPU."""
     x, W_enc, b_enc, b_dec = (part.cuda() for part in gaussian(5000, 256, 4096))
