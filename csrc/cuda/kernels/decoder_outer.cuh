@@ -30,7 +30,7 @@ DM_HOST_DEVICE constexpr int outer_lanes() {
 
 // Keys to sort entries by: the latent, and n_latents for one out of range, which belongs to no row. 32 bits are half
 // the passes of 64.
-__global__ void __launch_bounds__(kThreads)
+static __global__ void __launch_bounds__(kThreads)
     latent_keys_kernel(const int64_t* __restrict__ indices, int64_t n, int64_t n_latents, int32_t* __restrict__ keys) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at < n) {
