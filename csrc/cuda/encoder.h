@@ -9,7 +9,6 @@
 #include "cuda/kernels/dispatch.h"
 #include "cuda/screen/finish.cuh"
 #include "cuda/screen/fused_filter.h"
-#include "cuda/screen/latent_screens.h"
 
 namespace darkmatter::cuda {
 
@@ -60,7 +59,6 @@ class ScreenPass {
       const std::optional<FusedQuestion>& fused = std::nullopt)
       : device_(device),
         packed_(packed),
-        screens_(device, *packed.bounds, fused ? fused->limits : LatentLimits{nullptr, 0}),
         d_padded_(screen_padded(x.size(1))),
         most_(std::min(kTileTokens, x.size(0))),
         rows_(ceil_div(most_, kFilterTokens) * kFilterTokens),
@@ -68,11 +66,12 @@ class ScreenPass {
             std::min(
                 ceil_div(packed.weight.size(0), kTile) * kTile,
                 std::max<int64_t>(kTile, kChunkBytes / (4 * rows_) / kTile * kTile))) {
+    prepare_latents(fused ? fused->limits : LatentLimits{nullptr, 0});
     const int64_t tiles = rows_ / kFilterTokens, at_once = kFilterBlocks * device.multiprocessors;
     ranges_ = static_cast<int>(std::min({at_once / tiles, width_ / kTile, int64_t{kMaxRanges}}));
     ranges_ = std::max(1, std::min(ranges_, kMaxUnion / std::max(1, k)));
     if (fused && FusedFilter::available(device, *packed.codes)) {
-      fused_.emplace(device, *packed.codes, screens_.latents(), *fused);
+      fused_.emplace(device, *packed.codes, latents_, *fused);
       ranges_ = 1;
       width_ = k > 0 ? ceil_div(fused_->first_latents(), kTile) * kTile : 0;
     }
@@ -116,15 +115,14 @@ class ScreenPass {
       const dim3 grid(static_cast<unsigned>(ceil_div(n, kFilterTokens)), static_cast<unsigned>(ranges_));
       if (fused_) {
         if (width_ > 0) {
-          filter(sampled_products(tokens.codes, n), screens_.latents(), tokens, lists, grid);
+          filter(sampled_products(tokens.codes, n), latents_, tokens, lists, grid);
         }
         fused_->run(n, tokens, lists);
       } else {
         for (int64_t latent = 0; latent < n_latents; latent += width_) {
           const int64_t width = std::min(width_, n_latents - latent);
           multiply(tokens.codes, n, latent, width, 0);
-          filter(
-              ScoreChunk{data<float>(products_), width_, n, latent, width, 0}, screens_.latents(), tokens, lists, grid);
+          filter(ScoreChunk{data<float>(products_), width_, n, latent, width, 0}, latents_, tokens, lists, grid);
         }
       }
       finish(first, n, tokens, lists);
@@ -134,6 +132,20 @@ class ScreenPass {
   const Tensor& exact() const { return exact_; }  // [N] nonzero: a token for the exact path
 
  private:
+  // What the scans look at, of whole tiles of latents.
+  void prepare_latents(const LatentLimits& limits) {
+    const Tensor& bounds = *packed_.bounds;
+    const int64_t n = packed_.weight.size(0), runs = ceil_div(n, kTile) * kTileRuns;
+    screens_ = torch::stable::new_empty(bounds, {runs, kRun, 2}, ScalarType::Float);
+    largest_ = torch::stable::new_empty(bounds, {runs, 3}, ScalarType::Float);
+    latents_ = {data<float>(bounds), n, data<LatentScreen>(screens_), data<LargestBounds>(largest_)};
+    Arena arena{nullptr};
+    arena.take<uint32_t>(3);
+    device_.launch(
+        prepare_latents_kernel, dim3(static_cast<unsigned>(runs)), kThreads, arena.used, latents_, limits,
+        mutable_data<LatentScreen>(screens_), mutable_data<LargestBounds>(largest_));
+  }
+
   // Products of tokens and latents [first, first + width) into columns from `column` on, `runs` times with `skip`
   // latents left out in between.
   void multiply(
@@ -159,10 +171,10 @@ class ScreenPass {
 
   const OnDevice& device_;
   const Packed& packed_;
-  LatentScreens screens_;
   int64_t d_padded_, most_, rows_, width_;  // rows_: most_ up to whole blocks of the filter
   int ranges_ = 1;
-  Tensor codes_, products_, scale_, bounds_, exact_, count_, latent_;
+  ScreenedLatents latents_{};
+  Tensor screens_, largest_, codes_, products_, scale_, bounds_, exact_, count_, latent_;
   OptionalTensor lower_, upper_, limit_, centre_;
   std::optional<FusedFilter> fused_;
 };

@@ -12,7 +12,6 @@
 #include "cuda/prepare_encoder.cu"
 #include "cuda/pursuit_step.cu"
 #include "cuda/screen/fused_filter.cu"
-#include "cuda/screen/latent_screens.cu"
 #include "cuda/screen_intervals.cu"
 #include "cuda/sparse_decode.cu"
 #include "cuda/threshold_encode.cu"
