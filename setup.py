@@ -310,7 +310,9 @@ class CudaCheck(Command):
         archs = [arch for arch in CHECKED_CUDA_ARCHS if f"sm_{arch.rstrip('af')}" in known]
         build = Build(work, work, nvcc, archs)
         sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
-        print(f"{'kernels of sm_' + SHOWN_CUDA_ARCH:48} registers   shared    stack  spilled")
+        print(
+            f"{'kernel on sm_' + SHOWN_CUDA_ARCH:32}{'variants':>10}{'registers':>11}{'shared':>8}{'stack':>7}{'spilled':>9}"
+        )
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", str(os.cpu_count())))) as pool:
             results = pool.map(lambda each: self._compile(build, work, each), sources)
             for source, done in zip(sources, results, strict=True):
@@ -345,12 +347,17 @@ class CudaCheck(Command):
         if not found and "__global__" in source.read_text():
             fail(f"{source.name} compiled to no kernel")
         for each in found:
-            if each.arch == SHOWN_CUDA_ARCH:
-                print(f"{each.kernel:48} {each.registers:9} {each.shared:8} {each.stack:8} {each.spilled:8}")
             if each.spilled > MAX_SPILL_BYTES:
-                fail(
-                    f"{each.kernel} spills {each.spilled} bytes of registers on sm_{each.arch}, allowed are {MAX_SPILL_BYTES}"
-                )
+                fail(f"{each.kernel} spills {each.spilled} bytes on sm_{each.arch}, allowed are {MAX_SPILL_BYTES}")
+        shown = [each for each in found if each.arch == SHOWN_CUDA_ARCH]
+        for name in sorted({each.kernel.split("<")[0] for each in shown}):
+            own = [each for each in shown if each.kernel.split("<")[0] == name]
+            registers = sorted({each.registers for each in own})
+            span = "-".join(str(each) for each in dict.fromkeys((registers[0], registers[-1])))
+            shared, stack, spilled = (
+                max(getattr(each, part) for each in own) for part in ("shared", "stack", "spilled")
+            )
+            print(f"{name:32}{len(own):10}{span:>11}{shared:8}{stack:7}{spilled:9}")
         if "wgmma" in report and "serialized" in report:
             fail(f"{source.name}: the compiler serialises wgmma (C7510)")
 

@@ -83,9 +83,13 @@ def test_a_list_leaves_room_for_a_whole_tile(library, seed):
     """1025 candidates at the end of a tile are one too many, if the next may let in 1024."""
     emulated.set_seed(seed)
     library.darkmatter_emulated_multiprocessors(1)
-    k = 512
-    weights = scores((k, 10), (TILE - k, 0), (LIST - TILE - k + 1, 11), (k - 1, 0), (TILE, 12), (1500, 0))
-    Screened(*weights, left_out=[k + 1]).check_topk(unit(9), k)
+    weights = scores(
+        (600, 10), (TILE - 600, 0),  # 512 of them are the first limit
+        (500, 12), (100, 11), (TILE - 600, 0),  # 1200 candidates: 600 are left, those of 11 tie
+        (425, 13), (TILE - 425, 0),  # 1025: 925 are left
+        (TILE, 14), (1, 15), (1500, 0),
+    )  # fmt: skip
+    Screened(*weights, left_out=[4 * TILE]).check_topk(unit(17), 512)  # so many tokens: one range
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -93,10 +97,10 @@ def test_near_ties_fill_a_list_to_its_end(library, seed):
     """As many ties as a list holds are screened, whatever tile they are in; one more is not."""
     emulated.set_seed(seed)
     library.darkmatter_emulated_multiprocessors(1)
-    x = unit(11)
+    x = unit(19)  # so many tokens: one range
     x[3:5, 0] = -1  # these have other ties, and too many of them
-    fits = scores((700, 0), (LIST, 1), (1300, 0), (LIST - 1, -1), (1, -1.0), (1, -1.0), (300, 0))
-    Screened(*fits, left_out=[0]).check_topk(x, 65, exact=[3, 4])
+    fits = scores((1, 2), (700, 0), (LIST, 1), (1300, 0), (LIST + 1, -1), (300, 0))
+    Screened(*fits, left_out=[0]).check_topk(x, 512, exact=[3, 4])
     Screened(*fits, left_out=[0]).check_topk(x, 1, exact=[3, 4])
 
 

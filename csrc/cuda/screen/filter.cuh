@@ -24,7 +24,7 @@ constexpr int kListPerThread = 8;
 constexpr int kList = kThreads * kListPerThread;  // candidates of one list: 2048
 constexpr int kMaxScreenK = 512;
 
-static_assert(kTile % kRun == 0 && kTile <= kList);
+static_assert(kTile % kRun == 0 && kMaxScreenK <= kList - kTile);
 static_assert(kFilterTokens == kWarps, "a warp looks after a token's list");
 static_assert(kFilterTokens * kFilterLatents == 32, "a bit for each score of a thread");
 
