@@ -124,7 +124,7 @@ class ScreenPass {
     const int64_t tiles = rows_ / kFilterTokens, at_once = kFilterBlocks * device.multiprocessors;
     ranges_ = static_cast<int>(std::min({at_once / tiles, width_ / kTile, int64_t{kMaxRanges}}));
     ranges_ = std::max(1, std::min(ranges_, kMaxUnion / std::max(1, k)));
-    const bool by_tiles = fused && FusedFilter::available(device, *packed.codes);
+    const bool by_tiles = fused && FusedFilter::wanted(device, *packed.codes, most_);
     if (by_tiles) {
       ranges_ = 1;
       width_ = k > 0 ? ceil_div(FusedFilter::first_latents(k, packed.weight.size(0)), kTile) * kTile : 0;

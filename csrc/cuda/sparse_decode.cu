@@ -43,13 +43,19 @@ static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, 
   }
   dispatch_floating("W_dec", W_dec.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    with_width<T>(rows, [&](auto width) {
-      const dim3 grid(
-          static_cast<unsigned>(ceil_div(active.latents.n_tokens, kWarps)),
-          static_cast<unsigned>(ceil_div(d, 32 * width.value)));
+    const int64_t groups = ceil_div(active.latents.n_tokens, kWarps);
+    const auto launch = [&](auto width, auto ahead) {
       device.launch(
-          sparse_decode_kernel<T, width.value>, grid, kThreads, 0, data<T>(factors), active.latents, data<T>(rows),
-          data<T>(bias), d, mutable_data<T>(out));
+          sparse_decode_kernel<T, width.value, ahead.value>,
+          dim3(static_cast<unsigned>(groups), static_cast<unsigned>(ceil_div(d, 32 * width.value))), kThreads, 0,
+          data<T>(factors), active.latents, data<T>(rows), data<T>(bias), d, mutable_data<T>(out));
+    };
+    with_width<T>(rows, [&](auto width) {
+      if (groups * ceil_div(d, 32 * width.value) < kDecodeBlocks * device.multiprocessors) {
+        launch(std::integral_constant<int, 1>(), std::integral_constant<int, kFewAhead>());
+      } else {
+        launch(width, std::integral_constant<int, kDecodeAhead>());
+      }
     });
   });
   return out;

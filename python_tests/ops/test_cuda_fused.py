@@ -35,9 +35,10 @@ def hopper(library, monkeypatch):
 
 
 @pytest.fixture
-def fused(hopper):
+def fused(hopper, monkeypatch):
     """The emulated ops take the fused filter, which must have run; afterwards two multiprocessors and one order."""
     library = hopper
+    monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "1")  # of few tokens too
     before = library.darkmatter_emulated_cluster_launches()
     yield library
     assert library.darkmatter_emulated_cluster_launches() > before
@@ -134,20 +135,24 @@ def test_numbers_that_are_not_finite(fused):
     Screened(W_enc, b_enc, None).check_topk(x, 9)  # with a b_dec, CUDA folds Inf into the bias and gives NaN
 
 
-@pytest.mark.parametrize("reason", ["asked", "device"])
-def test_off_where_asked_for_and_on_other_devices(hopper, monkeypatch, reason):
-    if reason == "asked":
-        monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "0")
-    else:
-        hopper.darkmatter_emulated_capability(89)
+@pytest.mark.parametrize(
+    ("n", "asked", "capability", "taken"),
+    [(257, None, 90, True), (256, None, 90, False), (2, "1", 90, True), (257, "0", 90, False), (257, "1", 89, False)],
+)
+def test_when_it_is_taken(hopper, monkeypatch, n, asked, capability, taken):
+    if asked is not None:
+        monkeypatch.setenv("DARKMATTER_CUDA_FUSED", asked)
+    hopper.darkmatter_emulated_capability(capability)
     before = hopper.darkmatter_emulated_cluster_launches()
-    x, *weights = gaussian(2, 40, 8192)
+    x, *weights = gaussian(n, 40, 3000)
+    x[2:] = 0  # which cost the emulator little
     Screened(*weights).check_topk(x, 5)
-    assert hopper.darkmatter_emulated_cluster_launches() == before
+    assert (hopper.darkmatter_emulated_cluster_launches() > before) == taken
 
 
-def test_codes_that_copies_cannot_take(hopper):
+def test_codes_that_copies_cannot_take(hopper, monkeypatch):
     """The copies want rows at multiples of 16 bytes: others are screened without the fused filter."""
+    monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "1")
     x, *weights = gaussian(2, 40, 8192)
     screened = Screened(*weights)
     weight, bias, codes, *rest = screened.packed

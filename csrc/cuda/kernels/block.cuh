@@ -108,6 +108,23 @@ __device__ inline void sort_descending(uint64_t* keys, int n) {
   __syncthreads();
 }
 
+// The sum of the values of all threads, in a fixed order.
+__device__ inline double block_sum(double value, double (&partial)[kWarps]) {
+  for (int step = 16; step > 0; step /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, step);
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) {
+    partial[threadIdx.x / 32] = value;
+  }
+  __syncthreads();
+  double sum = 0.0;
+  for (int w = 0; w < kWarps; ++w) {
+    sum += partial[w];
+  }
+  return sum;
+}
+
 DM_HOST_DEVICE inline int next_power_of_two(int n) {
   int power = 1;
   while (power < n) {

@@ -9,6 +9,7 @@ namespace darkmatter::cuda {
 
 constexpr int kPacketBytes = 16;  // the widest load and store of a thread
 constexpr int kDecodeAhead = 8;   // rows a thread has in flight: 8 x 16 bytes x 768 threads, 96 KB a multiprocessor
+constexpr int kFewAhead = 32;     // of few tokens: one element each
 constexpr int kDecodeBlocks = 3;  // a multiprocessor: 80 registers a thread
 
 // kWidth elements, loaded at once; 16 bytes where rows are aligned, else one element.

@@ -37,22 +37,6 @@ struct PursuitShared {
   double partial[kWarps];
 };
 
-__device__ inline double block_sum(double value, PursuitShared& shared) {
-  for (int step = 16; step > 0; step /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, step);
-  }
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) {
-    shared.partial[threadIdx.x / 32] = value;
-  }
-  __syncthreads();
-  double sum = 0.0;
-  for (int w = 0; w < kWarps; ++w) {
-    sum += shared.partial[w];
-  }
-  return sum;
-}
-
 // The place of the atom chosen in the token's list, appended where it is new; and the length of the list then.
 struct Place {
   int place, count;
@@ -126,8 +110,8 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks)
     energy += sum * sum;
     gain += sum * row[column];
   });
-  energy = block_sum(energy, shared);
-  gain = block_sum(gain, shared);
+  energy = block_sum(energy, shared.partial);
+  gain = block_sum(gain, shared.partial);
   if (energy == 0.0) {
     if (threadIdx.x == 0) {
       state.done[token] = 1;
@@ -155,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks)
       squares += residual[column] * residual[column];
     }
   }
-  squares = block_sum(squares, shared);
+  squares = block_sum(squares, shared.partial);
   if (threadIdx.x == 0 && sqrt(squares) < rules.residual_threshold) {
     state.done[token] = 1;
   }

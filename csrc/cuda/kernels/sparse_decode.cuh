@@ -2,7 +2,9 @@
 //
 // Budget: each active latent's row of W_dec is read once a token, 16 bytes a thread. Blocks run through the tokens of
 // one slice of kSlice bytes before the next slice: of W_dec one slice (F kSlice bytes: 67 MB at F 131072) is in use at
-// a time, so that rows several tokens share are found in L2.
+// a time, so that rows several tokens share are found in L2. Few tokens do not fill the GPU so: then a thread has one
+// column, four times the warps, and four times as many rows in flight (measured on an H200, 32 tokens of 64 latents at
+// d 2304: 73 us without, against 43 of torch's embedding_bag).
 //
 // Sums are in float64 in stored order, one thread a column, so the result equals the CPU's to the bit for float32 and
 // 16-bit input: their products are exact in float64.
@@ -20,8 +22,8 @@ constexpr int kSliceBytes = 512;  // of a row: 32 threads of 16 bytes
 // out_i = b + sum over a of values_a rows[indices_a]. A value of 0 adds no row (relu leaves zeros), so an infinite row
 // there does not make NaN (the row is fetched, which costs less than a branch). An index out of range would read
 // foreign memory; without asking the host the honest answer is NaN.
-template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads, kDecodeBlocks) sparse_decode_kernel(
+template <typename T, int kWidth, int kAhead>
+__global__ void __launch_bounds__(kThreads, kAhead > kDecodeAhead ? 2 : kDecodeBlocks) sparse_decode_kernel(
     const T* __restrict__ values, ActiveLatents active,
     const T* __restrict__ rows,  // [F, d]
     const T* __restrict__ bias,  // [d] or null
@@ -37,31 +39,37 @@ __global__ void __launch_bounds__(kThreads, kDecodeBlocks) sparse_decode_kernel(
   for (int c = 0; c < kWidth; ++c) {
     sum[c] = bias != nullptr ? widen(bias[column + c]) : 0.0;
   }
-  // Weights and rows of the entries from `a`; a stretch of kDecodeAhead has no branch, so that all its loads are in
-  // flight.
+  // Weights and rows of the entries from `a`; a stretch of kAhead has no branch, so that all its loads are in flight.
   const auto add = [&](int64_t a, auto count) {
-    double factor[count.value];
+    T given[count.value];
+    bool valid[count.value];
     Row ahead[count.value];
 #pragma unroll
     for (int i = 0; i < count.value; ++i) {
       const int64_t latent = active.indices[a + i];
-      const bool valid = latent >= 0 && latent < active.n_latents;
-      factor[i] = valid ? widen(values[a + i]) : static_cast<double>(NAN);
-      ahead[i] = *reinterpret_cast<const Row*>(rows + (valid ? latent : 0) * d + column);
+      valid[i] = latent >= 0 && latent < active.n_latents;
+      given[i] = values[a + i];
+      ahead[i] = *reinterpret_cast<const Row*>(rows + (valid[i] ? latent : 0) * d + column);
     }
 #pragma unroll
     for (int i = 0; i < count.value; ++i) {
+      const double factor = valid[i] ? widen(given[i]) : static_cast<double>(NAN);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        const double with = fma(factor[i], widen(ahead[i].element[c]), sum[c]);
-        sum[c] = factor[i] == 0.0 ? sum[c] : with;
+        const double with = fma(factor, widen(ahead[i].element[c]), sum[c]);
+        sum[c] = factor == 0.0 ? sum[c] : with;
       }
     }
   };
   int64_t a = active.begin(token);
   const int64_t end = active.end(token);
-  for (; a + kDecodeAhead <= end; a += kDecodeAhead) {
-    add(a, std::integral_constant<int, kDecodeAhead>());
+  for (; a + kAhead <= end; a += kAhead) {
+    add(a, std::integral_constant<int, kAhead>());
+  }
+  if constexpr (kAhead > kDecodeAhead) {
+    for (; a + kDecodeAhead <= end; a += kDecodeAhead) {
+      add(a, std::integral_constant<int, kDecodeAhead>());
+    }
   }
   for (; a < end; ++a) {
     add(a, std::integral_constant<int, 1>());

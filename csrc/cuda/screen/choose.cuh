@@ -3,7 +3,7 @@
 // index is taken. The bounds of such a token are wider by its noise (TokenBounds::extra): with b the largest product,
 // every lower bound is at most b - noise, so no product of b - noise or more has an upper bound below the limit.
 //
-// Budget: the few candidates' rows, a warp each; tokens with more than a list of them see all atoms twice.
+// Budget: the few candidates' rows; tokens with more than a list of them see all atoms twice.
 #pragma once
 
 #include "cuda/kernels/exact_tile.cuh"
@@ -13,29 +13,53 @@ namespace darkmatter::cuda {
 
 struct ChooseShared {
   int count;
-  unsigned long long best, lowest;
+  uint32_t limit;  // ordered_key
+  double partial[kWarps];
 };
 
-// <row, w> by one warp. Its order of summation is its own: what it may change is noise.
+// <row, w> by the whole block: few candidates are left, and a row is a long wait for one warp. Its order of summation
+// is its own: what it may change is noise.
 template <typename W>
-__device__ double warp_dot(const double* row, const W* w, int64_t d) {
+__device__ double block_dot(const double* row, const W* w, int64_t d, double (&partial)[kWarps]) {
   double sum = 0.0;
-  int64_t e = threadIdx.x % 32;
-  for (; e + 32 * (kAhead - 1) < d; e += 32 * kAhead) {
-    W ahead[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      ahead[i] = w[e + 32 * i];
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      sum = fma(row[e + 32 * i], widen(ahead[i]), sum);
-    }
-  }
-  for (; e < d; e += 32) {
+#pragma unroll 4
+  for (int64_t e = threadIdx.x; e < d; e += kThreads) {
     sum = fma(row[e], widen(w[e]), sum);
   }
-  return warp_sum(sum);
+  return block_sum(sum, partial);
+}
+
+// The atoms that a token's lists let in, those whose upper bound reaches the largest lower bound. Returns how many;
+// more than kList are too many. All threads.
+__device__ inline int gather_best(const CandidateLists& lists, int64_t token, int32_t* atoms, ChooseShared& shared) {
+  if (threadIdx.x == 0) {
+    shared.count = 0;
+    shared.limit = lists.limit[token];
+  }
+  __syncthreads();
+  const auto visit = [&](const auto& look) {
+    for (int range = 0; range < lists.ranges; ++range) {
+      const CandidateList list(lists, token, range);
+      const int count = lists.count[token * lists.ranges + range];
+      for (int i = threadIdx.x; i < count; i += kThreads) {
+        look(list, i);
+      }
+    }
+    __syncthreads();
+  };
+  visit([&](const CandidateList& list, int i) {
+    atomicMax(&shared.limit, ordered_key(twice_below(margin_of<float>(), list.lower[i])));
+  });
+  const float limit = key_float(shared.limit);
+  visit([&](const CandidateList& list, int i) {
+    if (!(list.upper[i] < limit)) {
+      const int place = atomicAdd(&shared.count, 1);
+      if (place < kList) {
+        atoms[place] = list.latent[i];
+      }
+    }
+  });
+  return shared.count;
 }
 
 // Grid: tokens of the tile.
@@ -51,50 +75,30 @@ __global__ void __launch_bounds__(kThreads) finish_choice_kernel(
   double* products = arena.take<double>(kList);
   int32_t* atoms = arena.take<int32_t>(kList);
   ChooseShared& shared = *arena.take<ChooseShared>(1);
-  if (threadIdx.x == 0) {
-    shared.count = 0;
-    shared.best = 0;
-    shared.lowest = ~0ull;
-  }
-  __syncthreads();
-  const float limit = key_float(lists.limit[token]);
-  for (int range = 0; range < lists.ranges; ++range) {
-    const CandidateList list(lists, token, range);
-    const int count = lists.count[token * lists.ranges + range];
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      if (!(list.upper[i] < limit)) {
-        const int place = atomicAdd(&shared.count, 1);
-        if (place < kList) {
-          atoms[place] = list.latent[i];
-        }
-      }
-    }
-  }
-  __syncthreads();
-  const int count = shared.count;
+  const int count = gather_best(lists, token, atoms, shared);
   if (count > kList) {
     if (threadIdx.x == 0) {
       tokens.exact[token] = kExactly;
     }
     return;  // the whole block
   }
-  for (int p = threadIdx.x / 32; p < count; p += kWarps) {
-    const double product = warp_dot(exact.x + token * exact.d, exact.weight + atoms[p] * exact.d, exact.d);
-    if (threadIdx.x % 32 == 0) {
+  double best = -INFINITY;  // the same in all threads
+  for (int p = 0; p < count; ++p) {
+    const double product =
+        block_dot(exact.x + token * exact.d, exact.weight + atoms[p] * exact.d, exact.d, shared.partial);
+    if (threadIdx.x == 0) {
       products[p] = product;
-      atomicMax(&shared.best, static_cast<unsigned long long>(ordered_key(product)));
     }
+    best = product > best ? product : best;
   }
-  __syncthreads();
-  const double enough = key_double(shared.best) - noise[token];
-  for (int p = threadIdx.x; p < count; p += kThreads) {
-    if (!(products[p] < enough)) {
-      atomicMin(&shared.lowest, static_cast<unsigned long long>(atoms[p]));
-    }
-  }
-  __syncthreads();
   if (threadIdx.x == 0) {
-    choice[token] = static_cast<int64_t>(shared.lowest);
+    int32_t lowest = INT32_MAX;
+    for (int p = 0; p < count; ++p) {
+      if (!(products[p] < best - noise[token]) && atoms[p] < lowest) {
+        lowest = atoms[p];
+      }
+    }
+    choice[token] = lowest;
   }
 }
 

@@ -11,6 +11,7 @@ namespace darkmatter::cuda {
 constexpr int64_t kFirstLatents = 2048;   // of the first step at most: four times the largest k
 constexpr int kMostExpected = kList / 2;  // candidates of a list
 constexpr int kMostGrowth = 4;
+constexpr int64_t kFewTokens = kTokenTile * kClusterBlocks;  // take as long here as one cluster's tile of them
 constexpr int kEmptyRegisters = 64;  // more than a kernel compiled to nothing has, fewer than the kernel
 
 // Which tiles are screened first: every so many. A threshold has no first step.
@@ -22,9 +23,10 @@ static int64_t first_step(int k, int64_t tiles) {
   return step;
 }
 
-bool FusedFilter::available(const OnDevice& device, const Tensor& codes) {
-  const char* wanted = std::getenv("DARKMATTER_CUDA_FUSED");
-  return (wanted == nullptr || std::string_view(wanted) != "0") && device.capability == 90 &&
+bool FusedFilter::wanted(const OnDevice& device, const Tensor& codes, int64_t n_tokens) {
+  const char* given = std::getenv("DARKMATTER_CUDA_FUSED");
+  const std::string_view asked = given == nullptr ? "" : given;
+  return asked != "0" && (n_tokens > kFewTokens || asked == "1") && device.capability == 90 &&
          device.registers(fused_filter_kernel) > kEmptyRegisters &&
          reinterpret_cast<uintptr_t>(codes.const_data_ptr()) % 16 == 0;
 }

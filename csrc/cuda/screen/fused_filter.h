@@ -21,8 +21,9 @@ struct FusedQuestion {
 // since each launch samples all of it. A list that overflows sends its token the exact way.
 class FusedFilter {
  public:
-  // Where the device has the code: compute capability 9.0, unless DARKMATTER_CUDA_FUSED=0 asks for the other screen.
-  static bool available(const OnDevice& device, const Tensor& codes);
+  // Where the device has the code, compute capability 9.0, and there are tokens for its tiles: few take as long as two
+  // tiles of them, in more launches. DARKMATTER_CUDA_FUSED=0 asks for the other screen, 1 for this one also of few.
+  static bool wanted(const OnDevice& device, const Tensor& codes, int64_t n_tokens);
 
   FusedFilter(
       const OnDevice& device, const Tensor& codes, const ScreenedLatents& latents, const FusedQuestion& question);
