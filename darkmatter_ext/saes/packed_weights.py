@@ -35,19 +35,29 @@ def version_of(tensor: Tensor) -> int | None:
         return None
 
 
+def _by_gather(tensor: Tensor) -> bool:
+    """Whether what is looked at is gathered from all tensors and compared at once: on CUDA every comparison is a wait."""
+    return tensor.is_cuda
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """As integers, because NaN equals itself then."""
+    return tensor.detach().view(_BITS[tensor.element_size()])
+
+
 def _looked_at(tensor: Tensor) -> Iterator[Tensor]:
-    """Views, as integers because NaN equals itself then: all of a vector; of a matrix, stairs through all rows and columns.
+    """Views of the bits: all of a vector; of a matrix, stairs through all rows and columns.
 
     A step is a cache line wide where the longer side lies along memory, for its elements cost one read; else one element.
     """
-    bits = tensor.detach().view(_BITS[tensor.element_size()])
+    bits = _bits(tensor)
     if bits.ndim != 2 or bits.numel() == 0:
         yield bits
         return
     wide = bits if bits.shape[0] <= bits.shape[1] else bits.mT
     rows, columns = wide.shape
     down, along = wide.stride()
-    width = _LINE // bits.element_size() if along == 1 else 1
+    width = _LINE // bits.element_size() if along == 1 and not _by_gather(tensor) else 1
     while columns < rows * width:  # else the stairs would end before the last row
         width //= 2
     flight = rows * width  # columns of one staircase from the first row to the last
@@ -98,6 +108,14 @@ def _largest_of(matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return found, columns
 
 
+def _positions(view: Tensor) -> Tensor:
+    """Where the elements of a view lie in its storage."""
+    found = torch.full((1,), view.storage_offset(), device=view.device)
+    for size, stride in zip(view.shape, view.stride(), strict=True):
+        found = (found[:, None] + stride * torch.arange(size, device=view.device)).reshape(-1)
+    return found
+
+
 def is_tied(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors lie in one storage: torch may count an edit of both for one of them only."""
     if one is other or not all(type(t) in PLAIN and t.layout is torch.strided for t in (one, other)):
@@ -116,9 +134,27 @@ class _Watched:
         self.views = tuple((view, view.clone()) for view in _looked_at(tensor)) if look_inside else ()
         self.places = _beside_zeros(tensor, tuple(view for view, _ in self.views)) if look_inside else None
         self.sample = self._read_places() if self.places is not None else None
+        self.flat = self.index = None
+        if self.views and _by_gather(tensor):
+            self._look_by_gather(tensor)
+
+    def _look_by_gather(self, tensor: Tensor) -> None:
+        """The same elements as places of the storage, to be read by one gather: `gathered`."""
+        bits = _bits(tensor)
+        index = [_positions(view) for view, _ in self.views]
+        if self.places is not None:
+            down, along = _wide(bits).stride()
+            index.append(bits.storage_offset() + down * self.places[0] + along * self.places[1])
+        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+        self.flat, self.index = bits.as_strided((elements,), (1,), 0), torch.cat(index)
+        self.views, self.places, self.sample = (), None, None
 
     def _read_places(self) -> Tensor:
-        return _wide(self.tensor.detach().view(_BITS[self.tensor.element_size()]))[self.places]
+        return _wide(_bits(self.tensor))[self.places]
+
+    def gathered(self) -> Tensor | None:
+        """What is looked at of a tensor whose elements `unchanged` has not compared."""
+        return None if self.flat is None or self.index is None else self.flat.index_select(0, self.index)
 
     def unchanged(self, tensor: Tensor) -> bool:
         if tensor is not self.tensor or tensor.data_ptr() != self.address:
@@ -133,11 +169,17 @@ class _Watched:
         return self.sample is None or torch.equal(self._read_places(), self.sample)
 
 
+def _all_gathered(watched: list[_Watched]) -> Tensor | None:
+    """What is looked at of all tensors that are looked at by gather."""
+    found = [values for each in watched if (values := each.gathered()) is not None]
+    return torch.cat(found) if len(found) > 1 else found[0] if found else None
+
+
 class Packed:
     """A value computed from weights, computed anew when they are seen to have changed.
 
-    Cost of a look: one random read for each row or column of every matrix, one pass over every vector; on CUDA the host
-    waits for the answer.
+    Cost of a look: one random read for each row or column of every matrix, one pass over every vector. On CUDA the host
+    waits once for the answer.
     """
 
     def __init__(
@@ -148,7 +190,8 @@ class Packed:
     ) -> None:
         """`derive` gives the value, or a str that says why there is none; `why_not` does before anything is read."""
         self._derive, self._why_not = derive, why_not
-        self._state: tuple[list[_Watched], Any] | None = None  # replaced as one: threads see the old or the new
+        # What is watched, the value, what was gathered then. Replaced as one: threads see the old or the new.
+        self._state: tuple[list[_Watched], Any, Tensor | None] | None = None
         self._renewals = 0  # without a look in between that found everything as it was
         self._pair: tuple[Tensor, int, Tensor, int, bool] | None = None  # two tensors, their addresses, whether tied
 
@@ -160,14 +203,13 @@ class Packed:
         seen = (*weights, other) if other is not None and self._is_tied(weights[0], other) else weights
         state = self._state
         if state is not None and len(state[0]) == len(seen):
-            for watched, weight in zip(state[0], seen, strict=True):
-                if not watched.unchanged(weight):
-                    break
-            else:
-                if state[1] is CHANGING:
+            watched, value, sample = state
+            same = all(each.unchanged(weight) for each, weight in zip(watched, seen, strict=True))
+            if same and (sample is None or torch.equal(sample, _all_gathered(watched))):  # type: ignore[arg-type]
+                if value is CHANGING:
                     return self._renew(seen, len(weights), derive=True)
                 self._renewals = 0
-                return state[1]
+                return value
         self._renewals += 1
         derive = self._renewals <= _RENEWALS_IN_A_ROW or tokens >= _TOKENS_TO_PAY
         return self._renew(seen, len(weights), derive=derive)
@@ -193,11 +235,13 @@ class Packed:
             # before deriving: an edit meanwhile is then seen
             watched = [_Watched(weight, look_inside=derive) for weight in weights]
             watched += [_Watched(other, look_inside=False) for other in seen[n_weights:]]
+            sample = _all_gathered(watched)
             value = self._derive(*weights) if derive else CHANGING
         if value is NO_KERNEL:
+            sample = None
             for each in watched:
                 each.views, each.sample = (), None
-        self._state = (watched, value)
+        self._state = (watched, value, sample)
         return value
 
     def forget(self) -> None:

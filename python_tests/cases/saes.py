@@ -1,11 +1,12 @@
 """SAELens objects of every architecture with sparse latents, and what it means that two of them agree."""
 
+import pytest
 import torch
 from sae_lens.registry import get_sae_class
 from sae_lens.saes import transcoder
 
 import darkmatter_ext as dm
-from darkmatter_ext.saes import stepping_aside
+from darkmatter_ext.saes import packed_weights, stepping_aside
 
 # These SAEs are all small, and it is the fast path that is tested.
 stepping_aside.SMALL_DECODE = stepping_aside.SMALL_ENCODE = stepping_aside.SMALL_FORWARD = 0
@@ -103,3 +104,9 @@ def assert_close(theirs, ours, scale=1.0):
     """Equal up to SAELens' own rounding."""
     tolerance = TOLERANCE[theirs.dtype]
     torch.testing.assert_close(ours, theirs, rtol=tolerance * scale, atol=tolerance * scale)
+
+
+@pytest.fixture(params=[False, True], ids=["views", "gather"], autouse=True)
+def both_looks(request, monkeypatch):
+    """Weights are compared view by view, as on the CPU, and by one gather, as on CUDA. Where a test module imports it."""
+    monkeypatch.setattr(packed_weights, "_by_gather", lambda _tensor: request.param)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases.saes import D_IN, activations, assert_close, only_fast, pair
+from cases.saes import D_IN, activations, assert_close, both_looks, only_fast, pair  # noqa: F401  (a fixture)
 
 import darkmatter_ext as dm
 

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from cases.saes import activations, make_sae
+from cases.saes import activations, both_looks, make_sae  # noqa: F401  (a fixture)
 
 import darkmatter_ext as dm
 

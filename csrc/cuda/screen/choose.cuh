@@ -11,14 +11,39 @@
 
 namespace darkmatter::cuda {
 
+constexpr int kByBlock = 2;  // candidates that are done one after the other by all threads
+
 struct ChooseShared {
   int count;
   uint32_t limit;  // ordered_key
   double partial[kWarps];
 };
 
-// <row, w> by the whole block: few candidates are left, and a row is a long wait for one warp. Its order of summation
-// is its own: what it may change is noise.
+// <row, w> by one warp, or by the whole block: a row is a long wait for a warp. The order of summation is each one's
+// own: what it may change is noise.
+template <typename W>
+__device__ double warp_dot(const double* row, const W* w, int64_t d) {
+  constexpr int kAtOnce = 8;
+  double sum = 0.0;
+  int64_t e = threadIdx.x % 32;
+  for (; e + 32 * (kAtOnce - 1) < d; e += 32 * kAtOnce) {
+    W ahead[kAtOnce];
+    double own[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      ahead[i] = w[e + 32 * i];
+      own[i] = row[e + 32 * i];
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      sum = fma(own[i], widen(ahead[i]), sum);
+    }
+  }
+  for (; e < d; e += 32) {
+    sum = fma(row[e], widen(w[e]), sum);
+  }
+  return warp_sum(sum);
+}
 template <typename W>
 __device__ double block_dot(const double* row, const W* w, int64_t d, double (&partial)[kWarps]) {
   double sum = 0.0;
@@ -37,21 +62,20 @@ __device__ inline int gather_best(const CandidateLists& lists, int64_t token, in
     shared.limit = lists.limit[token];
   }
   __syncthreads();
+  // All ranges at once, each by its share of the threads: one after the other they would be as many waits.
+  const int share = kThreads / lists.ranges, range = static_cast<int>(threadIdx.x) / share;
+  const bool has_range = range < lists.ranges;
+  const CandidateList list(lists, token, has_range ? range : 0);
+  const int in_range = has_range ? lists.count[token * lists.ranges + range] : 0;
   const auto visit = [&](const auto& look) {
-    for (int range = 0; range < lists.ranges; ++range) {
-      const CandidateList list(lists, token, range);
-      const int count = lists.count[token * lists.ranges + range];
-      for (int i = threadIdx.x; i < count; i += kThreads) {
-        look(list, i);
-      }
+    for (int i = static_cast<int>(threadIdx.x) % share; i < in_range; i += share) {
+      look(i);
     }
     __syncthreads();
   };
-  visit([&](const CandidateList& list, int i) {
-    atomicMax(&shared.limit, ordered_key(twice_below(margin_of<float>(), list.lower[i])));
-  });
+  visit([&](int i) { atomicMax(&shared.limit, ordered_key(twice_below(margin_of<float>(), list.lower[i]))); });
   const float limit = key_float(shared.limit);
-  visit([&](const CandidateList& list, int i) {
+  visit([&](int i) {
     if (!(list.upper[i] < limit)) {
       const int place = atomicAdd(&shared.count, 1);
       if (place < kList) {
@@ -82,16 +106,28 @@ __global__ void __launch_bounds__(kThreads) finish_choice_kernel(
     }
     return;  // the whole block
   }
-  double best = -INFINITY;  // the same in all threads
-  for (int p = 0; p < count; ++p) {
-    const double product =
-        block_dot(exact.x + token * exact.d, exact.weight + atoms[p] * exact.d, exact.d, shared.partial);
-    if (threadIdx.x == 0) {
-      products[p] = product;
+  const double* row = exact.x + token * exact.d;
+  if (count <= kByBlock) {
+    for (int p = 0; p < count; ++p) {
+      const double product = block_dot(row, exact.weight + atoms[p] * exact.d, exact.d, shared.partial);
+      if (threadIdx.x == 0) {
+        products[p] = product;
+      }
     }
-    best = product > best ? product : best;
+  } else {
+    for (int p = threadIdx.x / 32; p < count; p += kWarps) {
+      const double product = warp_dot(row, exact.weight + atoms[p] * exact.d, exact.d);
+      if (threadIdx.x % 32 == 0) {
+        products[p] = product;
+      }
+    }
   }
+  __syncthreads();
   if (threadIdx.x == 0) {
+    double best = -INFINITY;
+    for (int p = 0; p < count; ++p) {
+      best = products[p] > best ? products[p] : best;
+    }
     int32_t lowest = INT32_MAX;
     for (int p = 0; p < count; ++p) {
       if (!(products[p] < best - noise[token]) && atoms[p] < lowest) {
