@@ -280,12 +280,26 @@ def test_pursuit_in_a_graph_equals_pursuit_step_by_step(monkeypatch):
     assert recorded, "four chunks of one shape are run as a graph"
 
 
-def test_drop_in():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "gated"])
+def test_drop_in(architecture, dtype, monkeypatch):
     pytest.importorskip("sae_lens")
-    from cases.saes import make_sae
+    from cases import saes
 
-    sae = make_sae("topk").cuda()
-    x = torch.randn(50, sae.cfg.d_in, device="cuda")
-    expected = sae(x)
-    torch.testing.assert_close(dm.accelerate(sae)(x), expected, rtol=1e-4, atol=1e-4)
-    assert dm.stats(sae).fast
+    from darkmatter_ext.saes import stepping_aside
+
+    monkeypatch.setattr(saes, "D_SAE", 4096)
+    for name in ("SMALL_DECODE_ON_GPU", "SMALL_ENCODE_ON_GPU", "SMALL_FORWARD_ON_GPU"):
+        monkeypatch.setattr(stepping_aside, name, stepping_aside.OnGpu(0, 0, 0))
+    plain, fast = (saes.make_sae(architecture, dtype).cuda() for _ in range(2))
+    dm.accelerate(fast)
+    x = torch.randn(50, saes.D_IN).to(dtype).cuda()
+    exact = saes.make_sae(architecture, torch.float64).cuda()
+    exact.load_state_dict({name: value.double() for name, value in plain.state_dict().items()})
+    for edited in (False, True):
+        expected = exact.encode(x.double())
+        torch.testing.assert_close(fast.encode(x).double(), expected, rtol=1e-2, atol=saes.TOLERANCE[dtype] * 4)
+        torch.testing.assert_close(fast(x).double(), exact(x.double()), rtol=2e-2, atol=saes.TOLERANCE[dtype] * 20)
+        assert bool(dm.stats(fast).fast.get("encode")) == (dtype != torch.float64), str(dm.stats(fast))
+        for sae in (fast, exact) if not edited else ():
+            sae.W_enc.data[:, 7] *= 3  # torch counts no such edit

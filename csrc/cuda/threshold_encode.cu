@@ -10,24 +10,37 @@ namespace darkmatter::cuda {
 
 constexpr int64_t kPoolPerToken = 1024;  // kept latents a token, on average; more go the exact way
 
-// What is kept, token by token, before it is known where it goes.
-struct Kept {
-  Tensor latent, values, start, count, exact, found;  // found: pool entries used, NaN thresholds
+// What is kept, token by token, before it is known where it goes. The numbers lie in one tensor, all 0 at first: a
+// call of few tokens is as long as its launches.
+class Kept {
+ public:
+  Tensor latent, values, exact;
 
   Kept(const Tensor& x, int64_t capacity)
       : latent(torch::stable::new_empty(x, {capacity}, ScalarType::Int)),
         values(torch::stable::new_empty(x, {capacity})),
-        start(torch::stable::new_zeros(x, {x.size(0)}, ScalarType::Long)),
-        count(torch::stable::new_zeros(x, {x.size(0)}, ScalarType::Long)),
-        exact(torch::stable::new_empty(x, {x.size(0)}, ScalarType::Int)),
-        found(torch::stable::new_zeros(x, {2}, ScalarType::Long)) {
-    torch::stable::fill_(exact, 1.0);
-  }
+        n_(x.size(0)),
+        numbers_(torch::stable::new_zeros(x, {kFound + 1 + 2 * n_}, ScalarType::Long)) {}
 
   KeptPool pool() const {
-    return {mutable_data<int32_t>(latent),           values.mutable_data_ptr(),    latent.numel(),
-            mutable_data<unsigned long long>(found), mutable_data<int64_t>(start), mutable_data<int64_t>(count)};
+    return {mutable_data<int32_t>(latent), values.mutable_data_ptr(), latent.numel(), used(), count() + n_, count()};
   }
+  unsigned long long* n_nan() const { return used() + 1; }                         // of the thresholds
+  int64_t* count() const { return mutable_data<int64_t>(numbers_) + kFound + 1; }  // [N]
+
+  // crow [N + 1]: the sums of a 0, which lies before the counts, and of these.
+  Tensor row_starts() const {
+    Tensor all = numbers_;
+    return prefix_sums(torch::stable::narrow(all, 0, kFound, n_ + 1));
+  }
+
+ private:
+  static constexpr int64_t kFound = 2;  // pool entries used, NaN thresholds; then a 0, counts [N], starts [N]
+
+  unsigned long long* used() const { return mutable_data<unsigned long long>(numbers_); }
+
+  int64_t n_;
+  Tensor numbers_;
 };
 
 template <typename T>
@@ -37,8 +50,7 @@ static Tensor limits_of(const OnDevice& device, const Tensor& threshold, const K
   if (threshold.numel() > 0) {
     device.launch(
         threshold_limits_kernel<T>, dim3(static_cast<unsigned>(ceil_div(threshold.numel(), kThreads))), kThreads, 0,
-        data<T>(threshold), threshold.numel(), mutable_data<float>(limits),
-        mutable_data<unsigned long long>(kept.found) + 1);
+        data<T>(threshold), threshold.numel(), mutable_data<float>(limits), kept.n_nan());
   }
   return limits;
 }
@@ -71,14 +83,6 @@ static void screened_threshold(
             thresholds, first, kept.pool());
       });
   kept.exact = pass.exact();
-}
-
-// crow [N + 1] from the counts.
-static Tensor row_starts(const Tensor& count) {
-  Tensor crow = torch::stable::new_zeros(count, {count.size(0) + 1}, ScalarType::Long);
-  Tensor rest = torch::stable::narrow(crow, 0, 1, count.size(0));
-  torch::stable::copy_(rest, prefix_sums(count));
-  return crow;
 }
 
 // Where kept latents go: their numbers only (col null), or all of it.
@@ -128,17 +132,21 @@ static std::tuple<Tensor, Tensor, Tensor> above(
       screened_threshold<T>(device, x, b_dec, packed, thresholds, limits, kept);
     }
   }
+  if (!screened) {
+    kept.exact = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Int);
+    torch::stable::fill_(kept.exact, static_cast<double>(kExactly));
+  }
   const MarkedList marked(device, kept.exact, kExactly);
-  Tensor crow = row_starts(kept.count);
+  Tensor crow = kept.row_starts();
   int64_t n_kept = 0, n_nan = 0, n_marked = 0;
   device.read(
       {{data<int64_t>(crow) + x.size(0), &n_kept},
-       {data<int64_t>(kept.found) + 1, &n_nan},
+       {reinterpret_cast<const int64_t*>(kept.n_nan()), &n_nan},
        {marked.number(), &n_marked}});
   require(n_nan == 0, "threshold: must not contain NaN, got ", n_nan, " NaN");
   if (n_marked > 0) {
-    exact_threshold<T>(device, x, packed, marked.tokens(), n_marked, thresholds, {mutable_data<int64_t>(kept.count)});
-    crow = row_starts(kept.count);
+    exact_threshold<T>(device, x, packed, marked.tokens(), n_marked, thresholds, {kept.count()});
+    crow = kept.row_starts();
     device.read({{data<int64_t>(crow) + x.size(0), &n_kept}});
   }
   Tensor col = torch::stable::new_empty(x, {n_kept}, ScalarType::Long);

@@ -31,6 +31,7 @@ _ops = torch.ops.darkmatter
 _NOT_PACKED = (None,) * 7
 _INTEGERS = (Integral, torch.SymInt)
 _MAX_SCREENED_K = 4096  # kMaxScreenK of csrc/cpu/topk_encode.cpp
+_MAX_SCREENED_K_ON_CUDA = 512  # of csrc/cuda/screen/filter.cuh
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +67,20 @@ class PreparedEncoder:
 
         Where torch's product is what screens, not while its precision is lowered (`torch.set_float32_matmul_precision`).
         """
-        return self.codes.numel() > 0 and not (self._screens_by_torch and not _torch_multiplies_in_full())
+        return self.can_screen and not (self._screens_by_torch and not _torch_multiplies_in_full())
+
+    @property
+    def can_screen(self) -> bool:
+        """Whether there are codes that the encoders use: those of float64 weights on CUDA are for pursuit alone."""
+        return self.codes.numel() > 0 and not (self.weight.is_cuda and self.weight.dtype is torch.float64)
 
     def screens_topk(self, k: int) -> bool:
         """Whether a call for the k largest is screened too: with most places among the best there is nothing to leave out.
 
         A place is a latent, or several that are equal; latents of zeros have none.
         """
-        return not self.weight.is_cpu or (k <= _MAX_SCREENED_K and 8 * k <= self.n_places)
+        most = _MAX_SCREENED_K if self.weight.is_cpu else _MAX_SCREENED_K_ON_CUDA
+        return k <= most and 8 * k <= self.n_places
 
     @functools.cached_property
     def n_places(self) -> int:

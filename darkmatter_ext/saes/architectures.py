@@ -66,7 +66,7 @@ def _prepared(W_enc: Tensor, b_enc: Tensor, **options: Any) -> PreparedEncoder |
         return "the encoder's weights are not finite"
     if prepared.groups.numel() and int(prepared.groups[3]) > _MOST_ODD:
         return "many latents of the encoder are not finite"
-    return prepared if prepared.codes.numel() else NO_KERNEL
+    return prepared if prepared.can_screen else NO_KERNEL
 
 
 class Architecture:
@@ -77,6 +77,7 @@ class Architecture:
     selects_per_latent = True  # whether latents can be left out before selecting
     hooks_acts_post = True
     is_linear = True  # one product of x and the encoder
+    dense_cost_on_gpu = 1.0  # of SAELens' dense encode there, in that of a product and a comparison
     writes_elsewhere = False  # a transcoder: its output is no reconstruction of its input
 
     # What it reads
@@ -243,6 +244,7 @@ class TopK(Architecture):
     """The k largest; with rescale_acts_by_decoder_norm, the k largest times the norm of their decoder row."""
 
     selects_per_latent = False
+    dense_cost_on_gpu = 2.5  # torch.topk
 
     def rescales(self, sae: Any) -> bool:
         return sae.cfg.rescale_acts_by_decoder_norm

@@ -113,7 +113,9 @@ class AcceleratedSAE:
         if torch.compiler.is_compiling():
             return super().encode(x)  # type: ignore[misc]
         state = self._fast
-        small = self._architecture.is_linear and stepping_aside.is_small_encode(x, self.cfg.d_sae)
+        small = self._architecture.is_linear and stepping_aside.is_small_encode(
+            x, self.cfg.d_sae, self._architecture.dense_cost_on_gpu
+        )
         ready = SMALL if small else look_at_encoder(self, state, x)
         if isinstance(ready, str):
             state.last_pass = None
@@ -158,7 +160,9 @@ class AcceleratedSAE:
             return super().forward(x)  # type: ignore[misc]
         state = self._fast
         architecture = self._architecture
-        small = architecture.is_linear and stepping_aside.is_small_forward(x, self.cfg.d_sae)
+        small = architecture.is_linear and stepping_aside.is_small_forward(
+            x, self.cfg.d_sae, architecture.dense_cost_on_gpu
+        )
         ready = SMALL if small else look_at_encoder(self, state, x, sparse=True)
         decoder = ready if isinstance(ready, str) else look_at_decoder_after(self, state, ready)
         if isinstance(ready, str) or isinstance(decoder, str) or self._is_overridden():

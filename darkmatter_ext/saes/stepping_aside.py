@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,25 @@ DECODE_DENSITY = 0.10  # and a dense decode
 # Multiply-adds of a dense product that takes no longer than what goes around the ops: looks at weights, calls. Measured
 # on two Zen 3 cores: benchmarks/README.md.
 SMALL_DECODE, SMALL_ENCODE, SMALL_FORWARD = 1 << 21, 1 << 22, 1 << 20
-# The same on a GPU, where launches and one wait for the look at the weights go around the ops (an H200: benchmarks/README.md),
-# in full float32; a dense product on tensor cores (16-bit types, TF32) is so many times as fast.
-SMALL_DECODE_ON_GPU, SMALL_ENCODE_ON_GPU, SMALL_FORWARD_ON_GPU = 8 << 30, 3 << 30, 3 << 30
-TENSOR_CORES = 12
+
+
+class OnGpu(NamedTuple):
+    """The same on a GPU, by how it multiplies: there launches and one wait for the look at the weights go around the ops."""
+
+    full: float  # float32 and float64
+    tf32: float
+    half: float  # 16-bit types
+
+    def limit(self, tensor: Tensor) -> float:
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            return self.half
+        tf32 = tensor.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        return self.tf32 if tf32 else self.full
+
+
+# Measured on an H200 at 768 -> 24576, 8 to 4096 tokens: benchmarks/README.md.
+SMALL_DECODE_ON_GPU, SMALL_ENCODE_ON_GPU = OnGpu(8.5e9, 8e10, 2e11), OnGpu(8e9, 2.5e10, 5e10)
+SMALL_FORWARD_ON_GPU = OnGpu(5e9, 2.5e10, 4e10)
 # Below, a dense encode is as fast whatever the tokens, and a dense decode up to four times SMALL_DECODE.
 FEW_LATENTS = 2048
 FIRST_WAIT, LONGEST_WAIT = 8, 256  # calls
@@ -31,33 +46,29 @@ TOO_MANY = "too many latents are active, or close to it, in most tokens (tried a
 TOO_DENSE = f"more than {DECODE_DENSITY:.0%} of the latents are active"
 
 
-def _limit(tensor: Tensor, on_cpu: int, on_gpu: int) -> int:
-    """Multiply-adds below which a dense product of this tensor is small."""
-    if not tensor.is_cuda:
-        return on_cpu
-    full = tensor.dtype is torch.float64 or (
-        tensor.dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    )
-    return on_gpu if full else TENSOR_CORES * on_gpu
+def is_small_encode(x: Any, d_sae: int, cost_on_gpu: float = 1.0) -> bool:
+    """Whether SAELens' dense encode of x [..., d_in] is done before the looks at the weights would be.
 
-
-def is_small_encode(x: Any, d_sae: int) -> bool:
-    """Whether SAELens' dense encode of x [..., d_in] is done before the looks at the weights would be."""
+    cost_on_gpu: of the dense encode there, in that of a product and a comparison.
+    """
     if not isinstance(x, Tensor):
         return False
-    return x.numel() * d_sae < _limit(x, SMALL_ENCODE, SMALL_ENCODE_ON_GPU) or d_sae < FEW_LATENTS
+    limit = SMALL_ENCODE_ON_GPU.limit(x) / cost_on_gpu if x.is_cuda else SMALL_ENCODE
+    return x.numel() * d_sae < limit or d_sae < FEW_LATENTS
 
 
-def is_small_forward(x: Any, d_sae: int) -> bool:
-    return isinstance(x, Tensor) and x.numel() * d_sae < _limit(x, SMALL_FORWARD, SMALL_FORWARD_ON_GPU)
+def is_small_forward(x: Any, d_sae: int, cost_on_gpu: float = 1.0) -> bool:
+    if not isinstance(x, Tensor):
+        return False
+    return x.numel() * d_sae < (SMALL_FORWARD_ON_GPU.limit(x) / cost_on_gpu if x.is_cuda else SMALL_FORWARD)
 
 
 def is_small_decode(acts: Any, d_sae: int, d_in: int) -> bool:
     """As `is_small_encode`, for acts [..., d_sae]."""
     if not isinstance(acts, Tensor):
         return False
-    limit = _limit(acts, SMALL_DECODE << 2 if d_sae < FEW_LATENTS else SMALL_DECODE, SMALL_DECODE_ON_GPU)
-    return acts.numel() * d_in < limit
+    on_cpu = SMALL_DECODE << 2 if d_sae < FEW_LATENTS else SMALL_DECODE
+    return acts.numel() * d_in < (SMALL_DECODE_ON_GPU.limit(acts) if acts.is_cuda else on_cpu)
 
 
 def looks_dense(acts: Tensor, share: float) -> bool:
