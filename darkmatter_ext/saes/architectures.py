@@ -244,7 +244,7 @@ class TopK(Architecture):
     """The k largest; with rescale_acts_by_decoder_norm, the k largest times the norm of their decoder row."""
 
     selects_per_latent = False
-    dense_cost_on_gpu = 2.5  # torch.topk
+    dense_cost_on_gpu = 1.5  # torch.topk
 
     def rescales(self, sae: Any) -> bool:
         return sae.cfg.rescale_acts_by_decoder_norm

@@ -4,10 +4,11 @@ import pytest
 import torch
 from cases.children import run_python
 from cases.saes import D_IN, SAES, activations, assert_close, make_sae, only_fast, pair
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import darkmatter_ext as dm
 from darkmatter_ext.ops import decode
-from darkmatter_ext.saes import packed_weights
+from darkmatter_ext.saes import packed_weights, stepping_aside
 from darkmatter_ext.saes.architectures import FEW_PLACES
 from darkmatter_ext.saes.stepping_aside import FIRST_WAIT, TOO_MANY, BackOff
 
@@ -177,3 +178,22 @@ for architecture in ("topk", "jumprelu"):
 
 def test_while_torch_multiplies_in_less_than_float32_saelens_answers():
     run_python(LOWERED, DARKMATTER_CPU_ISA="scalar")
+
+
+def test_few_tokens_on_a_gpu_are_left_to_saelens(monkeypatch):
+    """By how the device multiplies: tensor cores make more tokens few."""
+    with FakeTensorMode():
+        for dtype, tf32, few, many in (
+            (torch.float32, False, 256, 1024),
+            (torch.float64, True, 256, 1024),
+            (torch.float32, True, 1024, 4096),
+            (torch.bfloat16, True, 2048, 4096),
+        ):
+            monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+            for n, small in ((few, True), (many, False)):
+                x = torch.empty(n, 768, dtype=dtype, device="cuda")
+                assert stepping_aside.is_small_encode(x, 24576) == small
+                assert stepping_aside.is_small_encode(x.expand(64, n, 768), 24576, 1.5) is False
+        acts = torch.empty(64, 24576, device="cuda")
+        assert stepping_aside.is_small_decode(acts, 24576, 768)
+        assert not stepping_aside.is_small_decode(acts.expand(64, 64, 24576), 24576, 768)
