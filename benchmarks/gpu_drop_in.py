@@ -40,7 +40,7 @@ def make(architecture: str, dtype: torch.dtype) -> Any:
     from sae_lens.registry import get_sae_class
 
     sae_class, cfg_class = get_sae_class(architecture)
-    options = {"k": K} if architecture == "topk" else {}
+    options: dict[str, Any] = {"k": K} if architecture == "topk" else {}
     name = str(dtype).removeprefix("torch.")
     sae = sae_class(cfg_class(d_in=D_IN, d_sae=D_SAE, dtype=name, device="cpu", **options))
     g = torch.Generator().manual_seed(1)
@@ -49,9 +49,9 @@ def make(architecture: str, dtype: torch.dtype) -> Any:
             parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.1)
         sae.W_enc.copy_(torch.randn(sae.W_enc.shape, generator=g) / D_IN**0.5)
         if architecture == "gated":
-            sae.b_gate.sub_(3.0)
+            sae.get_parameter("b_gate").sub_(3.0)
         elif architecture == "jumprelu":
-            sae.threshold.copy_(2.9 + torch.rand(D_SAE, generator=g) * 0.3)
+            sae.get_parameter("threshold").copy_(2.9 + torch.rand(D_SAE, generator=g) * 0.3)
     return sae.cuda()
 
 

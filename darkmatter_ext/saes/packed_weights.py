@@ -110,7 +110,7 @@ def _largest_of(matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 def _positions(view: Tensor) -> Tensor:
     """Where the elements of a view lie in its storage."""
-    found = torch.full((1,), view.storage_offset(), device=view.device)
+    found = torch.zeros(1, dtype=torch.int64, device=view.device) + int(view.storage_offset())
     for size, stride in zip(view.shape, view.stride(), strict=True):
         found = (found[:, None] + stride * torch.arange(size, device=view.device)).reshape(-1)
     return found
@@ -144,7 +144,7 @@ class _Watched:
         index = [_positions(view) for view, _ in self.views]
         if self.places is not None:
             down, along = _wide(bits).stride()
-            index.append(bits.storage_offset() + down * self.places[0] + along * self.places[1])
+            index.append(self.places[0] * down + self.places[1] * along + int(bits.storage_offset()))
         elements = tensor.untyped_storage().nbytes() // tensor.element_size()
         self.flat, self.index = bits.as_strided((elements,), (1,), 0), torch.cat(index)
         self.views, self.places, self.sample = (), None, None

@@ -180,20 +180,30 @@ def test_while_torch_multiplies_in_less_than_float32_saelens_answers():
     run_python(LOWERED, DARKMATTER_CPU_ISA="scalar")
 
 
-def test_few_tokens_on_a_gpu_are_left_to_saelens(monkeypatch):
+@pytest.fixture
+def matmul():
+    """torch.backends.cuda.matmul, as it was afterwards."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_tf32
+    yield settings
+    settings.allow_tf32 = before
+
+
+def test_few_tokens_on_a_gpu_are_left_to_saelens(matmul):
     """By how the device multiplies: tensor cores make more tokens few."""
     with FakeTensorMode():
         for dtype, tf32, few, many in (
-            (torch.float32, False, 256, 1024),
             (torch.float64, True, 256, 1024),
             (torch.float32, True, 1024, 4096),
             (torch.bfloat16, True, 2048, 4096),
+            (torch.float32, False, 256, 1024),
         ):
-            monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+            matmul.allow_tf32 = tf32
             for n, small in ((few, True), (many, False)):
                 x = torch.empty(n, 768, dtype=dtype, device="cuda")
                 assert stepping_aside.is_small_encode(x, 24576) == small
-                assert stepping_aside.is_small_encode(x.expand(64, n, 768), 24576, 1.5) is False
+            x = torch.empty(few, 768, dtype=dtype, device="cuda")
+            assert not stepping_aside.is_small_encode(x, 24576, 3.0)
         acts = torch.empty(64, 24576, device="cuda")
         assert stepping_aside.is_small_decode(acts, 24576, 768)
         assert not stepping_aside.is_small_decode(acts.expand(64, 64, 24576), 24576, 768)
