@@ -3,6 +3,7 @@
 - SAELens: `cfg.json` (old and new) and `sae_weights.safetensors`.
 - EleutherAI sparsify: `cfg.json` and `sae.safetensors`, below a folder that may hold the training's `config.json`.
 - dictionary_learning: `ae.pt` (read with weights_only) and `config.json`.
+- Gemma Scope: `params.npz` alone; the names of the folders say the rest.
 
 What a file does not say is left out of the metadata instead of guessed, so that a run asks or says so.
 
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,13 +38,18 @@ class Format:
     """One library's layout of a folder."""
 
     name: str
-    config_name: str
+    config_name: str | None  # None: the weights' file is all there is
     weights_name: str
     config: Callable[[Path], Config]  # folder -> SAELens' configuration with `metadata`
     weights: Callable[[Path, Config], Weights]  # folder, its configuration -> SAELens' state_dict
 
+    @property
+    def files(self) -> str:
+        """Their names, for a message."""
+        return " and ".join(name for name in (self.config_name, self.weights_name) if name)
+
     def fits(self, folder: Path) -> bool:
-        return (folder / self.config_name).is_file() and (folder / self.weights_name).is_file()
+        return all((folder / name).is_file() for name in (self.config_name, self.weights_name) if name)
 
     def converter(self, path: Path, device: str, cfg_overrides: Config | None = None) -> tuple[Config, Weights]:
         """What SAELens' `load_from_disk` takes."""
@@ -65,9 +73,9 @@ def format_of(folder: Path) -> Format:
     for known in FORMATS:
         if known.fits(folder):
             return known
-    wanted = " or ".join(f"{known.config_name} and {known.weights_name}" for known in FORMATS)
+    wanted = " or ".join(known.files for known in FORMATS)
     config, weights = FORMATS[0].config_name, FORMATS[0].weights_name
-    missing = weights if (folder / config).is_file() else config
+    missing = weights if config and (folder / config).is_file() else config
     raise InputError(f"sae: must be a folder with {wanted}, got {folder} without {missing}")
 
 
@@ -206,6 +214,73 @@ def _dictionary_weights(folder: Path, config: Config) -> Weights:
     return weights
 
 
+# ---- Gemma Scope
+
+_GEMMA_SCOPE = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)(?![a-z])")
+_GEMMA_HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+_GEMMA_WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+
+
+def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of the arrays of a .npz, by their headers alone: the file may have gigabytes."""
+    shapes = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            with archive.open(member) as file:
+                read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+                shapes[member.removesuffix(".npy")] = read[np.lib.format.read_magic(file)[0]](file)[0]
+    return shapes
+
+
+def _gemma_scope_config(folder: Path) -> Config:
+    """The repository's name in the path gives model and site (also in a hub's cache), `layer_20` the layer."""
+    path = folder.absolute().as_posix()
+    repository, layer = _GEMMA_SCOPE.search(path), re.search(r"layer_(\d+)", path)
+    shapes = {_gemma_name(name): shape for name, shape in _npz_shapes(folder / "params.npz").items()}
+    if missing := [name for name in _GEMMA_WEIGHTS if name not in shapes]:
+        raise ValueError(f"params.npz must have {', '.join(_GEMMA_WEIGHTS)}, got none named {', '.join(missing)}")
+    metadata: Config = {}
+    if repository:
+        size, tuned, site = repository.groups()
+        if site == "transcoders":
+            raise ValueError("params.npz of transcoders are not read")
+        metadata = {
+            "model_name": f"google/gemma-2-{size}" + ("-it" if tuned == "it" else ""),
+            "hook_name": f"blocks.{layer[1]}.{_GEMMA_HOOKS[site]}" if layer else _embedded(folder),
+            "context_size": 1024,
+            "prepend_bos": True,
+        }
+    d_in, d_sae = shapes["W_enc"]
+    return {
+        "architecture": "jumprelu",
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "apply_b_dec_to_input": False,
+        "metadata": _said(metadata),
+    }
+
+
+def _embedded(folder: Path) -> str | None:
+    return "hook_embed" if "embedding" in folder.absolute().parts else None
+
+
+def _gemma_name(name: str) -> str:
+    return "W" + name[1:] if name.startswith("w_") else name
+
+
+def _gemma_scope_weights(folder: Path, config: Config) -> Weights:
+    with np.load(folder / "params.npz") as data:
+        found = {_gemma_name(name): torch.from_numpy(data[name]) for name in data}
+    config["dtype"] = str(found["W_enc"].dtype).removeprefix("torch.")
+    if not bool((found.pop("scaling_factor", torch.ones(1)) == 1).all()):
+        raise ValueError("scaling_factor must be 1, got others")
+    if _embedded(folder):  # trained on embeddings as the model scales them, by the root of its width
+        root = config["d_in"] ** 0.5
+        found |= {"W_enc": found["W_enc"] / root, "W_dec": found["W_dec"] * root}
+    return {name: found[name] for name in _GEMMA_WEIGHTS}
+
+
 def _said(metadata: Config) -> Config:
     return {key: value for key, value in metadata.items() if value is not None}
 
@@ -214,4 +289,5 @@ FORMATS = (
     Format("SAELens", "cfg.json", "sae_weights.safetensors", _saelens_config, _saelens_weights),
     Format("sparsify", "cfg.json", "sae.safetensors", _sparsify_config, _sparsify_weights),
     Format("dictionary_learning", "config.json", "ae.pt", _dictionary_config, _dictionary_weights),
+    Format("Gemma Scope", None, "params.npz", _gemma_scope_config, _gemma_scope_weights),
 )

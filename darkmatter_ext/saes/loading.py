@@ -52,7 +52,7 @@ def _release_and_id(spec: str) -> tuple[str, str]:
     if not sae_id:
         first, *others = FORMATS
         raise InputError(
-            f"sae: must be a folder with {first.config_name} and {first.weights_name}, or RELEASE:ID, got {spec!r} "
+            f"sae: must be a folder with {first.files}, or RELEASE:ID, got {spec!r} "
             f"(no such folder; other layouts: {', '.join(known.name for known in others)})"
         )
     return release, sae_id

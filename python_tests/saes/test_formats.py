@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from cases import saes  # noqa: F401  (small SAEs may be fast)
@@ -231,4 +232,109 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 
     folder = write_dictionary(tmp_path / "sae", "AutoEncoder", {"encoder.weight": Evil()})
     with pytest.raises(ValueError, match="sae: must be a complete SAE in dictionary_learning format"):
+        load_sae(folder)
+
+
+# ---- Gemma Scope: params.npz in google/gemma-scope-2b-pt-res/layer_N/width_16k/average_l0_M
+
+
+def write_gemma_scope(root, path, **changed):
+    folder = root / path
+    folder.mkdir(parents=True)
+    weights = {
+        "W_enc": _unit(F, D).T,
+        "W_dec": _unit(F, D),
+        "b_enc": _noise(F),
+        "b_dec": _noise(D, seed=2),
+        "threshold": 0.5 + _noise(F, seed=3).abs(),
+    } | changed
+    np.savez(folder / "params.npz", **{name: value.numpy() for name, value in weights.items()})
+    return folder, weights
+
+
+@pytest.mark.parametrize(
+    ("path", "hook", "model"),
+    [
+        ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", "blocks.20.hook_resid_post", "google/gemma-2-2b"),
+        ("models--google--gemma-scope-9b-it-res/snapshots/ab/layer_9/average_l0_71", "blocks.9.hook_resid_post",
+         "google/gemma-2-9b-it"),
+        ("gemma-scope-27b-pt-att/layer_3/average_l0_71", "blocks.3.attn.hook_z", "google/gemma-2-27b"),
+        ("gemma-scope-2b-pt-mlp/layer_0/average_l0_71", "blocks.0.hook_mlp_out", "google/gemma-2-2b"),
+    ],
+)  # fmt: skip
+def test_gemma_scope(tmp_path, path, hook, model):
+    folder, w = write_gemma_scope(tmp_path, path)
+    sae, x = load_sae(folder), 2 * _x()
+    h = x @ w["W_enc"] + w["b_enc"]  # b_dec is not taken off
+    acts = torch.relu(h) * (h > w["threshold"])
+    torch.testing.assert_close(sae.encode(x), acts, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(x), acts @ w["W_dec"] + w["b_dec"], rtol=1e-5, atol=1e-5)
+    found = describe_sae(str(folder / "params.npz"))
+    assert (found.d_in, found.d_sae, found.architecture, found.expected_l0) == (D, F, "jumprelu", 71)
+    assert (found.metadata["hook_name"], found.metadata["model_name"]) == (hook, model)
+    assert (found.metadata["context_size"], found.metadata["prepend_bos"]) == (1024, True)
+
+
+def test_gemma_scope_is_fast_and_raises_no_alarm(tmp_path):
+    d, f = 64, 1024
+    wide = {
+        "W_enc": _unit(f, d).T,
+        "W_dec": _unit(f, d),
+        "b_enc": _noise(f),
+        "b_dec": _noise(d),
+        "threshold": 2 + 0 * _noise(f),
+    }
+    folder, w = write_gemma_scope(tmp_path, "gemma-scope-2b-pt-res/layer_2/average_l0_24", **wide)
+    sae, x = load_sae(folder), torch.randn(300, d, generator=torch.Generator().manual_seed(5))
+    plain = sae(x)
+    accelerate(sae)
+    torch.testing.assert_close(sae(x), plain, rtol=1e-5, atol=1e-5)
+    assert sum(stats(sae).fast.values()) > 0
+    assert not any("threshold" in sign for sign in signs(sae, x))
+    assert torch.equal(w["threshold"], sae.threshold)
+
+
+@pytest.mark.parametrize("path", ["gemma-scope-2b-pt-res/layer_5/average_l0_9", "gemma-scope-2b-pt-res/embedding/l0_9"])
+def test_gemma_scope_weights_are_those_of_saelens(tmp_path, path, monkeypatch):
+    from sae_lens.loading import pretrained_sae_loaders as loaders
+
+    folder, _ = write_gemma_scope(tmp_path, path)
+    monkeypatch.setattr(loaders, "hf_hub_download", lambda **_: folder / "params.npz")
+    repository, _, name = path.partition("/")
+    overrides = {"d_in": D, "d_sae": F}
+    config, theirs, _ = loaders.gemma_2_sae_huggingface_loader(repository, name, cfg_overrides=overrides)
+    ours = load_sae(folder).state_dict()
+    for weight in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
+        torch.testing.assert_close(ours[weight], theirs[weight], rtol=1e-6, atol=0)
+    assert describe_sae(str(folder)).metadata["hook_name"] == config["hook_name"]
+
+
+def test_gemma_scope_elsewhere_says_no_more_than_its_file(tmp_path):
+    folder, _ = write_gemma_scope(tmp_path, "mine")
+    assert describe_sae(str(folder)).metadata.keys().isdisjoint({"hook_name", "model_name", "prepend_bos"})
+    assert load_sae(folder).cfg.d_sae == F
+
+
+@pytest.mark.parametrize(
+    ("path", "changed", "message"),
+    [
+        ("gemma-scope-2b-pt-transcoders/layer_1", {}, "params.npz of transcoders are not read"),
+        ("gemma-scope-2b-pt-res/layer_1", {"scaling_factor": torch.full((D,), 2.0)}, "scaling_factor must be 1"),
+    ],
+)
+def test_gemma_scope_that_is_something_else_is_refused(tmp_path, path, changed, message):
+    folder, _ = write_gemma_scope(tmp_path, path, **changed)
+    with pytest.raises(ValueError, match=message):
+        load_sae(folder)
+
+
+def test_gemma_scope_without_thresholds_is_refused(tmp_path):
+    folder = tmp_path / "gemma-scope-2b-pt-res"
+    folder.mkdir()
+    np.savez(
+        folder / "params.npz", w_enc=np.zeros((D, F)), w_dec=np.zeros((F, D)), b_enc=np.zeros(F), b_dec=np.zeros(D)
+    )
+    with pytest.raises(
+        ValueError, match=r"params.npz must have W_enc, W_dec, b_enc, b_dec, threshold, got none named thr"
+    ):
         load_sae(folder)
