@@ -210,8 +210,9 @@ def topk_encode(
     for the candidates they leave d float64 ones each; elsewhere N F d in float64. Equal latents count once, latents of
     zeros not at all. Memory beyond inputs and outputs: the packed weights unless prepared (kept for the backward when x
     wants a gradient); on the CPU for each thread at most 256 (2 d + 4096 * 12) bytes of tokens and candidates (13 MB,
-    usually under 4; more for k above 1024) and their exact sums; on CUDA 32 MB of scores and, for each of at most 4096
-    tokens at a time, 2 d + 24 K bytes. On CUDA nothing waits for the device, and only `prepare_encoder` looks for NaN.
+    usually under 4; more for k above 1024) and their exact sums; on CUDA 32 MB of scores, as
+    much for tokens that take the exact path and, for each of at most 4096 tokens at a time, 2 d + 24 K bytes. On CUDA
+    nothing waits for the device, and only `prepare_encoder` looks for NaN.
     """
     _check_encode("topk_encode", x, W_enc, b_enc, b_dec, prepared)
     if type(k) is not int and (isinstance(k, bool) or not isinstance(k, _INTEGERS)):
@@ -269,7 +270,8 @@ def threshold_encode(
         TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
 
     Cost and memory as topk_encode, and the kept entries once more. On CUDA the call waits for the device once, to know the
-    number of kept entries; tokens that keep more than about a thousand latents take the exact path, which is slow.
+    number of kept entries, and has a pool of 1024 kept latents a token (8 KB in float32); beyond that, or with more than
+    2048 candidates, a token takes the exact path: all pre-activations in float64, eight tokens at a time.
     """
     _check_encode("threshold_encode", x, W_enc, b_enc, b_dec, prepared)
     threshold = _checked_threshold(threshold, x, W_enc)
