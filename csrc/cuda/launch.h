@@ -109,6 +109,8 @@ class OnDevice {
     STD_CUDA_CHECK(cudaStreamSynchronize(stream_));
   }
 
+  int64_t shared_limit() const { return shared_limit_; }  // bytes of a block
+
   int multiprocessors = 0;
   int capability = 0;  // 90: compute capability 9.0
 

@@ -22,17 +22,25 @@ static void check_tokens(const char* name, const Tensor& tensor, ScalarType type
 template <typename W>
 static void launch_step(
     const OnDevice& device, const PursuitState<W>& state, const PursuitRules& rules, int64_t n_tokens) {
-  const bool staged = state.d <= kMaxStaged;
-  Arena arena{nullptr};
-  if (staged) {
-    arena.take<double>(state.d);
-  }
-  arena.take<double>(state.s_max);
-  arena.take<double>(state.s_max);
-  arena.take<PursuitShared>(1);
+  const auto bytes = [&](bool staged) {
+    Arena arena{nullptr};
+    if (staged) {
+      arena.take<double>(state.d);
+    }
+    arena.take<double>(state.s_max);
+    arena.take<double>(state.s_max);
+    arena.take<PursuitShared>(1);
+    return static_cast<int64_t>(arena.used);
+  };
+  const bool staged = state.d <= kMaxStaged && bytes(true) <= device.shared_limit();
+  require(
+      bytes(false) <= device.shared_limit(), "l0: must be at most ", device.shared_limit() / 16 - 16,
+      " on this GPU, got ", state.s_max);
   const auto kernel =
       loads_vectors(state.dictionary, state.d) ? pursuit_step_kernel<W, kVectorWidth<W>> : pursuit_step_kernel<W, 1>;
-  device.launch(kernel, dim3(static_cast<unsigned>(n_tokens)), kThreads, arena.used, state, rules, staged);
+  device.launch(
+      kernel, dim3(static_cast<unsigned>(n_tokens)), kThreads, static_cast<size_t>(bytes(staged)), state, rules,
+      staged);
 }
 
 static void pursuit_step(

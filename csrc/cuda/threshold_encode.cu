@@ -173,9 +173,9 @@ static std::tuple<Tensor, Tensor, Tensor> threshold_encode(
   const OnDevice device(x);
   const Packed packed =
       packed_encoder(device, W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds, groups, gain}, can_screen(W_enc));
-  if (x.size(0) == 0) {
+  if (x.size(0) == 0 || W_enc.size(1) == 0) {
     return {
-        torch::stable::new_empty(x, {0}), torch::stable::new_zeros(x, {1}, ScalarType::Long),
+        torch::stable::new_empty(x, {0}), torch::stable::new_zeros(x, {x.size(0) + 1}, ScalarType::Long),
         torch::stable::new_empty(x, {0}, ScalarType::Long)};
   }
   const Tensor rows = torch::stable::contiguous(x), limits = torch::stable::contiguous(threshold);

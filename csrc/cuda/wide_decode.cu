@@ -19,6 +19,9 @@ static Tensor wide_decode(Tensor values, Tensor indices, Tensor W_dec) {
     Arena arena{nullptr};
     arena.take<int64_t>(active.latents.k);
     arena.take<double>(active.latents.k);
+    require(
+        static_cast<int64_t>(arena.used) <= device.shared_limit(), "indices: must have at most ",
+        device.shared_limit() / 16, " latents a token on this GPU, got ", active.latents.k);
     dispatch_floating("W_dec", W_dec.scalar_type(), [&](auto type) {
       using W = decltype(type);
       const auto launch = [&](auto width) {

@@ -78,7 +78,8 @@ def _recorded(chunk: _Chunk, rules: Rules) -> Callable[[], None]:
         chunk.run(rules)
     torch.cuda.current_stream(chunk.target.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # On the tensors' device, whichever is current; what other threads allocate meanwhile is theirs.
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         chunk.run(rules)
     return graph.replay
 

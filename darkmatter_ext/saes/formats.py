@@ -217,6 +217,7 @@ def _dictionary_weights(folder: Path, config: Config) -> Weights:
 # ---- Gemma Scope
 
 _GEMMA_SCOPE = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)(?![a-z])")
+_LAYER = re.compile(r"layer_(\d+)")
 _GEMMA_HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 _GEMMA_WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
@@ -234,8 +235,8 @@ def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def _gemma_scope_config(folder: Path) -> Config:
     """The repository's name in the path gives model and site (also in a hub's cache), `layer_20` the layer."""
-    path = folder.absolute().as_posix()
-    repository, layer = _GEMMA_SCOPE.search(path), re.search(r"layer_(\d+)", path)
+    repository, below = _gemma_scope_place(folder)
+    layer = _LAYER.search(below)
     shapes = {_gemma_name(name): shape for name, shape in _npz_shapes(folder / "params.npz").items()}
     if missing := [name for name in _GEMMA_WEIGHTS if name not in shapes]:
         raise ValueError(f"params.npz must have {', '.join(_GEMMA_WEIGHTS)}, got none named {', '.join(missing)}")
@@ -246,7 +247,11 @@ def _gemma_scope_config(folder: Path) -> Config:
             raise ValueError("params.npz of transcoders are not read")
         metadata = {
             "model_name": f"google/gemma-2-{size}" + ("-it" if tuned == "it" else ""),
-            "hook_name": f"blocks.{layer[1]}.{_GEMMA_HOOKS[site]}" if layer else _embedded(folder),
+            "hook_name": f"blocks.{layer[1]}.{_GEMMA_HOOKS[site]}"
+            if layer
+            else "hook_embed"
+            if _embedded(folder)
+            else None,
             "context_size": 1024,
             "prepend_bos": True,
         }
@@ -261,8 +266,17 @@ def _gemma_scope_config(folder: Path) -> Config:
     }
 
 
-def _embedded(folder: Path) -> str | None:
-    return "hook_embed" if "embedding" in folder.absolute().parts else None
+def _gemma_scope_place(folder: Path) -> tuple[re.Match[str] | None, str]:
+    """The repository's name in the path, and what comes below it; without one, the folder's own name."""
+    path = folder.absolute().as_posix()
+    found = list(_GEMMA_SCOPE.finditer(path))
+    return (found[-1], path[found[-1].end() :]) if found else (None, folder.absolute().name)
+
+
+def _embedded(folder: Path) -> bool:
+    """Whether an SAE is of the embeddings: a folder of that name instead of a layer's."""
+    below = _gemma_scope_place(folder)[1]
+    return "embedding" in below.split("/") and _LAYER.search(below) is None
 
 
 def _gemma_name(name: str) -> str:

@@ -30,7 +30,8 @@ class OnGpu(NamedTuple):
     def limit(self, tensor: Tensor) -> float:
         if tensor.dtype in (torch.float16, torch.bfloat16):
             return self.half
-        tf32 = tensor.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        # (The older allow_tf32 raises where only the newer settings were used; it sets them too.)
+        tf32 = tensor.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return self.tf32 if tf32 else self.full
 
 

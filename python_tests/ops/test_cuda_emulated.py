@@ -333,6 +333,16 @@ def test_many_tokens_that_screening_cannot_help(cuda, dtype):
     check_encoders(cuda, x, W_enc, b_enc, b_dec, k=20, threshold=0.5)
 
 
+@pytest.mark.parametrize(("n", "d", "n_latents"), [(3, 0, 100), (9, 0, 2000), (3, 64, 0), (0, 64, 2000)])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_nothing_along_a_side(cuda, n, d, n_latents, seed):
+    """No dimensions, no latents or no tokens; in any order of threads."""
+    x, W_enc, b_enc, _ = gaussian(n, d, n_latents)
+    emulated.set_seed(seed)
+    check_encoders(cuda, x, W_enc, b_enc, k=min(5, n_latents), threshold=0.5)
+    emulated.set_seed(1)
+
+
 @pytest.mark.parametrize("k", [600, 1024, 2600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_latents_than_are_screened(cuda, dtype, k):

@@ -258,6 +258,8 @@ def write_gemma_scope(root, path, **changed):
         ("gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71", "blocks.20.hook_resid_post", "google/gemma-2-2b"),
         ("models--google--gemma-scope-9b-it-res/snapshots/ab/layer_9/average_l0_71", "blocks.9.hook_resid_post",
          "google/gemma-2-9b-it"),
+        ("layer_5_study/embedding/gemma-scope-2b-pt-res/layer_20/average_l0_71", "blocks.20.hook_resid_post",
+         "google/gemma-2-2b"),
         ("gemma-scope-27b-pt-att/layer_3/average_l0_71", "blocks.3.attn.hook_z", "google/gemma-2-27b"),
         ("gemma-scope-2b-pt-mlp/layer_0/average_l0_71", "blocks.0.hook_mlp_out", "google/gemma-2-2b"),
     ],

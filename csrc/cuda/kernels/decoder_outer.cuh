@@ -75,7 +75,7 @@ struct Segments {
 // out_j = sum over the entries a of latent j of values_a rows[tokens_a]; zeros for a latent without entries.
 // A group of outer_lanes threads takes `run` latents and a slice of columns.
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads, kDecodeBlocks) decoder_outer_kernel(
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : kDecodeBlocks) decoder_outer_kernel(
     Segments<T> segments, int64_t run,
     const T* __restrict__ rows,  // [N, d]
     int64_t d, T* __restrict__ out) {

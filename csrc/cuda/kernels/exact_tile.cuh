@@ -34,6 +34,7 @@ struct ExactShared {
 // thread. All threads of the block.
 template <typename X, typename W, typename Visit>
 __device__ void exact_tile(const ExactProducts<X, W>& of, int64_t first, ExactShared& shared, const Visit& visit) {
+  __syncthreads();  // the tokens are written
   const int lane = threadIdx.x % kLanes;
   const int64_t latent = first + threadIdx.x / kLanes * kExactOfGroup;
   const W* rows[kExactOfGroup];
@@ -44,7 +45,7 @@ __device__ void exact_tile(const ExactProducts<X, W>& of, int64_t first, ExactSh
   }
   for (int64_t start = 0; start < of.d; start += kSlab) {
     const int width = of.d - start < kSlab ? static_cast<int>(of.d - start) : kSlab;
-    __syncthreads();  // the slab before is done with, or the tokens are written
+    __syncthreads();  // the slab before is done with
     for (int i = threadIdx.x; i < kExactTokens * kSlab; i += kThreads) {
       const int64_t token = shared.tokens[i / kSlab];
       const int column = i % kSlab;

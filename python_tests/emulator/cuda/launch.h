@@ -45,6 +45,8 @@ class OnDevice {
     }
   }
 
+  int64_t shared_limit() const { return kSharedBytes; }
+
   int multiprocessors = simt::multiprocessors;
   int capability = simt::capability;
 };
