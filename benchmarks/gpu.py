@@ -164,12 +164,18 @@ def _oracle(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Te
     return values[:, :k].relu(), indices[:, :k]
 
 
+def pursuit_problem() -> tuple[Tensor, Tensor]:
+    """Tokens x [N, d] and a dictionary [F, d] of unit rows."""
+    n, d, n_atoms, _ = PURSUIT
+    g = torch.Generator("cuda").manual_seed(0)
+    dictionary = torch.nn.functional.normalize(torch.randn(n_atoms, d, generator=g, device="cuda"), dim=1)
+    return torch.randn(n, d, generator=g, device="cuda"), dictionary
+
+
 def pursuit_row() -> Iterator[Row]:
     """Gradient pursuit against the dense reference, fp32 and TF32, and the fp16 product alone, S steps."""
     n, d, n_atoms, steps = PURSUIT
-    g = torch.Generator("cuda").manual_seed(0)
-    dictionary = torch.nn.functional.normalize(torch.randn(n_atoms, d, generator=g, device="cuda"), dim=1)
-    x = torch.randn(n, d, generator=g, device="cuda")
+    x, dictionary = pursuit_problem()
     prepared = dm.prepare_dictionary(dictionary)
     x16, d16 = x.half(), dictionary.half()
 

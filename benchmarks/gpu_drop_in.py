@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import gpu_slug
+from gpu_timing import gpu_slug, median_ms
 
 import darkmatter_ext as dm
 from darkmatter_ext.runtime.storage import atomic_file
@@ -55,18 +55,6 @@ def make(architecture: str, dtype: torch.dtype) -> Any:
     return sae.cuda()
 
 
-def median_ms(function: Callable[[], Any], repeats: int = 7) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times[2:])[repeats // 2]
-
-
 def rows(architecture: str, dtype: torch.dtype, tokens: list[int]) -> Iterator[dict[str, Any]]:
     """A row for every number of tokens."""
     plain, fast = make(architecture, dtype), dm.accelerate(make(architecture, dtype))
@@ -82,7 +70,7 @@ def rows(architecture: str, dtype: torch.dtype, tokens: list[int]) -> Iterator[d
             "n": n,
             "l0": (acts != 0).sum(1).float().mean().item(),
             "differs": int(((acts != 0) != (fast.encode(x) != 0)).sum()),
-            "times": {name: [median_ms(theirs), median_ms(ours)] for name, (theirs, ours) in pairs.items()},
+            "times": {name: [median_ms(theirs, 7, 2), median_ms(ours, 7, 2)] for name, (theirs, ours) in pairs.items()},
         }
 
 

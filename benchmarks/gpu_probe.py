@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import gpu_slug
+from gpu_timing import gpu_slug, median_ms
 
 from darkmatter_ext.ops.encode import screen_intervals
 from darkmatter_ext.runtime.storage import atomic_file
@@ -75,18 +74,6 @@ def bound_share() -> dict[str, Any]:
     return found
 
 
-def _median_ms(function: Any, repeats: int = 20) -> float:
-    times = []
-    for _ in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[3:])
-
-
 def rates() -> dict[str, Any]:
     """L2: a 16 MB buffer added to itself a hundred times in a graph. Matrix products: 8192 cubed."""
     small = torch.randn(4 << 20, device="cuda")
@@ -96,10 +83,10 @@ def rates() -> dict[str, Any]:
     with torch.cuda.graph(graph):
         for _ in range(100):
             small.mul_(1.0)
-    found = {"l2_gb_per_s": 100 * 2 * small.nbytes / _median_ms(graph.replay) / 1e6}
+    found = {"l2_gb_per_s": 100 * 2 * small.nbytes / median_ms(graph.replay, 20, 3) / 1e6}
     for dtype in (torch.float16, torch.bfloat16):
         a, b = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
-        found[f"tflops_{dtype}".replace("torch.", "")] = 2 * 8192**3 / _median_ms(lambda a=a, b=b: a @ b) / 1e9
+        found[f"tflops_{dtype}".replace("torch.", "")] = 2 * 8192**3 / median_ms(lambda a=a, b=b: a @ b, 20, 3) / 1e9
     return found
 
 

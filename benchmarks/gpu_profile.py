@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import PURSUIT, SHAPES, Problem
+from gpu import SHAPES, Problem, pursuit_problem
 from gpu_timing import gpu_slug
 from torch.profiler import ProfilerActivity, profile
 
@@ -78,10 +78,7 @@ def sae_ops(label: str) -> dict[str, Callable[[], Any]]:
 
 def pursuit_op() -> Callable[[], Any]:
     """Gradient pursuit of benchmarks/gpu.py, a few steps."""
-    n, d, n_atoms, _ = PURSUIT
-    g = torch.Generator("cuda").manual_seed(0)
-    dictionary = torch.nn.functional.normalize(torch.randn(n_atoms, d, generator=g, device="cuda"), dim=1)
-    x = torch.randn(n, d, generator=g, device="cuda")
+    x, dictionary = pursuit_problem()
     prepared = dm.prepare_dictionary(dictionary)
     return lambda: dm.pursuit(x, prepared, PURSUIT_STEPS)
 

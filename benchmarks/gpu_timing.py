@@ -62,14 +62,24 @@ def flush_buffer() -> Tensor:
     return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
 
-def _time(function: Callable[[], Any], flush: Tensor) -> float:
-    flush.zero_()
+def elapsed_ms(function: Callable[[], Any]) -> float:
+    """Of one call, between two device events."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     function()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
+
+
+def median_ms(function: Callable[[], Any], repeats: int, warm: int) -> float:
+    """Of `repeats` calls after `warm` others."""
+    return statistics.median([elapsed_ms(function) for _ in range(warm + repeats)][warm:])
+
+
+def _time(function: Callable[[], Any], flush: Tensor) -> float:
+    flush.zero_()
+    return elapsed_ms(function)
 
 
 def measure(row: Row, rounds: int, flush: Tensor) -> dict[str, Any]:

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "cuda/kernels/dispatch.h"
-#include "cuda/kernels/exact_tile.cuh"
+#include "cuda/screen/exact.cuh"
 #include "cuda/screen/finish.cuh"
 #include "cuda/screen/fused_filter.h"
 
@@ -90,6 +90,17 @@ size_t shared_bytes(const ExactRows<T>& exact, const Arrays& arrays) {
   exact.take_row(arena);
   arrays(arena);
   return arena.used;
+}
+
+// All pre-activations [n, F] of n marked tokens from number `first` on; of all tokens where there is no list.
+template <typename T>
+void exact_scores(
+    const OnDevice& device, const ExactProducts<T, T>& exact, const MarkedTokens& marked, int64_t first, int64_t n,
+    T* scores) {
+  const dim3 grid(
+      static_cast<unsigned>(ceil_div(exact.n_latents, kExactLatents)),
+      static_cast<unsigned>(ceil_div(n, kExactTokens)));
+  device.launch(exact_scores_kernel<T>, grid, kThreads, sizeof(ExactShared), exact, marked, first, n, scores);
 }
 
 // Arrays of one allocation on the device, each at a multiple of 512 bytes and null if empty; from null, their bytes.

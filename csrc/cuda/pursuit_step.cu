@@ -21,7 +21,8 @@ static void check_tokens(const char* name, const Tensor& tensor, ScalarType type
 
 template <typename W>
 static void launch_step(
-    const OnDevice& device, const PursuitState<W>& state, const PursuitRules& rules, int64_t n_tokens) {
+    const OnDevice& device, const Tensor& dictionary, const PursuitState<W>& state, const PursuitRules& rules,
+    int64_t n_tokens) {
   const auto bytes = [&](bool staged) {
     Arena arena{nullptr};
     if (staged) {
@@ -36,11 +37,11 @@ static void launch_step(
   require(
       bytes(false) <= device.shared_limit(), "l0: must be at most ", device.shared_limit() / 16 - 16,
       " on this GPU, got ", state.s_max);
-  const auto kernel =
-      loads_vectors(state.dictionary, state.d) ? pursuit_step_kernel<W, kVectorWidth<W>> : pursuit_step_kernel<W, 1>;
-  device.launch(
-      kernel, dim3(static_cast<unsigned>(n_tokens)), kThreads, static_cast<size_t>(bytes(staged)), state, rules,
-      staged);
+  with_width<W>(dictionary, [&](auto width) {
+    device.launch(
+        pursuit_step_kernel<W, width.value>, dim3(static_cast<unsigned>(n_tokens)), kThreads,
+        static_cast<size_t>(bytes(staged)), state, rules, staged);
+  });
 }
 
 static void pursuit_step(
@@ -89,7 +90,7 @@ static void pursuit_step(
         mutable_data<double>(direction),
         target.size(1),
         weights.size(1)};
-    launch_step(device, state, PursuitRules{step, keep_chosen, residual_threshold}, n);
+    launch_step(device, dictionary, state, PursuitRules{step, keep_chosen, residual_threshold}, n);
   };
   if (dictionary.scalar_type() == ScalarType::Double) {
     run(double{});

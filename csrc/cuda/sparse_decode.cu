@@ -10,19 +10,6 @@
 
 namespace darkmatter::cuda {
 
-// Calls body with the number of elements that a thread moves at once: 16 bytes where every row of `rows` starts at a
-// multiple of 16, else one.
-template <typename T, typename Body>
-static void with_width(const Tensor& rows, const Body& body) {
-  constexpr int kWidest = kPacketBytes / sizeof(T);
-  const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
-  if (rows.size(1) % kWidest == 0 && address % kPacketBytes == 0) {
-    body(std::integral_constant<int, kWidest>());
-  } else {
-    body(std::integral_constant<int, 1>());
-  }
-}
-
 static Tensor sparse_decode(Tensor values, Tensor indices, OptionalTensor crow, Tensor W_dec, OptionalTensor b_dec) {
   check_dim("W_dec", W_dec, 2);
   check_floating("W_dec", W_dec);

@@ -3,7 +3,6 @@
 #include <tuple>
 
 #include "cuda/encoder.h"
-#include "cuda/screen/exact.cuh"
 #include "cuda/screen/filter_threshold.cuh"
 
 namespace darkmatter::cuda {
@@ -105,11 +104,7 @@ static void exact_threshold(
   const Tensor scores = torch::stable::new_empty(x, shape);
   for (int64_t first = 0; first < number; first += most) {
     const int64_t n = std::min(most, number - first);
-    const dim3 grid(
-        static_cast<unsigned>(ceil_div(n_latents, kExactLatents)), static_cast<unsigned>(ceil_div(n, kExactTokens)));
-    device.launch(
-        exact_scores_kernel<T>, grid, kThreads, sizeof(ExactShared), exact_products<T>(x, packed), marked, first, n,
-        mutable_data<T>(scores));
+    exact_scores(device, exact_products<T>(x, packed), marked, first, n, mutable_data<T>(scores));
     Arena arena{nullptr};
     arena.take<BlockScratch>(1);
     arena.take<int>(1);

@@ -3,7 +3,6 @@
 #include <tuple>
 
 #include "cuda/encoder.h"
-#include "cuda/screen/exact.cuh"
 #include "cuda/screen/filter_topk.cuh"
 
 namespace darkmatter::cuda {
@@ -68,11 +67,7 @@ static void sorted_topk(
     const int64_t n = std::min(most, n_tokens - first);
     const std::array<int64_t, 2> shape{n, n_latents};  // (nvcc 13.0 stumbles over the braces as an argument here)
     const Tensor scores = torch::stable::new_empty(x, shape);
-    const dim3 grid(
-        static_cast<unsigned>(ceil_div(n_latents, kExactLatents)), static_cast<unsigned>(ceil_div(n, kExactTokens)));
-    device.launch(
-        exact_scores_kernel<T>, grid, kThreads, sizeof(ExactShared), exact_products<T>(x, packed), MarkedTokens{},
-        first, n, mutable_data<T>(scores));
+    exact_scores(device, exact_products<T>(x, packed), MarkedTokens{}, first, n, mutable_data<T>(scores));
     const auto [best, latents] = stable_sort(scores, true);
     Tensor values_out = torch::stable::narrow(const_cast<Tensor&>(values), 0, first, n);
     Tensor indices_out = torch::stable::narrow(const_cast<Tensor&>(indices), 0, first, n);

@@ -24,16 +24,11 @@ static Tensor wide_decode(Tensor values, Tensor indices, Tensor W_dec) {
         device.shared_limit() / 16, " latents a token on this GPU, got ", active.latents.k);
     dispatch_floating("W_dec", W_dec.scalar_type(), [&](auto type) {
       using W = decltype(type);
-      const auto launch = [&](auto width) {
+      with_width<W>(rows, [&](auto width) {
         device.launch(
             wide_decode_kernel<W, width.value>, dim3(static_cast<unsigned>(active.latents.n_tokens)), kThreads,
             arena.used, data<double>(factors), active.latents, data<W>(rows), d, mutable_data<double>(out));
-      };
-      if (loads_vectors(data<W>(rows), d)) {
-        launch(std::integral_constant<int, kVectorWidth<W>>());
-      } else {
-        launch(std::integral_constant<int, 1>());
-      }
+      });
     });
   }
   return out;

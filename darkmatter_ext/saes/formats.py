@@ -243,15 +243,12 @@ def _gemma_scope_config(folder: Path) -> Config:
     metadata: Config = {}
     if repository:
         size, tuned, site = repository.groups()
+        embedded = "hook_embed" if _embedded(folder) else None
         if site == "transcoders":
             raise ValueError("params.npz of transcoders are not read")
         metadata = {
             "model_name": f"google/gemma-2-{size}" + ("-it" if tuned == "it" else ""),
-            "hook_name": f"blocks.{layer[1]}.{_GEMMA_HOOKS[site]}"
-            if layer
-            else "hook_embed"
-            if _embedded(folder)
-            else None,
+            "hook_name": f"blocks.{layer[1]}.{_GEMMA_HOOKS[site]}" if layer else embedded,
             "context_size": 1024,
             "prepend_bos": True,
         }

@@ -59,3 +59,14 @@ class Screened:
             (values, crow, col), (torch.cat([part[0] for part in expected]), ends, torch.cat([p[1] for p in expected]))
         )
         return values.numel()
+
+
+def check_tokens_of_all_scales(x, weights, k, threshold):
+    """Both encodes, with a threshold for all latents and for each; every token of x has a scale and limits of its own."""
+    n, n_latents, dtype = len(x), weights[0].shape[1], x.dtype
+    x = x * torch.logspace(0, -2, n)[:, None].to(dtype)
+    screened = Screened(*weights, left_out=slice(5, n_latents, 7))
+    screened.check_topk(x, k)
+    threshold = torch.tensor(threshold, dtype=dtype)
+    assert screened.check_threshold(x, threshold) > n
+    screened.check_threshold(x, (threshold * torch.rand(n_latents)).to(dtype) + threshold)

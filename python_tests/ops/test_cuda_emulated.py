@@ -27,13 +27,9 @@ pytestmark = pytest.mark.slow  # the emulator takes a minute to compile
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cuda():
-    """torch.ops.darkmatter_emulated; memory that nobody wrote is NaN, so that reading it shows."""
-    emulated.library()
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield torch.ops.darkmatter_emulated
-    torch.use_deterministic_algorithms(before)
+def cuda(emulated_library):
+    """torch.ops.darkmatter_emulated."""
+    return torch.ops.darkmatter_emulated
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 where latents are left out of it (cases/screened.py).
 """
 
-import ctypes
 import math
 
 import pytest
 import torch
 from cases import emulated
 from cases.encoders import NOT_PACKED, SCREENED_DTYPES, gaussian, same
-from cases.screened import ROUNDING, SLACK, Screened
+from cases.screened import ROUNDING, SLACK, Screened, check_tokens_of_all_scales
 
 pytestmark = pytest.mark.slow  # emulated thread by thread
 
@@ -18,22 +17,12 @@ TILE, LIST = 1024, 2048  # latents of a tile, candidates of a list
 SEEDS = (1, 2, 3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def library():
-    """Memory that nobody wrote is NaN, so that reading it shows."""
-    library = ctypes.CDLL(str(emulated.library()))
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield library
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.fixture(autouse=True)
-def one_order(library, monkeypatch):
+def one_order(emulated_library, monkeypatch):
     """Without the fused filter; afterwards two multiprocessors and one order of threads."""
     monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "0")
     yield
-    library.darkmatter_emulated_multiprocessors(2)
+    emulated_library.darkmatter_emulated_multiprocessors(2)
     emulated.set_seed(1)
 
 
@@ -59,30 +48,25 @@ def unit(n):
 )
 def test_encodes(dtype, n, d, n_latents, k):
     x, *weights = gaussian(n, d, n_latents, dtype)
-    x *= torch.logspace(0, -2, n)[:, None].to(dtype)  # each token has a scale and limits of its own
-    screened = Screened(*weights, left_out=slice(5, n_latents, 7))
-    screened.check_topk(x, k)
-    threshold = torch.tensor(2.2 * d**0.5, dtype=dtype)
-    assert screened.check_threshold(x, threshold) > n
-    screened.check_threshold(x, (threshold * torch.rand(n_latents)).to(dtype) + threshold)
+    check_tokens_of_all_scales(x, weights, k, threshold=2.2 * d**0.5)
 
 
 @pytest.mark.parametrize("k", [1, 64, 512])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_every_tile_better_than_the_one_before(library, seed, k):
+def test_every_tile_better_than_the_one_before(emulated_library, seed, k):
     """Nearly all of each tile is let in, and each tile tightens; in one range and in several."""
     emulated.set_seed(seed)
-    library.darkmatter_emulated_multiprocessors(seed)
+    emulated_library.darkmatter_emulated_multiprocessors(seed)
     x, W_enc, b_enc, b_dec = gaussian(12, 64, 9001, seed=seed)
     screened = Screened(W_enc * torch.linspace(-4, 4, 9001).exp(), b_enc, b_dec, left_out=slice(3, 9001, 11))
     screened.check_topk(x, k)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_list_leaves_room_for_a_whole_tile(library, seed):
+def test_a_list_leaves_room_for_a_whole_tile(emulated_library, seed):
     """1025 candidates at the end of a tile are one too many, if the next may let in 1024."""
     emulated.set_seed(seed)
-    library.darkmatter_emulated_multiprocessors(1)
+    emulated_library.darkmatter_emulated_multiprocessors(1)
     weights = scores(
         (600, 10), (TILE - 600, 0),  # 512 of them are the first limit
         (500, 12), (100, 11), (TILE - 600, 0),  # 1200 candidates: 600 are left, those of 11 tie
@@ -93,10 +77,10 @@ def test_a_list_leaves_room_for_a_whole_tile(library, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_near_ties_fill_a_list_to_its_end(library, seed):
+def test_near_ties_fill_a_list_to_its_end(emulated_library, seed):
     """As many ties as a list holds are screened, whatever tile they are in; one more is not."""
     emulated.set_seed(seed)
-    library.darkmatter_emulated_multiprocessors(1)
+    emulated_library.darkmatter_emulated_multiprocessors(1)
     x = unit(19)  # so many tokens: one range
     x[3:5, 0] = -1  # these have other ties, and too many of them
     fits = scores((1, 2), (700, 0), (LIST, 1), (1300, 0), (LIST + 1, -1), (300, 0))
@@ -164,7 +148,7 @@ def test_each_of_the_best_known_badly():
     screened.check_threshold(x, torch.tensor(18.0))
 
 
-def test_limits_of_a_token_over_many_chunks(library):
+def test_limits_of_a_token_over_many_chunks(emulated_library):
     """Lists and limits go on from chunk to chunk; few multiprocessors and many give the same."""
     x, W_enc, b_enc, b_dec = gaussian(520, 32, 20000)
     x[torch.arange(520) % 103 != 0] = 0
@@ -172,5 +156,5 @@ def test_limits_of_a_token_over_many_chunks(library):
     given = x, W_enc, b_enc, b_dec
     expected = torch.ops.darkmatter.topk_encode(*given, 33, *NOT_PACKED)
     for multiprocessors in (1, 132):
-        library.darkmatter_emulated_multiprocessors(multiprocessors)
+        emulated_library.darkmatter_emulated_multiprocessors(multiprocessors)
         same(torch.ops.darkmatter_emulated.topk_encode(*given, 33, *NOT_PACKED), expected)

@@ -1,13 +1,12 @@
 """The fused filter of Hopper, run on the CPU by the emulator, against the CPU ops: equal to the bit, by the screen where
 latents are left out of it (cases/screened.py)."""
 
-import ctypes
 import math
 
 import pytest
 import torch
 from cases import emulated
-from cases.screened import Screened
+from cases.screened import Screened, check_tokens_of_all_scales
 
 pytestmark = pytest.mark.slow  # emulated thread by thread
 
@@ -15,34 +14,23 @@ INF, NAN = math.inf, math.nan
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def library():
-    """Memory that nobody wrote is NaN, so that reading it shows."""
-    library = ctypes.CDLL(str(emulated.library()))
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield library
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.fixture
-def hopper(library, monkeypatch):
+def hopper(emulated_library, monkeypatch):
     """The emulated device is of compute capability 9.0."""
     monkeypatch.delenv("DARKMATTER_CUDA_FUSED", raising=False)
-    library.darkmatter_emulated_capability(90)
-    yield library
-    library.darkmatter_emulated_capability(80)
+    emulated_library.darkmatter_emulated_capability(90)
+    yield emulated_library
+    emulated_library.darkmatter_emulated_capability(80)
 
 
 @pytest.fixture
 def fused(hopper, monkeypatch):
     """The emulated ops take the fused filter, which must have run; afterwards two multiprocessors and one order."""
-    library = hopper
     monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "1")  # of few tokens too
-    before = library.darkmatter_emulated_cluster_launches()
-    yield library
-    assert library.darkmatter_emulated_cluster_launches() > before
-    library.darkmatter_emulated_multiprocessors(2)
+    before = hopper.darkmatter_emulated_cluster_launches()
+    yield hopper
+    assert hopper.darkmatter_emulated_cluster_launches() > before
+    hopper.darkmatter_emulated_multiprocessors(2)
     emulated.set_seed(1)
 
 
@@ -61,12 +49,7 @@ def gaussian(n, d, n_latents, dtype=torch.float32, *, centred=True, seed=0):
 )
 def test_encodes(fused, dtype, n, d, n_latents, k, centred):
     x, *weights = gaussian(n, d, n_latents, dtype, centred=centred)
-    x *= torch.logspace(0, -2, n)[:, None].to(dtype)  # each token has a scale and limits of its own
-    screened = Screened(*weights, left_out=slice(5, n_latents, 7))
-    screened.check_topk(x, k)
-    threshold = torch.tensor(2.0 * d**0.5, dtype=dtype)
-    assert screened.check_threshold(x, threshold) > n
-    screened.check_threshold(x, (threshold * torch.rand(n_latents)).to(dtype) + threshold)
+    check_tokens_of_all_scales(x, weights, k, threshold=2.0 * d**0.5)
 
 
 @pytest.mark.parametrize("seed", [2, 3, 4])

@@ -1,4 +1,4 @@
-// From a tensor's dtype to a template parameter, and torch's own ops.
+// From a tensor's dtype and alignment to template parameters, and torch's own ops.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +7,7 @@
 #include <array>
 #include <tuple>
 
+#include "cuda/kernels/packet.cuh"
 #include "cuda/launch.h"
 
 namespace darkmatter::cuda {
@@ -28,6 +29,19 @@ auto dispatch_screened(const char* name, ScalarType type, const Body& body) {
 template <typename Body>
 auto dispatch_floating(const char* name, ScalarType type, const Body& body) {
   return type == ScalarType::Double ? body(double{}) : dispatch_screened(name, type, body);
+}
+
+// Calls body with the number of elements that a thread moves at once: 16 bytes where every row of `rows` starts at a
+// multiple of 16, else one.
+template <typename T, typename Body>
+void with_width(const Tensor& rows, const Body& body) {
+  constexpr int kWidest = kPacketBytes / sizeof(T);
+  const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
+  if (rows.size(1) % kWidest == 0 && address % kPacketBytes == 0) {
+    body(std::integral_constant<int, kWidest>());
+  } else {
+    body(std::integral_constant<int, 1>());
+  }
 }
 
 // Torch's own ops, through its dispatcher.

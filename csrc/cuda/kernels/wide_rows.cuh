@@ -50,14 +50,6 @@ __device__ void weighted_columns(
   }
 }
 
-// How many columns of rows [.., d] a thread may load at once.
-template <typename W>
-constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(W));
-template <typename W>
-bool loads_vectors(const W* rows, int64_t d) {
-  return d % kVectorWidth<W> == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0;
-}
-
 // out [N, d] = sums of rows [F, d] weighted by values [N, k]. An index out of range makes NaN. Grid: tokens.
 template <typename W, int kWidth>
 __global__ void __launch_bounds__(kThreads, kDecodeBlocks) wide_decode_kernel(
