@@ -1,13 +1,19 @@
-"""Confidence intervals: bootstrap over contexts for quantities of tokens, Student's t over seeds for whole runs.
+"""Confidence intervals by document: what is drawn again is what was drawn in the first place, whole documents.
 
-Tokens of one context are not independent (they share text, and a splice at one position changes the next ones), so whole
-contexts are drawn again, and a ratio is a ratio of sums in every draw, never a mean of per-token ratios.
+Tokens of one document are not independent (they share a text, and a splice at one position changes the next ones), nor are
+its contexts. So all functions here take sums over documents (or other whole units: latents, groups of contexts), and a
+ratio is a ratio of sums in every draw, never a mean of per-token ratios.
 
-Shapes: C contexts, m quantities, B resamples.
+Percentiles of plain bootstrap draws are too narrow for the 10 to 40 documents of a small run: they hold the truth in 83 to
+92 % of cases where 95 % is said. So draws are studentised: in 12 to 34 documents of unequal size 93 to 95 % then do, and
+92 to 94 % where the values are as skewed as a log-normal of sigma 0.8 (python_tests/estimators/test_intervals.py).
+
+Shapes: D documents, m quantities, B resamples.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +24,10 @@ from darkmatter_ext.runtime.inputs import InputError
 
 LEVEL = 0.95
 RESAMPLES = 2000  # the ends of a 95 % interval then rest on 50 draws each
+FEWEST_DRAWN = 8  # with fewer documents draws repeat one another, and Student's t takes their place
+_NAN = float("nan")
+
+Statistic = Callable[[Tensor], Tensor]  # totals [..., m] -> values [..., q], differentiable
 
 
 @dataclass(frozen=True)
@@ -33,50 +43,119 @@ class Interval:
         return {name: self.value, f"{name}/low": self.low, f"{name}/high": self.high}
 
 
+UNKNOWN = Interval(_NAN, _NAN, _NAN)  # what cannot be told
+
+
 def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
     """Sums [n_groups, m] in float64 of per-token values [n, m] over the tokens of each group; groups [n] int64."""
     sums = torch.zeros(n_groups, values.shape[1], dtype=torch.float64)
     return sums.index_add_(0, groups, values.double())
 
 
-def bootstrap(
-    sums: Tensor, statistic: Callable[[Tensor], Tensor], *, seed: int, resamples: int = RESAMPLES
-) -> list[Interval]:
-    """Percentile intervals of functions of sums over contexts, drawing whole contexts with replacement.
+def bootstrap(sums: Tensor, statistic: Statistic, *, seed: int, resamples: int = RESAMPLES) -> list[Interval]:
+    """Intervals of functions of sums over documents, drawing whole documents with replacement (bootstrap-t).
 
     Args:
-        sums: [C, m], for each context the sums that the statistic is made of.
-        statistic: totals [..., m] -> values [..., q], e.g. `lambda s: s[..., :1] / s[..., 1:]`.
+        sums: [D, m], for each document the sums that the statistic is made of.
+        statistic: totals [..., m] -> values [..., q], e.g. `lambda s: s[..., :1] / s[..., 1:]`; differentiable.
         seed: of the draws.
         resamples: B.
 
     Returns:
-        q intervals; `value` is the statistic of all contexts. NaN draws (0/0: nothing of the kind was drawn) are left
-        out; low and high are NaN with fewer than two contexts.
+        q intervals; `value` is the statistic of all documents. A document whose sums do not touch a quantity is not counted
+        for it. NaN ends with fewer than two documents; Student's t with fewer than FEWEST_DRAWN, or where too many
+        draws have no variance.
 
-    Raises ValueError for no context. Cost: B C m multiply-adds. Source: Efron 1979; Davison and Hinkley 1997, section 3.8.
+    Every draw is divided by its own standard error, from the slopes of the statistic (infinitesimal jackknife).
+    Raises InputError for no document. Cost: about 3 B D m q multiply-adds.
+    Source: Efron 1981; Davison and Hinkley 1997, sections 2.4, 2.7 and 3.8.
     """
+    if len(sums) == 0:
+        raise InputError("sums: must hold at least one document, got none")
+    sums = sums.double()
+    values, slopes = _slopes(statistic, sums.sum(0, keepdim=True))
+    found = []
+    for which, (value, slope) in enumerate(zip(values[0].tolist(), slopes[0], strict=True)):
+        own = sums[((sums * slope) != 0).any(1)] if math.isfinite(value) else sums[:0]
+        found.append(_studentised(own, value, statistic, which, seed=seed, resamples=resamples))
+    return found
+
+
+def _slopes(statistic: Statistic, totals: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [B, q] of totals [B, m] and their derivatives [B, q, m]."""
+    with torch.inference_mode(False), torch.enable_grad():
+        totals = totals.clone().requires_grad_()
+        values = statistic(totals)
+        slopes = [torch.autograd.grad(column.sum(), totals, retain_graph=True)[0] for column in values.unbind(-1)]
+    return values.detach(), torch.stack(slopes, dim=1)
+
+
+def _errors(weights: Tensor, sums: Tensor, statistic: Statistic, which: int) -> tuple[Tensor, Tensor]:
+    """One quantity, and its standard error, of documents sums [D, m] that stand there weights [B, D] times each: both [B]."""
     n = len(sums)
-    if n == 0:
-        raise InputError("sums: must hold at least one context, got none")
-    values = statistic(sums.sum(0))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(n, (resamples, n), generator=generator)
-    weights = torch.zeros(resamples, n, dtype=sums.dtype).scatter_add_(
-        1, drawn, torch.ones(drawn.shape, dtype=sums.dtype)
-    )
+    values, slopes = _slopes(lambda totals: statistic(totals)[..., which : which + 1], weights @ sums)
+    influence = slopes[:, 0] @ sums.mT  # [B, D]
+    centred = influence - (weights * influence).sum(1, keepdim=True) / n
+    return values[:, 0], (n / (n - 1) * (weights * centred.square()).sum(1)).sqrt()
+
+
+def _studentised(
+    sums: Tensor, value: float, statistic: Statistic, which: int, *, seed: int, resamples: int
+) -> Interval:
+    n = len(sums)
     if n < 2:
-        ends = torch.full((2, len(values)), torch.nan)
-    else:
+        return Interval(value, _NAN, _NAN)
+    if n >= FEWEST_DRAWN:
+        _, error = _errors(torch.ones(1, n, dtype=sums.dtype), sums, statistic, which)
+        drawn, errors = _errors(_draws(n, resamples, seed=seed), sums, statistic, which)
         tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=sums.dtype)
-        ends = statistic(weights @ sums).nanquantile(tails, dim=0)
-    return [Interval(*row) for row in torch.stack([values, ends[0], ends[1]], dim=1).tolist()]
+        low, high = ((drawn - value) / errors).nanquantile(tails).tolist()
+        if math.isfinite(low) and math.isfinite(high):
+            return Interval(value, value - high * error.item(), value - low * error.item())
+    # Few documents, or so nearly equal ones that many draws do not vary: nothing to divide by.
+    return jackknife(sums, lambda totals: statistic(totals)[..., which : which + 1])[0]
 
 
-def jackknife(sums: Tensor, statistic: Callable[[Tensor], Tensor]) -> list[Interval]:
-    """Student's t intervals of functions of sums over groups of contexts, leaving out one group at a time.
+def _draws(n: int, resamples: int, *, seed: int) -> Tensor:
+    """[B, n] float64: how often each of n documents is drawn."""
+    drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
+    ones = torch.ones(drawn.shape, dtype=torch.float64)
+    return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(1, drawn, ones)
 
-    For sums too large to keep a context, of which a few groups can be kept. What it covers is the choice of the text that
+
+def ratio(sums: Tensor) -> Interval:
+    """Interval of a ratio of two totals whose denominator may be near 0, by document.
+
+    Args:
+        sums: [D, 2], numerator and denominator of each document.
+
+    Returns:
+        The ratios R for which numerator - R denominator cannot be told from 0 by Student's t over documents. UNKNOWN, value
+        and all, where the denominator itself cannot be told from 0 (no bounded interval holds such a ratio), or with fewer
+        than two documents.
+
+    Source: Fieller 1954.
+    """
+    from scipy import stats
+
+    n, (top, bottom) = len(sums), sums.double().sum(0).tolist()
+    if n < 2:
+        return UNKNOWN
+    centred = sums.double() - sums.double().mean(0)
+    (v_top, v_both), (_, v_bottom) = (n / (n - 1) * centred.mT @ centred).tolist()  # covariance of the totals
+    t2 = stats.t.ppf((1 + LEVEL) / 2, n - 1).item() ** 2
+    # (top - R bottom)^2 = t^2 var(top - R bottom) is a R^2 - 2 b R + c = 0
+    a, b, c = bottom**2 - t2 * v_bottom, top * bottom - t2 * v_both, top**2 - t2 * v_top
+    if not a > 0:
+        return UNKNOWN
+    half = math.sqrt(max(0.0, b * b - a * c))
+    return Interval(top / bottom, (b - half) / a, (b + half) / a)
+
+
+def jackknife(sums: Tensor, statistic: Statistic) -> list[Interval]:
+    """Student's t intervals of functions of sums over groups of documents, leaving out one group at a time.
+
+    For sums too large to keep for every document, of which a few groups can be kept. What it covers is the choice of the text that
     the statistic is computed on, not the fit of maps that are held fixed.
 
     Args:
@@ -93,7 +172,7 @@ def jackknife(sums: Tensor, statistic: Callable[[Tensor], Tensor]) -> list[Inter
     n, total = len(sums), sums.sum(0)
     values = statistic(total)
     if n < 2:
-        return [Interval(value, float("nan"), float("nan")) for value in values.tolist()]
+        return [Interval(value, _NAN, _NAN) for value in values.tolist()]
     without = statistic(total - sums)  # [G, q]
     error = ((n - 1) / n * (without - without.mean(0)).square().sum(0)).sqrt()
     half = stats.t.ppf((1 + LEVEL) / 2, n - 1).item() * error
@@ -125,6 +204,6 @@ def seed_interval(values: Sequence[float]) -> Interval:
     column = torch.tensor(values, dtype=torch.float64)
     mean, n = column.mean().item(), len(values)
     if n < 2:
-        return Interval(mean, float("nan"), float("nan"))
+        return Interval(mean, _NAN, _NAN)
     half = stats.t.ppf((1 + LEVEL) / 2, n - 1).item() * column.std().item() / n**0.5
     return Interval(mean, mean - half, mean + half)

@@ -10,6 +10,7 @@ adding the linear part recovers the linear share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.activations.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
-from darkmatter_ext.estimators.intervals import bootstrap, group_sums
+from darkmatter_ext.estimators.intervals import bootstrap, group_sums, ratio
 from darkmatter_ext.estimators.least_squares import LinearMap
 from darkmatter_ext.measurement.decompose import Decomposition, TokenBatch, decompose_stream
 from darkmatter_ext.measurement.nulls import other_tokens
@@ -101,35 +102,32 @@ def sae_splices(encode: Encode, error_map: LinearMap, *, seed: int) -> dict[str,
     }
 
 
-def _recovered(sums: Tensor) -> Tensor:
-    """Of sums [..., 3] of the loss of the model, with Sae(x), with a setting: CE or KL recovered in percent [..., 1]."""
-    original, sae, setting = sums.unbind(-1)
-    return (100 * (sae - setting) / (sae - original))[..., None]
-
-
-def loss_numbers(tokens: SplicedTokens, name: str, *, seed: int) -> dict[str, float]:
-    """Mean CE increase and KL of one splice, with intervals over contexts."""
-    losses, ones = tokens.losses, torch.ones(len(tokens.context))
+def loss_numbers(tokens: SplicedTokens, documents: Tensor, name: str, *, seed: int) -> dict[str, float]:
+    """Mean CE increase and KL of one splice, with intervals by document; documents [n] of the tokens."""
+    losses, ones = tokens.losses, torch.ones(len(documents))
     increase = losses.spliced[name] - losses.cross_entropy
-    sums = _context_sums(tokens, increase, losses.kl[name], ones)
+    sums = _document_sums(documents, increase, losses.kl[name], ones)
     ce, kl = bootstrap(sums, lambda s: s[..., :2] / s[..., 2:], seed=seed)
     return ce.numbers(f"{name}/ce_increase") | kl.numbers(f"{name}/kl")
 
 
-def recovery_numbers(tokens: SplicedTokens, sae: str, *, seed: int) -> dict[str, float]:
-    """CE and KL recovered, in percent, by every setting of the SAE named `sae`, with intervals over contexts."""
+def recovery_numbers(tokens: SplicedTokens, documents: Tensor, sae: str) -> dict[str, float]:
+    """CE and KL recovered, in percent, by every setting of the SAE named `sae`, with intervals by document.
+
+    NaN where the increase that Sae(x) brings cannot be told from 0: a share of nothing is not a number.
+    """
     losses, numbers = tokens.losses, {}
     for setting in list(SETTINGS)[1:]:
         ce = (losses.cross_entropy, losses.spliced[f"{sae}/sae"], losses.spliced[f"{sae}/{setting}"])
         kl = (torch.zeros_like(ce[0]), losses.kl[f"{sae}/sae"], losses.kl[f"{sae}/{setting}"])
-        for quantity, columns in (("ce", ce), ("kl", kl)):
-            (found,) = bootstrap(_context_sums(tokens, *columns), _recovered, seed=seed)
+        for quantity, (original, whole, rest) in (("ce", ce), ("kl", kl)):
+            found = ratio(_document_sums(documents, 100 * (whole - rest), whole - original))
             numbers |= found.numbers(f"{sae}/{setting}/{quantity}_recovered")
     return numbers
 
 
-def _context_sums(tokens: SplicedTokens, *columns: Tensor) -> Tensor:
-    names, inverse = tokens.context.unique(return_inverse=True)
+def _document_sums(documents: Tensor, *columns: Tensor) -> Tensor:
+    names, inverse = documents.unique(return_inverse=True)
     return group_sums(torch.stack(columns, dim=1), inverse, len(names))
 
 
@@ -193,19 +191,22 @@ def run(settings: DownstreamSettings, stages: Stages) -> Result:
         model = SplicedModel.load(inputs.model, hook, device=settings.device)
     with stages.stage("splice into the language model", len(contexts)) as advance:
         spliced = splice_contexts(model, contexts, splices, progress=advance)
+    documents = contexts.documents_of(spliced.context)
     numbers: dict[str, float] = {
         "spliced_contexts": len(contexts),
+        "spliced_documents": contexts.n_documents,
         "spliced_tokens": len(spliced.context),
         "ce_original": spliced.losses.cross_entropy.double().mean().item(),
     }
     for name in splices:
-        numbers |= loss_numbers(spliced, name, seed=settings.seed)
+        numbers |= loss_numbers(spliced, documents, name, seed=settings.seed)
     for sae in inputs.saes:
         numbers |= _share_numbers(sae.name, found[sae.name])
-        numbers |= recovery_numbers(spliced, sae.name, seed=settings.seed)
+        numbers |= recovery_numbers(spliced, documents, sae.name)
     notes = [
-        f"Spliced at all held-out tokens of {len(contexts)} whole contexts at once; losses of {len(spliced.context)} "
-        "tokens. Intervals: 95 %, contexts drawn again."
+        f"Spliced at all held-out tokens of {len(contexts)} whole contexts of {contexts.n_documents} documents at once; "
+        f"losses of {len(spliced.context)} tokens. Intervals: 95 %, by document; of shares recovered by Fieller's theorem, "
+        "unknown where the increase itself cannot be told from 0.",
     ]
     series = {"settings": SETTINGS, "controls": CONTROLS}
     return stored_result("downstream", inputs, stages, numbers, series=series, arrays=spliced.columns(), notes=notes)
@@ -239,21 +240,37 @@ def _losses(result: Result, name: str) -> list[str]:
     return [with_interval(result.numbers, f"{name}/{quantity}", "{:.3f}") for quantity in ("ce_increase", "kl")]
 
 
+PROPORTION = 10  # percentage points: recovered within so much of the share is "in proportion"
+
+
+def verdict(share: float, low: float, high: float) -> str:
+    """What an interval of CE recovered says of a part that is `share` percent of the error.
+
+    "in proportion" is an equivalence test: the whole interval must be within PROPORTION points of the share.
+    """
+    if math.isnan(low) or math.isnan(high):
+        return "cannot be told, the CE increase is not clear of 0"
+    if high < share:
+        return "less than its share"
+    if low > share:
+        return "more than its share"
+    if share - PROPORTION <= low and high <= share + PROPORTION:
+        return f"in proportion (within {PROPORTION} points)"
+    return "cannot be told, the interval is too wide"
+
+
 def reading(result: Result) -> list[str]:
-    """Recovery against the share of the error, for each SAE, and whether the interval leaves the share out."""
+    """Recovery against the share of the error, for each SAE: less, more, in proportion, or not to be told."""
     numbers, lines = result.numbers, []
     for sae in result.series["saes"]:
         parts = []
         for setting in ("linear", "nonlinear"):
             name = f"{sae['name']}/{setting}"
             share = numbers[f"{name}/share_of_fvu"]
-            low, high = (numbers[f"{name}/ce_recovered/{end}"] for end in ("low", "high"))
-            verdict = (
-                "less than its share" if high < share else "more than its share" if low > share else "in proportion"
-            )
+            found = verdict(share, *(numbers[f"{name}/ce_recovered/{end}"] for end in ("low", "high")))
             parts.append(
                 f"the {setting} error, {share:.0f}% of FVU, recovers "
-                f"{with_interval(numbers, f'{name}/ce_recovered', '{:.0f}%')} of the CE increase: {verdict}"
+                f"{with_interval(numbers, f'{name}/ce_recovered', '{:.0f}%')} of the CE increase: {found}"
             )
         lines.append(f"{sae['name']}: {'; '.join(parts)}.")
     return [*lines, f"The paper, Gemma 2 9B: {PAPER}."]
@@ -268,7 +285,7 @@ _SETTINGS = {
 
 
 def losses(result: Result) -> Figure:
-    """CE increase and KL of every setting of every SAE, with intervals over contexts."""
+    """CE increase and KL of every setting of every SAE, with intervals by document."""
     saes = result.series["saes"]
     figure, panels = new_panels(2.9, 2)
     width = 0.8 / len(_SETTINGS)
@@ -299,6 +316,8 @@ def recovered(result: Result) -> Figure:
             shares, heights, yerr=errors, fmt=marker, color=colour, markersize=5, linewidth=1, label=f"Sae(x) {label}"
         )
         for sae, share, height, above in zip(result.series["saes"], shares, heights, errors[1], strict=True):
+            if math.isnan(height):
+                continue
             place = (share, height + above)
             axes.annotate(str(sae["d_sae"]), place, xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7)
     axes.set_xlim(0, 100)

@@ -4,8 +4,8 @@ Is Sae(x) a worse point than others at the same distance from x?
 
 Gurnee (2024) finds Sae(x) 2 to 4.5 times as bad, in KL and CE, as a random point at its distance, in every layer of GPT-2
 small, not explained by shrinkage. Lee and Heimersheim (2410.12555) find the errors no longer pathological against
-directions that vary as activations do. Both null models stand here side by side (`nulls.NULLS`), at each layer, and per
-token: by token, by its frequency in the text, by position.
+mixtures of activations (the null `mixture`; that of the errors' own covariance is this package's). All stand here side by
+side (`nulls.NULLS`), at each layer, and per token: by token, by its frequency in the text, by position.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from darkmatter_ext.activations.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
 from darkmatter_ext.activations.store import load_tokenizer
-from darkmatter_ext.estimators.intervals import Interval, bootstrap, group_sums
+from darkmatter_ext.estimators.intervals import Interval, bootstrap, group_sums, ratio
 from darkmatter_ext.estimators.least_squares import LinearStatistics
 from darkmatter_ext.measurement.nulls import NULLS, NullModels
 from darkmatter_ext.measurement.plan import plan_lines
@@ -105,29 +105,29 @@ def patches(encode: Encode, nulls: NullModels, *, seed: int) -> dict[str, Splice
     return {"sae": sae} | {name: lambda x, null=null: null(x, sae(x)) for name, null in functions.items()}
 
 
-def _ratio(sums: Tensor) -> Tensor:
-    return sums[..., :1] / sums[..., 1:]
+def ratio_numbers(tokens: SplicedTokens, documents: Tensor, *, seed: int) -> dict[str, float]:
+    """KL and CE increase of Sae(x) and the nulls, and how many times each null's the SAE's is; by documents [n].
 
-
-def ratio_numbers(tokens: SplicedTokens, *, seed: int) -> dict[str, float]:
-    """KL and CE increase of Sae(x) and the nulls, and how many times each null's the SAE's is; context bootstrap."""
-    names, group = tokens.context.unique(return_inverse=True)
+    A ratio is NaN where the null's own loss cannot be told from 0.
+    """
+    names, group = documents.unique(return_inverse=True)
     losses, numbers = tokens.losses, {}
     kl = losses.kl
     ce = {name: spliced - losses.cross_entropy for name, spliced in losses.spliced.items()}
     for quantity, columns in (("kl", kl), ("ce_increase", ce)):
         for name, column in columns.items():
             sums = group_sums(torch.stack([column, torch.ones_like(column)], 1), group, len(names))
-            numbers |= bootstrap(sums, _ratio, seed=seed)[0].numbers(f"{name}/{quantity}")
+            (mean,) = bootstrap(sums, lambda s: s[..., :1] / s[..., 1:], seed=seed)
+            numbers |= mean.numbers(f"{name}/{quantity}")
             if name != "sae":
                 sums = group_sums(torch.stack([columns["sae"], column], 1), group, len(names))
-                numbers |= bootstrap(sums, _ratio, seed=seed)[0].numbers(f"{name}/{quantity}_ratio")
+                numbers |= ratio(sums).numbers(f"{name}/{quantity}_ratio")
     return numbers
 
 
-def _gap_rows(gap: Tensor, label: Tensor, context: Tensor, labels: list[Any], *, seed: int) -> list[dict[str, Any]]:
-    """Mean gap, with its interval over contexts, and count of every group; label [n] is the number of a group or -1."""
-    names, group = context.unique(return_inverse=True)
+def _gap_rows(gap: Tensor, label: Tensor, documents: Tensor, labels: list[Any], *, seed: int) -> list[dict[str, Any]]:
+    """Mean gap, its interval by document, and count of every group; label [n] is the number of a group or -1."""
+    names, group = documents.unique(return_inverse=True)
     inside = label >= 0
     one_hot = torch.zeros(len(gap), len(labels), dtype=torch.float64)
     one_hot[inside.nonzero().flatten(), label[inside]] = 1
@@ -139,12 +139,13 @@ def _gap_rows(gap: Tensor, label: Tensor, context: Tensor, labels: list[Any], *,
 
 
 def gap_tables(
-    tokens: SplicedTokens, text: Tensor, decode: Callable[[int], str], *, seed: int
+    tokens: SplicedTokens, documents: Tensor, text: Tensor, decode: Callable[[int], str], *, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
     """KL(Sae) less KL(random), nats, by token, by frequency and by position: mean, interval, count.
 
     Args:
         tokens: measured with at least the patches `sae` and `random`.
+        documents: [n] the document of each.
         text: token ids of the whole text, any shape, for frequencies.
         decode: token id -> text.
 
@@ -157,7 +158,7 @@ def gap_tables(
     often = (here >= MINIMUM_COUNT).nonzero().flatten()
     number = torch.full((len(ids),), -1)
     number[often] = torch.arange(len(often))
-    by_token = _gap_rows(gap, number[place], tokens.context, [decode(int(i)) for i in ids[often]], seed=seed)
+    by_token = _gap_rows(gap, number[place], documents, [decode(int(i)) for i in ids[often]], seed=seed)
     for row, token_id in zip(by_token, ids[often].tolist(), strict=True):
         row["in_text"] = int(counts[token_id])
     by_token.sort(key=lambda row: -row["value"])
@@ -167,7 +168,7 @@ def gap_tables(
     def by_powers(values: Tensor, base: int) -> list[dict[str, Any]]:
         group = (values.clamp(min=1).double().log2() / math.log2(base)).floor().long()
         names = [f"{base**power} to {base ** (power + 1) - 1}" for power in range(int(group.max()) + 1)]
-        return _gap_rows(gap, group, tokens.context, names, seed=seed)
+        return _gap_rows(gap, group, documents, names, seed=seed)
 
     return {
         "token": by_token,
@@ -199,14 +200,16 @@ def run(settings: PathologySettings, stages: Stages) -> Result:
                 nulls = null_models(MeasuredBatches(stored, device), sae.own, seed=seed)
             with stages.stage(f"patch the language model, block {layer}", len(contexts)) as advance:
                 tokens = splice_contexts(model, contexts, patches(sae.own, nulls, seed=seed), progress=advance)
-            found = ratio_numbers(tokens, seed=seed)
+            documents = contexts.documents_of(tokens.context)
+            found = ratio_numbers(tokens, documents, seed=seed)
             numbers |= {f"{name}/{key}": value for key, value in found.items()}
             arrays |= {f"{name}/{key}": column for key, column in tokens.columns().items()}
-            gaps[name] = gap_tables(tokens, text, lambda i: str(tokenizer.decode([i])), seed=seed)
+            gaps[name] = gap_tables(tokens, documents, text, lambda i: str(tokenizer.decode([i])), seed=seed)
             numbers[f"{name}/spliced_tokens"] = len(tokens.context)
+            numbers[f"{name}/spliced_documents"] = contexts.n_documents
     notes = [
-        f"Spliced at all held-out tokens of {settings.contexts} whole contexts at once. Intervals: 95 %, contexts drawn "
-        "again; draws of the nulls are one a token."
+        f"Spliced at all held-out tokens of {settings.contexts} whole contexts at once. Intervals: 95 %, by document (ratios: "
+        "Fieller); draws of the nulls are one a token."
     ]
     series = {"saes": listed, "nulls": NULLS, "gaps": gaps}
     return stored_result("pathology", inputs, stages, numbers, series=series, arrays=arrays, notes=notes)
@@ -237,17 +240,21 @@ def reading(result: Result) -> list[str]:
     lines = []
     for null, about in (
         ("random", f"a random point at its distance (Gurnee: {GURNEE})"),
-        ("error_covariance", f"a direction of its errors' covariance (Lee and Heimersheim: {LEE_HEIMERSHEIM})"),
+        ("error_covariance", "a direction of its errors' covariance (a null of this package)"),
         ("mixture", f"a mixture of activations (Lee and Heimersheim: {LEE_HEIMERSHEIM})"),
     ):
         names = [f"{sae['name']}/{null}/kl_ratio" for sae in result.series["saes"]]
-        values = [f"{result.numbers[name]:.2f}" for name in sorted(names, key=lambda name: result.numbers[name])]
-        span = values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
-        worse = sum(result.numbers[f"{name}/low"] > 1 for name in names)
-        better = sum(result.numbers[f"{name}/high"] < 1 for name in names)
+        told = sorted((name for name in names if not math.isnan(result.numbers[name])), key=result.numbers.__getitem__)
+        if not told:
+            lines.append(f"How many times the KL of {about} that of Sae(x) is cannot be told: it is not clear of 0.")
+            continue
+        ends = dict.fromkeys(f"{result.numbers[name]:.2f}" for name in (told[0], told[-1]))
+        worse = sum(result.numbers[f"{name}/low"] > 1 for name in told)
+        better = sum(result.numbers[f"{name}/high"] < 1 for name in told)
+        unknown = len(names) - len(told)
         lines.append(
-            f"KL of Sae(x) is {span} times that of {about}: "
-            f"worse beyond its interval for {worse} of {len(names)}, better for {better}."
+            f"KL of Sae(x) is {' to '.join(ends)} times that of {about}: worse beyond its interval for {worse} of "
+            f"{len(names)}, better for {better}" + (f", cannot be told for {unknown}." if unknown else ".")
         )
     shrinkage = [
         result.numbers[f"{sae['name']}/norm_only/kl"] / result.numbers[f"{sae['name']}/sae/kl"]

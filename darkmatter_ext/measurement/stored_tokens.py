@@ -107,9 +107,19 @@ class MeasuredBatches:
 def check_whole_contexts(contexts: int, split: str) -> None:
     """What an experiment that splices into whole held-out contexts needs of its settings. Raises InputError."""
     if contexts < 2:
-        raise InputError(f"contexts: must be at least 2 (intervals are over contexts), got {contexts}")
+        raise InputError(f"contexts: must be at least 2 (intervals are by document), got {contexts}")
     if split == "tokens":
         raise InputError("split: must be documents or contexts to splice into whole contexts, got 'tokens'")
+
+
+def _turns(documents: Tensor) -> Tensor:
+    """[n] for each of documents [n] how many of the same stand before it."""
+    order = documents.sort(stable=True).indices
+    sizes = documents.unique(return_counts=True)[1]  # in the order of the documents, as sorted
+    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    turns = torch.empty_like(order)
+    turns[order] = torch.arange(len(order)) - first
+    return turns
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,8 @@ class HeldOutContexts:
 
     @classmethod
     def sample(cls, tokens: StoredTokens, count: int, *, seed: int) -> HeldOutContexts:
-        """`count` held-out contexts drawn with `seed`.
+        """`count` held-out contexts drawn with `seed`, of as many documents as there are: a second one of a document only when
+        every document has one, because what a second one adds is little and intervals are by document.
 
         Raises InputError when there are fewer, or when held-out and fit tokens share contexts.
         """
@@ -131,8 +142,18 @@ class HeldOutContexts:
         numbers = held_out.nonzero().flatten()
         if count > len(numbers):
             raise InputError(f"contexts: must be at most the {len(numbers)} held-out contexts, got {count}")
-        order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
-        return cls(tokens, numbers[order[:count]].sort().values)
+        order = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))]
+        turn = _turns(tokens.cache.column("documents")[order])
+        return cls(tokens, order[turn.sort(stable=True).indices[:count]].sort().values)
+
+    def documents_of(self, contexts: Tensor) -> Tensor:
+        """The documents that contexts [n], by number in the cache, belong to: [n] int64."""
+        return self.tokens.cache.column("documents")[contexts]
+
+    @property
+    def n_documents(self) -> int:
+        """Documents that the contexts come from."""
+        return len(self.documents_of(self.numbers).unique())
 
     def __len__(self) -> int:
         return len(self.numbers)

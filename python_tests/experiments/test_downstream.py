@@ -1,5 +1,7 @@
 """What each part of SAE error costs, on planted errors whose parts are known, and the command on a small model."""
 
+import math
+
 import pytest
 import torch
 from cases.models import flags, small_model
@@ -7,10 +9,21 @@ from cases.models import flags, small_model
 from darkmatter_ext import cli
 from darkmatter_ext.activations.splicing import SplicedModel, SplicedTokens, TokenLosses, splice_losses
 from darkmatter_ext.estimators.least_squares import LinearMap
-from darkmatter_ext.experiments.downstream import SETTINGS, loss_numbers, recovery_numbers, sae_splices
+from darkmatter_ext.experiments.downstream import SETTINGS, loss_numbers, recovery_numbers, sae_splices, verdict
 from darkmatter_ext.saes.encoders import Encoded, as_encoder, random_dictionary, shuffled_sae
 
 CONTEXTS, LENGTH = 60, 20
+
+
+def _own_text(network):
+    """Contexts that the model itself writes: of random tokens it predicts none better than another model does."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(32, (CONTEXTS, 1), generator=generator)
+    for _ in range(LENGTH - 1):
+        with torch.no_grad():
+            following = network(tokens).logits[:, -1].softmax(-1).multinomial(1, generator=generator)
+        tokens = torch.cat([tokens, following], dim=1)
+    return tokens
 
 
 def _splice(error_of, linear_of, seed=0):
@@ -19,7 +32,7 @@ def _splice(error_of, linear_of, seed=0):
     with torch.no_grad():
         network.lm_head.weight *= 20
     model = SplicedModel(network, 1)
-    tokens = torch.randint(32, (CONTEXTS, LENGTH), generator=torch.Generator().manual_seed(3))
+    tokens = _own_text(network)
     own = model.activation(tokens)
 
     def encode(x):
@@ -40,7 +53,8 @@ def _linear(scale):
 
 def test_an_error_that_is_all_linear_is_recovered_by_its_linear_part():
     linear = _linear(0.5)
-    numbers = recovery_numbers(_splice(lambda x: linear(x).to(x.dtype), linear), "s", seed=0)
+    tokens = _splice(lambda x: linear(x).to(x.dtype), linear)
+    numbers = recovery_numbers(tokens, tokens.context, "s")
     for quantity in ("ce_recovered", "kl_recovered"):
         assert numbers[f"s/linear/{quantity}"] == pytest.approx(100, abs=0.1)
         assert numbers[f"s/nonlinear/{quantity}"] == pytest.approx(0, abs=0.1)
@@ -51,14 +65,15 @@ def test_an_error_that_is_all_nonlinear_is_recovered_by_the_rest():
     generator = torch.Generator().manual_seed(4)
     nothing = LinearMap(torch.zeros(16, 16, dtype=torch.float64), torch.zeros(16, dtype=torch.float64), 16, 1000)
     noise = 0.3 * torch.randn(CONTEXTS * LENGTH, 16, generator=generator)
-    numbers = recovery_numbers(_splice(lambda x: noise, nothing), "s", seed=0)
+    tokens = _splice(lambda x: noise, nothing)
+    numbers = recovery_numbers(tokens, tokens.context, "s")
     for quantity in ("ce_recovered", "kl_recovered"):
         assert numbers[f"s/linear/{quantity}"] == pytest.approx(0, abs=0.1)
         assert numbers[f"s/nonlinear/{quantity}"] == pytest.approx(100, abs=0.1)
 
 
-def test_recovery_is_a_ratio_of_sums_over_contexts():
-    """Against the definition on planted losses, contexts of different weight; the interval holds the planted value."""
+def test_recovery_is_a_ratio_of_sums_over_documents():
+    """Against the definition on planted losses, documents of different weight; the interval holds the planted value."""
     generator = torch.Generator().manual_seed(1)
     context = torch.arange(40).repeat_interleave(10)
     original = 2 + torch.rand(400, generator=generator)
@@ -68,14 +83,59 @@ def test_recovery_is_a_ratio_of_sums_over_contexts():
     spliced["s/nonlinear"] = original + torch.where(context % 2 == 0, 0.0, increase)
     kl = {name: loss - original for name, loss in spliced.items()}
     tokens = SplicedTokens(context, context, context, context, TokenLosses(original, spliced, kl))
-    numbers = recovery_numbers(tokens, "s", seed=0)
+    numbers = recovery_numbers(tokens, context, "s")
     assert numbers["s/linear/ce_recovered"] == pytest.approx(75, abs=1e-3)
     assert numbers["s/linear/ce_recovered/low"] == pytest.approx(75, abs=1e-2)
     assert numbers["s/shuffled/ce_recovered"] == pytest.approx(-100, abs=1e-3)
     even = (increase[context % 2 == 0].sum() / increase.sum()).item() * 100
     assert numbers["s/nonlinear/ce_recovered"] == pytest.approx(even, abs=1e-3)
     assert numbers["s/nonlinear/ce_recovered/low"] < even - 5 < even + 5 < numbers["s/nonlinear/ce_recovered/high"]
-    assert loss_numbers(tokens, "s/sae", seed=0)["s/sae/ce_increase"] == pytest.approx(increase.mean().item(), rel=1e-5)
+    assert loss_numbers(tokens, context, "s/sae", seed=0)["s/sae/ce_increase"] == pytest.approx(
+        increase.mean().item(), rel=1e-5
+    )
+
+
+def test_a_share_of_an_increase_that_may_be_none_is_not_a_number():
+    """A good SAE: its CE increase is noise about 0 over documents, its KL is not."""
+    generator = torch.Generator().manual_seed(2)
+    document = torch.arange(12).repeat_interleave(20)
+    original = 2 + torch.rand(240, generator=generator)
+    increase = torch.randn(12, generator=generator)[document] + 0.01
+    losses = {name: original + factor * increase for name, factor in zip(SETTINGS, (1, 0.5, 0.5, 1), strict=True)}
+    spliced = {f"s/{name}": loss for name, loss in losses.items()}
+    kl = {f"s/{name}": (loss - original).abs() for name, loss in losses.items()}
+    tokens = SplicedTokens(document, document, document, document, TokenLosses(original, spliced, kl))
+    numbers = recovery_numbers(tokens, document, "s")
+    assert all(math.isnan(numbers[f"s/linear/ce_recovered{end}"]) for end in ("", "/low", "/high"))
+    assert numbers["s/linear/kl_recovered"] == pytest.approx(50)
+    assert "cannot be told" in verdict(60, numbers["s/linear/ce_recovered/low"], numbers["s/linear/ce_recovered/high"])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (55, 65, "in proportion (within 10 points)"),
+        (20, 59, "less than its share"),
+        (61, 90, "more than its share"),
+        (-39, 870, "cannot be told, the interval is too wide"),
+        (49, 65, "cannot be told, the interval is too wide"),
+        (math.nan, math.nan, "cannot be told, the CE increase is not clear of 0"),
+    ],
+)
+def test_proportion_is_said_only_when_it_is_shown(low, high, expected):
+    assert verdict(60, low, high) == expected
+
+
+def test_contexts_of_one_document_make_no_interval_narrower():
+    """The same losses as 60 documents and as 6: what a document shares is counted once."""
+    document = torch.arange(60).repeat_interleave(5) // 10
+    shared = 1 + torch.randn(6, generator=torch.Generator().manual_seed(0)).square()
+    increase = shared[document]
+    zero = torch.zeros_like(increase)
+    tokens = SplicedTokens(document, document, document, document, TokenLosses(zero, {"s": increase}, {"s": increase}))
+    numbers = loss_numbers(tokens, document, "s", seed=0)
+    expected = 2.5706 * shared.std().item() / 6**0.5  # Student's t with 5 degrees
+    assert numbers["s/kl/high"] - numbers["s/kl"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_controls_reconstruct_badly_and_sparsely():

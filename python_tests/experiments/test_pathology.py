@@ -64,7 +64,7 @@ def test_a_random_error_is_no_pathology(model):
     """Planted truth 1: the "SAE" errs in a random direction, so every null at its distance is as bad as it."""
     generator = torch.Generator().manual_seed(12)
     tokens = _measured(model, lambda x: _of_norm(x, torch.randn(x.shape, generator=generator)))
-    numbers = ratio_numbers(tokens, seed=0)
+    numbers = ratio_numbers(tokens, tokens.context, seed=0)
     for null in ("random", "error_covariance", "shuffled"):
         low, high = (numbers[f"{null}/kl_ratio/{end}"] for end in ("low", "high"))
         assert low < 1 < high, (null, low, high)
@@ -74,9 +74,8 @@ def test_a_random_error_is_no_pathology(model):
 
 def test_a_harmful_direction_is_found_and_its_own_covariance_excuses_it(model):
     direction = _sensitive_direction(model, 0)
-    numbers = ratio_numbers(
-        _measured(model, _fixed_direction(model, 0), covariance=torch.outer(direction, direction)), seed=0
-    )
+    tokens = _measured(model, _fixed_direction(model, 0), covariance=torch.outer(direction, direction))
+    numbers = ratio_numbers(tokens, tokens.context, seed=0)
     assert numbers["random/kl_ratio/low"] > 1.3
     assert numbers["same_angle/kl_ratio/low"] > 1.3
     assert numbers["error_covariance/kl_ratio"] == pytest.approx(1, abs=0.1)  # drawn from the same line
@@ -84,11 +83,13 @@ def test_a_harmful_direction_is_found_and_its_own_covariance_excuses_it(model):
 
 
 def test_a_harmless_direction_is_below_1(model):
-    assert ratio_numbers(_measured(model, _fixed_direction(model, -1)), seed=0)["random/kl_ratio/high"] < 0.9
+    tokens = _measured(model, _fixed_direction(model, -1))
+    assert ratio_numbers(tokens, tokens.context, seed=0)["random/kl_ratio/high"] < 0.9
 
 
 def test_shrinkage_alone_is_seen_as_shrinkage(model):
-    numbers = ratio_numbers(_measured(model, lambda x: 0.2 * x), seed=0)
+    tokens = _measured(model, lambda x: 0.2 * x)
+    numbers = ratio_numbers(tokens, tokens.context, seed=0)
     assert numbers["norm_only/kl_ratio"] == pytest.approx(1, abs=1e-3)  # Sae(x) = 0.8 x is x with another norm
 
 
@@ -99,7 +100,7 @@ def test_gaps_are_counted_where_they_were_planted(model):
     kl["random"] = torch.zeros_like(kl["random"])
     kl["sae"] = 2.0 * (tokens.token == 7) + 1.0 * (tokens.position == 16)
     text = torch.cat([torch.full((3000,), 7), tokens.token])
-    tables = gap_tables(tokens, text, str, seed=0)
+    tables = gap_tables(tokens, tokens.context, text, str, seed=0)
     seven = next(row for row in tables["token"] if row["label"] == "7")
     assert tables["token"][0] == seven
     assert seven["count"] == int((tokens.token == 7).sum())
