@@ -155,8 +155,8 @@ def ratio(sums: Tensor) -> Interval:
 def jackknife(sums: Tensor, statistic: Statistic) -> list[Interval]:
     """Student's t intervals of functions of sums over groups of documents, leaving out one group at a time.
 
-    For sums too large to keep for every document, of which a few groups can be kept. What it covers is the choice of the text that
-    the statistic is computed on, not the fit of maps that are held fixed.
+    For sums too large to keep for every document, of which a few groups can be kept. What it covers is the choice of the
+    text that the statistic is computed on, not the fit of maps that are held fixed.
 
     Args:
         sums: [G, m], for each group the sums that the statistic is made of.

@@ -26,6 +26,7 @@ from darkmatter_ext.estimators.least_squares import LinearMap, LinearStatistics
 from darkmatter_ext.measurement.detection import (
     DetectionSettings,
     Judge,
+    Snippets,
     WordListJudge,
     accuracy_by_decile,
     score_latents,
@@ -37,8 +38,7 @@ from darkmatter_ext.measurement.presets import DEMO
 from darkmatter_ext.measurement.resolved import resolve
 from darkmatter_ext.measurement.run import Inputs, prepare
 from darkmatter_ext.measurement.settings import Settings, extended
-from darkmatter_ext.measurement.stored_tokens import MeasuredBatches, StoredTokens
-from darkmatter_ext.measurement.tokens import HELD_OUT
+from darkmatter_ext.measurement.stored_tokens import MeasuredBatches
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.encode import topk_encode
 from darkmatter_ext.report.measured import stored_result
@@ -215,42 +215,6 @@ def reconstruction_numbers(encode: Encode, y: Tensor) -> dict[str, float]:
     return {"fvu": fvu(encode, y), "l0": active / len(y), "dead": dead}
 
 
-@dataclass(frozen=True)
-class Snippets:
-    """Where the snippets of held-out text stand: rows of the held-out tokens in cache order."""
-
-    rows: Tensor  # [w, length] int64
-    contexts: list[int]  # [w]
-    tokens: list[list[str]]  # [w][length]
-
-    @classmethod
-    def cut(cls, stored: StoredTokens, length: int, decode: Callable[[int], str]) -> Snippets:
-        """All runs of `length` held-out tokens, side by side, that start at a multiple of it.
-
-        Raises ValueError when there is none.
-        """
-        cache, held_out = stored.cache, stored.roles == HELD_OUT
-        row = held_out.flatten().long().cumsum(0).view_as(held_out) - 1
-        usable = cache.context_length // length * length
-        whole = held_out[:, :usable].unflatten(1, (-1, length)).all(-1)  # [C, L / length]
-        context, place = whole.nonzero(as_tuple=True)
-        if len(context) == 0:
-            raise InputError(f"context_length: must hold {length} held-out tokens in a row to judge latents, got none")
-        rows = row[:, :usable].unflatten(1, (-1, length))[context, place]
-        ids = cache.column("tokens")[:, :usable].unflatten(1, (-1, length))[context, place]
-        names = {token: decode(token) for token in ids.unique().tolist()}
-        return cls(rows, context.tolist(), [[names[token] for token in own] for own in ids.tolist()])
-
-    def firing(self, acts: SparseActs) -> Tensor:
-        """On how many snippets each latent is active, [F]."""
-        own = torch.full((acts.n_tokens,), -1)
-        own[self.rows.flatten()] = torch.arange(len(self.rows)).repeat_interleave(self.rows.shape[1])
-        window, active = own[acts.token_numbers().cpu()], acts.values.reshape(-1).cpu() != 0
-        kept = active & (window >= 0)
-        pairs = (window[kept] * acts.d_sae + acts.col_indices.cpu()[kept]).unique()
-        return torch.bincount(pairs % acts.d_sae, minlength=acts.d_sae)
-
-
 def interpret(
     acts: SparseActs,
     snippets: Snippets,
@@ -264,13 +228,15 @@ def interpret(
         return acts.dense_columns(torch.tensor(latents, device=acts.values.device)).cpu()[snippets.rows]
 
     scores = score_latents(
-        snippets.tokens, snippets.contexts, activations, snippets.firing(acts), judge, settings, progress=progress
+        snippets.tokens, snippets.documents, activations, snippets.firing(acts), judge, settings, progress=progress
     )
     *deciles, mean = [dataclasses.asdict(interval) for interval in accuracy_by_decile(scores, seed=settings.seed)]
     return {
         "deciles": deciles,
         "mean": mean,
-        "latents": [{"latent": score.latent, "explanation": score.explanation} for score in scores],
+        "latents": [
+            {"latent": score.latent, "explanation": score.explanation, "documents": score.documents} for score in scores
+        ],
         "unanswered": sum(score.unanswered for score in scores),
     }
 
@@ -312,7 +278,9 @@ def _train_and_measure(
             name, kind = f"{target}, seed {seed}", own.cfg.architecture()
             entry = {"name": name, "d_sae": own.cfg.d_sae, "architecture": kind, "folder": str(folder)}
             listed.append(entry | {"target": target})
-            found.append(reconstruction_numbers(as_encoder(own), y))
+            encode, trained_on = as_encoder(own), getattr(fit, target)
+            of_fit = {"fvu_training_text": fvu(encode, trained_on[: len(y)])}
+            found.append(reconstruction_numbers(encode, y) | of_fit)
         for quantity in found[0]:
             numbers |= seed_interval([entry[quantity] for entry in found]).numbers(f"{target}/{quantity}")
         with stages.stage("controls"):
@@ -367,8 +335,9 @@ def run(settings: ErrorSaesSettings, stages: Stages) -> Result:
         numbers |= found
     notes = [
         f"FVU, L0 and dead latents (silent on all {len(held_out.linear)} held-out tokens): intervals 95 %, Student's t over "
-        f"{settings.training_seeds} training seeds. Detection: SAEs of the first seed, intervals 95 %, latents drawn again; "
-        f"judge: {_asked(settings)}.",
+        f"{settings.training_seeds} training seeds. FVU on training text is of as many tokens that the SAEs were trained on. "
+        "Detection: SAEs of the first seed, balanced accuracy (mean of active and silent snippets told), explained and judged "
+        f"on different documents; intervals 95 %, latents drawn again; judge: {_asked(settings)}.",
     ]
     if settings.measure.parity == "released-code":
         notes.append("Released code: b* is fitted on the held-out tokens too.")
@@ -392,6 +361,7 @@ def table(result: Result) -> Table:
         headings=(
             "latents of",
             "FVU",
+            "FVU training text",
             "L0",
             "dead",
             "FVU random dictionary",
@@ -406,8 +376,8 @@ def _trained_cells(result: Result, name: str) -> list[str]:
     """FVU, L0, dead latents and the controls' FVU, for what was trained here."""
     numbers = result.numbers
     if f"{name}/fvu" not in numbers:
-        return [""] * 5
-    forms = {"fvu": "{:.3f}", "l0": "{:.1f}", "dead": "{:.1%}"}
+        return [""] * 6
+    forms = {"fvu": "{:.3f}", "fvu_training_text": "{:.3f}", "l0": "{:.1f}", "dead": "{:.1%}"}
     controls = ("fvu_random_dictionary", "fvu_shuffled_decoder")
     return [
         *(with_interval(numbers, f"{name}/{key}", form) for key, form in forms.items()),

@@ -2,15 +2,18 @@
 
 Does the split into linear and nonlinear error find what was planted? (figure 15, table 1)
 
-Sae(x) takes the place of the activation, so that its latents are all there is to find. The "SAE" of this activation is the
-same one with the weakest active latents of each token ablated. Noise of known standard deviation is added to the
-activation (dense, and known to b*) and to the reconstruction (what no map of the activation can know). Then the linear
+x' = Sae(x) takes the place of the activation, so that its latents are all there is to find. The "SAE" of this activation is
+the same one, encoding x' again, with some latents ablated: by default the same ones at every token, those with the least
+mean value, as features that the SAE does not have. (Ablating the weakest latents of each token instead, `--ablate tokens`, is
+a threshold: that is a nonlinear map even of features that are linear in x'.) Noise of known standard deviation is added to
+the activation (dense, and known to b*) and to the reconstruction (what no map of the activation can know). Then the linear
 and nonlinear error are estimated as everywhere, and compared with what was put in.
 
 Energies are mean squared norms a token in units of one noise level, level^2 = 1 meaning d * unit^2: noise at level s has
 energy s^2. The released code calls the level "variance"; it is a standard deviation.
 
-Shapes: n tokens, d model dimension, A levels on the activation, R on the reconstruction, Q shares of ablated latents.
+Shapes: n tokens, D documents, d model dimension, A levels on the activation, R on the reconstruction, Q shares of ablated
+latents.
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from darkmatter_ext.estimators.intervals import seed_interval
+from darkmatter_ext.estimators.intervals import Statistic, bootstrap, group_sums
 from darkmatter_ext.estimators.least_squares import LinearStatistics
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import DEMO
@@ -36,7 +39,7 @@ from darkmatter_ext.report.measured import stored_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import BLUE, SKY, WIDTH, new_panels
 from darkmatter_ext.report.table import Table, with_interval
-from darkmatter_ext.runtime.inputs import InputError, require_at_least
+from darkmatter_ext.runtime.inputs import InputError, require_at_least, require_one_of
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.drop_in import accelerate
 
@@ -46,8 +49,10 @@ if TYPE_CHECKING:
 
 RELEASED_CODE_TOKENS = 50_000  # fitted and scored on the same ones
 FIT_BATCH = 2048  # tokens widened to float64 at a time: (Q + 2) d columns of them
-PLANTED = ("activation_noise", "reconstruction_noise", "ablation")
+NOISES = ("activation_noise", "reconstruction_noise")
+PLANTED = (*NOISES, "ablation")
 ESTIMATED = ("linear", "nonlinear")
+ABLATE = ("latents", "tokens")
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,9 @@ class SyntheticSettings(Settings):
     levels: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0)
     """noise levels, standard deviations in units of unit, on the activation and on the reconstruction"""
     ablations: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-    """shares of the active latents of each token to ablate, the weakest first"""
+    """shares of the latents to ablate, the weakest first"""
+    ablate: str = "latents"
+    """latents: the same ones at every token, by mean value, as the paper's code does; tokens: the weakest active ones of each"""
     unit: float = 0.0
     """standard deviation of level 1 in a dimension; 0: half the root mean square of the SAE's own error"""
     fit_tokens: int = 16_000
@@ -65,7 +72,7 @@ class SyntheticSettings(Settings):
     score_tokens: int = 8_000
     """held-out tokens the error is estimated on, at most"""
     noise_seeds: int = 3
-    """draws of all noises; intervals are over them"""
+    """draws of all noises, averaged"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +80,7 @@ class SyntheticSettings(Settings):
             raise InputError(f"levels: must be at least 2 numbers of at least 0, got {list(self.levels)}")
         if not self.ablations or not all(0 <= share < 1 for share in self.ablations):
             raise InputError(f"ablations: must be shares of at least 0 and below 1, got {list(self.ablations)}")
+        require_one_of("ablate", ABLATE, self.ablate)
         require_at_least("unit", 0, self.unit)
         for name, least in (("fit_tokens", 2), ("score_tokens", 2), ("noise_seeds", 1)):
             require_at_least(name, least, getattr(self, name))
@@ -83,16 +91,18 @@ class SyntheticSettings(Settings):
         return self.measure.parity == "released-code"
 
 
+_ABLATED = {"latents": "latents, the same at every token", "tokens": "active latents of each token"}
 PRESETS = {"demo": extended(DEMO, SyntheticSettings, widths=(2048,))}
 
 
 def plan(settings: SyntheticSettings) -> list[str]:
     """Describe a run, one line a step, without starting it."""
     cells = len(settings.levels) ** 2 * len(settings.ablations)
+    shares = ", ".join(f"{share:.0%}" for share in settings.ablations)
     return [
         *plan_lines(settings),
         f"noise     levels {list(settings.levels)} (standard deviations) on activation and reconstruction",
-        f"ablate    {', '.join(f'{share:.0%}' for share in settings.ablations)} of the active latents: {cells} cells",
+        f"ablate    {shares} of the {_ABLATED[settings.ablate]}: {cells} cells",
         f"tokens    {_token_plan(settings)}; {settings.noise_seeds} draws of the noises",
     ]
 
@@ -103,7 +113,24 @@ def _token_plan(settings: SyntheticSettings) -> str:
     return f"b* fitted on {settings.fit_tokens}, scored on {settings.score_tokens} held-out ones"
 
 
-def ablate_weakest(acts: SparseActs, share: float, strength: Tensor) -> SparseActs:
+def ablate_latents(acts: SparseActs, share: float, order: Tensor) -> SparseActs:
+    """The acts without the first `share` of the latents in `order` [F] (rounded down), at every token."""
+    kept = torch.ones(acts.d_sae, dtype=torch.bool, device=acts.values.device)
+    kept[order[: int(share * acts.d_sae)]] = False
+    values = acts.values.reshape(-1) * kept[acts.col_indices]
+    return dataclasses.replace(acts, values=values.reshape(acts.values.shape))
+
+
+def weakest_first(acts: SparseActs, strength: Tensor, tokens: slice) -> Tensor:
+    """Latents [F] by their mean value, times what a unit of each weighs [F], over all of `tokens`: the weakest first."""
+    token = acts.token_numbers()
+    inside = (token >= (tokens.start or 0)) & (token < (acts.n_tokens if tokens.stop is None else tokens.stop))
+    weight = (acts.values.reshape(-1) * strength[acts.col_indices]).double() * inside
+    total = torch.zeros(acts.d_sae, dtype=torch.float64, device=weight.device).index_add_(0, acts.col_indices, weight)
+    return total.sort(stable=True).indices
+
+
+def ablate_tokens(acts: SparseActs, share: float, strength: Tensor) -> SparseActs:
     """The acts with the weakest `share` of each token's active latents set to 0 (rounded down to whole latents).
 
     `strength` [F]: what a unit of each latent weighs (norms of decoder rows).
@@ -120,112 +147,166 @@ def ablate_weakest(acts: SparseActs, share: float, strength: Tensor) -> SparseAc
     return dataclasses.replace(acts, values=(values * keep).reshape(acts.values.shape))
 
 
+@dataclass(frozen=True)
+class Planted:
+    """What an SAE's tokens are made of, and where b* is fitted and scored."""
+
+    clean: Tensor  # [n, d] the activation without noise
+    introduced: Tensor  # [n, d] its error with nothing ablated: the encoder's own, on x'
+    ablated: Sequence[Tensor]  # Q tensors [n, d]: what each ablation takes from the reconstruction
+    fit: slice
+    score: slice
+    documents: Tensor  # [n] int64
+    unit: float  # standard deviation of level 1 in a dimension
+    released: bool = False  # no bias in the regression, FVU about one mean for all dimensions
+
+
 @torch.no_grad()
 def measure_cells(
-    clean: Tensor,
-    ablated: Sequence[Tensor],
-    fit: slice,
-    score: slice,
-    levels: Sequence[float],
-    unit: float,
-    *,
-    seed: int,
-    progress: Callable[[int], None] | None = None,
+    planted: Planted, levels: Sequence[float], *, seed: int, progress: Callable[[int], None] | None = None
 ) -> Tensor:
-    """Estimated linear and nonlinear error of every cell of the grid, in units of level 1.
+    """Sums over the scored tokens of each document of all that `numbers_of` is made of.
 
     Args:
-        clean: the activation without noise, [n, d].
-        ablated: what each ablation takes from the reconstruction, Q tensors [n, d].
-        fit, score: the tokens b* is fitted on and those the error is measured on.
-        levels: A = R noise levels; unit: standard deviation of level 1.
+        planted: see there.
+        levels: A = R noise levels.
         seed: of both noises.
         progress: called with 1 after every level of the activation noise.
 
     Returns:
-        [A, R, Q, 2] mean squared norms of the linear and the nonlinear error, divided by d unit^2.
+        [D, m] float64, to be read by `unpacked`: squared norms of the linear and the nonlinear estimate and of the error of
+        every cell, and of each ablation alone, in units of d unit^2; the variance of x at each level; tokens.
 
-    The error is linear in its parts (ablation, the two noises), and so is least squares in its target: one regression a
-    level, onto all parts side by side, gives every cell exactly. Cost a level: n d^2 (Q + 3) float64 multiply-adds.
+    The error is linear in its parts (introduced, ablation, the two noises), and so is least squares in its target: one
+    regression a level, onto all parts side by side, gives every cell exactly. Cost a level: n d^2 (Q + 4) float64
+    multiply-adds.
     """
+    clean, unit = planted.clean, planted.unit
     n, d = clean.shape
     generator = torch.Generator().manual_seed(seed)
     noises = [torch.randn(n, d, generator=generator).to(clean) for _ in range(2)]
-    parts = torch.cat([*ablated, *noises], dim=1)  # [n, (Q + 2) d]
-    cells = torch.empty(len(levels), len(levels), len(ablated), 2, dtype=torch.float64)
-    for a, level in enumerate(levels):
+    parts = torch.cat([planted.introduced, *planted.ablated, *noises], dim=1)  # [n, (Q + 3) d]
+    names, owner = planted.documents[planted.score].unique(return_inverse=True)
+    cells, alone, variances = [], [], []
+    for level in levels:
         x = clean + level * unit * noises[0]
         statistics = LinearStatistics(d, parts.shape[1], clean.device)
-        for x_part, y_part in zip(x[fit].split(FIT_BATCH), parts[fit].split(FIT_BATCH), strict=True):
+        for x_part, y_part in zip(x[planted.fit].split(FIT_BATCH), parts[planted.fit].split(FIT_BATCH), strict=True):
             statistics.update(x_part, y_part)
-        predicted = statistics.solve()(x[score])
-        linear = predicted.view(-1, len(ablated) + 2, d)
-        nonlinear = (parts[score] - predicted).view_as(linear)
-        for r, other in enumerate(levels):
-            scale = (level * unit, -other * unit)
-            for which, found in enumerate((linear, nonlinear)):
-                noise = scale[0] * found[:, -2] + scale[1] * found[:, -1]
-                energy = (found[:, :-2] + noise[:, None]).square().sum(-1).mean(0)  # [Q]
-                cells[a, r, :, which] = energy.cpu() / (d * unit**2)
+        predicted = (statistics.about_zero() if planted.released else statistics).solve()(x[planted.score])
+        linear = predicted.view(-1, len(planted.ablated) + 3, d)
+        whole = parts[planted.score].view_as(linear).to(linear.dtype)
+        found = (linear, whole - linear, whole)
+        for other in levels:
+            noise = [level * unit * part[:, -2] - other * unit * part[:, -1] for part in found]
+            cells += [
+                (part[:, :1] + part[:, 1:-2] + own[:, None]).square().sum(-1)
+                for part, own in zip(found, noise, strict=True)
+            ]
+        if level == min(levels):
+            alone = [part[:, 1:-2].square().sum(-1) for part in found]
+        mean = x[planted.score].mean() if planted.released else x[planted.score].mean(0)
+        variances.append((x[planted.score] - mean).square().sum(-1, keepdim=True))
         if progress is not None:
             progress(1)
-    return cells
+    energies = torch.cat([*cells, *alone, *variances], dim=1) / (d * unit**2)  # [n', m - 1]
+    columns = torch.cat([energies, torch.ones_like(energies[:, :1])], dim=1).cpu()
+    return group_sums(columns, owner.cpu(), len(names))
 
 
-def planted_energies(ablated: Sequence[Tensor], score: slice, levels: Sequence[float], unit: float) -> Tensor:
-    """Energies [A, R, Q, 3] of what was planted, in the order of PLANTED and the units of `measure_cells`."""
-    squares = torch.tensor(levels, dtype=torch.float64).square()
-    taken = [part[score].double().square().sum(-1).mean().item() / (part.shape[1] * unit**2) for part in ablated]
-    grids = torch.meshgrid(squares, squares, torch.tensor(taken, dtype=torch.float64), indexing="ij")
-    return torch.stack(grids, dim=-1)
+class Cells(NamedTuple):
+    """Means over tokens, in units of d unit^2, of any number of draws [...]."""
+
+    cells: Tensor  # [..., A, R, 3, Q]: linear, nonlinear, error
+    alone: Tensor  # [..., 3, Q]: the same of each ablation, nothing else in the error
+    variance: Tensor  # [..., A]: of the activation
 
 
-def attribution(planted: Tensor, estimated: Tensor) -> dict[str, float]:
-    """Where the planted energies [A, R, Q, 3] went, by the estimates [A, R, Q, 2].
+def unpacked(sums: Tensor, levels: int) -> Cells:
+    """Totals [..., m] of `measure_cells` as means."""
+    means = sums[..., :-1] / sums[..., -1:]
+    q = (means.shape[-1] - levels) // (3 * levels**2 + 3)
+    cells, alone, variance = means.split([3 * levels**2 * q, 3 * q, levels], dim=-1)
+    return Cells(cells.unflatten(-1, (levels, levels, 3, q)), alone.unflatten(-1, (3, q)), variance)
 
-    `NAME/share_as/ESTIMATE`: of what is planted at the highest level of NAME alone, the part estimated as that kind of
-    error. `NAME/correlation/ESTIMATE`: Pearson's r over all cells (table 1). NaN for what is not varied.
+
+def numbers_of(levels: Sequence[float]) -> tuple[list[str], Statistic]:
+    """Names of the numbers of an SAE, and the function of totals [..., m] that gives them [..., q].
+
+    `PLANTED/share_as/ESTIMATE`: of what a noise at its highest level adds to the error, or of the energy of the largest
+    ablation alone, the part estimated as that kind of error.
+    `NOISE/correlation/ESTIMATE`: Pearson's r of the noise's level with the estimate as a difference of FVUs, over the A R
+    cells without ablation (table 1).
     """
-    numbers = {}
-    lowest = [int(planted[..., i].amin(dim=[j for j in range(3) if j != i]).argmin()) for i in range(len(PLANTED))]
-    for i, name in enumerate(PLANTED):
-        highest = list(lowest)
-        highest[i] = int(planted[..., i].amax(dim=[j for j in range(3) if j != i]).argmax())
-        added = planted[tuple(highest)][i] - planted[tuple(lowest)][i]
-        for j, estimate in enumerate(ESTIMATED):
-            gained = estimated[tuple(highest)][j] - estimated[tuple(lowest)][j]
-            r = torch.corrcoef(torch.stack([planted[..., i].flatten(), estimated[..., j].flatten()]))[0, 1]
-            numbers[f"{name}/share_as/{estimate}"] = (gained / added).item()
-            numbers[f"{name}/correlation/{estimate}"] = r.item()
-    return numbers
+    names = [f"{planted}/share_as/{estimate}" for planted in PLANTED for estimate in ESTIMATED]
+    names += [f"{noise}/correlation/{estimate}" for noise in NOISES for estimate in ESTIMATED]
+    low, high = levels.index(min(levels)), levels.index(max(levels))
+    added = max(levels) ** 2 - min(levels) ** 2
+    grid = torch.meshgrid(*2 * [torch.tensor(levels, dtype=torch.float64)], indexing="ij")
+
+    def statistic(sums: Tensor) -> Tensor:
+        cells, alone, variance = unpacked(sums, len(levels))
+        plain = cells[..., 0]  # [..., A, R, 3]
+        start = plain[..., low, low, :2]
+        shares = [(end - start) / added for end in (plain[..., high, low, :2], plain[..., low, high, :2])]
+        shares.append(alone[..., :2, -1] / alone[..., 2:, -1])
+        estimates = torch.stack([plain[..., 2] - plain[..., 1], plain[..., 1]], dim=-1) / variance[..., None, None]
+        table = [_correlation(noise.to(estimates.device), estimates) for noise in grid]
+        return torch.cat([*shares, *table], dim=-1)
+
+    return names, statistic
 
 
-def _tokens(settings: SyntheticSettings, stored: StoredTokens) -> tuple[Tensor, slice, slice]:
-    """Activations [n, d] with the slices to fit and to score on, a seeded sample of each side."""
-    sides = [stored.with_role(role) for role in (FIT, HELD_OUT)]
+def _correlation(level: Tensor, estimates: Tensor) -> Tensor:
+    """Pearson's r [..., 2] of levels [A, R] with estimates [..., A, R, 2]."""
+    a, b = (level - level.mean())[..., None], estimates - estimates.mean((-3, -2), keepdim=True)
+    return (a * b).sum((-3, -2)) / (a.square().sum() * b.square().sum((-3, -2))).sqrt()
+
+
+def _tokens(settings: SyntheticSettings, stored: StoredTokens) -> tuple[Tensor, Tensor, slice, slice]:
+    """Activations [n, d] and documents [n], with the slices to fit and to score on: a seeded sample of each side."""
+    sides = [(stored.with_role(role), stored.documents_with(role)) for role in (FIT, HELD_OUT)]
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.released:
-        every = torch.cat(sides)
-        x = every[torch.randperm(len(every), generator=generator)[:RELEASED_CODE_TOKENS]]
-        return x.to(settings.device), slice(None), slice(None)
+        x, documents = (torch.cat(part) for part in zip(*sides, strict=True))
+        chosen = torch.randperm(len(x), generator=generator)[:RELEASED_CODE_TOKENS]
+        return x[chosen].to(settings.device), documents[chosen], slice(None), slice(None)
     limits = (settings.fit_tokens, settings.score_tokens)
-    parts = [
-        side[torch.randperm(len(side), generator=generator)[:limit]] for side, limit in zip(sides, limits, strict=True)
-    ]
-    n_fit = len(parts[0])
-    return torch.cat(parts).to(settings.device), slice(0, n_fit), slice(n_fit, None)
+    chosen = [torch.randperm(len(x), generator=generator)[:limit] for (x, _), limit in zip(sides, limits, strict=True)]
+    x, documents = (
+        torch.cat([side[part][rows] for side, rows in zip(sides, chosen, strict=True)]) for part in range(2)
+    )
+    n_fit = len(chosen[0])
+    return x.to(settings.device), documents, slice(0, n_fit), slice(n_fit, None)
 
 
 @torch.no_grad()
-def _planted_in(sae: Any, x: Tensor, settings: SyntheticSettings) -> tuple[Tensor, list[Tensor], float]:
-    """Sae(x), what each ablation takes from it, and the standard deviation of level 1."""
+def plant(sae: Any, x: Tensor, documents: Tensor, fit: slice, score: slice, settings: SyntheticSettings) -> Planted:
+    """Ablate the latents of an SAE on its own reconstructions of x [n, d]."""
     own = cast("Any", accelerate(sae))
-    acts = own.encode_sparse(x.to(own.dtype))
-    clean = own.decode_sparse(acts).float()
+    first = own.encode_sparse(x.to(own.dtype))
+    clean = own.decode_sparse(first)
+    acts = own.encode_sparse(clean)  # again, as the released code does: the encoder errs on x' too
+    again, clean = own.decode_sparse(acts).float(), clean.float()
     strength = own.W_dec.detach().norm(dim=1)
-    ablated = [clean - own.decode_sparse(ablate_weakest(acts, share, strength)).float() for share in settings.ablations]
+    order = weakest_first(first, strength, fit)
+    ablated = []
+    for share in settings.ablations:
+        rest = (
+            ablate_latents(acts, share, order) if settings.ablate == "latents" else ablate_tokens(acts, share, strength)
+        )
+        ablated.append(again - own.decode_sparse(rest).float())
     unit = settings.unit or (1.0 if settings.released else 0.5 * (x - clean).square().mean().sqrt().item())
-    return clean, ablated, unit
+    return Planted(clean, clean - again, ablated, fit, score, documents, unit, settings.released)
+
+
+def planted_energies(planted: Planted, levels: Sequence[float]) -> Tensor:
+    """Energies [A, R, Q, 3] of what was planted, in the order of PLANTED and the units of `measure_cells`."""
+    squares = torch.tensor(levels, dtype=torch.float64).square()
+    scale = planted.clean.shape[1] * planted.unit**2
+    taken = [part[planted.score].double().square().sum(-1).mean().item() / scale for part in planted.ablated]
+    grids = torch.meshgrid(squares, squares, torch.tensor(taken, dtype=torch.float64), indexing="ij")
+    return torch.stack(grids, dim=-1)
 
 
 def run(settings: SyntheticSettings, stages: Stages) -> Result:
@@ -234,42 +315,48 @@ def run(settings: SyntheticSettings, stages: Stages) -> Result:
     Raises InputError for bad settings, SAEs of several sites, or one without sparse codes; StateError for a damaged cache.
     """
     inputs = prepare(settings, stages, splices=True)
-    x, fit, score = _tokens(settings, inputs.stored[inputs.one_site])
-    numbers: dict[str, float] = {}
+    x, documents, fit, score = _tokens(settings, inputs.stored[inputs.one_site])
+    names, statistic = numbers_of(settings.levels)
+    numbers: dict[str, float] = {"scored_documents": len(documents[score].unique())}
     grids: dict[str, Any] = {}
-    levels, seed = settings.levels, settings.seed
     for sae in inputs.saes:
-        name = sae.name
-        with stages.stage(f"estimate planted error, {name}", settings.noise_seeds * len(levels)) as advance:
-            clean, ablated, unit = _planted_in(sae.load(), x, settings)
-            planted = planted_energies(ablated, score, levels, unit)
+        planted = plant(sae.load(), x, documents, fit, score, settings)
+        with stages.stage(f"estimate {sae.name}", settings.noise_seeds * len(settings.levels)) as advance:
             draws = [
-                measure_cells(clean, ablated, fit, score, levels, unit, seed=seed + number, progress=advance)
+                measure_cells(planted, settings.levels, seed=settings.seed + number, progress=advance)
                 for number in range(settings.noise_seeds)
             ]
-        found = [attribution(planted, estimated) for estimated in draws]
-        numbers[f"{name}/unit"] = unit
-        for key in found[0]:
-            numbers |= seed_interval([draw[key] for draw in found]).numbers(f"{name}/{key}")
-        grids[name] = {"planted": planted.tolist(), "estimated": torch.stack(draws).mean(0).tolist()}
+        sums = torch.stack(draws).mean(0)
+        for name, interval in zip(names, bootstrap(sums, statistic, seed=settings.seed), strict=True):
+            numbers |= interval.numbers(f"{sae.name}/{name}")
+        found = unpacked(sums.sum(0), len(settings.levels))
+        scale = x.shape[1] * planted.unit**2
+        introduced = planted.introduced[score].double().square().sum(-1).mean().item() / scale
+        numbers |= {f"{sae.name}/unit": planted.unit, f"{sae.name}/introduced": introduced}
+        grids[sae.name] = {
+            "estimated": found.cells[:, :, :2].mT.tolist(),  # [A, R, Q, 2]
+            "planted": planted_energies(planted, settings.levels).tolist(),
+            "ablation_alone": found.alone[:2].mT.tolist(),  # [Q, 2]
+        }
     notes = [
-        f"Synthetic: {_token_plan(settings)}. Levels are standard deviations; energies are in units of level 1. "
-        "Intervals: 95 %, Student's t over draws of the noises.",
+        f"Synthetic: {_token_plan(settings)}. Levels are standard deviations; energies are in units of level 1, means of "
+        f"{settings.noise_seeds} draws of the noises. Ablated: {_ABLATED[settings.ablate]}. Intervals: 95 %, by document.",
     ]
     series = {"grids": grids, "planted": PLANTED, "estimated": ESTIMATED}
     return stored_result("synthetic", inputs, stages, numbers, series=series, notes=notes)
 
 
 def table(result: Result) -> Table:
-    """One row an SAE and planted quantity: where its energy went, and Pearson's r over the cells."""
+    """One row an SAE and planted quantity: where its energy went, and for the noises table 1's correlations."""
     rows = []
     for sae in result.series["saes"]:
         for planted in result.series["planted"]:
-            cells = [
-                with_interval(result.numbers, f"{sae['name']}/{planted}/{kind}/{estimate}", "{:.2f}")
+            names = [
+                f"{sae['name']}/{planted}/{kind}/{estimate}"
                 for kind in ("share_as", "correlation")
                 for estimate in result.series["estimated"]
             ]
+            cells = [with_interval(result.numbers, name, "{:.2f}") if name in result.numbers else "" for name in names]
             rows.append([f"{sae['name']}: {planted.replace('_', ' ')}", *cells])
     return Table(
         title=f"synthetic: {result.config['model']}, {result.config['hook']}, Sae(x) as the activation",
@@ -279,18 +366,18 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """Where a unit of each planted energy is found, and how much of it is overfitting."""
+    """Where a unit of each planted energy is found."""
     lines = []
     for sae_name in (sae["name"] for sae in result.series["saes"]):
         kinds = result.series["estimated"]
         noise, reconstruction, ablation = (
-            [f"{result.numbers[f'{sae_name}/{planted}/share_as/{kind}']:.0%}" for kind in kinds]
+            [with_interval(result.numbers, f"{sae_name}/{planted}/share_as/{kind}", "{:.0%}") for kind in kinds]
             for planted in result.series["planted"]
         )
         lines.append(
             f"{sae_name}: noise in the activation is estimated as linear error to {noise[0]} and as nonlinear to "
             f"{noise[1]}; noise in the reconstruction {reconstruction[0]} and {reconstruction[1]} (planted: 0% and 100%); "
-            f"ablated latents {ablation[0]} and {ablation[1]}."
+            f"the largest ablation ({_ABLATED[result.config['ablate']]}) {ablation[0]} and {ablation[1]}."
         )
     return lines
 
@@ -328,14 +415,14 @@ def ablation(result: Result) -> Figure:
     for axes, sae in zip(panels, saes, strict=True):
         grid = result.series["grids"][sae["name"]]
         shares = [100 * share for share in result.config["ablations"]]
-        linear, nonlinear = ([cell[which] for cell in grid["estimated"][0][0]] for which in (0, 1))
+        linear, nonlinear = ([cell[which] for cell in grid["ablation_alone"]] for which in (0, 1))
         axes.stackplot(
             shares, nonlinear, linear, colors=(BLUE, SKY), labels=("estimated nonlinear", "estimated linear")
         )
         axes.plot(
             shares, [cell[2] for cell in grid["planted"][0][0]], "ko--", markersize=3, linewidth=1, label="planted"
         )
-        axes.set_xlabel("weakest active latents ablated, %")
+        axes.set_xlabel(f"{_ABLATED[result.config['ablate']]}, %")
         axes.set_title(f"Ablation without noise, {sae['d_sae']} latents")
     panels[0].set_ylabel("error, units of noise level 1")
     panels[0].legend(loc="upper left")

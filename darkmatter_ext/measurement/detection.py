@@ -2,7 +2,8 @@
 
 As in EleutherAI's automated interpretability (Paulo et al., 2410.13928): a judge explains a latent from texts it is active
 on, then says of other texts, active or not, whether they fit. Accuracy is reported per decile of activation, because a
-latent can be clear at its strongest and noise below. Explained and judged texts come from different contexts.
+latent can be clear at its strongest and noise below. Explained and judged texts come from different documents: a latent
+that marks one document would else be explained by that document's rare words and judged by them.
 
 `WordListJudge` needs no model and no network: it explains a latent by the tokens it peaks on. Language models as judges
 are in `judges.py`.
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.estimators.intervals import Interval, bootstrap
+from darkmatter_ext.measurement.stored_tokens import StoredTokens
+from darkmatter_ext.measurement.tokens import HELD_OUT
+from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.runtime.inputs import InputError
 
 DECILES = 10
@@ -35,6 +39,43 @@ class Snippet:
     @property
     def text(self) -> str:
         return "".join(self.tokens)
+
+
+@dataclass(frozen=True)
+class Snippets:
+    """Where the snippets of held-out text stand: rows of the held-out tokens in cache order."""
+
+    rows: Tensor  # [w, length] int64
+    documents: list[int]  # [w]
+    tokens: list[list[str]]  # [w][length]
+
+    @classmethod
+    def cut(cls, stored: StoredTokens, length: int, decode: Callable[[int], str]) -> Snippets:
+        """All runs of `length` held-out tokens, side by side, that start at a multiple of it.
+
+        Raises ValueError when there is none.
+        """
+        cache, held_out = stored.cache, stored.roles == HELD_OUT
+        row = held_out.flatten().long().cumsum(0).view_as(held_out) - 1
+        usable = cache.context_length // length * length
+        whole = held_out[:, :usable].unflatten(1, (-1, length)).all(-1)  # [C, L / length]
+        context, place = whole.nonzero(as_tuple=True)
+        if len(context) == 0:
+            raise InputError(f"context_length: must hold {length} held-out tokens in a row to judge latents, got none")
+        rows = row[:, :usable].unflatten(1, (-1, length))[context, place]
+        ids = cache.column("tokens")[:, :usable].unflatten(1, (-1, length))[context, place]
+        names = {token: decode(token) for token in ids.unique().tolist()}
+        documents = cache.column("documents")[context].tolist()
+        return cls(rows, documents, [[names[token] for token in own] for own in ids.tolist()])
+
+    def firing(self, acts: SparseActs) -> Tensor:
+        """On how many snippets each latent is active, [F]."""
+        own = torch.full((acts.n_tokens,), -1)
+        own[self.rows.flatten()] = torch.arange(len(self.rows)).repeat_interleave(self.rows.shape[1])
+        window, active = own[acts.token_numbers().cpu()], acts.values.reshape(-1).cpu() != 0
+        kept = active & (window >= 0)
+        pairs = (window[kept] * acts.d_sae + acts.col_indices.cpu()[kept]).unique()
+        return torch.bincount(pairs % acts.d_sae, minlength=acts.d_sae)
 
 
 class Judge(Protocol):
@@ -97,6 +138,7 @@ class LatentScore:
     hits: list[float]  # per decile, weakest first: share of judged active snippets said to fit; NaN for none judged
     rejections: float  # share of judged silent snippets said not to fit
     unanswered: int
+    documents: int  # it is active in
 
     @property
     def accuracies(self) -> list[float]:
@@ -111,6 +153,7 @@ class _Windows:
     tokens: list[tuple[str, ...]]
     activations: Tensor  # [w, length, m]
     explained: Tensor  # [w] bool: windows explanations may be made from; the others are judged
+    documents: Tensor  # [w]
 
     def snippet(self, window: int, column: int) -> Snippet:
         return Snippet(self.tokens[window], tuple(self.activations[window, :, column].tolist()))
@@ -118,7 +161,7 @@ class _Windows:
 
 def score_latents(
     tokens: Sequence[Sequence[str]],
-    contexts: Sequence[int],
+    documents: Sequence[int],
     activations: Callable[[list[int]], Tensor],
     firing: Tensor,
     judge: Judge,
@@ -130,13 +173,13 @@ def score_latents(
 
     Args:
         tokens: w snippets of `snippet_length` tokens.
-        contexts: the context each snippet comes from; whole contexts are explained from or judged.
+        documents: the document each snippet comes from; whole documents are explained from or judged.
         activations: latents [m] -> their activations [w, snippet_length, m].
         firing: [F] on how many snippets each latent is active (to leave out latents with too few).
         judge, settings: see there.
         progress: called with 1 after every latent.
 
-    Raises ValueError when no latent is active on enough snippets.
+    Raises InputError when no latent is active on enough snippets, or all are of one document.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     # Half of the snippets explain: with fewer than this, some deciles would go without a judged one. A latent active
@@ -148,10 +191,14 @@ def score_latents(
             f"tokens: no latent is active on enough snippets to be judged (at least {4 * DECILES} of {len(tokens)})"
         )
     latents = usable[torch.randperm(len(usable), generator=generator)[: settings.latents]].sort().values.tolist()
-    owner = torch.tensor(contexts)
+    owner = torch.tensor(documents)
     names = owner.unique()
+    if len(names) < 2:
+        raise InputError(
+            "tokens: must be of at least 2 documents, to explain latents by one and judge them by another, got 1"
+        )
     half = names[torch.randperm(len(names), generator=generator)[: len(names) // 2]]
-    windows = _Windows([tuple(own) for own in tokens], activations(latents), torch.isin(owner, half))
+    windows = _Windows([tuple(own) for own in tokens], activations(latents), torch.isin(owner, half), owner)
     scores = []
     for column, latent in enumerate(latents):
         scores.append(_score(windows, column, latent, judge, settings, generator))
@@ -184,7 +231,9 @@ def _score(
         return sum(known) / len(known) if known else float("nan")
 
     unanswered = sum(answer is None for answer in answers.values())
-    return LatentScore(latent, explanation, [share(part, True) for part in deciles], share(silent, False), unanswered)
+    hits = [share(part, True) for part in deciles]
+    in_documents = len(windows.documents[peak > 0].unique())
+    return LatentScore(latent, explanation, hits, share(silent, False), unanswered, in_documents)
 
 
 def accuracy_by_decile(scores: Sequence[LatentScore], *, seed: int) -> list[Interval]:

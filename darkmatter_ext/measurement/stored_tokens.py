@@ -80,6 +80,11 @@ class StoredTokens:
         """All activations with one role, [n, d], in memory: the training set of an SAE."""
         return torch.cat([shard.activations[own == role] for shard, own in self.shards()])
 
+    def documents_with(self, role: int) -> Tensor:
+        """The document of every token with one role, [n] int64, in the order of `with_role`."""
+        documents = self.cache.column("documents")[:, None].expand(self.roles.shape)
+        return documents[self.roles == role]
+
     def mean(self, role: int) -> Tensor:
         """Mean activation [d], float32, of the tokens with one role; memory: one shard."""
         total = torch.zeros(self.cache.d_in, dtype=torch.float64)

@@ -7,13 +7,15 @@ import torch
 from cases.models import flags
 
 from darkmatter_ext.activations import store
-from darkmatter_ext.experiments.error_saes import Snippets, fit_error_map, fvu, reconstruction_numbers, split_errors
+from darkmatter_ext.experiments.error_saes import fit_error_map, fvu, reconstruction_numbers, split_errors
 from darkmatter_ext.measurement.decompose import TokenBatch
+from darkmatter_ext.measurement.detection import Snippets
 from darkmatter_ext.measurement.stored_tokens import StoredTokens
 from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, LeftOut
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.encode import topk_encode
-from darkmatter_ext.saes.encoders import Encoded
+from darkmatter_ext.saes.encoders import Encoded, as_encoder
+from darkmatter_ext.saes.training import TrainingConfig, train_topk_sae
 
 
 def _batches(n=4000, d=6, seed=0):
@@ -63,7 +65,7 @@ def test_numbers_are_their_definitions():
 
 def test_snippets_are_held_out_tokens_in_a_row(tmp_path):
     tokens = torch.arange(40).view(4, 10)
-    store._write_shard(tmp_path, 0, torch.zeros(4, 10, 2), tokens, torch.arange(4))
+    store._write_shard(tmp_path, 0, torch.zeros(4, 10, 2), tokens, torch.tensor([7, 7, 7, 8]))
     cache = store.ActivationCache(tmp_path, {"d_in": 2, "n_contexts": 4, "context_length": 10})
     roles = torch.full((4, 10), FIT, dtype=torch.uint8)
     roles[1, 2:] = HELD_OUT
@@ -71,7 +73,7 @@ def test_snippets_are_held_out_tokens_in_a_row(tmp_path):
     roles[3, 5] = 0
     stored = StoredTokens(cache, roles, LeftOut(), 1.0, 1.0, 0.0)
     snippets = Snippets.cut(stored, 4, str)
-    assert snippets.contexts == [1, 3]
+    assert snippets.documents == [7, 8]
     assert snippets.tokens == [["14", "15", "16", "17"], ["30", "31", "32", "33"]]
     assert snippets.rows.tolist() == [[2, 3, 4, 5], [8, 9, 10, 11]]  # places among the 17 held-out tokens
     dense = torch.zeros(17, 5)
@@ -134,3 +136,22 @@ def test_bad_settings_give_one_line(workplace, more, message, refused, tmp_path)
     arguments = flags(workplace, "--widths", "24", *more, "--out", str(tmp_path), experiment="error-saes")
     refused(arguments, message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sparse_structure_is_told_from_noise_of_the_same_covariance():
+    """What the experiment asks of an error: an SAE explains one made of sparse features, and not its Gaussian twin."""
+    d, latents, k, n = 24, 48, 2, 12_000
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(latents, d, generator=generator)
+    features /= features.norm(dim=1, keepdim=True)
+    active = torch.rand(n, latents, generator=generator).topk(k).indices
+    strength = torch.zeros(n, latents).scatter_(1, active, 1 + torch.rand(n, k, generator=generator))
+    sparse = strength @ features
+    factor = torch.linalg.cholesky(torch.cov((sparse - sparse.mean(0)).T.double())).float()
+    noise = sparse.mean(0) + torch.randn(n, d, generator=generator) @ factor.T
+    training = TrainingConfig(d_sae=latents, k=k, steps=400, batch_size=512, learning_rate=5e-3)
+    found = {}
+    for name, y in (("sparse", sparse), ("noise", noise)):
+        sae, _ = train_topk_sae(y[:9000], training)
+        found[name] = fvu(as_encoder(sae), y[9000:])
+    assert found["sparse"] < 0.5 * found["noise"], found

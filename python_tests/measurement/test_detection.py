@@ -18,6 +18,7 @@ from darkmatter_ext.measurement.detection import (
     score_latents,
 )
 from darkmatter_ext.measurement.judges import EndpointJudge, LocalJudge, marked, parse_answers
+from darkmatter_ext.runtime.inputs import InputError
 
 VOCABULARY = [f" w{number}" for number in range(40)]
 W, LENGTH = 600, 8
@@ -40,9 +41,9 @@ def _planted(ids):
 def _scores(judge, settings=SETTINGS):
     ids, tokens = _text()
     values = _planted(ids)
-    contexts = [w // 10 for w in range(W)]
+    documents = [w // 10 for w in range(W)]
     firing = (values > 0).any(1).sum(0)
-    return score_latents(tokens, contexts, lambda latents: values[:, :, latents], firing, judge, settings)
+    return score_latents(tokens, documents, lambda latents: values[:, :, latents], firing, judge, settings)
 
 
 def test_a_planted_word_is_told_perfectly_and_noise_is_not():
@@ -70,9 +71,27 @@ def test_scores_are_seeded_and_latents_without_enough_snippets_left_out():
     assert [score.latent for score in found] == [0, 2]
     with pytest.raises(ValueError, match="no latent is active on enough snippets to be judged"):
         score_latents(tokens, [0] * W, lambda m: values[:, :, m], torch.zeros(3), WordListJudge(), SETTINGS)
+    with pytest.raises(InputError, match="tokens: must be of at least 2 documents"):
+        score_latents(tokens, [0] * W, lambda m: values[:, :, m], firing, WordListJudge(), SETTINGS)
 
 
-def test_explained_and_judged_texts_share_no_context():
+def test_a_latent_that_marks_documents_is_not_told_by_their_own_words():
+    """Every document has a word of its own, and the latent fires on it: known words say nothing of another document."""
+    tokens = _text()[1]
+    documents = [w // 40 for w in range(W)]
+    marked = torch.rand(W, LENGTH, generator=torch.Generator().manual_seed(2)) < 0.1
+    tokens = [
+        [f" own{documents[w]}" if marked[w, place] else token for place, token in enumerate(row)]
+        for w, row in enumerate(tokens)
+    ]
+    values = marked.float()[:, :, None]
+    firing = marked.any(1).sum(0, keepdim=True)
+    (score,) = score_latents(tokens, documents, lambda m: values[:, :, m], firing, WordListJudge(), SETTINGS)
+    assert score.documents == len(set(documents))
+    assert sum(score.hits) == 0
+
+
+def test_explained_and_judged_texts_share_no_document():
     seen = {"explain": set(), "detect": set()}
 
     class Watching(WordListJudge):
@@ -86,8 +105,8 @@ def test_explained_and_judged_texts_share_no_context():
 
     _scores(Watching())
     _, tokens = _text()
-    context = {tuple(own): w // 10 for w, own in enumerate(tokens)}
-    assert not {context[own] for own in seen["explain"]} & {context[own] for own in seen["detect"]}
+    document = {tuple(own): w // 10 for w, own in enumerate(tokens)}
+    assert not {document[own] for own in seen["explain"]} & {document[own] for own in seen["detect"]}
 
 
 def test_marks_and_answers():
