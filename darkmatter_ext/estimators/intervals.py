@@ -14,7 +14,7 @@ Shapes: D documents, m quantities, B resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from darkmatter_ext.runtime.inputs import InputError
 LEVEL = 0.95
 RESAMPLES = 2000  # the ends of a 95 % interval then rest on 50 draws each
 FEWEST_DRAWN = 8  # with fewer documents draws repeat one another, and Student's t takes their place
+BLOCK_VALUES = 1_000_000  # draws times documents at a time: 8 MB a tensor
 _NAN = float("nan")
 
 Statistic = Callable[[Tensor], Tensor]  # totals [..., m] -> values [..., q], differentiable
@@ -107,20 +108,25 @@ def _studentised(
         return Interval(value, _NAN, _NAN)
     if n >= FEWEST_DRAWN:
         _, error = _errors(torch.ones(1, n, dtype=sums.dtype), sums, statistic, which)
-        drawn, errors = _errors(_draws(n, resamples, seed=seed), sums, statistic, which)
+        t = []
+        for weights in _draws(n, resamples, seed=seed):
+            drawn, errors = _errors(weights, sums, statistic, which)
+            t.append((drawn - value) / errors)
         tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=sums.dtype)
-        low, high = ((drawn - value) / errors).nanquantile(tails).tolist()
+        low, high = torch.cat(t).nanquantile(tails).tolist()
         if math.isfinite(low) and math.isfinite(high):
             return Interval(value, value - high * error.item(), value - low * error.item())
     # Few documents, or so nearly equal ones that many draws do not vary: nothing to divide by.
     return jackknife(sums, lambda totals: statistic(totals)[..., which : which + 1])[0]
 
 
-def _draws(n: int, resamples: int, *, seed: int) -> Tensor:
-    """[B, n] float64: how often each of n documents is drawn."""
-    drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
-    ones = torch.ones(drawn.shape, dtype=torch.float64)
-    return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(1, drawn, ones)
+def _draws(n: int, resamples: int, *, seed: int) -> Iterator[Tensor]:
+    """[b, n] float64, B rows together: how often each of n documents is drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in torch.arange(resamples).split(max(1, BLOCK_VALUES // n)):
+        drawn = torch.randint(n, (len(part), n), generator=generator)
+        ones = torch.ones(drawn.shape, dtype=torch.float64)
+        yield torch.zeros_like(ones).scatter_add_(1, drawn, ones)
 
 
 def ratio(sums: Tensor) -> Interval:

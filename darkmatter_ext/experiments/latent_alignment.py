@@ -1,54 +1,74 @@
-"""Do latents that predict a large error have a large mean active value?
+"""Do latents that predict a large norm have a large mean active value?
 
-Do latents that predict a large error have a large mean active value (figure 14)?
+Do latents that predict a large squared norm have a large mean active value (figure 14)?
 
-a* is the linear map from x to a squared norm, ||SaeError(x)||^2 first of all (the norm prediction test). W_dec . a*, a latent's
-decoder row with a*, is what one unit of that latent adds to the predicted squared norm: in squared units of activation per
-unit of the latent's value. It is compared with the latent's mean value over the tokens where it is active (fit and held-out
-text), in units of the latent. Nothing is normalised. Controls: the decoder rows permuted among the latents, and random
-directions with the norms of the rows; neither can know which latent is large.
+a* is a linear map to a squared norm, and W_dec . a*, a latent's decoder row with a*, is what one unit of that latent adds to
+the predicted squared norm: in squared units of activation per unit of the latent's value. It is compared with the latent's
+mean value over the tokens where it is active (fit and held-out text), in units of the latent. Nothing is normalised.
+
+*Figure 14* is of the reconstruction: a* from Sae(x) - b_dec = sum_i z_i w_i to its own squared norm, without a bias. If
+the decoder rows were orthogonal, and latents active or not independently with a value c_i, then W_dec . a* = c_i: the
+points lie on the identity line. How far they do is its slope (of the value on W_dec . a*, through 0) and its R2. The
+squared norms of the error, of its nonlinear part and of x, predicted from x (the norm prediction test), stand beside it.
+
+Controls: the decoder rows permuted among the latents, and random directions with the norms of the rows; neither can know
+which latent is large.
 
 Shapes: d width of the site, F latents, m latents that fired.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from darkmatter_ext.estimators.intervals import LEVEL, RESAMPLES, Interval
+from darkmatter_ext.estimators.intervals import BLOCK_VALUES, LEVEL, RESAMPLES, Interval, bootstrap
+from darkmatter_ext.estimators.least_squares import LinearMap, LinearStatistics
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import presets
-from darkmatter_ext.measurement.run import measured, prepare
+from darkmatter_ext.measurement.reading import tokens_again
+from darkmatter_ext.measurement.run import Inputs, measured, prepare
 from darkmatter_ext.measurement.settings import Settings
+from darkmatter_ext.measurement.site_saes import SiteSae
+from darkmatter_ext.measurement.tokens import FIT, HELD_OUT
+from darkmatter_ext.ops.decode import sparse_decode
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import BLUE, GREY, ORANGE, interval_bars, new_panels
 from darkmatter_ext.report.table import Table, with_interval
-from darkmatter_ext.runtime.inputs import InputError
+from darkmatter_ext.runtime.inputs import InputError, require_at_least
 from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.encoders import Encode
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-TARGETS = ("error", "nonlinear", "x")  # squared norms that a* predicts
+NORMS_FROM_X = ("error", "nonlinear", "x")  # squared norms that a* predicts from x
+RECONSTRUCTION = "reconstruction"  # the squared norm of Sae(x) - b_dec, from itself: figure 14
+TARGETS = (RECONSTRUCTION, *NORMS_FROM_X)
 ROWS = {
     "decoder": "the decoder rows",
     "permuted": "control: the decoder rows permuted among the latents",
     "random": "control: random directions with the norms of the decoder rows",
 }
 MIN_LATENTS = 3  # a correlation of two points is 1
-BLOCK_VALUES = 1_000_000  # draws times latents at a time: 8 MB a tensor
 
 
 @dataclass(frozen=True)
 class LatentAlignmentSettings(Settings):
-    """Compare each latent's part in predicting the norm of the error with its mean active value."""
+    """Compare each latent's part in predicting a squared norm with its mean active value."""
+
+    reconstruction_tokens: int = 150_000
+    """tokens that a* of the reconstruction is fitted on, at most; they are read once more"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least("reconstruction_tokens", 1, self.reconstruction_tokens)
 
 
 PRESETS = presets(LatentAlignmentSettings, {"widths": (2048,)})
@@ -56,7 +76,8 @@ PRESETS = presets(LatentAlignmentSettings, {"widths": (2048,)})
 
 def plan(settings: LatentAlignmentSettings) -> list[str]:
     """Describe a run, one line a step, without starting it."""
-    return [*plan_lines(settings), "compare   decoder rows . a* with mean active values, latent by latent"]
+    again = f"read      up to {settings.reconstruction_tokens} fit tokens once more, for the norm of the reconstruction"
+    return [*plan_lines(settings), again, "compare   decoder rows . a* with mean active values, latent by latent"]
 
 
 # ---- correlations
@@ -103,6 +124,21 @@ def correlations(a: Tensor, b: Tensor, *, seed: int, resamples: int = RESAMPLES)
     return {"pearson": pearson, "spearman": spearman}
 
 
+def identity_numbers(alignment: Tensor, value: Tensor, *, seed: int) -> dict[str, float]:
+    """`slope` of value on alignment (both [m]) through 0, and `identity_r2`, R2 of value = alignment, drawing latents again."""
+    if len(value) < MIN_LATENTS:
+        return {f"{name}{end}": float("nan") for name in ("slope", "identity_r2") for end in ("", "/low", "/high")}
+    a, v = alignment.double(), value.double()
+    sums = torch.stack([a * v, a * a, (v - a).square(), v.square(), v, torch.ones_like(v)], dim=1)
+
+    def statistic(totals: Tensor) -> Tensor:
+        av, aa, rest, vv, total, n = totals.unbind(-1)
+        return torch.stack([av / aa, 1 - rest / (vv - total.square() / n)], dim=-1)
+
+    slope, r2 = bootstrap(sums, statistic, seed=seed)
+    return slope.numbers("slope") | r2.numbers("identity_r2")
+
+
 def directions(w_dec: Tensor, *, seed: int) -> dict[str, Tensor]:
     """ROWS of a decoder [F, d]: the rows themselves and the two controls, float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -129,6 +165,10 @@ class Alignment:
                 found = correlations(own[kept], self.mean_active_value[kept], seed=seed)
                 for name, interval in found.items():
                     numbers |= interval.numbers(f"{target}/{kind}/{name}")
+        if RECONSTRUCTION in self.values:
+            own = self.values[RECONSTRUCTION]["decoder"][kept]
+            line = identity_numbers(own, self.mean_active_value[kept], seed=seed)
+            numbers |= {f"{RECONSTRUCTION}/decoder/{name}": value for name, value in line.items()}
         return numbers
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -136,6 +176,18 @@ class Alignment:
         columns = {"mean_active_value": self.mean_active_value, "fired": self.fired}
         columns |= {f"alignment/{target}": every["decoder"] for target, every in self.values.items()}
         return {name: column.cpu().numpy() for name, column in columns.items()}
+
+
+def reconstruction_map(batches: Iterable[Tensor], encode: Encode, rows: Tensor) -> LinearMap:
+    """a* [d, 1]: least squares without bias from s = Sae(x) - b_dec to ||s||^2, as figure 14 has it.
+
+    s is made of the latents themselves, sum_i z_i w_i with `rows` [F, d], so it is in their units whatever scaling is around.
+    """
+    statistics = LinearStatistics(rows.shape[1], 1, rows.device)
+    for x in batches:
+        s = sparse_decode(encode(x).acts, rows).double()
+        statistics.update(s, s.square().sum(1, keepdim=True))
+    return statistics.about_zero().solve()
 
 
 def alignment(
@@ -151,7 +203,7 @@ def alignment(
 
 
 def decoder_rows(sae: Any, d: int, folder: str) -> tuple[Tensor, str]:
-    """W_dec [F, d] of an SAE, and how it normalises activations before encoding.
+    """What a unit of each latent adds, [F, d]: W_dec of an SAE; and how it normalises activations before encoding.
 
     Raises InputError when it has no decoder rows of the site's width.
     """
@@ -159,7 +211,17 @@ def decoder_rows(sae: Any, d: int, folder: str) -> tuple[Tensor, str]:
     shape = None if w_dec is None else list(w_dec.shape)
     if w_dec is None or w_dec.ndim != 2 or w_dec.shape[1] != d:
         raise InputError(f"sae: must have decoder rows W_dec of shape [latents, {d}], got {shape} in {folder}")
-    return w_dec.detach(), str(sae.cfg.normalize_activations)
+    rows = w_dec.detach()
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # its latents are in units of their rows' norms
+        rows = rows / rows.norm(dim=1, keepdim=True)
+    return rows, str(sae.cfg.normalize_activations)
+
+
+def _fit_tokens(inputs: Inputs, sae: SiteSae, settings: LatentAlignmentSettings) -> Iterable[Tensor]:
+    """Fit tokens of an SAE's site, or any measured ones as the released code has it."""
+    roles = (FIT, HELD_OUT) if settings.measure.parity == "released-code" else (FIT,)
+    limit, seed, device = settings.reconstruction_tokens, settings.seed, settings.device
+    return tokens_again(inputs.source, inputs.roles, sae.hook, roles, limit=limit, seed=seed, device=device)
 
 
 def run(settings: LatentAlignmentSettings, stages: Stages) -> Result:
@@ -179,8 +241,12 @@ def run(settings: LatentAlignmentSettings, stages: Stages) -> Result:
     for sae in found.saes:
         name, site = sae["name"], found.site_of(sae["name"])
         with stages.stage(f"align {name}"):
-            maps = {target: site.norm_map(name, target).weight for target in TARGETS}
-            w_dec, normalised = decoder_rows(inputs.sae(name).load(), len(maps["error"]), sae["folder"])
+            maps = {target: site.norm_map(name, target).weight for target in NORMS_FROM_X}
+            own_sae = inputs.sae(name)
+            loaded = own_sae.load()
+            w_dec, normalised = decoder_rows(loaded, len(maps["error"]), sae["folder"])
+            again = _fit_tokens(inputs, own_sae, settings)
+            maps[RECONSTRUCTION] = reconstruction_map(again, own_sae.own_of(loaded), w_dec).weight
             latents = site.latents[name]
             own = alignment(w_dec, maps, latents.mean_active_value, latents.fired, seed=settings.seed)
             numbers |= {f"{name}/{key}": value for key, value in own.numbers(seed=settings.seed).items()}
@@ -191,37 +257,51 @@ def run(settings: LatentAlignmentSettings, stages: Stages) -> Result:
     return measured_result("latent-alignment", found, stages, numbers, series=series, arrays=arrays, notes=notes)
 
 
-_NAMES = {"error": "error", "nonlinear": "nonlinear error", "x": "x"}
+_NAMES = {RECONSTRUCTION: "Sae(x) - b_dec (figure 14)", "error": "error", "nonlinear": "nonlinear error", "x": "x"}
 
 
 def table(result: Result) -> Table:
-    """One row an SAE, squared norm and kind of direction: both correlations."""
-    rows = [
-        [
-            sae["name"],
-            _NAMES[target],
-            kind,
-            *(
-                with_interval(result.numbers, f"{sae['name']}/{target}/{kind}/{name}", "{:.2f}")
-                for name in ("pearson", "spearman")
-            ),
-        ]
-        for sae in result.series["saes"]
-        for target in result.series["targets"]
-        for kind in result.series["rows"]
-    ]
+    """One row an SAE, squared norm and kind of direction: both correlations, and for figure 14 the identity line's numbers."""
+    rows = []
+    for sae in result.series["saes"]:
+        for target in result.series["targets"]:
+            for kind in result.series["rows"]:
+                names = [
+                    f"{sae['name']}/{target}/{kind}/{name}" for name in ("pearson", "spearman", "slope", "identity_r2")
+                ]
+                cells = [
+                    with_interval(result.numbers, name, "{:.2f}") if name in result.numbers else "" for name in names
+                ]
+                rows.append([sae["name"], _NAMES[target], kind, *cells])
     return Table(
         title=f"latent-alignment: {result.config['model']}, {result.config['hook']}, direction . a* against mean active value",
-        headings=("SAE", "a* predicts the squared norm of", "directions", "Pearson", "Spearman"),
+        headings=(
+            "SAE",
+            "a* predicts the squared norm of",
+            "directions",
+            "Pearson",
+            "Spearman",
+            "slope",
+            "R² of identity",
+        ),
         rows=rows,
     )
 
 
 def reading(result: Result) -> list[str]:
-    """Whether the latents' sizes go with what they add to the predicted norm of the error, and with that of x."""
+    """Figure 14: whether W_dec . a* is the mean active value; and whether sizes go with the predicted norm of the error."""
     numbers, lines = result.numbers, []
     for sae in result.series["saes"]:
         name = sae["name"]
+        fig = {
+            key: with_interval(numbers, f"{name}/{RECONSTRUCTION}/decoder/{key}", "{:.2f}")
+            for key in ("pearson", "slope", "identity_r2")
+        }
+        lines.append(
+            f"{name}: against W_dec . a* of the reconstruction (figure 14) mean active values have Pearson {fig['pearson']}, "
+            f"slope {fig['slope']} and R² {fig['identity_r2']} of the identity line, where independent orthogonal latents "
+            "would have 1, 1 and 1."
+        )
         low, high = (numbers[f"{name}/error/decoder/spearman/{end}"] for end in ("low", "high"))
         verdict = "go with" if low > 0 else "go against" if high < 0 else "do not clearly go with"
         lines.append(
@@ -234,7 +314,12 @@ def reading(result: Result) -> list[str]:
     return lines
 
 
-_TARGETS = {"error": "a* of the error", "nonlinear": "a* of the nonlinear error", "x": "a* of x"}
+_TARGETS = {
+    RECONSTRUCTION: "a* of Sae(x)",
+    "error": "a* of the error",
+    "nonlinear": "a* of the nonlinear error",
+    "x": "a* of x",
+}
 _ROWS = {
     "decoder": ("decoder rows", BLUE),
     "permuted": ("rows permuted", GREY),
@@ -250,7 +335,7 @@ def scatter(result: Result) -> Figure:
     sae = max(result.series["saes"], key=lambda sae: sae["d_sae"])
     fired = result.arrays[f"{sae['name']}/fired"]
     kept, values = fired > 0, result.arrays[f"{sae['name']}/mean_active_value"]
-    figure, panels = new_panels(2.9, len(_TARGETS), sharey=True)
+    figure, panels = new_panels(5.2, 2, rows=2, sharey=True)
     norm = LogNorm(max(1.0, float(fired[kept].min())), max(2.0, float(fired.max())))
     order = fired[kept].argsort()  # frequent latents on top
     for axes, (target, title) in zip(panels, _TARGETS.items(), strict=True):
@@ -270,9 +355,15 @@ def scatter(result: Result) -> Figure:
         axes.set_title(f"{title}\nPearson {pearson:.2f}", fontsize=8.5)
         axes.set_xlabel("W_dec · a*")
         axes.set_yscale("log")
-        if target == "x":
-            figure.colorbar(points, ax=axes, label="tokens where active")
-    panels[0].set_ylabel("mean active value")
+        if target == RECONSTRUCTION:  # where independent orthogonal latents would lie
+            ends = [values[kept].min(), values[kept].max()]
+            line = [
+                ends[0] * (ends[1] / ends[0]) ** (step / 50) for step in range(51)
+            ]  # straight, on a logarithmic axis
+            axes.plot(line, line, color=GREY, linewidth=0.8, linestyle="--")
+    figure.colorbar(points, ax=panels, label="tokens where active")
+    for axes in panels[::2]:
+        axes.set_ylabel("mean active value")
     panels[0].yaxis.set_major_formatter(ScalarFormatter())
     panels[0].yaxis.set_minor_formatter(NullFormatter())
     panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -282,7 +373,7 @@ def scatter(result: Result) -> Figure:
 def correlation_bars(result: Result) -> Figure:
     """Pearson and Spearman correlation of every SAE, with intervals, beside the controls."""
     saes = result.series["saes"]
-    figure, panels = new_panels(2.7, len(_TARGETS), sharey=True)
+    figure, panels = new_panels(4.6, 2, rows=2, sharey=True)
     kinds = ("pearson", "spearman")
     groups = [(sae, kind) for kind in kinds for sae in saes]
     for axes, (target, title) in zip(panels, _TARGETS.items(), strict=True):
@@ -298,9 +389,10 @@ def correlation_bars(result: Result) -> Figure:
         axes.set_title(title, fontsize=8.5)
         if len(saes) > 1:
             axes.axvline(len(saes) - 0.5, color=GREY, linewidth=0.6, linestyle=":")
-    panels[0].set_ylabel("correlation with\nmean active value")
+    for axes in panels[::2]:
+        axes.set_ylabel("correlation with\nmean active value")
     if len(saes) > 1:
-        panels[1].set_xlabel("SAEs from left to right as in the table")
+        panels[-1].set_xlabel("SAEs from left to right as in the table")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(_ROWS))
     return figure
 

@@ -64,7 +64,7 @@ class SyntheticSettings(Settings):
     ablations: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
     """shares of the latents to ablate, the weakest first"""
     ablate: str = "latents"
-    """latents: the same ones at every token, by mean value, as the paper's code does; tokens: the weakest active ones of each"""
+    """latents: the same at every token, by mean value, as the paper's code does; tokens: each token's weakest active ones"""
     unit: float = 0.0
     """standard deviation of level 1 in a dimension; 0: half the root mean square of the SAE's own error"""
     fit_tokens: int = 16_000

@@ -11,14 +11,19 @@ from cases.planted import PlantedSource, coin, family_tokens, plain_map, plain_p
 from scipy import stats
 
 from darkmatter_ext.experiments.latent_alignment import (
-    TARGETS,
+    NORMS_FROM_X,
+    RECONSTRUCTION,
     alignment,
     correlations,
     decoder_rows,
     directions,
+    identity_numbers,
+    reconstruction_map,
     weighted_ranks,
 )
 from darkmatter_ext.measurement.settings import Measure
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.saes.encoders import Encoded
 
 HOOK = "blocks.1.hook_resid_post"
 N, F, SILENT = 40_000, 100, 5
@@ -63,6 +68,76 @@ def test_the_planted_proportion_of_alignment_and_value_comes_back(tmp_path):
     assert (numbers["latents"], numbers["latents_never_fired"]) == (F + SILENT, SILENT)
 
 
+def _independent_latents(generator, n=20_000):
+    """x = sum_i z_i w_i, z_i = c_i or 0 independently, w_i orthonormal: figure 14's theory holds exactly."""
+    size = torch.linspace(1, 5, F)
+    z = size * (torch.rand(n, F, generator=generator) < 0.1)
+    rows = torch.linalg.qr(torch.randn(F, F, generator=generator)).Q
+    return size, z, rows
+
+
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+def test_figure_14_is_found_where_it_is_planted(offset):
+    """a* . w_i = c_i from Sae(x) - b_dec, whatever b_dec and the error are."""
+    size, z, rows = _independent_latents(torch.Generator().manual_seed(0))
+    bias = torch.full((F,), offset)
+
+    def encode(x):
+        own = ((x - bias) @ rows.T).round(decimals=3).clamp(min=0)
+        return Encoded(own @ rows + bias, (own != 0).sum(1), SparseActs.from_dense(own))
+
+    a_star = reconstruction_map((z @ rows + bias).split(3000), encode, rows)
+    found = (rows.double() @ a_star.weight).flatten()
+    torch.testing.assert_close(found, size.double(), rtol=1e-3, atol=1e-3)
+    assert a_star.bias.tolist() == [0]
+    numbers = identity_numbers(found, size, seed=0)
+    assert numbers["slope"] == pytest.approx(1, abs=1e-3)
+    assert numbers["identity_r2"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_relation_of_the_error_is_not_taken_for_figure_14(tmp_path):
+    """Latents of one value, so figure 14 has nothing to show; the error's norm grows with some latents more than others."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.linspace(1, 5, F)
+    z = 3.0 * (torch.rand(N, F, generator=generator) < 0.1)
+    rows = torch.linalg.qr(torch.randn(F, F, generator=generator)).Q
+    signs = coin(torch.randn(F, F, generator=generator))
+
+    def codes(x):
+        own = (x @ rows.T).clamp(min=0)
+        return own * (own > 0.1)
+
+    def x_hat(x):
+        squared = 1 + (codes(x) * weight).sum(1)
+        return x - squared.sqrt()[:, None] * coin(x @ signs) / F**0.5
+
+    sae = planted_sae("s", HOOK, x_hat, codes, F)
+    settings = Measure(drop_positions=0, split="contexts", max_norm_ratio=0)
+    x = z @ rows
+    site = measure(PlantedSource({HOOK: x}), [sae], settings, folder=tmp_path)[HOOK]
+    encode = sae.load()
+    maps = {
+        "error": site.norm_map("s", "error").weight,
+        RECONSTRUCTION: reconstruction_map(x.split(4000), lambda part: encode({HOOK: part}), rows).weight,
+    }
+    own = alignment(rows, maps, site.latents["s"].mean_active_value, site.latents["s"].fired, seed=0)
+    assert stats.pearsonr(own.values["error"]["decoder"], weight).statistic > 0.95  # the planted relation is there
+    torch.testing.assert_close(own.values[RECONSTRUCTION]["decoder"], torch.full((F,), 3.0).double(), rtol=0.02, atol=0)
+
+
+def test_the_identity_line_is_scored_by_its_definition():
+    generator = torch.Generator().manual_seed(1)
+    a = 1 + torch.rand(400, generator=generator, dtype=torch.float64)
+    v = 0.5 * a + 0.05 * torch.randn(400, generator=generator, dtype=torch.float64)
+    numbers = identity_numbers(a, v, seed=0)
+    assert numbers["slope"] == pytest.approx(0.5, abs=0.01)
+    assert numbers["slope/low"] < 0.5 < numbers["slope/high"]
+    expected = 1 - ((v - a).square().sum() / (v - v.mean()).square().sum()).item()
+    assert numbers["identity_r2"] == pytest.approx(expected)
+    assert expected < 0  # a slope of 1/2 is not the identity
+    assert math.isnan(identity_numbers(a[:2], v[:2], seed=0)["slope"])
+
+
 def test_correlations_equal_scipys_and_their_intervals_cover():
     generator = np.random.default_rng(0)
     values, weights = generator.integers(0, 6, 40).astype(float), generator.integers(1, 4, 40)
@@ -103,7 +178,7 @@ def test_a_run_equals_plain_least_squares(finished, more):
         assert result.arrays[f"{name}/fired"].tolist() == fired.tolist()
         vectors = {"x": x} | plain_parts(x, sae, fit, released=released)
         kept = fired.numpy() > 0
-        for target in TARGETS:
+        for target in NORMS_FROM_X:
             predict = plain_map(x[fit], vectors[target].square().sum(1, keepdim=True)[fit], bias=not released)
             rows = sae.W_dec.double()
             expected = (predict(rows) - predict(torch.zeros_like(rows))).flatten().numpy()  # a* without the bias
@@ -112,6 +187,15 @@ def test_a_run_equals_plain_least_squares(finished, more):
             )
             pearson = np.corrcoef(expected[kept], mean[kept])[0, 1]
             assert result.numbers[f"{name}/{target}/decoder/pearson"] == pytest.approx(pearson, abs=5e-3)
+        w_dec, every = sae.W_dec.double(), slice(None) if released else fit
+        data = acts[every] @ w_dec
+        a_star = torch.linalg.lstsq(data, data.square().sum(1, keepdim=True), driver="gelsd").solution
+        np.testing.assert_allclose(
+            result.arrays[f"{name}/alignment/{RECONSTRUCTION}"],
+            (w_dec @ a_star).flatten().numpy(),
+            rtol=1e-2,
+            atol=1e-2,
+        )
         assert result.numbers[f"{name}/latents_never_fired"] == (~kept).sum()
     assert {path.name for path in out.iterdir()} == {
         "latent-alignment.json", "latent-alignment.npz", "latent-alignment_scatter.png",
