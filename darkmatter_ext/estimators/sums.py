@@ -211,6 +211,15 @@ class TokenSums:
         options = {"dtype": torch.float64, "device": device}
         return cls(tuple(names), torch.zeros(vocabulary, **options), torch.zeros(vocabulary, len(names), **options))
 
+    @classmethod
+    def merged(cls, parts: Sequence[TokenSums]) -> TokenSums:
+        """The tokens of several sums of the same quantities."""
+        return cls(
+            parts[0].names,
+            torch.stack([part.counts for part in parts]).sum(0),
+            torch.stack([part.sums for part in parts]).sum(0),
+        )
+
     def add(self, token_ids: Tensor, values: Tensor) -> None:
         """token_ids [n] int64, values [n, K]."""
         self.counts += torch.bincount(token_ids, minlength=len(self.counts))

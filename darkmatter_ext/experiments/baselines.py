@@ -9,6 +9,7 @@ number of active latents, the norm of x. All regressions are fitted on the same 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from darkmatter_ext.estimators.intervals import r2_interval
+from darkmatter_ext.estimators.intervals import Interval, r2_interval
 from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import presets
 from darkmatter_ext.measurement.run import measured, prepare
-from darkmatter_ext.measurement.settings import Settings, replaced
+from darkmatter_ext.measurement.settings import Regressions, Settings, replaced
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
@@ -59,6 +60,9 @@ PRESETS = presets(
 )
 # TransformerLens' processed weights, which the SAEs of GPT-2 ask for, give no loss.
 PRESETS["gpt2-small"] = replaced(PRESETS["gpt2-small"], loss=False)
+
+
+SCRIPT = Regressions()  # compare_norm_prediction_to_baselines.py: a column of ones beside x
 
 
 def plan(settings: BaselinesSettings) -> list[str]:
@@ -121,7 +125,7 @@ def run(settings: BaselinesSettings, stages: Stages) -> Result:
 
     Raises ValueError for bad settings, an SAE of another model; RuntimeError for a damaged cache or checkpoint.
     """
-    found = measured(prepare(settings, stages), stages)
+    found = measured(prepare(settings, stages), stages, released=SCRIPT)
     saes = [sae | {"layer": _layer(sae["hook"])} for sae in found.saes]
     numbers: dict[str, float] = {}
     with stages.stage("predict the norms", len(saes)) as advance:
@@ -131,12 +135,23 @@ def run(settings: BaselinesSettings, stages: Stages) -> Result:
             numbers[f"{name}/l0"] = site.l0(name)
             own = sae_numbers(site, name, seed=settings.seed)
             numbers |= {f"{name}/{key}": value for key, value in own.items()}
+            if settings.measure.parity == "released-code":
+                in_sample = site.token_mean_r2(in_sample=True)
+                for part in PARTS if in_sample else ():
+                    found_here = Interval(in_sample[f"{name}/{part}"], math.nan, math.nan)
+                    numbers |= {
+                        f"{name}/{key}": value for key, value in found_here.numbers(f"{part}/token_mean").items()
+                    }
             advance(1)
     shown = [name for name in PREDICTORS if f"{saes[0]['name']}/error/{name}" in numbers]
     notes = [
         "Targets are squared norms on held-out tokens. The token mean is over the token's fit occurrences, for a token without "
         "any the overall mean, scored on the table of held-out tokens; its control takes as many random tokens instead."
     ]
+    if settings.measure.parity == "released-code":
+        notes.append(
+            "As the released code: the token mean is over all tokens and scored on the same, which flatters it."
+        )
     series = {"saes": saes, "predictors": {name: PREDICTORS[name] for name in shown}}
     return measured_result("baselines", found, stages, numbers, series=series, notes=notes)
 

@@ -25,7 +25,7 @@ from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import presets
 from darkmatter_ext.measurement.resolved import resolve
 from darkmatter_ext.measurement.run import Inputs, measured, prepare
-from darkmatter_ext.measurement.settings import Settings, replaced
+from darkmatter_ext.measurement.settings import Regressions, Settings, replaced
 from darkmatter_ext.measurement.site_saes import SiteSae
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
@@ -68,6 +68,9 @@ def related_hooks(hook: str) -> dict[str, str]:
 
 
 PRESETS = presets(EarlierLayersSettings, {"widths": (2048,)}, interval_groups=INTERVAL_GROUPS)
+
+
+SCRIPT = Regressions(bias=False)  # simple_circuits.py
 
 
 def plan(settings: EarlierLayersSettings) -> list[str]:
@@ -162,7 +165,7 @@ def run(settings: EarlierLayersSettings, stages: Stages) -> Result:
     train_at = () if settings.saes.sae else tuple(related_hooks(target).values())
     inputs = prepare(settings, stages, train_at=train_at)
     predictors = predictors_of(inputs, target)
-    found = measured(inputs, stages, saes=inputs.of(target), predictors=predictors.encoders)
+    found = measured(inputs, stages, saes=inputs.of(target), predictors=predictors.encoders, released=SCRIPT)
     sets = predictor_sets(found.predictors)
     numbers: dict[str, float] = {}
     with stages.stage("regress the error", len(found.saes)) as advance:
@@ -178,7 +181,7 @@ def run(settings: EarlierLayersSettings, stages: Stages) -> Result:
         "Tokens are left out by the rules of the measured site; those of the other sites concern the training of their SAEs.",
     ]
     if found.config["parity"] == "released-code":
-        notes.append("As the released code: no bias in any regression; b* on all tokens, as its norm script has it.")
+        notes.append("As the released code (simple_circuits.py): no bias in any regression, b* fitted on fit tokens.")
     return measured_result("earlier-layers", found, stages, numbers, series={"predictors": about}, notes=notes)
 
 

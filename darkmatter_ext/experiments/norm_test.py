@@ -21,7 +21,7 @@ from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import KS, WIDTHS, presets
 from darkmatter_ext.measurement.run import Measurement, measured, prepare
-from darkmatter_ext.measurement.settings import Settings
+from darkmatter_ext.measurement.settings import Regressions, Settings
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import BLUE, GREEN, GREY, ORANGE, interval_bars, legend_beside, new_figure
@@ -41,6 +41,10 @@ class NormTestSettings(Settings):
 
 
 PRESETS = presets(NormTestSettings, {"widths": WIDTHS, "ks": KS})
+
+
+# norm_prediction_violin.py
+SCRIPT = Regressions(bias=False, map_on_all=True)
 
 
 def plan(settings: NormTestSettings) -> list[str]:
@@ -92,7 +96,7 @@ def run(settings: NormTestSettings, stages: Stages) -> Result:
 
     Raises ValueError for bad settings, SAEs that do not fit; RuntimeError for damaged files.
     """
-    found = measured(prepare(settings, stages), stages)
+    found = measured(prepare(settings, stages), stages, released=SCRIPT)
     numbers: dict[str, float] = {}
     with stages.stage("norm tests", len(found.saes)) as advance:
         for sae in found.saes:

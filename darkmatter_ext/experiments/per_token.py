@@ -25,7 +25,7 @@ from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import WIDTHS, presets
 from darkmatter_ext.measurement.resolved import resolve
 from darkmatter_ext.measurement.run import measured, prepare
-from darkmatter_ext.measurement.settings import Settings, replaced
+from darkmatter_ext.measurement.settings import Regressions, Settings, replaced
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
@@ -50,6 +50,9 @@ del PRESETS["gemma-2-9b-all-layers"]  # errors of several sites are not on one s
 PRESETS["gemma-2-9b-l20"] = replaced(
     PRESETS["gemma-2-9b-l20"], sae=tuple(sae.spec for sae in SAE_SETS["gemma-2-9b-l20-near-60"])
 )
+
+
+SCRIPT = Regressions(bias=False)  # sae_power_laws_per_token.py; its regressions of norms have a bias
 
 
 def plan(settings: PerTokenSettings) -> list[str]:
@@ -112,7 +115,7 @@ def run(settings: PerTokenSettings, stages: Stages) -> Result:
     checkpoint.
     """
     _check_one_site(settings)
-    found = measured(prepare(settings, stages), stages)
+    found = measured(prepare(settings, stages), stages, released=SCRIPT)
     (site,) = found.sites.values()
     saes: list[dict[str, Any]] = sorted(found.saes, key=lambda sae: sae["d_sae"])
     names = [sae["name"] for sae in saes]
@@ -129,7 +132,7 @@ def run(settings: PerTokenSettings, stages: Stages) -> Result:
         "Another token's error norm: a seeded shuffle, fitted on every other held-out context and scored on the rest."
     ]
     if settings.measure.parity == "released-code":
-        notes.append("The released code shuffles without a seed; splits and shuffles here have one.")
+        notes.append("As the released code (sae_power_laws_per_token.py): b* without bias. Its shuffle is unseeded.")
     series = {"saes": saes, "excerpt": excerpt(found)}
     return measured_result("per-token", found, stages, numbers, series=series, notes=notes)
 

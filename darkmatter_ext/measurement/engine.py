@@ -25,7 +25,7 @@ from darkmatter_ext.estimators.least_squares import LinearMap
 from darkmatter_ext.estimators.sums import LinearSums, Reduce, as_columns, column_sums
 from darkmatter_ext.measurement.error import norm_targets, sae_error, varies
 from darkmatter_ext.measurement.measurement import SiteMeasurement
-from darkmatter_ext.measurement.settings import Measure
+from darkmatter_ext.measurement.settings import SCALING_SCRIPT, Measure, Regressions
 from darkmatter_ext.measurement.site_sums import Piece, Scalars, SiteSums
 from darkmatter_ext.measurement.sweeps import Sweep, sweeps
 from darkmatter_ext.measurement.token_table import TokenTable
@@ -74,7 +74,9 @@ class _Engine:
         roles: TokenRoles,
         processes: Processes,
         checkpoint: CheckpointFolder,
+        regressions: Regressions,
     ) -> None:
+        self.regressions = regressions
         self.source, self.roles, self.settings = source, roles, roles.settings
         self.processes, self.checkpoint, self.device = processes, checkpoint, processes.device
         self.rack = _Rack(self.settings.sae_memory_gb * 1e9)
@@ -271,8 +273,8 @@ class _Engine:
 
     def _error_maps(self, site: SiteSums) -> dict[str, LinearMap]:
         """b* of every SAE from the fit tokens of all processes; one SAE's sums are copied at a time."""
-        maps, released = {}, self.settings.parity == "released-code"
-        parts = [site.linear[FIT], *(site.groups if released else ())]
+        maps = {}
+        parts = [site.linear[FIT], *(site.groups if self.regressions.map_on_all else ())]
         x = site.linear[FIT].reduced(self.processes.sum, targets=[]).statistics(["x"], ["x"])
         if not varies(x.moment_yy.sum().item(), x.mean_x, x.count):
             raise InputError(f"activations: must vary over the fit tokens, got a constant at {site.hook}")
@@ -282,7 +284,7 @@ class _Engine:
                 [part.reduced(self.processes.sum, targets=[name] if name in part.targets else []) for part in parts]
             )
             statistics = total.statistics(["x"], [name])
-            maps[sae.name] = (statistics.about_zero() if released else statistics).solve()
+            maps[sae.name] = (statistics if self.regressions.bias else statistics.about_zero()).solve()
         return maps
 
     def _on_shifted(self, site: SiteSums) -> dict[str, tuple[Tensor, Tensor]]:
@@ -309,7 +311,7 @@ class _Engine:
             per_token=self.tables[site.hook].folder,
             left_out=LeftOut(*map(int, left_out)),
             typical_norm=self.roles.typical_norm[site.hook],
-            released=self.settings.parity == "released-code",
+            regressions=self.regressions,
             _linear={role: sums.reduced(reduce) for role, sums in site.linear.items()}
             | {HELD_OUT: LinearSums.merged(groups)},
             _scalars={role: sums.reduced(reduce) for role, sums in site.scalars.items()}
@@ -335,6 +337,7 @@ def measure(
     *,
     folder: Path,
     predictors: Mapping[str, Sequence[Encoder]] | None = None,
+    regressions: Regressions | None = None,
     processes: Processes | None = None,
     config: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -348,6 +351,7 @@ def measure(
         folder: for checkpoints and the per-token table. A run that was stopped goes on from here; a finished one gives its
             result at once.
         predictors: site -> SAEs of other hook points whose outputs join x as predictors.
+        regressions: on x; default the paper's, or with parity "released-code" its scaling script's.
         processes: of `runtime.processes`; default alone.
         config: what else the result depends on; a folder begun with another is refused.
         progress: called with the number of tokens read.
@@ -361,12 +365,15 @@ def measure(
     """
     if not saes:
         raise InputError("saes: must name at least one SAE, got none")
+    if regressions is None:
+        regressions = SCALING_SCRIPT if roles.settings.parity == "released-code" else Regressions()
     everything = {
         **dataclasses.asdict(roles.settings),
         "positions": roles.kept.nonzero().flatten().tolist(),
         "excluded_tokens": roles.excluded,
         "saes": [[sae.name, sae.writes, sae.d_sae] for sae in saes],
         "predictors": {hook: [predictor.name for predictor in own] for hook, own in (predictors or {}).items()},
+        "regressions": dataclasses.asdict(regressions),
         "contexts": [source.n_contexts, source.context_length, source.identity],
         **(config or {}),
     }
@@ -379,7 +386,7 @@ def measure(
         checkpoint.start(everything)
     own.wait()
     checkpoint.start(everything)
-    engine = _Engine(source, saes, predictors or {}, roles, own, checkpoint)
+    engine = _Engine(source, saes, predictors or {}, roles, own, checkpoint, regressions)
     return engine.run(progress or (lambda _tokens: None))
 
 

@@ -46,6 +46,7 @@ from darkmatter_ext.estimators.least_squares import LinearFit, LinearMap, Linear
 from darkmatter_ext.estimators.sums import LatentSums, LinearSums, TokenSums
 from darkmatter_ext.measurement.decompose import Decomposition
 from darkmatter_ext.measurement.error import NORM_TARGETS
+from darkmatter_ext.measurement.settings import Regressions
 from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, NORM_FIT, LeftOut
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.encoders import Encoder
@@ -71,7 +72,7 @@ class SiteMeasurement:
     per_token: Path  # folder of the table of held-out tokens
     left_out: LeftOut
     typical_norm: float  # median of the first contexts
-    released: bool  # the released code's choices, see Measure.parity
+    regressions: Regressions  # on x
     _linear: dict[int, LinearSums]
     _scalars: dict[int, LinearSums]
     _groups: list[LinearSums]  # of held-out contexts
@@ -100,7 +101,7 @@ class SiteMeasurement:
 
     def _fit(self, role: int, statistics: Callable[[LinearSums], LinearStatistics]) -> LinearFit:
         sides = (statistics(self._linear[role]), statistics(self._linear[HELD_OUT]))
-        return SplitStatistics(*sides).fit(bias=not self.released)
+        return SplitStatistics(*sides).fit(bias=self.regressions.bias)
 
     def error_fit(self, sae: str) -> LinearFit:
         """Error vector test: b* with its scores on fit and held-out tokens."""
@@ -194,16 +195,22 @@ class SiteMeasurement:
         """Whether means over tokens were measured."""
         return bool(self._token_means)
 
-    def token_mean_r2(self) -> dict[str, float]:
+    def token_mean_r2(self, *, in_sample: bool = False) -> dict[str, float]:
         """R2 of predicting squared norms by their mean over the token's occurrences: "SAE/error" and so on.
 
-        Empty when the measurement was made without `token_means`.
+        `in_sample`: means over all tokens, scored on the same, as the released code has it: flattering, most of all for rare
+        tokens. Empty when the measurement was made without `token_means`.
         """
         if not self._token_means:
             return {}
-        held_out, scalars = self._token_means[HELD_OUT], self._scalars[HELD_OUT]
-        squares = torch.stack([scalars.tensors["vv"].diagonal()[scalars.blocks[name]][0] for name in held_out.names])
-        return self._token_means[self._norm_fit].r2_of_means(held_out, squares)
+        means = self._token_means[self._norm_fit]
+        roles = [self._norm_fit, HELD_OUT] if in_sample else [HELD_OUT]
+        scored = TokenSums.merged([self._token_means[role] for role in roles])
+        squares = torch.zeros(len(scored.names), dtype=torch.float64, device=scored.sums.device)
+        for scalars in (self._scalars[role] for role in roles):
+            diagonal = scalars.tensors["vv"].diagonal()
+            squares += torch.stack([diagonal[scalars.blocks[name]][0] for name in scored.names])
+        return (scored if in_sample else means).r2_of_means(scored, squares)
 
     def l0(self, sae: str) -> float:
         """Mean active latents a held-out token; no regression is solved for it."""
@@ -213,11 +220,13 @@ class SiteMeasurement:
         """All numbers of an SAE, as `decompose.decompose_stream` gives them."""
         held_out = self._linear[HELD_OUT]
         error, norms = self.error_fit(sae), self.norm_fit(sae)
-        scored = LinearSums.merged([self._linear[FIT], held_out]) if self.released else held_out
+        scored = LinearSums.merged([self._linear[FIT], held_out]) if self.regressions.fvu_of_all else held_out
         variance = scored.statistics(["x"], ["x"]).moment_yy.sum().item()
         squared_error = scored.tensors[f"yy/error/{sae}"].sum().item()
         unexplained = (
-            scored.statistics(["x"], [f"error/{sae}"]).score(error.map).sse if self.released else error.test.sse
+            scored.statistics(["x"], [f"error/{sae}"]).score(error.map).sse
+            if self.regressions.fvu_of_all
+            else error.test.sse
         )
         mean_norms = held_out.tensors[f"y/norms/{sae}"] / held_out.count
         relative, zero_tokens, _ = self._extra[list(self.saes).index(sae)].tolist()
@@ -251,7 +260,9 @@ class SiteMeasurement:
         groups = (group.statistics(["x"], [f"norms/{sae}"]) for group in self._groups)
         norms = _r2_intervals(self.norm_fit(sae).map, groups)
         found |= {f"r2_norm/{name}": interval for name, interval in zip(NORM_TARGETS, norms, strict=True)}
-        if self.released:  # scored on all tokens there, or with a map of its own: no group holds those sums
+        if (
+            self.regressions.fvu_of_all or self.regressions.map_on_all
+        ):  # scored on all tokens there, or with a map of its own: no group holds those sums
             numbers = self.decomposition(sae).numbers()
             found |= {name: Interval(numbers[name], *[float("nan")] * 2) for name in names}
         return found

@@ -24,7 +24,7 @@ from darkmatter_ext.measurement.notes import run_notes
 from darkmatter_ext.measurement.opening import opened_source, stored_activations
 from darkmatter_ext.measurement.resolved import Resolved, resolve
 from darkmatter_ext.measurement.run_checks import RunChecks, measured_samples
-from darkmatter_ext.measurement.settings import Settings
+from darkmatter_ext.measurement.settings import SCALING_SCRIPT, Regressions, Settings, replaced
 from darkmatter_ext.measurement.site_saes import Make, SiteSae, given_saes, trained_saes
 from darkmatter_ext.measurement.stored_tokens import StoredTokens
 from darkmatter_ext.measurement.token_table import read_tokens
@@ -100,6 +100,8 @@ def prepare(settings: Settings, stages: Stages, *, splices: bool = False, train_
 
     Raises InputError for settings, SAEs or a model that do not fit; StateError for damaged files.
     """
+    if settings.measure.parity == "released-code":
+        settings = replaced(settings, max_norm_ratio=0.0)  # none of its scripts leaves tokens out by norm
     found = resolve(settings, train_at=train_at)
     if splices and (asked := found.usage.processing):
         raise InputError(
@@ -250,6 +252,7 @@ def measured(
     saes: Sequence[SiteSae] | None = None,
     encoders: Mapping[str, Make] | None = None,
     predictors: Sequence[Encoder] | None = None,
+    released: Regressions = SCALING_SCRIPT,
 ) -> Measurement:
     """Measure SAEs; every process of a torchrun calls it and has the same result.
 
@@ -257,12 +260,14 @@ def measured(
         saes: some of the inputs' SAEs; default all.
         encoders: name -> how an SAE is used; every SAE is measured once with each, as `SAE NAME`, instead of with its own.
         predictors: whose outputs join x as predictors of the errors; default the inputs' predictors, with their own encoders.
+        released: how the experiment's released script makes its regressions, for parity "released-code".
 
     Raises InputError for SAEs that do not fit; StateError for damaged files; OSError for a folder that cannot be written.
     """
     chosen = list(inputs.saes if saes is None else saes)
     roles, own = inputs.roles, inputs.processes
-    decided = deciding(inputs, chosen, encoders, predictors)
+    regressions = released if roles.settings.parity == "released-code" else Regressions()
+    decided = deciding(inputs, chosen, encoders, predictors) | {"regressions": dataclasses.asdict(regressions)}
     folder = run_folder(inputs, decided)
     folder.mkdir(parents=True, exist_ok=True)
     sites = list(dict.fromkeys(sae.hook for sae in chosen))
@@ -283,6 +288,7 @@ def measured(
             roles,
             folder=folder,
             predictors=dict.fromkeys(sites, others),
+            regressions=regressions,
             processes=own,
             config=decided,
             progress=advance,

@@ -135,6 +135,18 @@ class Saes:
 
 
 @dataclass(frozen=True)
+class Regressions:
+    """How regressions on x are made. The defaults are the paper's text; each released script has its own way."""
+
+    bias: bool = True
+    map_on_all: bool = False  # b* that splits the error into its parts is fitted on held-out tokens too
+    fvu_of_all: bool = False  # FVU and FVU_nonlinear are of the fit tokens too
+
+
+SCALING_SCRIPT = Regressions(bias=False, fvu_of_all=True)  # sae_power_laws.py: what the decomposition is made of
+
+
+@dataclass(frozen=True)
 class Measure:
     """What is measured, on which tokens."""
 
@@ -151,7 +163,7 @@ class Measure:
     passes: int = 2
     """2: the paper's procedure, every token read twice; 1: every token read once, norm tests fitted on text of their own"""
     parity: str = "paper"
-    """paper, or released-code: the choices of the paper's scripts instead of its text (see docs/experiments.md)"""
+    """paper, or released-code: the choices of the experiment's released script instead (see docs/experiments.md)"""
     interval_groups: int = 10
     """groups of held-out contexts that confidence intervals come from; each keeps a Gram matrix; 1: no intervals"""
     products: str = "float64"

@@ -86,12 +86,12 @@ def plain_r2(predicted, y):
     return (1 - (y - predicted).square().sum(0) / (y - y.mean(0)).square().sum(0)).mean().item()
 
 
-def plain_parts(x, sae, fit, *, released):
-    """Sae(x), error, linear and nonlinear error [n, d]: b* without bias on all tokens as the released code does, or not."""
+def plain_parts(x, sae, fit, *, bias=True, on_all=False):
+    """Sae(x), error, linear and nonlinear error [n, d]: b* with or without bias, on fit tokens or on all."""
     x_hat = sae(x.float()).double()
     error = x - x_hat
-    rows = torch.ones_like(fit) if released else fit
-    linear = plain_map(x[rows], error[rows], bias=not released)(x)
+    rows = torch.ones_like(fit) if on_all else fit
+    linear = plain_map(x[rows], error[rows], bias=bias)(x)
     return {"sae": x_hat, "error": error, "linear": linear, "nonlinear": error - linear}
 
 

@@ -146,15 +146,21 @@ def test_streamed_saes_have_every_predictor_asked_for(finished, workplace, tmp_p
     assert {sae["hook"] for sae in streamed.series["saes"]} == {"blocks.0.hook_resid_post", HOOK}
 
 
-def test_the_released_codes_probe_has_no_bias(finished):
-    """Its norm script has none in the regressions on x; those on single numbers are not in it and keep theirs."""
+def test_the_released_codes_probe_has_a_bias_and_its_token_mean_sees_itself(finished):
+    """Its script of baselines puts a column of ones beside x, and scores the token mean on the tokens it is made of."""
     result = finished("baselines", "--layers", "1", "--parity", "released-code").result
     tensors = Finished.of(settings_of(result), HOOK)
     y, norm = tensors.error("topk-24").square().sum(1), tensors.x.norm(dim=1, keepdim=True)
     assert result.numbers["topk-24/error/x_norm"] == pytest.approx(r2(norm, y, tensors.fit), rel=1e-3, abs=1e-4)
     found = result.numbers["topk-24/error/probe"]
-    assert found == pytest.approx(r2(tensors.x, y, tensors.fit, bias=False), rel=1e-3, abs=1e-4)
-    assert abs(found - r2(tensors.x, y, tensors.fit)) > 1e-4
+    assert found == pytest.approx(r2(tensors.x, y, tensors.fit), rel=1e-3, abs=1e-4)
+    assert abs(found - r2(tensors.x, y, tensors.fit, bias=False)) > 1e-4
+    ids = tensors.ids.unique(return_inverse=True)[1]
+    count = torch.bincount(ids).double()
+    mean = torch.zeros_like(count).index_add_(0, ids, y.double()) / count
+    expected = 1 - (y - mean[ids]).square().sum() / (y - y.mean()).square().sum()
+    assert result.numbers["topk-24/error/token_mean"] == pytest.approx(expected.item(), rel=1e-3)
+    assert result.config["max_norm_ratio"] == 0  # no script has a rule for norms
 
 
 def test_bad_settings_give_one_line(workplace, tmp_path, refused):

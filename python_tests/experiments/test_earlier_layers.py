@@ -119,7 +119,7 @@ def test_a_run_equals_plain_least_squares(finished, more):
     hooks = related_hooks(HERE)
     x, saes, fit = family_tokens(settings_of(result), list(hooks.values()))
     released = bool(more)
-    parts = plain_parts(x[HERE], _only(saes[HERE]), fit, released=released)
+    parts = plain_parts(x[HERE], _only(saes[HERE]), fit, bias=not released)
     outputs = {name: _only(saes[hook])(x[hook].float()).double() for name, hook in hooks.items()}
     outputs["all"] = torch.cat(list(outputs.values()), dim=1)
     outputs["x"] = x[HERE]

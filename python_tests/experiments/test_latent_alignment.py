@@ -176,7 +176,7 @@ def test_a_run_equals_plain_least_squares(finished, more):
         fired = (acts > 0).sum(0)
         mean = (acts.sum(0) / fired).numpy()
         assert result.arrays[f"{name}/fired"].tolist() == fired.tolist()
-        vectors = {"x": x} | plain_parts(x, sae, fit, released=released)
+        vectors = {"x": x} | plain_parts(x, sae, fit, bias=not released)
         kept = fired.numpy() > 0
         for target in NORMS_FROM_X:
             predict = plain_map(x[fit], vectors[target].square().sum(1, keepdim=True)[fit], bias=not released)

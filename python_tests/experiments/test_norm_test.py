@@ -64,7 +64,7 @@ def test_a_run_equals_plain_least_squares(finished, more):
     assert (int(fit.sum()), int((~fit).sum())) == (result.numbers["tokens/fit"], result.numbers["tokens/held_out"])
     released = bool(more)
     for name in list(saes)[:2]:
-        vectors = {"x": x} | plain_parts(x, saes[name], fit, released=released)
+        vectors = {"x": x} | plain_parts(x, saes[name], fit, bias=not released, on_all=released)
         vectors["sae_plus_nonlinear"] = vectors["sae"] + vectors["nonlinear"]
         for target in NORM_TARGETS:
             y = vectors[target].square().sum(1, keepdim=True)

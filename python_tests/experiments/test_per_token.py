@@ -106,7 +106,7 @@ def test_a_run_regresses_every_pair(finished, more):
     squares = result.series["excerpt"]["squared_norms"]["topk-48"]["error"]
     shown = norms["topk-48"][tensors.places[0] == tensors.places[0][~tensors.fit][0]][: len(squares)]
     assert squares == pytest.approx(shown.square().tolist(), rel=1e-4)
-    assert any("shuffles without a seed" in note for note in result.notes) == bool(more)
+    assert any("b* without bias" in note for note in result.notes) == bool(more)
 
 
 def test_streamed_saes_are_in_order_of_width(finished, workplace, tmp_path):

@@ -12,7 +12,7 @@ from darkmatter_ext.measurement import engine
 from darkmatter_ext.measurement.decompose import TokenBatch, decompose_stream
 from darkmatter_ext.measurement.engine import tokens_to_read
 from darkmatter_ext.measurement.error import NORM_TARGETS
-from darkmatter_ext.measurement.settings import Measure
+from darkmatter_ext.measurement.settings import Measure, Regressions
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, NORM_FIT
 from darkmatter_ext.saes.encoders import Encoded
@@ -227,7 +227,8 @@ def test_groups_keep_documents_whole_and_one_group_has_no_interval(source, tmp_p
 def test_the_released_codes_regressions_have_no_bias_and_see_held_out_tokens(source, tmp_path):
     """b* of the vector test on fit tokens, of the norm tests on all, FVU on all, nowhere a bias: against torch.linalg.lstsq."""
     settings = dataclasses.replace(SETTINGS, parity="released-code")
-    found = measure(source, saes(), settings, folder=tmp_path)[HOOKS[0]]
+    regressions = Regressions(bias=False, map_on_all=True, fvu_of_all=True)
+    found = measure(source, saes(), settings, folder=tmp_path, regressions=regressions)[HOOKS[0]]
     x, roles, _, _, positions, _ = _tokens(source, HOOKS[0], settings)
     kept = positions < LENGTH - 1  # it never keeps the last position
     x, fit = x[kept].double(), (roles == FIT)[kept]
@@ -257,6 +258,15 @@ def test_the_released_codes_regressions_have_no_bias_and_see_held_out_tokens(sou
         assert own.r2_norm[name] == pytest.approx(r2(norm, x @ a_star, ~fit).item(), rel=1e-3), name
         assert found.intervals("large")[f"r2_norm/{name}"].value == pytest.approx(own.r2_norm[name], rel=1e-6)
     assert found.intervals("large")["r2_vec"].value == own.r2_vec
+    scaling = measure(source, saes(), settings, folder=tmp_path / "scaling")[
+        HOOKS[0]
+    ]  # by default the scaling script's
+    assert scaling.decomposition("large").fvu_nonlinear == own.fvu_nonlinear
+    fitted = x @ torch.linalg.lstsq(x[fit], error[fit]).solution
+    expected = (error - fitted).square().sum(1, keepdim=True)
+    a_star = torch.linalg.lstsq(x[fit], expected[fit]).solution
+    r2_nonlinear = r2(expected, x @ a_star, ~fit).item()
+    assert scaling.decomposition("large").r2_norm["nonlinear"] == pytest.approx(r2_nonlinear, rel=1e-3)
     with_bias = measure(source, saes(), SETTINGS, folder=tmp_path / "paper")[HOOKS[0]].decomposition("large")
     assert abs(with_bias.r2_norm["error"] - own.r2_norm["error"]) > 1e-3
 
