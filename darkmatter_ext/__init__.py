@@ -1,7 +1,7 @@
 """darkmatter_ext: exact sparse-autoencoder kernels for PyTorch, and the dark matter of SAEs measured with them.
 
 Ops: topk_encode, threshold_encode, prepare_encoder, sparse_decode, SparseActs; pursuit, refit. Drop-in for SAELens:
-accelerate, stats, load_sae. Measurements: measure, run, load_result; fit_linear, decompose.
+accelerate, stats, load_sae. Training: train, TrainingConfig. Measurements: measure, run, load_result; fit_linear, decompose.
 The public names are listed once, in `__init__.pyi`. They are loaded when first used, so importing the package is cheap
 and starts no other library than torch's own.
 """

@@ -31,5 +31,9 @@ from darkmatter_ext.saes.drop_in import is_accelerated as is_accelerated
 from darkmatter_ext.saes.drop_in import refresh as refresh
 from darkmatter_ext.saes.drop_in import stats as stats
 from darkmatter_ext.saes.loading import load_sae as load_sae
+from darkmatter_ext.training.config import StreamConfig as StreamConfig
+from darkmatter_ext.training.config import TrainingConfig as TrainingConfig
+from darkmatter_ext.training.saving import TrainedSae as TrainedSae
+from darkmatter_ext.training.train import train as train
 
 _C: Any  # the compiled module: constants of the C++ side

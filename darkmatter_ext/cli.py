@@ -158,6 +158,41 @@ def _report(parsed: argparse.Namespace) -> None:
     print(write_page(sections, parsed.out))
 
 
+def _add_train(parser: _Parser, _arguments: Sequence[str]) -> None:
+    from darkmatter_ext.measurement.train_on_text import TrainSettings
+
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/train"), help="folder for the SAEs and the run's state"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    parser.add_arguments(TrainSettings, dest="settings", default=TrainSettings())
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from darkmatter_ext.measurement import train_on_text
+    from darkmatter_ext.report.terminal import show_training
+    from darkmatter_ext.runtime.processes import is_first_process, processes
+    from darkmatter_ext.runtime.progress import Stages
+
+    if parsed.dry_run:
+        print("\n".join(train_on_text.plan(parsed.settings)))
+        return
+    require_writable_folder("out", parsed.out)
+    _quiet_libraries()
+    wanted = (sys.stderr.isatty() or bool(os.environ.get("DARKMATTER_PROGRESS"))) and is_first_process()
+
+    def log(entries: list[dict[str, float]]) -> None:
+        for entry in entries if wanted else ():
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in entry.items())
+            print(shown, file=sys.stderr)
+
+    stages = Stages(show=wanted)
+    with stages.shown(), processes(parsed.settings.device) as own:
+        trained = train_on_text.train_on_text(parsed.settings, parsed.out, own, stages, log)
+    if is_first_process():
+        show_training([(parsed.out / train_on_text.name(sae.config), sae.report) for sae in trained])
+
+
 def _env(_parsed: argparse.Namespace) -> None:
     from darkmatter_ext.ops.build_info import build_info
     from darkmatter_ext.runtime.storage import cache_dir
@@ -214,6 +249,7 @@ COMMANDS = {
         _add_demo, _demo, "The dark matter of SAEs on an embedded language model, in minutes, with nothing to set."
     ),
     "run": Command(_add_run, _run, "Run an experiment."),
+    "train": Command(_add_train, _train, "Train SAEs on a model's activations."),
     "list": Command(_add_nothing, _list, "The experiments and their presets."),
     "figure": Command(_add_figure, _figure, "Draw the figures of a result again."),
     "report": Command(_add_report, _report, "Write one HTML page from result files, figures inside."),

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "darkmatter_ext"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A folder imports folders of lower floors, never a neighbour's or a higher one.
 FLOORS = [
-    {"runtime"}, {"estimators"}, {"ops"}, {"activations", "saes"}, {"measurement"}, {"report"}, {"experiments"},
+    {"runtime"}, {"estimators"}, {"ops"}, {"activations", "saes"}, {"training"}, {"measurement"}, {"report"}, {"experiments"},
     {"cli", "notebook"},
 ]  # fmt: skip
 FLOOR = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}

@@ -61,7 +61,8 @@ from darkmatter_ext.runtime.storage import cache_dir, fingerprint
 from darkmatter_ext.saes.drop_in import accelerate
 from darkmatter_ext.saes.encoders import Encode, as_encoder, random_dictionary, shuffled_sae
 from darkmatter_ext.saes.loading import load_sae
-from darkmatter_ext.saes.training import TrainingConfig, save_sae, train_topk_sae
+from darkmatter_ext.training.config import StreamConfig, TrainingConfig
+from darkmatter_ext.training.train import train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -189,8 +190,8 @@ def trained_error_sae(
     name = fingerprint(**key, training=dataclasses.asdict(training))
     folder = cache_dir("saes") / f"error-{key['target']}-{training.d_sae}-{name}"
     if not folder.exists():
-        sae, report = train_topk_sae(target, training, metadata=key["metadata"], progress=progress)
-        save_sae(sae, folder, report, training)
+        every_token = StreamConfig(held_out_share=0)
+        train(target, training, stream=every_token, metadata=key["metadata"], progress=progress).save(folder)
     return load_sae(folder, device=device), folder
 
 

@@ -222,6 +222,10 @@ class Settings:
         require(self.data.context_length != 1, "context_length", "must be at least 2 (0: as the SAEs say)", 1)
         shortest = self.data.context_length or (2 if self.saes.sae else DEFAULT_CONTEXT_LENGTH)
         require_at_least("tokens", 2 * shortest, self.data.tokens)
+        self.check_stored()
+
+    def check_stored(self) -> None:
+        """SAEs are trained before a measurement on a share of its own text. Raises InputError."""
         if not self.saes.sae and self.data.stored:
             raise InputError(f"sae: must be given with {self.data.stored}, SAEs are trained on text, got none")
 

@@ -19,12 +19,14 @@ from darkmatter_ext.runtime.storage import cache_dir, fingerprint
 from darkmatter_ext.saes.encoders import Encode, Encoder, as_encoder
 from darkmatter_ext.saes.loading import SaeDescription, describe_sae, load_sae
 from darkmatter_ext.saes.sanity import misloaded, signs
-from darkmatter_ext.saes.training import TrainingConfig, save_sae, train_topk_sae
+from darkmatter_ext.training.config import StreamConfig, TrainingConfig
+from darkmatter_ext.training.train import train
 
 if TYPE_CHECKING:
     from sae_lens import SAE
     from torch import Tensor
 
+ALL_OF_IT = StreamConfig(held_out_share=0)  # the training text: what is held out is measured, not evaluated here
 Make = Callable[["SAE"], Encode]  # how an SAE is used: its own encoder, pursuit, a control made of it
 
 
@@ -132,8 +134,8 @@ def trained_saes(
                 with stages.stage(f"train SAE, {width} latents", training.steps) as advance:
                     if not folder.exists():
                         x = training_set().to(settings.device)
-                        sae, report = train_topk_sae(x, training, metadata=metadata, progress=advance)
-                        save_sae(sae, folder, report, training)
+                        own = train(x, training, stream=ALL_OF_IT, metadata=metadata, progress=advance)
+                        own.save(folder)
                 name = f"topk-{width}-k{k}" if several_k else f"topk-{width}"
                 name = name if [hook] == settings.saes.trained_hooks else f"{hook}/{name}"
                 saes.append(_trained(name, hook, folder, k, settings.device))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from darkmatter_ext.report.page import Section
-from darkmatter_ext.report.table import Table
+from darkmatter_ext.report.table import Table, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,12 +28,12 @@ def _console() -> Console:
 def _print_table(console: Console, table: Table) -> None:
     import rich.table
 
-    shown = rich.table.Table(title=table.title, pad_edge=False)
+    drawn = rich.table.Table(title=table.title, pad_edge=False)
     for number, heading in enumerate(table.headings):
-        shown.add_column(heading, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        drawn.add_column(heading, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in table.rows:
-        shown.add_row(*row)
-    console.print(shown)
+        drawn.add_row(*row)
+    console.print(drawn)
 
 
 def show_result(section: Section, written: Sequence[Path], seconds: float) -> None:
@@ -46,6 +47,20 @@ def show_result(section: Section, written: Sequence[Path], seconds: float) -> No
     for path in written:
         console.print(f"wrote    {path}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"took     {seconds:.0f} s", highlight=False)
+
+
+def show_training(trained: Sequence[tuple[Path, Mapping[str, float]]]) -> None:
+    """Print how well SAEs trained here do, by folder and report, on their training text and on held-out text."""
+    console, nan = _console(), math.nan
+    quantities = ("train/fvu", "held_out/fvu", "held_out/l0", "held_out/silent_share", "dead_share")
+    headings = ("SAE", "FVU, training text", "FVU, held-out text", "L0", "silent there", "dead")
+    rows = [
+        [folder.name, *(shown(report.get(quantity, nan), "{:.4g}") for quantity in quantities)]
+        for folder, report in trained
+    ]
+    _print_table(console, Table("trained", headings, rows))
+    for folder, _ in trained:
+        console.print(f"wrote    {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def show_verdict(title: str, verdict: Verdict) -> None:

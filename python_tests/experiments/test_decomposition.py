@@ -33,7 +33,7 @@ def test_a_second_run_gives_the_same_numbers_from_the_cache(finished, workplace,
     from darkmatter_ext.measurement import site_saes
 
     first = finished("decomposition").result
-    monkeypatch.setattr(site_saes, "train_topk_sae", None)  # training again would fail
+    monkeypatch.setattr(site_saes, "train", None)  # training again would fail
     assert cli.main(flags(workplace, "--out", str(tmp_path))) == 0
     assert load_result(tmp_path / "decomposition.json").numbers == first.numbers
 

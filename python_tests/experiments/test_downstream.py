@@ -139,11 +139,12 @@ def test_contexts_of_one_document_make_no_interval_narrower():
 
 
 def test_controls_reconstruct_badly_and_sparsely():
-    from darkmatter_ext.saes.training import TrainingConfig, train_topk_sae
+    from darkmatter_ext.training.config import TrainingConfig
+    from darkmatter_ext.training.train import train
 
     x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 17) + 3
     settings = TrainingConfig(d_sae=64, k=4, steps=200, batch_size=256, learning_rate=3e-3)
-    sae, _ = train_topk_sae(x, settings)
+    sae = train(x, settings).sae
     before = sae.W_dec.detach().clone()
     own = (x[:500] - sae(x[:500])).square().sum()
     random = random_dictionary(x.mean(0), 64, 4, seed=0)(x[:500])

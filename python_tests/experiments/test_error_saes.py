@@ -100,7 +100,7 @@ def test_a_run_without_a_call_to_any_network(finished, monkeypatch):
         assert len(result.series["judged"][target]["deciles"]) == 10
     assert {path.name for path in out.glob("*.png")} == {"error-saes_fvu.png", "error-saes_detection.png"}
     assert len({sae["folder"] for sae in result.series["saes"]}) == 4
-    monkeypatch.setattr("darkmatter_ext.experiments.error_saes.train_topk_sae", None)  # training again would fail
+    monkeypatch.setattr("darkmatter_ext.experiments.error_saes.train", None)  # training again would fail
     assert finished("error-saes", "--seed", "0").result.numbers == result.numbers
 
 

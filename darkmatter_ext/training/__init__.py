@@ -1,0 +1,1 @@
+"""Training SAEs at the cost of what is active: configuration, batches, the step, checkpoints, saving."""

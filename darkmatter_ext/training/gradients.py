@@ -1,0 +1,100 @@
+"""The reconstruction losses of a batch and their gradients, written out: sums over active latents only.
+
+Every prefix m of the latents (one, all of them, unless the SAE is a Matryoshka) reconstructs x:
+    x_hat_m = sum over the active j < m of v_j w_j + b_dec,     loss = sum over m of mean((x_hat_m - x)^2).
+With g_m the gradient of the loss by x_hat_m and G_j the sum of g_m over the prefixes m that hold latent j,
+    dL/dv_ij = <G_j(i), w_j>,   dL/dw_j = sum over i of v_ij G_j(i),   dL/db_dec = sum over i and m of g_m(i).
+An entry belongs to one span of latents between two prefixes, so the pairs (token, span) are the "tokens" of one sparse
+decode, one decoder_dot and one decoder_outer, whatever the number of prefixes.
+
+Shapes: N tokens, d model dimension, F latents, S prefixes, z stored entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.ops.decode import decoder_dot, decoder_outer, sparse_decode
+
+
+def by_spans(acts: SparseActs, prefixes: Sequence[int]) -> SparseActs:
+    """The same entries as acts of N S tokens, each with one span of the latents; latents must ascend at each token."""
+    if len(prefixes) == 1:
+        return acts
+    ends = torch.tensor(prefixes, device=acts.values.device)
+    span = torch.bucketize(acts.col_indices, ends, right=True)  # ends are the first latent of the next span
+    n_rows = acts.n_tokens * len(prefixes)
+    counts = torch.bincount(acts.token_numbers() * len(prefixes) + span, minlength=n_rows)
+    crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return SparseActs(acts.values, acts.col_indices, acts.d_sae, crow, (n_rows,))
+
+
+class Gradients(NamedTuple):
+    """Of the loss, by the values of the entries (in their shape), W_dec [F, d] and b_dec [d]."""
+
+    values: Tensor
+    W_dec: Tensor | None
+    b_dec: Tensor
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the active latents make of a batch."""
+
+    acts: SparseActs  # by spans
+    error: Tensor  # [N, S, d] x_hat_m - x, in the dtype of x
+    loss: Tensor  # [S] mean squared error of each prefix
+
+    @classmethod
+    def of(cls, x: Tensor, acts: SparseActs, W_dec: Tensor, b_dec: Tensor, prefixes: Sequence[int]) -> Reconstruction:
+        """x [N, d], in the dtype of the losses; acts and weights in that of the step."""
+        spans = by_spans(acts, prefixes)
+        if len(prefixes) == 1:
+            x_hat = sparse_decode(spans, W_dec, b_dec)[:, None].to(x.dtype)
+        else:
+            parts = sparse_decode(spans, W_dec).to(x.dtype).unflatten(0, (len(x), len(prefixes)))
+            x_hat = parts.cumsum(1) + b_dec.to(x.dtype)
+        error = x_hat - x[:, None]
+        return cls(spans, error, error.square().mean((0, 2)))
+
+    def gradients(self, W_dec: Tensor, *, of_weights: bool) -> Gradients:
+        """Of the summed loss. Cost: 2 z d multiply-adds."""
+        n, spans, d = self.error.shape
+        own = self.error * (2 / (n * d))
+        later = own if spans == 1 else own.flip(1).cumsum(1).flip(1)  # G of each span
+        rows = later.reshape(n * spans, d).to(W_dec.dtype)
+        values = decoder_dot(rows, self.acts, W_dec).reshape(self.acts.values.shape)
+        outer = decoder_outer(self.acts, rows) if of_weights else None
+        return Gradients(values, outer, later[:, 0].sum(0))
+
+
+@dataclass(frozen=True)
+class AuxiliaryLoss:
+    """How badly the dead latents alone explain the error, relative to its variance (2406.04093, A.2)."""
+
+    loss: Tensor  # []
+    acts: SparseActs  # of the dead latents, numbered among themselves
+    grad: Tensor  # [N, d] of the loss by what they reconstruct
+
+    @classmethod
+    def of(cls, error: Tensor, acts: SparseActs, W_dec: Tensor) -> AuxiliaryLoss:
+        """error [N, d] = x - x_hat, a constant here; W_dec of the dead latents."""
+        missed = sparse_decode(acts, W_dec).to(error.dtype) - error
+        variance = error.var().clamp(min=torch.finfo(error.dtype).tiny)
+        loss = missed.square().mean() / variance
+        usable = loss.isfinite()  # an exactly zero error has no variance to explain
+        grad = torch.where(usable, missed * (2 / missed.numel() / variance), 0.0)
+        return cls(torch.where(usable, loss, 0.0), acts, grad)
+
+    def gradients(self, W_dec: Tensor, weight: float) -> tuple[SparseActs, Tensor]:
+        """Of `weight` times the loss: by the pre-activations, as acts, and by the dead latents' W_dec."""
+        rows = (weight * self.grad).to(W_dec.dtype)
+        values = decoder_dot(rows, self.acts, W_dec).reshape(self.acts.values.shape)
+        by_relu = values.masked_fill(self.acts.values <= 0, 0)
+        return replace(self.acts, values=by_relu), decoder_outer(self.acts, rows)

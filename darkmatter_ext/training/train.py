@@ -1,0 +1,296 @@
+"""`dm.train`: SAEs trained on activations in memory, a store, or a model reading text.
+
+The training text is read once for all SAEs given. A run with a checkpoint folder can be killed at any moment and goes on
+to the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from darkmatter_ext.activations.sources import Source
+from darkmatter_ext.runtime.checkpoint import CheckpointFolder
+from darkmatter_ext.runtime.inputs import InputError, require, require_at_least
+from darkmatter_ext.training.batches import Batches, SourceTokens, TensorTokens, Tokens, no_batch
+from darkmatter_ext.training.config import StreamConfig, TrainingConfig
+from darkmatter_ext.training.evaluation import evaluated
+from darkmatter_ext.training.saving import TrainedSae, as_sae_lens
+from darkmatter_ext.training.trainer import MakeScheduler, SaeTrainer, StepReport
+
+Log = Callable[[list[dict[str, float]]], None]
+DEFAULT_STREAM = StreamConfig()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run keeps its state, and how often."""
+
+    folder: Path
+    seconds: float = 300.0
+    """between two saved states"""
+
+
+@overload
+def train(source: Tensor | Source, config: TrainingConfig, **options: Any) -> TrainedSae: ...
+@overload
+def train(source: Tensor | Source, config: Sequence[TrainingConfig], **options: Any) -> list[TrainedSae]: ...
+@torch.no_grad()
+def train(  # pyright: ignore[reportInconsistentOverload]  (the options are listed once, here)
+    source: Tensor | Source,
+    config: TrainingConfig | Sequence[TrainingConfig],
+    *,
+    stream: StreamConfig = DEFAULT_STREAM,
+    hook: str = "",
+    excluded_tokens: Collection[int] = (),
+    metadata: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
+    scheduler: MakeScheduler | None = None,
+    device: str | torch.device | None = None,
+    log_every: int = 50,
+    log: Log | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> TrainedSae | list[TrainedSae]:
+    """Train one SAE, or several on one stream of activations.
+
+    Args:
+        source: activations [n, d] in memory, or a Source: a model on text, a store of activations.
+        config: of one SAE, or of several with the same batch_size; the first one's seed orders the tokens.
+        stream: which tokens train and which are held out.
+        hook: the hook point, of a source with several.
+        excluded_tokens: ids of tokens a source leaves out.
+        metadata: kept in the SAE's configuration, in SAELens' names (model_name, hook_name, prepend_bos, ...).
+        checkpoint: folder of the run's state; the same call goes on from it, to the same bits.
+        scheduler: makes the learning rate's scheduler of torch from the optimiser, instead of the configuration's; its
+            rates must follow from the number of steps alone.
+        device: to train on; default: that of a tensor, else cpu.
+        log_every: steps between two entries of the history.
+        log: called with the entries: sae (its number), step, loss, fvu, l0, dead_share, learning_rate, tokens_a_second.
+        progress: called with the number of steps done since its last call.
+
+    Returns:
+        TrainedSae: `.sae` (SAELens'; float32), `.report`, `.history`, `.save(FOLDER)`; a list where a list was given.
+
+    Raises:
+        InputError: a source without a batch or not finite, settings that do not fit, training that diverged; one line.
+        StateError: a damaged store or checkpoint. OSError: a checkpoint that cannot be written; the last good one stays.
+
+    Cost: a step is an exact encode (no [N, F] array), sums over the active latents, and Adam over 2 F d weights: in
+    memory the weights, their gradients, two moments, and the packed encoder.
+    """
+    configs = [config] if isinstance(config, TrainingConfig) else list(config)
+    _check(configs, log_every)
+    tokens = _tokens(source, hook, stream, excluded_tokens, configs[0])
+    device = torch.device(device or (source.device if isinstance(source, Tensor) else "cpu"))
+    if isinstance(checkpoint, str | Path):
+        checkpoint = Checkpoint(Path(checkpoint))
+    run = _Run.start(configs, tokens, stream, device, scheduler)
+    run.resume(checkpoint)
+    run.to_the_end(checkpoint, log_every, log, progress)
+    found = run.finished(stream, metadata or {})
+    return found[0] if isinstance(config, TrainingConfig) else found
+
+
+def _check(configs: Sequence[TrainingConfig], log_every: int) -> None:
+    require(bool(configs), "config", "must name at least one SAE", "none")
+    sizes = sorted({config.batch_size for config in configs})
+    require(len(sizes) == 1, "batch_size", "must be the same for all SAEs of a stream", sizes)
+    require_at_least("log_every", 1, log_every)
+
+
+def _tokens(
+    source: Tensor | Source, hook: str, stream: StreamConfig, excluded: Collection[int], config: TrainingConfig
+) -> Tokens:
+    if isinstance(source, Tensor):
+        tokens: Tokens = TensorTokens(source, stream)
+    else:
+        require_at_least("buffer_tokens", config.batch_size, stream.buffer_tokens)
+        tokens = SourceTokens(source, hook, stream, excluded)
+    if tokens.n_tokens < config.batch_size:
+        raise no_batch(config.batch_size, tokens.n_tokens)
+    return tokens
+
+
+@dataclass
+class _Run:
+    """SAEs in training on one stream."""
+
+    trainers: list[SaeTrainer]
+    batches: Batches
+    tokens: Tokens
+    scale: float  # activations are divided by it
+    identity: dict[str, Any]  # all that the result depends on
+    histories: list[list[dict[str, float]]]
+    losses: list[float]  # of the last step looked at
+    step: int = 0
+
+    @classmethod
+    def start(
+        cls,
+        configs: Sequence[TrainingConfig],
+        tokens: Tokens,
+        stream: StreamConfig,
+        device: torch.device,
+        scheduler: MakeScheduler | None,
+    ) -> _Run:
+        seed = configs[0].seed
+        first = tokens.piece(0, 0, seed).float()  # also decides which norms are too large, so it is always read first
+        if len(first) < configs[0].batch_size:
+            raise no_batch(configs[0].batch_size, len(first))
+        mean = first.mean(0)
+        scale = (first - mean).square().mean().sqrt().item()
+        require(0 < scale < float("inf"), "source", "must be finite and vary", f"a standard deviation of {scale}")
+        identity = {
+            "configs": [dataclasses.asdict(config) for config in configs],
+            "stream": dataclasses.asdict(stream),
+            "source": tokens.identity,
+        }
+        mean = (mean / scale).to(device)
+        trainers = [SaeTrainer(config, mean, scheduler) for config in configs]
+        batches = Batches(tokens, configs[0].batch_size, seed)
+        return cls(trainers, batches, tokens, scale, identity, [[] for _ in configs], [math.nan] * len(configs))
+
+    @property
+    def n_steps(self) -> int:
+        return max(trainer.config.steps for trainer in self.trainers)
+
+    # ---- checkpoints
+
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Claim the folder, and go on from the state in it."""
+        if checkpoint is None:
+            return
+        checkpoint.folder.mkdir(parents=True, exist_ok=True)
+        folder = CheckpointFolder(checkpoint.folder)
+        folder.start(self.identity)
+        if (found := folder.load()) is None:
+            return
+        tensors, state = found
+        for number, trainer in enumerate(self.trainers):
+            prefix = f"{number}."
+            own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            trainer.restore(own, state["steps_done"][number])
+        self.step, self.batches.position = state["step"], list(state["position"])
+        self.histories, self.losses = state["histories"], state["losses"]
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        tensors = {
+            f"{number}.{name}": tensor
+            for number, trainer in enumerate(self.trainers)
+            for name, tensor in trainer.state().items()
+        }
+        state = {
+            "step": self.step,
+            "steps_done": [trainer.steps_done for trainer in self.trainers],
+            "position": self.batches.position,
+            "histories": self.histories,
+            "losses": self.losses,
+        }
+        CheckpointFolder(checkpoint.folder).save(tensors, state)
+
+    # ---- the loop
+
+    def to_the_end(
+        self,
+        checkpoint: Checkpoint | None,
+        log_every: int,
+        log: Log | None,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        saved = looked = time.monotonic()
+        looked_at = self.step
+        if progress is not None and self.step:
+            progress(self.step)
+        while self.step < self.n_steps:
+            reports, x = self._one_step()
+            last = self.step == self.n_steps
+            if progress is not None:
+                progress(1)
+            due = [
+                number
+                for number, trainer in enumerate(self.trainers)
+                if reports[number] and (self.step % log_every == 0 or self.step == trainer.config.steps)
+            ]
+            if due:
+                self._check_losses(reports)
+                now = time.monotonic()
+                rate = (self.step - looked_at) * len(x) / max(now - looked, 1e-9)
+                looked, looked_at = now, self.step
+                self._log({number: reports[number] for number in due}, x, rate, log)
+            if checkpoint is not None and (last or time.monotonic() - saved >= checkpoint.seconds):
+                self._check_losses(reports)  # a state that has diverged must not replace a good one
+                self.save(checkpoint)
+                saved = time.monotonic()
+
+    def _one_step(self) -> tuple[list[StepReport | None], Tensor]:
+        """A step of every SAE that is not done; the batch is in units of training."""
+        device = self.trainers[0].weights["b_dec"].device
+        x = self.batches.next().to(device).float() / self.scale
+        reports: list[StepReport | None] = []
+        for trainer in self.trainers:
+            if trainer.steps_done == trainer.config.steps:
+                reports.append(None)
+                continue
+            try:
+                reports.append(trainer.step(x))
+            except InputError:  # the ops refuse NaN in weights
+                raise self._diverged(trainer) from None
+        self.step += 1
+        return reports, x
+
+    def _diverged(self, trainer: SaeTrainer) -> InputError:
+        rate = trainer.config.learning_rate
+        return InputError(f"learning_rate: must be lower, training diverged before step {self.step + 1}, got {rate}")
+
+    def _check_losses(self, reports: Sequence[StepReport | None]) -> None:
+        for number, (trainer, report) in enumerate(zip(self.trainers, reports, strict=True)):
+            if report is not None:
+                self.losses[number] = report.loss.item()
+                if not math.isfinite(self.losses[number]):
+                    raise self._diverged(trainer)
+
+    def _log(self, due: Mapping[int, StepReport | None], x: Tensor, rate: float, log: Log | None) -> None:
+        variance = (x - x.mean(0)).square().mean()
+        entries = []
+        for number, report in due.items():
+            trainer = self.trainers[number]
+            assert report is not None
+            entry = {
+                "step": trainer.steps_done,
+                "loss": self.losses[number],
+                "fvu": (report.mse / variance).item(),
+                "l0": report.l0.item(),
+                "dead_share": len(trainer.dead()) / trainer.config.d_sae,
+                "learning_rate": trainer.learning_rate,
+            }
+            self.histories[number].append(entry)
+            entries.append({"sae": number, **entry, "tokens_a_second": rate})
+        if log is not None:
+            log(entries)
+
+    # ---- the end
+
+    def finished(self, stream: StreamConfig, metadata: Mapping[str, Any]) -> list[TrainedSae]:
+        """The SAEs, evaluated on text they were trained on and on held-out text."""
+        seed, size = self.trainers[0].config.seed, self.trainers[0].config.batch_size
+        texts = {"train": iter([self.tokens.piece(0, 0, seed)]), "held_out": self.tokens.held_out()}
+        reports = [
+            {"loss": loss, "dead_share": len(trainer.dead()) / trainer.config.d_sae}
+            for trainer, loss in zip(self.trainers, self.losses, strict=True)
+        ]
+        for text, batches in texts.items():
+            found = evaluated(self.trainers, batches, self.scale, at_most=stream.evaluation_tokens, batch_size=size)
+            for report, numbers in zip(reports, found, strict=True):
+                report |= {f"{text}/{name}": value for name, value in numbers.items()}
+        return [
+            TrainedSae(as_sae_lens(trainer, self.scale, metadata), trainer.config, report, history)
+            for trainer, report, history in zip(self.trainers, reports, self.histories, strict=True)
+        ]

@@ -1,0 +1,227 @@
+"""One SAE in training: its weights, its optimiser, one step on a batch.
+
+Gao et al., "Scaling and evaluating sparse autoencoders", 2406.04093: encoder started as the decoder's transpose, b_dec taken
+off the input, unit decoder rows, dead latents trained on the error. Activations come divided by one number (`config`).
+
+Shapes: N tokens of a batch, d model dimension, F latents.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.ops.decode import decoder_outer, sparse_decode
+from darkmatter_ext.training.config import TrainingConfig
+from darkmatter_ext.training.gradients import AuxiliaryLoss, Reconstruction
+from darkmatter_ext.training.seeds import generator
+from darkmatter_ext.training.selection import EncoderRows, Fired, latent_sums, selection_of
+
+MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
+ADAM_EPS = 6.25e-10  # as 2406.04093
+LEAST_COSINE = 0.8  # of a soft-frozen decoder row with its start (2602.14111)
+_FROZEN = {"decoder": ("W_dec",), "encoder": ("W_enc", "b_enc")}
+
+
+def learning_rate_factor(config: TrainingConfig, step: int) -> float:
+    """What multiplies the learning rate at a step: warm-up, then the decay of the last part."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    decay_steps = max(1, round(config.decay_share * config.steps))
+    left = min(1.0, (config.steps - step) / decay_steps)
+    if config.schedule == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return min(warm, 1.0 if config.schedule == "constant" else left)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step saw, as tensors [] on the device: reading them waits for it."""
+
+    loss: Tensor  # all of it
+    mse: Tensor  # of the whole SAE: with activations of variance 1, about the FVU
+    l0: Tensor  # mean over the batch
+
+
+class SaeTrainer:
+    """An SAE in training, in units where the activations have variance 1 a dimension."""
+
+    def __init__(self, config: TrainingConfig, mean: Tensor, make_scheduler: MakeScheduler | None = None) -> None:
+        """`mean` [d] of the activations, on the device to train on."""
+        self.config = config
+        self.weights = start_weights(config, mean)
+        self.selection = selection_of(config, self.weights)
+        self.silent_tokens = torch.zeros(config.d_sae, dtype=torch.int64, device=mean.device)
+        self.steps_done = 0
+        self._start = self.weights["W_dec"].clone() if config.freeze == "soft-decoder" else None
+        self.trained = [name for name in self.weights if name not in _FROZEN.get(config.freeze, ())]
+        self.optimiser = torch.optim.Adam(
+            [self.weights[name] for name in self.trained], lr=config.learning_rate, eps=ADAM_EPS, fused=True
+        )
+        make = make_scheduler or (lambda own: LambdaLR(own, lambda step: learning_rate_factor(config, step)))
+        self._scheduler = make(self.optimiser)
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self, x: Tensor) -> StepReport:
+        """One optimiser step on x [N, d]. Raises InputError for weights that are NaN."""
+        own = self._step_weights()
+        x = x.to(self.weights["b_dec"].dtype)
+        centred = (x - self.weights["b_dec"]).to(own["W_enc"].dtype)
+        encoder = EncoderRows(own["W_enc"], own["b_enc"])
+        if self.steps_done == 0:
+            self.selection.start(centred, encoder)
+        fired = self.selection.fired(centred, encoder)
+        self._count_firing(fired.acts)
+        found = Reconstruction.of(x, fired.acts, own["W_dec"], own["b_dec"], self.config.prefixes)
+        grads = self._gradients(centred, fired, found, own)
+        aux = self._add_auxiliary(centred, -found.error[:, -1], own, grads)
+        self._update(grads)
+        loss = found.loss.sum() + fired.penalty + self.config.aux_coefficient * aux
+        return StepReport(loss, found.loss[-1], (fired.acts.values > 0).sum() / len(x))
+
+    def _step_weights(self) -> dict[str, Tensor]:
+        """In the dtype that the ops run in: the masters themselves, or copies."""
+        if self.config.weights_dtype != "bfloat16":
+            return self.weights
+        return {name: weight.bfloat16() for name, weight in self.weights.items() if name != "threshold"}
+
+    def _count_firing(self, acts: SparseActs) -> None:
+        fires = latent_sums((acts.values > 0).to(acts.values.dtype), acts) > 0
+        self.silent_tokens.add_(acts.n_tokens).masked_fill_(fires, 0)
+
+    def _gradients(
+        self, centred: Tensor, fired: Fired, found: Reconstruction, own: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Of reconstruction and penalty, by every weight that is trained."""
+        by = found.gradients(own["W_dec"], of_weights="W_dec" in self.trained)
+        scores, threshold = fired.backward(by.values)
+        scored = SparseActs(
+            scores, fired.acts.stored_indices, fired.acts.d_sae, fired.acts.crow, fired.acts.ragged_batch_shape
+        )
+        b_enc = latent_sums(scores, scored)
+        grads = {"b_dec": by.b_dec - (b_enc @ own["W_enc"]).to(by.b_dec.dtype)}  # it is taken off the input too
+        if by.W_dec is not None:
+            grads["W_dec"] = by.W_dec
+        if "W_enc" in self.trained:
+            grads |= {"W_enc": decoder_outer(scored, centred), "b_enc": b_enc}
+        if threshold is not None:
+            grads["threshold"] = threshold
+        return {name: grad.to(self.weights[name].dtype) for name, grad in grads.items()}
+
+    def dead(self) -> Tensor:
+        """Numbers of the latents that have not fired for long."""
+        return (self.silent_tokens > self.config.dead_after_tokens).nonzero().flatten()
+
+    def _add_auxiliary(
+        self, centred: Tensor, error: Tensor, own: dict[str, Tensor], grads: dict[str, Tensor]
+    ) -> Tensor:
+        """Add the auxiliary loss's gradients; returns the loss []. b_dec is a constant to it."""
+        dead = self.dead() if self.config.aux_coefficient > 0 else self.silent_tokens[:0]
+        if len(dead) == 0:
+            return error.new_zeros(())
+        k = min(len(dead), self.config.aux_k or max(1, centred.shape[1] // 2))
+        W_dec = own["W_dec"][dead]
+        acts = EncoderRows(own["W_enc"][dead], own["b_enc"][dead]).topk(centred, k)
+        found = AuxiliaryLoss.of(error, acts, W_dec)
+        scored, of_decoder = found.gradients(W_dec, self.config.aux_coefficient)
+        added = {"W_enc": decoder_outer(scored, centred), "b_enc": latent_sums(scored.values, scored)}
+        for name, grad in (added | {"W_dec": of_decoder}).items():
+            if name in grads:
+                grads[name][dead] += grad.to(grads[name].dtype)
+        return found.loss
+
+    def _update(self, grads: dict[str, Tensor]) -> None:
+        W_dec, unit = self.weights["W_dec"], self.config.decoder_norm == "unit" and "W_dec" in grads
+        if unit:  # the renormalisation would undo the part along each row
+            along = torch.linalg.vecdot(grads["W_dec"], W_dec)
+            grads["W_dec"].addcmul_(along[:, None], W_dec, value=-1)
+        for name in self.trained:
+            self.weights[name].grad = grads[name]
+        if self.config.max_gradient_norm > 0:
+            trained = [self.weights[name] for name in self.trained]
+            torch.nn.utils.clip_grad_norm_(trained, self.config.max_gradient_norm, foreach=True)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self._scheduler.step()
+        self.steps_done += 1
+        if unit:
+            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
+        if self._start is not None:
+            keep_near(W_dec, self._start)
+        if "threshold" in self.weights:
+            self.weights["threshold"].clamp_(min=0)  # below 0 the gate would let negative pre-activations through
+
+    # ---- what evaluation and checkpoints need
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, SparseActs]:
+        """Sae(x) [N, d] and the acts, as the saved SAE gives them."""
+        own = self._step_weights()
+        centred = (x.to(self.weights["b_dec"].dtype) - self.weights["b_dec"]).to(own["W_enc"].dtype)
+        acts = self.selection.outside_training(centred, EncoderRows(own["W_enc"], own["b_enc"]))
+        return sparse_decode(acts, own["W_dec"], own["b_dec"]), acts
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return self.optimiser.param_groups[0]["lr"]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a checkpoint keeps besides `steps_done`; tensors in use, not copies."""
+        found = {**self.weights, **self.selection.state, "silent_tokens": self.silent_tokens}
+        if self._start is not None:
+            found["start"] = self._start
+        for name in self.trained:
+            for key, value in self.optimiser.state[self.weights[name]].items():
+                found[f"adam.{name}.{key}"] = value
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor], steps_done: int) -> None:
+        """Go on from a state after `steps_done` steps, bit for bit."""
+        for name in self.trained:  # Adam makes its own state at the first step
+            prefix = f"adam.{name}."
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            device = self.weights[name].device
+            self.optimiser.state[self.weights[name]] = {key: value.to(device) for key, value in own.items()}
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice that the optimiser comes first
+            for _ in range(steps_done):
+                self._scheduler.step()
+        self.steps_done = steps_done
+
+
+def start_weights(config: TrainingConfig, mean: Tensor) -> dict[str, Tensor]:
+    """Unit decoder rows, drawn by seed and d_sae; the encoder as their transpose, W_enc as rows [F, d]."""
+    dtype = torch.float64 if config.weights_dtype == "float64" else torch.float32
+    W_dec = torch.randn(config.d_sae, len(mean), generator=generator("weights", config.seed, config.d_sae))
+    W_dec = (W_dec / W_dec.norm(dim=1, keepdim=True)).to(mean.device, dtype)
+    found = {
+        "W_enc": W_dec.clone(),
+        "b_enc": W_dec.new_zeros(config.d_sae),
+        "W_dec": W_dec,
+        "b_dec": mean.to(dtype).clone(),
+    }
+    if config.architecture == "jumprelu":
+        found["threshold"] = W_dec.new_zeros(config.d_sae)
+    return found
+
+
+def keep_near(rows: Tensor, start: Tensor) -> None:
+    """Move rows [F, d] whose cosine with their start (unit) is below LEAST_COSINE to it, in place, norms kept."""
+    norms = rows.norm(dim=1, keepdim=True)
+    cosine = torch.linalg.vecdot(rows, start)[:, None] / norms
+    across = rows / norms - cosine * start
+    across /= across.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    nearest = LEAST_COSINE * start + math.sqrt(1 - LEAST_COSINE**2) * across
+    rows.copy_(torch.where(cosine < LEAST_COSINE, nearest * norms, rows))
