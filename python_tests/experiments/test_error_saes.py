@@ -15,7 +15,8 @@ from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, LeftOut
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.encode import topk_encode
 from darkmatter_ext.saes.encoders import Encoded, as_encoder
-from darkmatter_ext.saes.training import TrainingConfig, train_topk_sae
+from darkmatter_ext.training.config import TrainingConfig
+from darkmatter_ext.training.train import train
 
 
 def _batches(n=4000, d=6, seed=0):
@@ -152,6 +153,5 @@ def test_sparse_structure_is_told_from_noise_of_the_same_covariance():
     training = TrainingConfig(d_sae=latents, k=k, steps=400, batch_size=512, learning_rate=5e-3)
     found = {}
     for name, y in (("sparse", sparse), ("noise", noise)):
-        sae, _ = train_topk_sae(y[:9000], training)
-        found[name] = fvu(as_encoder(sae), y[9000:])
+        found[name] = fvu(as_encoder(train(y[:9000], training).sae), y[9000:])
     assert found["sparse"] < 0.5 * found["noise"], found
