@@ -319,7 +319,7 @@ def run(settings: ErrorSaesSettings, stages: Stages) -> Result:
     answer, a damaged cache.
     """
     saes = settings.saes
-    n_saes = len(saes.sae) or sum(map(len, saes.widths_by_k.values())) * len(saes.trained_hooks)
+    n_saes = len(saes.sae) or len(saes.trained) * len(saes.trained_hooks)
     require(n_saes == 1, "sae, widths", "must name one SAE", n_saes)
     judge = _judge(settings)
     inputs = prepare(settings, stages, splices=True)

@@ -45,7 +45,7 @@ class PerTokenSettings(Settings):
     """Predict the norm of one SAE's error, token by token, from that of an SAE of another width."""
 
 
-PRESETS = presets(PerTokenSettings, {"widths": WIDTHS})
+PRESETS = presets(PerTokenSettings, {"widths": WIDTHS, "sae_seeds": 2})
 del PRESETS["gemma-2-9b-all-layers"]  # errors of several sites are not on one scale
 PRESETS["gemma-2-9b-l20"] = replaced(
     PRESETS["gemma-2-9b-l20"], sae=tuple(sae.spec for sae in SAE_SETS["gemma-2-9b-l20-near-60"])
@@ -65,7 +65,7 @@ def _check_one_site(settings: PerTokenSettings) -> None:
     saes = settings.saes
     if len(saes.sae) == 1:
         raise InputError(f"sae: must name at least two SAEs, one predicts the other, got {saes.sae[0]}")
-    if not saes.sae and sum(map(len, saes.widths_by_k.values())) < 2:
+    if not saes.sae and sum(not own.seed for own in saes.trained) < 2:
         raise InputError(f"widths: must name at least two widths, one predicts the other, got {list(saes.widths)}")
     hooks = resolve(settings).sites
     if len(hooks) > 1:
@@ -117,7 +117,8 @@ def run(settings: PerTokenSettings, stages: Stages) -> Result:
     _check_one_site(settings)
     found = measured(prepare(settings, stages), stages, released=SCRIPT)
     (site,) = found.sites.values()
-    saes: list[dict[str, Any]] = sorted(found.saes, key=lambda sae: sae["d_sae"])
+    every: list[dict[str, Any]] = sorted(found.saes, key=lambda sae: sae["d_sae"])
+    saes = [sae for sae in every if not sae.get("seed")]
     names = [sae["name"] for sae in saes]
     numbers: dict[str, float] = {}
     with stages.stage("regress error norms", len(names) ** 2) as advance:
@@ -127,14 +128,28 @@ def run(settings: PerTokenSettings, stages: Stages) -> Result:
             for second in names:
                 numbers |= pair_numbers(site, first, second) if second != first else {}
                 advance(1)
+    ceilings = [
+        (own["name"], other["name"])
+        for own in saes
+        for other in every
+        if other.get("seed") and _but_seed(other) == _but_seed(own)
+    ]
+    with stages.stage("regress between seeds", max(1, len(ceilings))):
+        for first, second in ceilings:
+            numbers |= pair_numbers(site, first, second)
         numbers |= _controls(site, names, seed=settings.seed)
     notes = [
         "Another token's error norm: a seeded shuffle, fitted on every other held-out context and scored on the rest."
     ]
     if settings.measure.parity == "released-code":
         notes.append("As the released code (sae_power_laws_per_token.py): b* without bias. Its shuffle is unseeded.")
-    series = {"saes": saes, "excerpt": excerpt(found)}
+    series = {"saes": saes, "ceilings": ceilings, "excerpt": excerpt(found)}
     return measured_result("per-token", found, stages, numbers, series=series, notes=notes)
+
+
+def _but_seed(sae: dict[str, Any]) -> dict[str, Any]:
+    """What SAEs that differ in their seed only have in common."""
+    return sae | {"folder": "", "seed": 0, "name": sae["name"].replace(f"-seed{sae.get('seed')}", "")}
 
 
 def _pairs(result: Result) -> list[tuple[str, str]]:
@@ -153,7 +168,7 @@ def table(result: Result) -> Table:
             with_interval(numbers, f"gain/{first}/{second}", "{:.1f}%"),
             with_interval(numbers, f"gain_from_x/{first}/{second}", "{:.1f}%"),
         ]
-        for first, second in _pairs(result)
+        for first, second in [*_pairs(result), *result.series["ceilings"]]
     ]
     for name, label in (("x_norm", "norm of x"), ("shuffled", "another token's error norm")):
         for sae in result.series["saes"]:
@@ -182,10 +197,17 @@ def reading(result: Result) -> list[str]:
     larger = sum(numbers[key] > numbers[key.replace("gain/", "gain_from_x/", 1)] for key in gains)
     names = [sae["name"] for sae in saes]
     first, last = names[0], names[-1]
+    ceilings = [f"r2/{own}/{other}" for own, other in result.series["ceilings"]]
+    ceiling = "between two seeds of one width, which is as much as there is to agree on, with "
     return [
         f"The error norm of a smaller SAE predicts, token by token, that of a larger one with R² "
         f"{span(of_pairs('r2'), '{:.2f}')}; from {first} to {last} with "
-        f"{with_interval(numbers, f'r2/{first}/{last}', '{:.2f}')}.",
+        f"{with_interval(numbers, f'r2/{first}/{last}', '{:.2f}')}"
+        + (
+            f"; {ceiling}{span(ceilings, '{:.2f}')}."
+            if ceilings
+            else ". No second seed, so no ceiling (--sae-seeds 2)."
+        ),
         f"The norm of the smaller SAE's nonlinear error explains {span(gains, '{:.0f}%')} of what that leaves (beyond the "
         f"interval for {above} of {len(pairs)} pairs); the norm of x in its place {span(of_pairs('gain_from_x'), '{:.0f}%')} "
         f"(less for {larger} of {len(pairs)}).",

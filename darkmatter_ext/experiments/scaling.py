@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.estimators.intervals import Interval
 from darkmatter_ext.estimators.power_law import MINIMUM_WIDTHS, PowerLaw, fit_power_law
+from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import KS, WIDTHS, presets
 from darkmatter_ext.measurement.resolved import resolve
 from darkmatter_ext.measurement.run import Inputs, Measurement, measured, prepare
-from darkmatter_ext.measurement.settings import Settings, replaced
+from darkmatter_ext.measurement.settings import Settings, ToTrain, replaced
 from darkmatter_ext.measurement.site_saes import Make
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
@@ -74,7 +75,10 @@ class ScalingSettings(Settings):
             raise InputError(f"widths: must name at least 2 widths to see how error scales, got {list(widths)}")
 
 
-PRESETS = presets(ScalingSettings, {"widths": WIDTHS, "ks": KS, "l0": 32.0})
+PRESETS = presets(
+    ScalingSettings,
+    {"widths": WIDTHS, "ks": KS, "l0": 32.0, "sae_seeds": 3, "frozen": ("decoder", "soft-decoder", "encoder")},
+)
 
 
 def plan(settings: ScalingSettings) -> list[str]:
@@ -101,27 +105,42 @@ def at_fixed_l0(saes: list[dict[str, Any]], numbers: dict[str, float], l0: float
 
 
 def _candidates(inputs: Inputs, saes: list[dict[str, Any]], l0: float) -> list[dict[str, Any]]:
-    """The SAEs that the law may be made of: of a family trained with several k, those of the k nearest to l0."""
-    ks = {k for sae in inputs.saes if (k := sae.k) is not None}
-    if len(ks) < 2:
+    """The SAEs that the law may be made of.
+
+    Of SAEs trained here: no controls, the first architecture, of several k those nearest to l0, each from its first seed.
+    """
+    trained = {sae.name: sae.trained for sae in inputs.saes if sae.trained is not None}
+    if not trained:
         return saes
-    nearest = min(ks, key=lambda k: (abs(k - l0), k))
-    return [sae for sae in saes if inputs.sae(sae["name"]).k == nearest]
+    first = next(iter(trained.values())).architecture
+    ks = {own.k for own in trained.values()}
+    nearest = min(ks, key=lambda k: (abs(k - l0), k)) if len(ks) > 1 else min(ks)
+    wanted = [ToTrain(first, own.width, nearest) for own in trained.values()]
+    return [sae for sae in saes if trained[sae["name"]] in wanted]
+
+
+def _other_seeds(inputs: Inputs, saes: list[dict[str, Any]], chosen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same SAEs trained from other seeds."""
+    first = [inputs.sae(sae["name"]).trained for sae in chosen]
+    if None in first:
+        return []
+    trained = [(sae, inputs.sae(sae["name"]).trained) for sae in saes]
+    return [sae for sae, own in trained if own is not None and own.seed and own._replace(seed=0) in first]
 
 
 def breakdown(
-    law: PowerLaw, saes: list[dict[str, Any]], numbers: dict[str, float], *, pursued: bool
+    law: PowerLaw, saes: list[dict[str, Any]], numbers: dict[str, float], mean_nonlinear: Interval, *, pursued: bool
 ) -> dict[str, float]:
-    """The four parts of FVU at each width of the law; the constant one with the interval of c.
+    """The four parts of FVU at each width of the law; the constant one with an interval, that of c and of the mean together.
 
     `SAE/breakdown/absent`: what more latents would remove; `breakdown/linear`: linear error at any width;
     `SAE/breakdown/encoder`: what pursuit removes (0 without it); `SAE/breakdown/rest`: nonlinear error that stays.
     """
-    nonlinear = {sae["name"]: numbers[f"{sae['name']}/fvu_nonlinear"] for sae in saes}
-    mean = fmean(nonlinear.values())
-    found = Interval(*(end - mean for end in (law.c.value, law.c.low, law.c.high))).numbers("breakdown/linear")
-    found |= {"breakdown/nonlinear": mean}
-    for name, sae in zip(nonlinear, saes, strict=True):
+    mean = mean_nonlinear.value
+    found = _difference(law.c, mean_nonlinear).numbers("breakdown/linear") | mean_nonlinear.numbers(
+        "breakdown/nonlinear"
+    )
+    for name, sae in zip([sae["name"] for sae in saes], saes, strict=True):
         rest = numbers[f"{name} {PURSUIT}/fvu_nonlinear"] if pursued else mean
         found |= {
             f"{name}/breakdown/absent": law(sae["d_sae"]) - law.c.value,
@@ -129,6 +148,28 @@ def breakdown(
             f"{name}/breakdown/rest": rest,
         }
     return found
+
+
+def _difference(a: Interval, b: Interval) -> Interval:
+    """a - b of independent estimates: half widths add in squares, on each side."""
+    value = a.value - b.value
+    low = value - math.hypot(a.value - a.low, b.high - b.value)
+    high = value + math.hypot(a.high - a.value, b.value - b.low)
+    return Interval(value, low, high)
+
+
+def paired_numbers(site: SiteMeasurement, saes: list[dict[str, Any]]) -> dict[str, float]:
+    """`paired/QUANTITY`: widest less narrowest; `paired/QUANTITY_per_doubling`: slope over log2 of the width; same tokens."""
+    names = [sae["name"] for sae in saes]
+    at = [math.log2(sae["d_sae"]) for sae in saes]
+    middle = fmean(at)
+    spread = math.fsum((place - middle) ** 2 for place in at)
+    difference = site.contrast({names[-1]: 1.0, names[0]: -1.0})
+    slope = site.contrast({name: (place - middle) / spread for name, place in zip(names, at, strict=True)})
+    numbers: dict[str, float] = {}
+    for key in ("fvu", "fvu_nonlinear"):
+        numbers |= difference[key].numbers(f"paired/{key}") | slope[key].numbers(f"paired/{key}_per_doubling")
+    return numbers
 
 
 def _controls(inputs: Inputs, widest: dict[str, Any], numbers: dict[str, float], stages: Stages) -> Measurement:
@@ -139,6 +180,10 @@ def _controls(inputs: Inputs, widest: dict[str, Any], numbers: dict[str, float],
         "random directions": functools.partial(random_directions, l0=l0, seed=seed),
     }
     return measured(inputs, stages, saes=[inputs.sae(widest["name"])], encoders=controls)
+
+
+def _law(saes: list[dict[str, Any]], numbers: dict[str, float], key: str) -> PowerLaw:
+    return fit_power_law([sae["d_sae"] for sae in saes], [numbers[f"{sae['name']}/{key}"] for sae in saes])
 
 
 def _check_saes(settings: ScalingSettings) -> None:
@@ -178,16 +223,30 @@ def run(settings: ScalingSettings, stages: Stages) -> Result:
             f"(of {len({sae['d_sae'] for sae in found.saes})} measured)."
         )
     else:
-        law = fit_power_law([sae["d_sae"] for sae in chosen], [numbers[f"{sae['name']}/fvu"] for sae in chosen])
-        numbers |= law.numbers("law") | breakdown(law, chosen, numbers, pursued=settings.with_pursuit)
+        site = found.site_of(chosen[0]["name"])
+        points = [*chosen, *_other_seeds(inputs, found.saes, chosen)]
+        law = _law(points, numbers, "fvu")
+        mean = site.contrast({sae["name"]: 1 / len(chosen) for sae in chosen})["fvu_nonlinear"]
+        numbers |= law.numbers("law") | breakdown(law, chosen, numbers, mean, pursued=settings.with_pursuit)
+        numbers |= paired_numbers(site, chosen)
+        if found.training_text:
+            numbers |= _law(points, numbers, "fvu_training_text").numbers("law_training_text")
         series["law"] = [sae["name"] for sae in chosen]
         notes.append(
-            f"Power law from {len(chosen)} widths with {len(chosen) - 3} residuals to spare; its intervals are profiles of "
-            "the likelihood, NaN where the points set no bound."
+            f"Power law from {len(points)} SAEs of {len(chosen)} widths with {len(points) - 3} residuals to spare; its "
+            "intervals are profiles of the likelihood, NaN where the points set no bound. They cover the scatter about the "
+            "law, not what training longer or on more text would change."
         )
     return measured_result("scaling", found, stages, numbers, series=series, notes=notes)
 
 
+_HEADINGS = {
+    "fvu": "FVU",
+    "fvu_training_text": "FVU training text",
+    "fvu_nonlinear": "FVU nonlin.",
+    "r2_vec": "R² error",
+    "r2_norm/error": "R² error norm",
+}
 PAPER = "FVU_nonlinear is about constant in width at fixed L0"
 
 
@@ -198,15 +257,19 @@ def table(result: Result) -> Table:
     if result.series["with_pursuit"]:
         names += [f"{name} pursuit" for name in result.series["law"]]
     names += [sae["name"] for sae in result.series["controls"]]
-    forms = {"fvu": "{:.3f}", "fvu_nonlinear": "{:.3f}", "r2_vec": "{:.3f}", "r2_norm/error": "{:.3f}"}
+    training_text = any(f"{name}/fvu_training_text" in result.numbers for name in names)
+    keys = ("fvu", *(["fvu_training_text"] if training_text else []), "fvu_nonlinear", "r2_vec", "r2_norm/error")
     rows = [
         [name, shown(result.numbers[f"{name}/l0"], "{:.1f}")]
-        + [with_interval(result.numbers, f"{name}/{key}", form) for key, form in forms.items()]
+        + [
+            with_interval(result.numbers, f"{name}/{key}", "{:.3f}") if f"{name}/{key}" in result.numbers else ""
+            for key in keys
+        ]
         for name in names
     ]
     return Table(
         title=f"scaling: {result.config['model']}, {result.config['hook']}, held-out tokens",
-        headings=("SAE", "L0", "FVU", "FVU nonlin.", "R² error", "R² error norm"),
+        headings=("SAE", "L0", *(_HEADINGS[key] for key in keys)),
         rows=rows,
     )
 
@@ -223,10 +286,12 @@ def reading(result: Result) -> list[str]:
         f"FVU(W) = c + a W^m over {len(names)} widths at L0 about {fmean(numbers[f'{name}/l0'] for name in names):.0f}: "
         f"{constants}; R² {numbers['law/r2']:.4f}, largest residual {numbers['law/largest_residual']:.4f}.",
         f"From {widths[narrow]} to {widths[wide]} latents FVU goes {_change(result, narrow, wide, 'fvu')}, FVU nonlinear "
-        f"{_change(result, narrow, wide, 'fvu_nonlinear')} (the paper: {PAPER}).",
+        f"{_change(result, narrow, wide, 'fvu_nonlinear')} (the paper: {PAPER}); on the same tokens FVU nonlinear differs by "
+        f"{with_interval(numbers, 'paired/fvu_nonlinear', '{:+.4f}')}.",
         f"Of the FVU {numbers[f'{wide}/fvu']:.3f} at {widths[wide]} latents, {numbers[f'{wide}/breakdown/absent']:.3f} is what "
         f"more latents would remove, {with_interval(numbers, 'breakdown/linear', '{:.3f}')} linear error at any width, "
         f"{numbers['breakdown/nonlinear']:.3f} nonlinear error (its mean over widths).",
+        *_on_training_text(result, narrow, wide),
     ]
     if numbers["breakdown/linear/low"] <= 0 or numbers["breakdown/linear"] <= 0:
         lines.append(
@@ -239,6 +304,19 @@ def reading(result: Result) -> list[str]:
             f"Gradient pursuit at the same L0 takes {min(removed):+.4f} to {max(removed):+.4f} off FVU nonlinear."
         )
     return lines
+
+
+def _on_training_text(result: Result, narrow: str, wide: str) -> list[str]:
+    """How much of FVU is a gap between the text that trained the SAEs and other text, and what that does to c."""
+    numbers = result.numbers
+    if "law_training_text/c" not in numbers:
+        return []
+    gaps = [numbers[f"{name}/fvu"] - numbers[f"{name}/fvu_training_text"] for name in (narrow, wide)]
+    constants = [with_interval(numbers, f"{law}/c", "{:.3f}") for law in ("law_training_text", "law")]
+    return [
+        f"FVU is lower by {gaps[0]:.3f} at the narrowest and {gaps[1]:.3f} at the widest on the text the SAEs were trained on; "
+        f"there c = {constants[0]}, on held-out text {constants[1]}. Where the two differ, c is partly overfitting."
+    ]
 
 
 def _change(result: Result, narrow: str, wide: str, key: str) -> str:

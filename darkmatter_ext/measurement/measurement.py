@@ -34,7 +34,7 @@ Shapes: n tokens, d width of the site, S SAEs, p = d + widths of the predictors,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,15 +248,7 @@ class SiteMeasurement:
 
     def intervals(self, sae: str) -> dict[str, Interval]:
         """Of an SAE, by the names of `decomposition(sae).numbers()`: fvu, fvu_nonlinear, linear_share, r2_vec, r2_norm/..."""
-        number = list(self.saes).index(sae)
-        rows = []
-        for group, residuals in zip(self._groups, self._residuals[:, number], strict=True):
-            x = group.statistics(["x"], ["x"])
-            square_x = (x.moment_yy + x.count * x.mean_x.square()).sum()
-            head = [torch.tensor([x.count], dtype=torch.float64), square_x[None].cpu(), (x.count * x.mean_x).cpu()]
-            rows.append(torch.cat([*head, residuals.flatten().cpu()]))
-        names = ("fvu", "fvu_nonlinear", "linear_share", "r2_vec")
-        found = dict(zip(names, jackknife(_nonempty(rows), _error_scores), strict=True))
+        found = dict(zip(ERROR_SCORES, jackknife(_nonempty(self._error_sums(sae)), _error_scores), strict=True))
         groups = (group.statistics(["x"], [f"norms/{sae}"]) for group in self._groups)
         norms = _r2_intervals(self.norm_fit(sae).map, groups)
         found |= {f"r2_norm/{name}": interval for name, interval in zip(NORM_TARGETS, norms, strict=True)}
@@ -264,8 +256,31 @@ class SiteMeasurement:
             self.regressions.fvu_of_all or self.regressions.map_on_all
         ):  # scored on all tokens there, or with a map of its own: no group holds those sums
             numbers = self.decomposition(sae).numbers()
-            found |= {name: Interval(numbers[name], *[float("nan")] * 2) for name in names}
+            found |= {name: Interval(numbers[name], *[float("nan")] * 2) for name in ERROR_SCORES}
         return found
+
+    def _error_sums(self, sae: str) -> list[Tensor]:
+        """Of each group: tokens, squared norm and sum of x, and of the error: its sum, its square, its nonlinear square."""
+        number, rows = list(self.saes).index(sae), []
+        for group, residuals in zip(self._groups, self._residuals[:, number], strict=True):
+            x = group.statistics(["x"], ["x"])
+            square_x = (x.moment_yy + x.count * x.mean_x.square()).sum()
+            head = [torch.tensor([x.count], dtype=torch.float64), square_x[None].cpu(), (x.count * x.mean_x).cpu()]
+            rows.append(torch.cat([*head, residuals.flatten().cpu()]))
+        return rows
+
+    def contrast(self, weights: Mapping[str, float]) -> dict[str, Interval]:
+        """A weighted sum over SAEs of each of ERROR_SCORES, with its interval on the same tokens (paired).
+
+        {"wide": 1, "narrow": -1} is their difference: what both find hard in a text is in both, and cancels.
+        """
+        sums = torch.stack([torch.stack(self._error_sums(sae)) for sae in weights], dim=1)  # [G, S, m]
+        own, shape = torch.tensor(list(weights.values()), dtype=torch.float64), sums.shape[1:]
+
+        def scores(totals: Tensor) -> Tensor:
+            return (own[:, None] * _error_scores(totals.unflatten(-1, shape))).sum(-2)
+
+        return dict(zip(ERROR_SCORES, jackknife(_nonempty(list(sums.flatten(1))), scores), strict=True))
 
 
 @dataclass(frozen=True)
@@ -322,6 +337,9 @@ class SaeMeasurement:
 
     def __repr__(self) -> str:
         return f"SaeMeasurement({self.name!r}, fvu={self.fvu:.4g}, fvu_nonlinear={self.fvu_nonlinear:.4g}, l0={self.l0:.4g})"
+
+
+ERROR_SCORES = ("fvu", "fvu_nonlinear", "linear_share", "r2_vec")
 
 
 def _nonempty(rows: Sequence[Tensor]) -> Tensor:

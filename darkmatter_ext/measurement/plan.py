@@ -38,10 +38,11 @@ def _data_lines(settings: Settings) -> list[str]:
 def _trained_lines(settings: Settings) -> list[str]:
     saes = settings.saes
     return [
-        f"SAE       {hook}  train TopK, {width} latents, k {k}, {saes.steps} steps"
+        f"SAE       {hook}  train {own.architecture}, {own.width} latents, k {own.k}, {saes.steps} steps"
+        + (f", seed {settings.seed + own.seed}" if saes.sae_seeds > 1 else "")
+        + (f", frozen {own.freeze}" if own.freeze != "none" else "")
         for hook in saes.trained_hooks
-        for k, widths in saes.widths_by_k.items()
-        for width in widths
+        for own in saes.trained
     ]
 
 

@@ -29,6 +29,7 @@ from darkmatter_ext.measurement.site_saes import Make, SiteSae, given_saes, trai
 from darkmatter_ext.measurement.stored_tokens import StoredTokens
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.measurement.tokens import TokenRoles, training_contexts
+from darkmatter_ext.measurement.training_text import fvu_on, training_sample
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.processes import Processes, processes
 from darkmatter_ext.runtime.progress import Stages
@@ -208,6 +209,7 @@ class Measurement:
     notes: list[str]
     numbers: dict[str, float]  # token counts
     provenance: dict[str, Any]  # what identifies the text
+    training_text: dict[str, float] = field(default_factory=dict)  # `SAE/fvu_training_text` of SAEs trained here
 
     def site_of(self, name: str) -> SiteMeasurement:
         """The site of an SAE. Raises InputError for a name that is not among `saes`."""
@@ -242,7 +244,7 @@ class Measurement:
             numbers |= {f"{name}/{key}": value for key, value in site.decomposition(name).numbers().items()}
             for key, interval in site.intervals(name).items():
                 numbers |= {f"{name}/{key}/low": interval.low, f"{name}/{key}/high": interval.high}
-        return numbers
+        return numbers | self.training_text
 
 
 def measured(
@@ -304,7 +306,27 @@ def measured(
         notes=[*run_notes(inputs.resolved, inputs.source, found, counts), *checks.notes()],
         numbers=counts,
         provenance={"text_sha256" if inputs.stored else "tokens_sha256": inputs.text},
+        training_text={} if encoders else _on_training_text(inputs, chosen, found, stages),
     )
+
+
+def _on_training_text(
+    inputs: Inputs, saes: Sequence[SiteSae], sites: Mapping[str, SiteMeasurement], stages: Stages
+) -> dict[str, float]:
+    """FVU and FVU_nonlinear of SAEs trained here, on as many of the tokens they were trained on as are held out."""
+    trained = [sae for sae in saes if sae.trained is not None]
+    numbers: dict[str, float] = {}
+    if not trained:
+        return numbers
+    with stages.stage("training text", len(trained)) as advance:
+        for hook in dict.fromkeys(sae.hook for sae in trained):
+            site, seed = sites[hook], inputs.settings.seed
+            x = training_sample(inputs.stored[hook], site.n_held_out, seed=seed).to(inputs.processes.device)
+            for sae in (sae for sae in trained if sae.hook == hook):
+                own = fvu_on(x, sae.own, site.maps[sae.name])
+                numbers |= {f"{sae.name}/{key}": value for key, value in own.items()}
+                advance(1)
+    return numbers
 
 
 def _listed(sae: SiteSae, variant: str) -> dict[str, Any]:

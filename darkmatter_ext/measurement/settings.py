@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from darkmatter_ext.activations.hook_points import parse_hook_point
 from darkmatter_ext.estimators.sums import PRODUCTS
 from darkmatter_ext.measurement.metadata import DEFAULT_CONTEXT_LENGTH, InputFlags
 from darkmatter_ext.runtime.inputs import InputError, require, require_at_least, require_one_of
+from darkmatter_ext.training.config import ARCHITECTURES, FREEZES
 
 DTYPES = ("float32", "bfloat16", "float16")
 SPLITS = ("documents", "contexts", "tokens")
@@ -69,18 +70,38 @@ class Data(InputFlags):
         return "cache" if self.cache else "tokenised" if self.tokenised else ""
 
 
+class ToTrain(NamedTuple):
+    """An SAE that is trained here."""
+
+    architecture: str
+    width: int
+    k: int
+    seed: int = 0  # added to the run's
+    freeze: str = "none"  # what stays as drawn: a control
+
+    def name(self, *, with_k: bool) -> str:
+        """As results call it."""
+        parts = [self.architecture, str(self.width)]
+        parts += [f"k{self.k}"] if with_k else []
+        parts += [f"seed{self.seed}"] if self.seed else []
+        parts += [f"frozen-{self.freeze}"] if self.freeze != "none" else []
+        return "-".join(parts)
+
+
 @dataclass(frozen=True)
 class Saes:
-    """Which SAEs: those that exist, or TopK SAEs trained here."""
+    """Which SAEs: those that exist, or SAEs trained here."""
 
     sae: tuple[str, ...] = ()
-    """SAEs: folders of a known format, or RELEASE:ID of SAELens' list; none: train TopK SAEs of widths here"""
+    """SAEs: folders of a known format, or RELEASE:ID of SAELens' list; none: train SAEs of widths here"""
     predictor: tuple[str, ...] = ()
     """SAEs of other sites (as sae) whose outputs join x as predictors of the errors"""
     hook: str = ""
     """site, as TransformerLens names it, of SAEs that do not say theirs; of SAEs trained here (blocks.10.hook_resid_post)"""
     layers: tuple[int, ...] = ()
     """blocks at whose residual stream SAEs are trained, instead of hook"""
+    architectures: tuple[str, ...] = ("topk",)
+    """of the SAEs to train: topk, batchtopk, jumprelu, matryoshka"""
     widths: tuple[int, ...] = (1024, 2048, 4096)
     """latents of the SAEs to train"""
     k: int = 32
@@ -89,6 +110,10 @@ class Saes:
     """instead of k, several: SAEs of every width are trained with each, the widest of several with the middle one only"""
     full_grid: bool = False
     """train the widest with every one of ks too: it takes about as long as all the others"""
+    sae_seeds: int = 1
+    """train every SAE so many times, each from a start of its own (with several ks: those of the middle one)"""
+    frozen: tuple[str, ...] = ()
+    """controls: train the middle width once more with its decoder, encoder or soft-decoder (cosine >= 0.8) as drawn"""
     steps: int = 400
     """training steps of 2048 tokens"""
     sae_fraction: float = 0.6
@@ -100,14 +125,19 @@ class Saes:
         if self.hook:
             parse_hook_point(self.hook)
         require_one_of("sae_dtype", DTYPES, self.sae_dtype)
-        for name in ("k", "steps"):
+        for name in ("k", "steps", "sae_seeds"):
             require_at_least(name, 1, getattr(self, name))
+        for name, allowed in (("architectures", ARCHITECTURES), ("frozen", FREEZES[1:])):
+            for value in getattr(self, name):
+                require_one_of(name, allowed, value)
+        require(bool(self.architectures), "architectures", "must name at least one", "none")
         require(0 < self.sae_fraction < 1, "sae_fraction", "must be between 0 and 1", self.sae_fraction)
         if not self.sae:
             self._check_widths()
-        for name in ("ks", "widths", "layers"):
+        for name in ("ks", "widths", "layers", "architectures", "frozen"):
             values = getattr(self, name)
-            require(len(set(values)) == len(values), name, "must be different numbers", list(values))
+            what = "numbers" if name in ("ks", "widths", "layers") else "names"
+            require(len(set(values)) == len(values), name, f"must be different {what}", list(values))
         require_at_least("layers", 0, min(self.layers, default=0))
         require(bool(self.sae or not self.predictor), "sae", "must be given with predictor", "none")
 
@@ -126,12 +156,22 @@ class Saes:
         return [f"blocks.{layer}.hook_resid_post" for layer in self.layers] or [self.hook or TRAINED_HOOK]
 
     @property
-    def widths_by_k(self) -> dict[int, tuple[int, ...]]:
-        """k -> the widths trained with it."""
+    def trained(self) -> list[ToTrain]:
+        """The SAEs that are trained at each site: by architecture, k, width and seed, then the controls."""
         every = sorted(self.ks) or [self.k]
         middle, widest = every[(len(every) - 1) // 2], max(self.widths, default=0)
         narrower = tuple(width for width in self.widths if width < widest) or self.widths
-        return {k: self.widths if k == middle or self.full_grid else narrower for k in self.ks or (self.k,)}
+        found = [
+            ToTrain(architecture, width, k, seed)
+            for architecture in self.architectures
+            for k in self.ks or (self.k,)
+            for width in (self.widths if k == middle or self.full_grid else narrower)
+            for seed in range(self.sae_seeds if k == middle else 1)
+        ]
+        between = sorted(self.widths)[(len(self.widths) - 1) // 2 :][:1]
+        return found + [
+            ToTrain(self.architectures[0], width, middle, freeze=freeze) for width in between for freeze in self.frozen
+        ]
 
 
 @dataclass(frozen=True)

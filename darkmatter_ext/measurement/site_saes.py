@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.measurement.metadata import Usage
 from darkmatter_ext.measurement.run_checks import RunChecks
-from darkmatter_ext.measurement.settings import Settings
+from darkmatter_ext.measurement.settings import Settings, ToTrain
 from darkmatter_ext.measurement.stored_tokens import StoredTokens
 from darkmatter_ext.measurement.tokens import SAE_TRAINING
 from darkmatter_ext.runtime.progress import Stages
@@ -41,7 +41,7 @@ class SiteSae:
     d_sae: int
     architecture: str
     expected_l0: float | None
-    k: int | None  # it was trained with, where it was trained here
+    trained: ToTrain | None  # how, where it was trained here
     load: Callable[[], SAE]
     weight_bytes: int
     stays: bool = True  # `load` gives the same object every time; not under a budget of memory
@@ -49,10 +49,13 @@ class SiteSae:
     @property
     def listed(self) -> dict[str, Any]:
         """What a result lists of it, for its readers and figures."""
-        return {
+        entry = {
             "name": self.name, "d_sae": self.d_sae, "architecture": self.architecture, "folder": self.folder,
             "hook": self.hook,
         }  # fmt: skip
+        if self.trained is not None:
+            entry |= {"seed": self.trained.seed, "frozen": self.trained.freeze}
+        return entry
 
     def encoder(self, make: Make = as_encoder, *, name: str = "", checks: RunChecks | None = None) -> Encoder:
         """This SAE used in some way, looked at when it is loaded. Its own encoder is made once."""
@@ -105,7 +108,7 @@ def given_saes(
                 d_sae=sae.d_sae,
                 architecture=sae.architecture,
                 expected_l0=sae.expected_l0,
-                k=None,
+                trained=None,
                 load=load if budget > 0 else functools.cache(load),
                 weight_bytes=sae.weight_bytes,
                 stays=budget <= 0,
@@ -117,36 +120,39 @@ def given_saes(
 def trained_saes(
     settings: Settings, usage: Usage, model: str, sites: Mapping[str, StoredTokens], stages: Stages
 ) -> list[SiteSae]:
-    """A TopK SAE for each width and k at each site: trained on this text, or found from an earlier run that is the same."""
-    saes, several_k = [], len(settings.saes.ks) > 1
+    """SAEs at each site: trained on this text, or found from an earlier run that is the same."""
+    saes, with_k = [], len(settings.saes.ks) > 1
     for hook, tokens in sites.items():
         training_set = functools.cache(functools.partial(tokens.with_role, SAE_TRAINING))  # [n, d], in memory
         roles = fingerprint(roles=tokens.roles.flatten().tolist())
-        for k, widths in settings.saes.widths_by_k.items():
-            for width in widths:
-                training = TrainingConfig(d_sae=width, k=k, steps=settings.saes.steps, seed=settings.seed)
-                metadata = {"model_name": model, "hook_name": hook, "prepend_bos": usage.bos}
-                metadata["context_size"] = usage.context_length
-                key = fingerprint(
-                    activations=tokens.cache.folder.name, roles=roles, training=dataclasses.asdict(training)
-                )
-                folder = cache_dir("saes") / f"topk-{width}-{key}"
-                with stages.stage(f"train SAE, {width} latents", training.steps) as advance:
-                    if not folder.exists():
-                        x = training_set().to(settings.device)
-                        own = train(x, training, stream=ALL_OF_IT, metadata=metadata, progress=advance)
-                        own.save(folder)
-                name = f"topk-{width}-k{k}" if several_k else f"topk-{width}"
-                name = name if [hook] == settings.saes.trained_hooks else f"{hook}/{name}"
-                saes.append(_trained(name, hook, folder, k, settings.device))
+        metadata = {"model_name": model, "hook_name": hook, "prepend_bos": usage.bos}
+        metadata["context_size"] = usage.context_length
+        for own in settings.saes.trained:
+            training = TrainingConfig(
+                d_sae=own.width,
+                k=own.k,
+                architecture=own.architecture,
+                steps=settings.saes.steps,
+                freeze=own.freeze,
+                seed=settings.seed + own.seed,
+            )
+            key = fingerprint(activations=tokens.cache.folder.name, roles=roles, training=dataclasses.asdict(training))
+            folder = cache_dir("saes") / f"{own.architecture}-{own.width}-{key}"
+            name = own.name(with_k=with_k)
+            with stages.stage(f"train SAE, {name}", training.steps) as advance:
+                if not folder.exists():
+                    x = training_set().to(settings.device)
+                    train(x, training, stream=ALL_OF_IT, metadata=metadata, progress=advance).save(folder)
+            name = name if [hook] == settings.saes.trained_hooks else f"{hook}/{name}"
+            saes.append(_trained(name, hook, folder, own, settings.device))
     return saes
 
 
-def _trained(name: str, hook: str, folder: Path, k: int, device: str) -> SiteSae:
+def _trained(name: str, hook: str, folder: Path, own: ToTrain, device: str) -> SiteSae:
     found = describe_sae(str(folder))
     load = functools.cache(functools.partial(load_sae, folder, device=device))
     return SiteSae(
-        name, hook, str(folder), found.d_in, found.d_sae, found.architecture, None, k, load, found.weight_bytes
+        name, hook, str(folder), found.d_in, found.d_sae, found.architecture, None, own, load, found.weight_bytes
     )
 
 

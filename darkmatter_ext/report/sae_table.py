@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from darkmatter_ext.report.result import Result
@@ -25,6 +26,7 @@ COLUMNS = (  # (key, heading, format)
     ("name", "SAE", "{}"),
     ("l0", "L0", "{:.1f}"),
     ("fvu", "FVU", "{:.3f}"),
+    ("fvu_training_text", "FVU training text", "{:.3f}"),
     ("fvu_nonlinear", "FVU nonlin.", "{:.3f}"),
     ("linear_share", "linear share", "{:.0%}"),
     ("r2_vec", "R² error", "{:.3f}"),
@@ -36,8 +38,10 @@ COLUMNS = (  # (key, heading, format)
 
 def sae_table(result: Result) -> Table:
     """One row an SAE (and variant)."""
+    rows = sae_rows(result)
+    columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
     return Table(
         title=f"{result.experiment}: {result.config['model']}, {result.config['hook']}, held-out tokens",
-        headings=tuple(heading for _, heading, _ in COLUMNS),
-        rows=[[shown(row[key], form) for key, _, form in COLUMNS] for row in sae_rows(result)],
+        headings=tuple(heading for _, heading, _ in columns),
+        rows=[[shown(row.get(key, math.nan), form) for key, _, form in columns] for row in rows],
     )

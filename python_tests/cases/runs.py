@@ -14,9 +14,10 @@ SETTINGS = {
     "latent-alignment": (),
     "norm-test": ("--ks", "2", "4"),
     "pathology": ("--layers", "0", "1", "--contexts", "6", "--widths", "24"),
-    "per-token": ("--widths", "48", "24"),
+    "per-token": ("--widths", "48", "24", "--sae-seeds", "2"),
     "pursuit": ("--method", "gradient"),
-    "scaling": ("--widths", "24", "32", "48", "64", "--ks", "4", "6", "--l0", "4", "--with-pursuit"),
+    "scaling": ("--widths", "24", "32", "48", "64", "--ks", "4", "6", "--l0", "4", "--with-pursuit", "--sae-seeds", "2",
+                "--frozen", "decoder", "soft-decoder"),
     "synthetic": ("--widths", "24", "--noise-seeds", "2", "--fit-tokens", "2000"),
 }  # fmt: skip
 

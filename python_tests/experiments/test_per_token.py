@@ -96,6 +96,10 @@ def test_a_run_regresses_every_pair(finished, more):
     for key, (first, second) in given.items():
         expected = r2(norms[first][:, None], norms[second], tensors.fit)
         assert result.numbers[key] == pytest.approx(expected, rel=1e-4, abs=1e-5), key
+    again = tensors.error("topk-24-seed1").norm(dim=1)  # the ceiling: another seed of the same width
+    assert result.series["ceilings"] == [["topk-24", "topk-24-seed1"], ["topk-48", "topk-48-seed1"]]
+    expected = r2(norms["topk-24"][:, None], again, tensors.fit)
+    assert result.numbers["r2/topk-24/topk-24-seed1"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
     other = r2(norms["topk-24"][:, None], norms["topk-48"], tensors.fit, bias=False)
     assert abs(result.numbers["r2/topk-24/topk-48"] - other) > 1e-3  # the bias makes a difference
     x_norm = tensors.x.norm(dim=1, keepdim=True)

@@ -12,13 +12,15 @@ from cases.models import flags, saved_sae, settings_of
 
 from darkmatter_ext import cli
 from darkmatter_ext.activations.sources import CacheSource
+from darkmatter_ext.estimators.intervals import Interval
 from darkmatter_ext.estimators.power_law import fit_power_law
 from darkmatter_ext.experiments import scaling
-from darkmatter_ext.experiments.scaling import at_fixed_l0, breakdown
+from darkmatter_ext.experiments.scaling import at_fixed_l0, breakdown, paired_numbers
 from darkmatter_ext.measurement.decompose import decompose_stream
 from darkmatter_ext.measurement.run import prepare
 from darkmatter_ext.measurement.settings import Measure, replaced
 from darkmatter_ext.measurement.stored_tokens import MeasuredBatches
+from darkmatter_ext.measurement.training_text import training_sample
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.report.result import load_result
 from darkmatter_ext.runtime.progress import Stages
@@ -65,7 +67,16 @@ def test_a_planted_law_and_its_parts_are_recovered_from_activations(tmp_path):
     law = fit_power_law(WIDTHS, [numbers[f"w{width}/fvu"] for width in WIDTHS])
     assert law.c.value == pytest.approx(PLANTED["c"], abs=0.004)
     assert law.m.value == pytest.approx(PLANTED["m"], abs=0.03)
-    parts = breakdown(law, listed, numbers, pursued=False)
+    mean = site.contrast({f"w{width}": 1 / len(WIDTHS) for width in WIDTHS})["fvu_nonlinear"]
+    assert mean.value == pytest.approx(sum(numbers[f"w{width}/fvu_nonlinear"] for width in WIDTHS) / len(WIDTHS))
+    parts = breakdown(law, listed, numbers, mean, pursued=False)
+    widest_less_narrowest = paired_numbers(site, listed)
+    planted = PLANTED["a"] * (WIDTHS[-1] ** PLANTED["m"] - WIDTHS[0] ** PLANTED["m"])
+    assert widest_less_narrowest["paired/fvu"] == pytest.approx(planted, abs=0.003)
+    assert abs(widest_less_narrowest["paired/fvu_nonlinear"]) < 1e-4  # the same nonlinear error, token by token
+    unpaired = site.intervals("w64")["fvu_nonlinear"]
+    paired = [widest_less_narrowest[f"paired/fvu_nonlinear/{end}"] for end in ("low", "high")]
+    assert paired[1] - paired[0] < 0.1 * (unpaired.high - unpaired.low)
     assert parts["breakdown/linear"] == pytest.approx(PLANTED["c"] - PLANTED["nonlinear"], abs=0.005)
     assert parts["w64/breakdown/absent"] == pytest.approx(PLANTED["a"] * 64 ** PLANTED["m"], abs=0.005)
     for width in WIDTHS:  # the four parts are the curve
@@ -83,7 +94,10 @@ def test_pursuit_takes_the_encoders_part():
         "a pursuit/fvu_nonlinear": 0.1,
         "b pursuit/fvu_nonlinear": 0.07,
     }
-    parts = breakdown(law, listed, numbers, pursued=True)
+    parts = breakdown(law, listed, numbers, Interval(0.1, 0.09, 0.12), pursued=True)
+    c = law.c
+    assert parts["breakdown/linear"] == pytest.approx(c.value - 0.1)
+    assert parts["breakdown/linear/high"] == pytest.approx(c.value - 0.1 + math.hypot(c.high - c.value, 0.01))
     assert (parts["a/breakdown/encoder"], parts["b/breakdown/encoder"]) == pytest.approx((0.0, 0.03))
     assert (parts["a/breakdown/rest"], parts["b/breakdown/rest"]) == (0.1, 0.07)
 
@@ -114,6 +128,16 @@ def test_the_command_measures_a_family_as_the_decomposition_does(finished):
         assert 0 < pursued < 1
         rest = found.numbers[f"topk-{width}-k4/breakdown/rest"]
         assert rest == found.numbers[f"topk-{width}-k4 pursuit/fvu_nonlinear"]
+        x = training_sample(inputs.stored[inputs.one_site], int(found.numbers["tokens/held_out"]), seed=0)
+        rest = (x - inputs.sae(f"topk-{width}").load()(x)).square().sum() / (x - x.mean(0)).square().sum()
+        assert found.numbers[f"topk-{width}-k4/fvu_training_text"] == pytest.approx(rest.item(), rel=1e-4)
+        assert f"topk-{width}-k4-seed1/fvu" in found.numbers
+        assert found.numbers[f"topk-{width}-k4-seed1/fvu"] != found.numbers[f"topk-{width}-k4/fvu"]
+    assert {sae["frozen"] for sae in found.series["saes"] if sae["d_sae"] == 32} == {"none", "decoder", "soft-decoder"}
+    assert found.numbers["topk-32-k4-frozen-decoder/fvu"] > found.numbers["topk-32-k4/fvu"]
+    assert found.numbers["law/widths"] == 8  # two seeds of four widths, no control
+    assert {"law_training_text/c", "paired/fvu_nonlinear/low"} <= set(found.numbers)
+    assert "on the text the SAEs were trained on" in said
     assert found.series["law"] == [f"topk-{width}-k4" for width in (24, 32, 48, 64)]
     shuffled, random = (found.numbers[f"topk-64-k4 {name}/fvu"] for name in ("shuffled decoder", "random directions"))
     assert min(shuffled, random) > found.numbers["topk-64-k4/fvu"]
