@@ -4,11 +4,13 @@ What SAE outputs of earlier sites say about the error (the paper's figure 10b).
 
 Least squares from the outputs of SAEs at the same site (res), the previous residual stream, and the MLP and attention of
 the same block to SaeError(x), its linear and its nonlinear part; R2 on held-out tokens, each predictor alone and all
-together. If the nonlinear error were features of earlier layers that the SAE misses, their SAEs would predict it.
+together. If the nonlinear error were features of earlier layers that the SAE misses, their SAEs would predict it. *Beyond x*
+is the R2 of the nonlinear error from x and the predictor together: what x says of it is 0, so this is what the predictor
+adds; alone, one that is mostly linear in x is punished for that part of it.
 
 Controls: `x` itself (the nonlinear error is what x does not predict: R2 must be about 0), `shuffled`, the output of the
-previous SAE at another token (about 0), `random`, a TopK SAE of random directions there (nothing learned; what is left is
-that sparse codes of another tensor are nonlinear in x).
+previous SAE at another token (about 0), `random`, a TopK SAE of random directions there, and with SAEs trained here at every other
+site too (nothing learned; what is left is that sparse codes of another tensor are nonlinear in x).
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ CONTROLS = {
     "shuffled": "control: the output of the first earlier SAE at another token",
     "random": "control: a TopK SAE of random directions at the site of the first earlier SAE (k as there, else k)",
 }
-INTERVAL_GROUPS = 6  # each keeps a Gram matrix of all predictors side by side: 130 MB for seven of 576
+RANDOM = "random"
+INTERVAL_GROUPS = 6  # each keeps a Gram matrix of all predictors side by side: 215 MB for nine of 576
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,20 @@ def shuffled(sae: SiteSae, *, seed: int) -> Encoder:
     return sae.encoder(make, name="shuffled")
 
 
-def randomised(sae: SiteSae, *, k: int, seed: int) -> Encoder:
+def control_about(name: str) -> str | None:
+    """What a control is, by its name; None for what is none."""
+    if name.startswith(f"{RANDOM} "):
+        return f"control: a TopK SAE of random directions at the site of {name.removeprefix(f'{RANDOM} ')}"
+    return CONTROLS.get(name)
+
+
+def randomised(sae: SiteSae, *, k: int, seed: int, name: str = RANDOM) -> Encoder:
     """A TopK SAE of random directions where an SAE is, as many and as many active; `k` where it is no TopK SAE."""
 
     def make(own: Any) -> Encode:
         return random_directions(own, getattr(own.cfg, "k", k), seed=seed)
 
-    return sae.encoder(make, name="random")
+    return sae.encoder(make, name=name)
 
 
 def predictors_of(inputs: Inputs, target: str) -> Predictors:
@@ -122,9 +132,13 @@ def predictors_of(inputs: Inputs, target: str) -> Predictors:
         named = {OWN: inputs.widest(target), **{sae.name: sae for sae in inputs.predictors}}
     else:
         named = {name: inputs.widest(hook) for name, hook in related_hooks(target).items()}
-    first = list(named.values())[1]
+    (_, first), *others = list(named.items())[1:]
     encoders = [sae.encoder(name=name) for name, sae in named.items()]
     encoders += [shuffled(first, seed=settings.seed), randomised(first, k=settings.saes.k, seed=settings.seed)]
+    if not inputs.predictors:  # given ones may be wide, and every control is as large as what it controls
+        encoders += [
+            randomised(sae, k=settings.saes.k, seed=settings.seed, name=f"{RANDOM} {name}") for name, sae in others
+        ]
     return Predictors(encoders, {name: sae.hook for name, sae in named.items()})
 
 
@@ -137,19 +151,21 @@ def part_numbers(site: SiteMeasurement, sae: str, sets: dict[str, list[str]]) ->
     for name, used in sets.items():
         for part in PARTS:
             numbers |= site.part_interval(used, sae, part).numbers(f"{sae}/r2_from/{name}/{part}")
+        if name != "x":
+            numbers |= site.part_interval(["x", *used], sae, "nonlinear").numbers(f"{sae}/beyond_x/{name}")
         numbers[f"{sae}/noise_floor/{name}"] = -site.n_columns(used) / site.n_fit
     return numbers
 
 
 def predictor_sets(predictors: list[str]) -> dict[str, list[str]]:
     """Each predictor and control alone, all predictors together, and all but the site's own SAE."""
-    real = [name for name in predictors if name not in CONTROLS]
+    real = [name for name in predictors if control_about(name) is None]
     sets = {name: [name] for name in real}
     if len(real) > 1:
         sets["all"] = real
     if OWN in real and len(real) > 2:
         sets[f"all but {OWN}"] = [name for name in real if name != OWN]
-    return sets | {name: [name] for name in CONTROLS if name == "x" or name in predictors}
+    return sets | {name: [name] for name in ("x", *(name for name in predictors if control_about(name)))}
 
 
 def run(settings: EarlierLayersSettings, stages: Stages) -> Result:
@@ -173,7 +189,9 @@ def run(settings: EarlierLayersSettings, stages: Stages) -> Result:
             numbers |= part_numbers(found.site_of(sae["name"]), sae["name"], sets)
             advance(1)
     sites = predictors.about
-    about = {name: CONTROLS.get(name) or f"{name}: {sites.get(name) or ', '.join(used)}" for name, used in sets.items()}
+    about = {
+        name: control_about(name) or f"{name}: {sites.get(name) or ', '.join(used)}" for name, used in sets.items()
+    }
     notes = [
         "R2 is the mean over dimensions, on held-out tokens. A set of p predictors that says nothing scores about "
         "-p / (fit tokens): see noise_floor (0 for x and the nonlinear error, whose map is zero).",
@@ -198,11 +216,13 @@ def table(result: Result) -> Table:
             scores = [
                 with_interval(result.numbers, f"{sae['name']}/r2_from/{name}/{part}", "{:.3f}") for part in _PARTS
             ]
+            key = f"{sae['name']}/beyond_x/{name}"
+            beyond = with_interval(result.numbers, key, "{:.3f}") if key in result.numbers else ""
             floor = shown(result.numbers[f"{sae['name']}/noise_floor/{name}"], "{:.3f}")
-            rows.append([f"{sae['name']}: {label}" if several else label, *scores, floor])
+            rows.append([f"{sae['name']}: {label}" if several else label, *scores, beyond, floor])
     return Table(
         title=f"earlier-layers: {result.config['model']}, {result.config['hook']}, held-out R2 from SAE outputs",
-        headings=("from", "error", "linear error", "nonlinear error", "noise floor"),
+        headings=("from", "error", "linear error", "nonlinear error", "nonlinear, beyond x", "noise floor"),
         rows=rows,
     )
 
@@ -214,14 +234,17 @@ def reading(result: Result) -> list[str]:
     for sae in result.series["saes"]:
 
         def score(name: str, own: str = sae["name"]) -> str:
-            return with_interval(numbers, f"{own}/r2_from/{name}/nonlinear", "{:.3f}")
+            key = "r2_from/x/nonlinear" if name == "x" else f"beyond_x/{name}"
+            return with_interval(numbers, f"{own}/{key}", "{:.3f}")
 
         best = max((name for name in real if not name.startswith("all")), key=lambda n, own=sae["name"]: numbers[
-            f"{own}/r2_from/{n}/nonlinear"
+            f"{own}/beyond_x/{n}"
         ])  # fmt: skip
         together = f", all together {score('all')}" if "all" in real else ""
         without = f", all but the SAE's own output {score('all but res')}" if "all but res" in real else ""
-        lines.append(f"{sae['name']}: of the nonlinear error {best} alone explains {score(best)}{together}{without}.")
+        lines.append(
+            f"{sae['name']}: of the nonlinear error, beyond x, {best} alone explains {score(best)}{together}{without}."
+        )
         controls = [f"{name} {score(name)}" for name in predictors if name not in real]
         lines.append(f"{sae['name']}: the controls: {'; '.join(controls)}.")
     return [*lines, f"The paper, Gemma 2 9B: {PAPER}."]

@@ -24,6 +24,7 @@ from darkmatter_ext.saes.encoders import Encoded, random_directions
 
 HERE, BEFORE = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"
 N, D = 40_000, 8
+RANDOM = ("random mlp", "random attention")  # controls of the sites beside the first
 
 
 class _Planted(SiteSae):
@@ -72,7 +73,26 @@ def test_the_planted_share_of_the_nonlinear_error_comes_back(tmp_path, share):
         assert found[f"s/r2_from/shuffled/{part}"] == pytest.approx(0, abs=0.01)
     assert found["s/r2_from/x/nonlinear"] == pytest.approx(0, abs=0.01)
     assert found["s/r2_from/x/linear"] == pytest.approx(1, abs=1e-9)
+    assert found["s/beyond_x/previous res"] == pytest.approx(share, abs=0.02)
+    assert found["s/beyond_x/shuffled"] == pytest.approx(0, abs=0.01)
     assert found["s/noise_floor/previous res"] == pytest.approx(-D / site.n_fit)
+
+
+def test_a_predictor_that_is_mostly_linear_in_x_is_judged_beyond_x(tmp_path):
+    """z = 10 x + y with the nonlinear error y: alone z looks poor, beyond x it explains everything."""
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    y = (x.square() - 1) / 2**0.5
+    earlier = _planted_predictor(lambda z: z)
+    site = measure(
+        PlantedSource({HERE: x, BEFORE: 10 * x + y}),
+        [planted_sae("s", HERE, lambda x: x - (0.7 * x + (x.square() - 1) / 2**0.5))],
+        Measure(drop_positions=0, split="contexts", interval_groups=5),
+        folder=tmp_path,
+        predictors={HERE: [earlier.encoder(name="previous res")]},
+    )[HERE]
+    found = part_numbers(site, "s", predictor_sets(["previous res"]))
+    assert found["s/r2_from/previous res/nonlinear"] < 0.05
+    assert found["s/beyond_x/previous res"] == pytest.approx(1, abs=1e-6)
 
 
 def test_the_controls_are_what_they_say():
@@ -129,7 +149,7 @@ def test_a_run_equals_plain_least_squares(finished, more):
             r2 = plain_r2(plain_map(z[fit], y[fit], bias=not released)(z[~fit]), y[~fit])
             found = result.numbers[f"topk-24/r2_from/{name}/{part}"]
             assert found == pytest.approx(r2, abs=2e-3 if name == "all" else 2e-4), (name, part)
-    assert set(result.series["predictors"]) == {*hooks, "all", "all but res", "x", "shuffled", "random"}
+    assert set(result.series["predictors"]) == {*hooks, "all", "all but res", "x", "shuffled", "random", *RANDOM}
     for part in PARTS if not released else ():
         assert result.numbers[f"topk-24/r2_from/shuffled/{part}"] == pytest.approx(0, abs=0.03)
     assert {path.name for path in out.iterdir()} == {"earlier-layers.json", "earlier-layers_parts.png", "report.html"}
@@ -149,7 +169,7 @@ MLP = "blocks.1.hook_mlp_out"
 def _predictors(folders):
     """Given SAEs are named by themselves, with controls beside."""
     named = [Path(folders[hook]).name for hook in (MLP, BEFORE)]
-    return {"res", *named, "all", "all but res", "x", "shuffled", "random"}
+    return {"res", *named, "all", "all but res", "x", "shuffled", "random", *RANDOM}
 
 
 def test_saes_that_exist_are_taken_instead(finished, workplace, tmp_path):
