@@ -9,8 +9,8 @@ is the R2 of the nonlinear error from x and the predictor together: what x says 
 adds; alone, one that is mostly linear in x is punished for that part of it.
 
 Controls: `x` itself (the nonlinear error is what x does not predict: R2 must be about 0), `shuffled`, the output of the
-previous SAE at another token (about 0), `random`, a TopK SAE of random directions there, and with SAEs trained here at every other
-site too (nothing learned; what is left is that sparse codes of another tensor are nonlinear in x).
+previous SAE at another token (about 0), `random`, a TopK SAE of random directions there, and with SAEs trained here at
+every other site too (nothing learned; what is left is that sparse codes of another tensor are nonlinear in x).
 """
 
 from __future__ import annotations
