@@ -51,6 +51,10 @@ BAD = [
     (["run", "decomposition", "--hook", "layer10"], "--hook: must be like blocks.10.hook_resid_post, got 'layer10'"),
     (["run", "decomposition", "--device", "tpu"], "--device: must be cpu or cuda, got 'tpu'"),
     (["run", "decomposition", "--sae", "/nowhere"], "--sae: must be a folder with cfg.json"),
+    (["run", "decomposition", "--sae-dtype", "bfloat16"], "--sae-dtype: must be float32 for SAEs trained here"),
+    (["run", "decomposition", "--frozen", "all"], "--frozen: must be decoder, encoder or soft-decoder, got 'all'"),
+    (["run", "decomposition", "--architectures", "relu"], "--architectures: must be topk, batchtopk, jumprelu or"),
+    (["run", "decomposition", "--sae-seeds", "0"], "--sae-seeds: must be at least 1, got 0"),
     (["demo", "--speed", "9"], "unrecognized arguments: --speed 9"),
     (["figure", "/nowhere.json"], "RESULT: must be a result file, got /nowhere.json"),
     (["report"], "the following arguments are required: RESULT"),
@@ -78,6 +82,7 @@ def test_bad_files_are_told_before_or_without_a_result(workplace, tmp_path, refu
         (["--tokens", "10000000"], "--tokens: the text gives"),
         (["--hook", "blocks.9.hook_resid_post"], "--hook: "),
         (["--drop-positions", "32"], "--drop-positions: must be from 0 to 31"),
+        (["--device-map", "auto"], "--device-map: must be left out where activations are stored"),
         (["--split", "rows"], "--split: must be documents, contexts or tokens"),
         (["--out", str(blocked / "below")], "--out: must be a folder that can be written"),
     ]

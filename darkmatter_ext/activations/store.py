@@ -43,6 +43,7 @@ WEIGHT_PROCESSING = (
 
 CONTEXTS_PER_SHARD = 64
 CONTEXTS_PER_FORWARD = 8  # 2048 tokens of 256: enough to fill two cores, small enough for the cache
+CACHE_FORWARD_TOKENS = 2048  # the same, in tokens
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,11 @@ def tokenize_contexts(
     n_tokens: int,
     context_length: int,
     prepend_bos: bool = True,
+    per_document: int = 0,
 ) -> Contexts:
     """Cut documents into contexts of `context_length` tokens (BOS included) until `n_tokens` are reached.
+
+    At most `per_document` contexts of a document; 0: all.
 
     A context never crosses documents; what is left at the end of a document is dropped, never padded.
 
@@ -195,7 +199,9 @@ def tokenize_contexts(
     rows: list[list[int]] = []
     numbers: list[int] = []
     digest = hashlib.sha256()
-    contexts = context_rows(tokenizer, documents, context_length=context_length, prepend_bos=prepend_bos)
+    contexts = context_rows(
+        tokenizer, documents, context_length=context_length, prepend_bos=prepend_bos, per_document=per_document
+    )
     for number, (document, pieces) in enumerate(contexts):
         digest.update(document.text.encode())
         rows += pieces
@@ -312,6 +318,7 @@ def activation_caches(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     processing: Mapping[str, bool] | None = None,
+    forward_tokens: int = CACHE_FORWARD_TOKENS,
     progress: Progress | None = None,
 ) -> dict[str, ActivationCache]:
     """The activations of `contexts` at each of `hooks`, computed once and kept in the cache folder.
@@ -322,6 +329,7 @@ def activation_caches(
         contexts: see `tokenize_contexts`.
         device, dtype: of the forward pass; activations are stored in `dtype`.
         processing: of weights, by TransformerLens (see `load_lens`); none: the model as Hugging Face has it.
+        forward_tokens: tokens through the model at a time, in whole contexts.
         progress: called with the number of tokens done, as they are done.
 
     Raises:
@@ -346,7 +354,7 @@ def activation_caches(
         n_contexts, context_length = contexts.tokens.shape
         with contextlib.ExitStack() as stack:
             parts = {hook: stack.enter_context(atomic_folder(folder)) for hook, folder in missing.items()}
-            widths = _fill_caches(parts, forward, contexts, device, progress)
+            widths = _fill_caches(parts, forward, contexts, device, progress, forward_tokens)
             for hook, part in parts.items():
                 meta = {
                     "model": model,
@@ -367,7 +375,12 @@ def activation_caches(
 
 @torch.inference_mode()
 def _fill_caches(
-    folders: Mapping[str, Path], forward: Forward, contexts: Contexts, device: str, progress: Progress | None
+    folders: Mapping[str, Path],
+    forward: Forward,
+    contexts: Contexts,
+    device: str,
+    progress: Progress | None,
+    forward_tokens: int,
 ) -> dict[str, int]:
     """Run the model over all contexts and write the shards of each hook point; returns the widths."""
     widths: dict[str, int] = {}
@@ -375,7 +388,7 @@ def _fill_caches(
         part = slice(start, start + CONTEXTS_PER_SHARD)
         tokens = contexts.tokens[part]
         parts: dict[str, list[Tensor]] = {hook: [] for hook in folders}
-        for batch in tokens.split(CONTEXTS_PER_FORWARD):
+        for batch in tokens.split(max(1, forward_tokens // tokens.shape[1])):
             found = forward(batch.to(device))
             for hook, x in found.items():
                 parts[hook].append(x.cpu())

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.activations.contexts import ContextStore, Rows, text_rows, tokenised_rows, write_contexts
-from darkmatter_ext.activations.sources import LensSource, ModelSource, SelectedContexts, Source, open_cache
+from darkmatter_ext.activations.sources import (
+    FORWARD_TOKENS,
+    LensSource,
+    ModelSource,
+    SelectedContexts,
+    Source,
+    open_cache,
+)
 from darkmatter_ext.activations.store import (
+    CACHE_FORWARD_TOKENS,
     ActivationCache,
     activation_caches,
     check_fits,
@@ -58,7 +66,7 @@ def opened_source(found: Resolved, contexts: Path, own: Processes, stages: Stage
             dtype=dtype,
             device_map=data.device_map,
             loss=loss,
-            forward_tokens=data.forward_tokens,
+            forward_tokens=data.forward_tokens or FORWARD_TOKENS,
         )
 
 
@@ -102,6 +110,10 @@ def stored_activations(found: Resolved, stages: Stages) -> dict[str, ActivationC
     data = settings.data
     if data.stored:
         raise InputError(f"{data.stored}: must be left out where activations are stored, they come from text, got it")
+    if data.device_map:
+        raise InputError(
+            f"device_map: must be left out where activations are stored (device says where), got {data.device_map!r}"
+        )
     check_fits(found.model, context_length=usage.context_length)
     with stages.stage("tokenise text"):
         contexts = tokenize_contexts(
@@ -110,6 +122,7 @@ def stored_activations(found: Resolved, stages: Stages) -> dict[str, ActivationC
             n_tokens=data.tokens,
             context_length=usage.context_length,
             prepend_bos=usage.bos,
+            per_document=data.contexts_per_document,
         )
     check_fits(found.model, tokens=(int(contexts.tokens.min()), int(contexts.tokens.max())))
     with stages.stage("run the language model", contexts.tokens.numel()) as advance:
@@ -120,6 +133,7 @@ def stored_activations(found: Resolved, stages: Stages) -> dict[str, ActivationC
             device=settings.device,
             dtype=getattr(torch, data.dtype),
             processing=usage.processing,
+            forward_tokens=data.forward_tokens or CACHE_FORWARD_TOKENS,
             progress=advance,
         )
     for cache in caches.values():

@@ -48,8 +48,8 @@ class Data(InputFlags):
     """tokens of text, first positions included; SAEs trained here take their share of them"""
     dtype: str = "float32"
     """of the model: float32, bfloat16 or float16"""
-    forward_tokens: int = 4096
-    """tokens through the model at a time"""
+    forward_tokens: int = 0
+    """tokens through the model at a time; 0: 4096 where activations are streamed, 2048 where they are stored"""
     device_map: str = ""
     """spread the model over devices as transformers does ("auto"), instead of device"""
 
@@ -57,8 +57,7 @@ class Data(InputFlags):
         self.check_inputs()
         require_one_of("dtype", DTYPES, self.dtype)
         require_at_least("tokens", 2, self.tokens)
-        require_at_least("forward_tokens", 1, self.forward_tokens)
-        for name in ("shuffle_buffer", "contexts_per_document"):
+        for name in ("shuffle_buffer", "contexts_per_document", "forward_tokens"):
             require_at_least(name, 0, getattr(self, name))
         given = [name for name in ("text", "dataset", "tokenised", "cache") if getattr(self, name)]
         if len(given) > 1:
@@ -134,6 +133,7 @@ class Saes:
         require(0 < self.sae_fraction < 1, "sae_fraction", "must be between 0 and 1", self.sae_fraction)
         if not self.sae:
             self._check_widths()
+            require(self.sae_dtype == "float32", "sae_dtype", "must be float32 for SAEs trained here", self.sae_dtype)
         for name in ("ks", "widths", "layers", "architectures", "frozen"):
             values = getattr(self, name)
             what = "numbers" if name in ("ks", "widths", "layers") else "names"

@@ -31,6 +31,21 @@ def test_contexts_are_whole_start_with_bos_and_never_cross_documents(model_folde
     assert contexts.documents.tolist() == [0] * 6 + [1] * 4  # 100 words hold 6 contexts of 15
 
 
+def test_at_most_so_many_contexts_of_a_document(model_folder):
+    tokenizer = store.load_tokenizer(model_folder)
+    contexts = store.tokenize_contexts(tokenizer, text_documents(), n_tokens=64, context_length=16, per_document=2)
+    assert contexts.documents.tolist() == [0, 0, 1, 1]
+    assert torch.equal(contexts.tokens[:2], _contexts(model_folder).tokens[:2])
+
+
+def test_the_model_is_given_so_many_tokens_at_a_time(model_folder):
+    contexts, done = _contexts(model_folder), []
+    store.activation_caches(
+        model_folder, ["blocks.0.hook_resid_post"], contexts, forward_tokens=50, progress=done.append
+    )
+    assert done == [48, 48, 48, 16]  # whole contexts
+
+
 def test_cached_activations_equal_the_models_own_hidden_states(model_folder):
     from transformers import AutoModelForCausalLM
 

@@ -169,7 +169,7 @@ MLP = "blocks.1.hook_mlp_out"
 def _predictors(folders):
     """Given SAEs are named by themselves, with controls beside."""
     named = [Path(folders[hook]).name for hook in (MLP, BEFORE)]
-    return {"res", *named, "all", "all but res", "x", "shuffled", "random", *RANDOM}
+    return {"res", *named, "all", "all but res", "x", "shuffled", "random"}
 
 
 def test_saes_that_exist_are_taken_instead(finished, workplace, tmp_path):
