@@ -52,8 +52,11 @@ BAD = [
     (["run", "decomposition", "--device", "tpu"], "--device: must be cpu or cuda, got 'tpu'"),
     (["run", "decomposition", "--sae", "/nowhere"], "--sae: must be a folder with cfg.json"),
     (["run", "decomposition", "--sae-dtype", "bfloat16"], "--sae-dtype: must be float32 for SAEs trained here"),
-    (["run", "decomposition", "--frozen", "all"], "--frozen: must be decoder, encoder or soft-decoder, got 'all'"),
-    (["run", "decomposition", "--architectures", "relu"], "--architectures: must be topk, batchtopk, jumprelu or"),
+    (["run", "decomposition", "--frozen", "all"], "--frozen: must be one of decoder, encoder, soft-decoder, got 'all'"),
+    (
+        ["run", "decomposition", "--architectures", "relu"],
+        "--architectures: must be one of topk, batchtopk, jumprelu, matryoshka",
+    ),
     (["run", "decomposition", "--sae-seeds", "0"], "--sae-seeds: must be at least 1, got 0"),
     (["demo", "--speed", "9"], "unrecognized arguments: --speed 9"),
     (["figure", "/nowhere.json"], "RESULT: must be a result file, got /nowhere.json"),
