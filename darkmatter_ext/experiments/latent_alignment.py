@@ -221,7 +221,8 @@ def _fit_tokens(inputs: Inputs, sae: SiteSae, settings: LatentAlignmentSettings)
     """Fit tokens of an SAE's site, or any measured ones as the released code has it."""
     roles = (FIT, HELD_OUT) if settings.measure.parity == "released-code" else (FIT,)
     limit, seed, device = settings.reconstruction_tokens, settings.seed, settings.device
-    return tokens_again(inputs.source, inputs.roles, sae.hook, roles, limit=limit, seed=seed, device=device)
+    again = tokens_again(inputs.source, inputs.roles, sae.hook, roles, limit=limit, seed=seed, device=device)
+    return (tokens.x for tokens in again)
 
 
 def run(settings: LatentAlignmentSettings, stages: Stages) -> Result:

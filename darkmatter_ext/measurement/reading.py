@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +14,17 @@ from darkmatter_ext.measurement.tokens import TokenRoles
 READ_CONTEXTS = 16  # at a time
 
 
+class Again(NamedTuple):
+    """Some tokens of a site."""
+
+    x: Tensor  # [n, d]
+    documents: Tensor  # [n] int64
+
+
 def tokens_again(
     source: Source, roles: TokenRoles, hook: str, wanted: Collection[int], *, limit: int, seed: int, device: str = "cpu"
-) -> Iterator[Tensor]:
-    """Activations [n, d] at a site of tokens with some roles, from contexts in a seeded order, `limit` tokens at most.
+) -> Iterator[Again]:
+    """Activations at a site, and documents, of tokens with some roles, from contexts in a seeded order, `limit` tokens at most.
 
     Cost: where activations are streamed, the model runs again over as many contexts as the tokens need.
     """
@@ -27,8 +35,11 @@ def tokens_again(
     for part in order.split(READ_CONTEXTS):
         if left <= 0:
             return
-        batch = source.read(part.sort().values.tolist())
+        numbers = part.sort().values
+        batch = source.read(numbers.tolist())
         found, _ = roles.of(batch, hook)
-        rows = batch.activations[hook][torch.isin(found, torch.tensor(sorted(wanted)))][:left]
-        left -= len(rows)
-        yield rows.to(device)
+        chosen = torch.isin(found, torch.tensor(sorted(wanted)))
+        documents = source.documents[numbers][:, None].expand(chosen.shape)
+        again = Again(batch.activations[hook][chosen][:left].to(device), documents[chosen][:left])
+        left -= len(again.x)
+        yield again

@@ -18,6 +18,7 @@ SETTINGS = {
     "pursuit": ("--method", "gradient"),
     "scaling": ("--widths", "24", "32", "48", "64", "--ks", "4", "6", "--l0", "4", "--with-pursuit", "--sae-seeds", "2",
                 "--frozen", "decoder", "soft-decoder"),
+    "small-maps": ("--widths", "24", "--sae-seeds", "2", "--rank", "8", "--features", "64", "--epochs", "5"),
     "synthetic": ("--widths", "24", "--noise-seeds", "2", "--fit-tokens", "2000"),
 }  # fmt: skip
 
