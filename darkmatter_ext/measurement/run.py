@@ -90,17 +90,25 @@ class Inputs:
         return max(self.of(hook), key=lambda sae: sae.d_sae)
 
 
-def prepare(settings: Settings, stages: Stages, *, splices: bool = False, train_at: Sequence[str] = ()) -> Inputs:
+def prepare(
+    settings: Settings,
+    stages: Stages,
+    *,
+    splices: bool = False,
+    transcoders: bool = False,
+    train_at: Sequence[str] = (),
+) -> Inputs:
     """Make the inputs of a run; every process of a torchrun calls it.
 
     Args:
         splices: the caller reads whole stored contexts, and runs the model on from some; else activations are stored when
             SAEs are trained, or if the settings say so.
+        transcoders: the caller can treat what does not reconstruct its own input; else it is refused.
         train_at: hook points at which SAEs are trained, instead of those of the settings.
 
     Raises InputError for settings, SAEs or a model that do not fit; StateError for damaged files.
     """
-    found = resolve(settings, train_at=train_at)
+    found = resolve(settings, train_at=train_at, transcoders=transcoders)
     if splices and (asked := found.usage.processing):
         raise InputError(
             "backend: must be huggingface to splice into the model, got auto for SAEs that ask for weights processed by "
@@ -123,7 +131,7 @@ def prepare(settings: Settings, stages: Stages, *, splices: bool = False, train_
 
 
 def _described(found: Resolved) -> list[tuple[SaeDescription, str]]:
-    """All given SAEs with their hook points."""
+    """All given SAEs with the hook points they read."""
     measured = zip(found.saes, found.hooks, strict=True)
     return [*measured, *zip(found.predictors, found.predictor_hooks, strict=True)]
 
@@ -132,15 +140,20 @@ def _check_widths(found: Resolved, widths: Mapping[str, int]) -> None:
     for sae, hook in _described(found):
         if sae.d_in != widths[hook]:
             raise InputError(f"sae: must have d_in {widths[hook]} as {hook}, got {sae.d_in} in {sae.spec}")
+    for sae, hook in zip(found.saes, found.written, strict=True):
+        if sae.width_out != widths[hook]:
+            raise InputError(f"sae: must have d_out {widths[hook]} as {hook}, got {sae.width_out} in {sae.spec}")
 
 
 def _given(found: Resolved, device: str) -> list[SiteSae]:
-    return given_saes(found.saes, found.hooks, found.usage.scales[: len(found.saes)], found.settings, device)
+    ends = list(zip(found.hooks, found.written, strict=True))
+    return given_saes(found.saes, ends, found.usage.scales[: len(found.saes)], found.settings, device)
 
 
 def _predictors(found: Resolved, device: str) -> list[SiteSae]:
     scales = found.usage.scales[len(found.saes) :]
-    return given_saes(found.predictors, found.predictor_hooks, scales, found.settings, device)
+    ends = [(hook, hook) for hook in found.predictor_hooks]
+    return given_saes(found.predictors, ends, scales, found.settings, device)
 
 
 def _roles(found: Resolved, source: Source, *, drop_last: bool = True) -> TokenRoles:
@@ -266,7 +279,7 @@ def measured(
     folder = run_folder(inputs, decided)
     folder.mkdir(parents=True, exist_ok=True)
     sites = list(dict.fromkeys(sae.hook for sae in chosen))
-    hooks = list(dict.fromkeys([*sites, *(sae.hook for sae in inputs.predictors)]))
+    hooks = list(dict.fromkeys(hook for sae in (*chosen, *inputs.predictors) for hook in (sae.reads, sae.writes)))
     checks = RunChecks(folder, lambda: measured_samples(inputs.source, hooks, roles, own.device))
     look = checks if inputs.settings.saes.sae else None
     variants = [(sae, name) for sae in chosen for name in (encoders or {"": None})]
@@ -295,7 +308,7 @@ def measured(
         saes=listed,
         predictors=[other.name for other in others],
         config=inputs.config(sites),
-        notes=[*run_notes(inputs.resolved, inputs.source, found, counts), *checks.notes()],
+        notes=[*run_notes(inputs.resolved, found, counts), *checks.notes()],
         numbers=counts,
         provenance={"text_sha256" if inputs.stored else "tokens_sha256": inputs.text},
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from darkmatter_ext.report.result import Result
@@ -34,10 +35,12 @@ COLUMNS = (  # (key, heading, format)
 )
 
 
-def sae_table(result: Result) -> Table:
-    """One row an SAE (and variant)."""
+def sae_table(result: Result, more: tuple[tuple[str, str, str], ...] = ()) -> Table:
+    """One row an SAE (and variant). `more`: columns besides COLUMNS, left out where no SAE has their number."""
+    found = sae_rows(result)
+    columns = (*COLUMNS, *(column for column in more if any(column[0] in row for row in found)))
     return Table(
         title=f"{result.experiment}: {result.config['model']}, {result.config['hook']}, held-out tokens",
-        headings=tuple(heading for _, heading, _ in COLUMNS),
-        rows=[[shown(row[key], form) for key, _, form in COLUMNS] for row in sae_rows(result)],
+        headings=tuple(heading for _, heading, _ in columns),
+        rows=[[shown(row.get(key, math.nan), form) for key, _, form in columns] for row in found],
     )

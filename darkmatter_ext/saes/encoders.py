@@ -59,14 +59,26 @@ class Encoder:
     weight_bytes: int = 0
 
     @classmethod
-    def of_site(cls, name: str, hook: str, d_sae: int, load: Callable[[], Encode], *, weight_bytes: int = 0) -> Encoder:
-        """An encoder that reconstructs the one hook point it reads."""
+    def of_site(
+        cls, name: str, hook: str, d_sae: int, load: Callable[[], Encode], *, weight_bytes: int = 0, writes: str = ""
+    ) -> Encoder:
+        """An encoder of the one hook point it reads: it reconstructs that, or for a transcoder what `writes` names."""
 
         def load_inputs() -> Callable[[Inputs], Encoded]:
             encode = load()
             return lambda x: encode(x[hook])
 
-        return cls(name, (hook,), hook, d_sae, load_inputs, weight_bytes)
+        return cls(name, (hook,), writes or hook, d_sae, load_inputs, weight_bytes)
+
+    @property
+    def site(self) -> str:
+        """What it is measured at, see `site_name`."""
+        return site_name(self.reads, self.writes)
+
+
+def site_name(reads: tuple[str, ...], writes: str) -> str:
+    """A hook point that is read and written has its own name; else what is read `to` what is written."""
+    return writes if writes in reads else f"{' and '.join(reads)} to {writes}"
 
 
 TOPK_TRANSCODERS = ("topk_transcoder", "topk_skip_transcoder")  # see `topk_transcoders.py`

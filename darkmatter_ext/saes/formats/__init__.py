@@ -37,7 +37,7 @@ def found_at(spec: str | Path) -> tuple[Format, Place]:
     """
     path = Path(spec)
     for known in FORMATS:
-        if path.is_file() and (place := known.place_of_file(path)):
+        if place := known.place_of_file(path):
             return known, place
         if len(places := known.places_in(path)) == 1:
             return known, places[0]

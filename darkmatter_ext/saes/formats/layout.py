@@ -60,10 +60,11 @@ class Format:
 
     def place_of_file(self, path: Path) -> Place | None:
         """The SAE whose weights a file holds; None for another layout's."""
-        for pattern in self.weights_names:
-            folder = path.absolute().parents[pattern.count("/")]
-            if path.absolute().match(pattern) and path.is_file() and self._has_config(folder):
-                return Place(folder, path, "*" in pattern)
+        for pattern in self.weights_names if path.is_file() else ():
+            if path.absolute().match(pattern):
+                folder = path.absolute().parents[pattern.count("/")]
+                if self._has_config(folder):
+                    return Place(folder, path, "*" in pattern)
         return None
 
     def converter(self, place: Place) -> Callable[..., tuple[Config, Weights]]:
