@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from darkmatter_ext.activations.embedded_model import EMBEDDED_MODEL
+from darkmatter_ext.activations.embedded_model import EMBEDDED_MODEL, check_terms
 from darkmatter_ext.activations.hook_points import parse_hook_point, translated_hook
 from darkmatter_ext.activations.store import published_name
 from darkmatter_ext.measurement.metadata import Usage, excluded_ids, own_sites, usage
@@ -65,6 +65,8 @@ def resolve(settings: Settings, *, train_at: Sequence[str] = (), transcoders: bo
     model = published_name(data.model) or _named_model([*given, *predictors]) or ("" if given else EMBEDDED_MODEL)
     if not model and not data.cache:
         raise InputError(f"model: must be given, {given[0].spec} does not say its model, got none")
+    if not data.cache:
+        check_terms(model, accept=data.accept_terms)
     own = usage(given, data, others=predictors, model=data.model, hook=saes.hook, stored=data.stored)
     trained = [] if given else list(train_at) or saes.trained_hooks
     hooks, written = ([site[side] for site in sites] for side in (0, 1))

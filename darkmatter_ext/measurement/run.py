@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 # Where a state is kept, and how fast a run is, changes no number.
-OPERATIONAL = ("checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens")
+OPERATIONAL = (
+    "checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens", "accept_terms",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -376,6 +378,7 @@ def contexts_folder(found: Resolved) -> Path:
     if checkpoint := found.settings.measure.checkpoint:
         return Path(checkpoint) / "contexts"
     data = dataclasses.asdict(found.settings.data)
+    del data["accept_terms"]
     files = [path for path in (found.model, found.settings.data.text, found.settings.data.tokenised) if path]
     stamps: dict[str, Any] = {path: stamp(Path(path)) for path in files if Path(path).exists()}
     if not found.settings.data.text and not found.settings.data.dataset:

@@ -161,6 +161,8 @@ def refit_encoder(sae: SAE) -> Encode:
 def _dictionary(sae: Any) -> tuple[Any, Tensor]:
     """W_dec, packed, and b_dec. Raises ValueError unless Sae(x) is what they add up to: no other maps between."""
     cfg = sae.cfg
+    if "transcoder" in cfg.architecture():
+        raise InputError(f"sae: must reconstruct its own input for pursuit, got a {cfg.architecture()}")
     plain = cfg.normalize_activations == "none" and cfg.reshape_activations == "none"
     if not plain or sae.W_dec.shape[1] != cfg.d_in or getattr(cfg, "rescale_acts_by_decoder_norm", False):
         raise InputError(

@@ -6,6 +6,7 @@ from cases.formats import unit, write_circuit_tracer, write_sparsify
 from cases.models import save_model, saved_sae, word_tokenizer, write_text
 from cases.planted import PlantedSource
 
+import darkmatter_ext as dm
 from darkmatter_ext import cli
 from darkmatter_ext.activations import hook_points
 from darkmatter_ext.activations.store import load_model
@@ -19,7 +20,8 @@ from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, TokenRoles
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.report.result import load_result
 from darkmatter_ext.runtime.progress import Stages
-from darkmatter_ext.saes.encoders import Encoded, Encoder
+from darkmatter_ext.saes.encoders import Encoded, Encoder, pursuit_encoder, refit_encoder
+from darkmatter_ext.saes.loading import load_sae
 
 READ, WRITTEN = "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out"
 SITE = f"{READ} to {WRITTEN}"
@@ -237,3 +239,14 @@ def test_a_transcoder_that_does_not_name_its_ends_is_refused(place, tmp_path, ca
     folder, _ = write_sparsify(tmp_path / "run", module="adapter", transcode=True)
     assert cli.main(["run", "decomposition", "--sae", str(folder), "--model", str(place / "model")]) == 2
     assert "must name what it reads and writes (hook_name, hook_name_out)" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_calls_that_want_a_reconstruction_refuse_a_transcoder(place):
+    """Its two widths are equal: no shape would tell."""
+    sae = load_sae(place / "run" / "layers.1.mlp")
+    x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="sae: must reconstruct x, got a topk_skip_transcoder"):
+        dm.decompose(x, sae)
+    for make in (pursuit_encoder, refit_encoder):
+        with pytest.raises(ValueError, match="sae: must reconstruct its own input for pursuit, got a topk_skip"):
+            make(sae)
