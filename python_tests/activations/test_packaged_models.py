@@ -6,10 +6,12 @@ import sys
 import zipfile
 
 import pytest
-from cases.models import save_model, write_text
+from cases.models import save_model
 
 from darkmatter_ext import cli
 from darkmatter_ext.activations import embedded_model, store
+from darkmatter_ext.measurement.resolved import resolve
+from darkmatter_ext.measurement.settings import Settings, replaced
 from darkmatter_ext.runtime.inputs import InputError, StateError
 
 PIECES = (b"first" * 100, b"second", b"third" * 7)
@@ -87,14 +89,8 @@ def test_another_file_is_refused(packaged):
     assert not model.folder.exists()
 
 
-@pytest.mark.runs
-def test_the_flag_of_a_run(packaged, tmp_path, capsys):
-    write_text(tmp_path / "text.txt", words=1500)
-    command = [
-        "run", "decomposition", "--model", NAME, "--text", str(tmp_path / "text.txt"), "--tokens", "16000",
-        "--hook", "blocks.1.hook_resid_post", "--widths", "24", "--k", "4", "--steps", "5", "--context-length", "32",
-        "--out", str(tmp_path / "out"),
-    ]  # fmt: skip
-    assert cli.main(command) == 2
-    assert "--accept-terms: must be True for gemma-3-270m" in capsys.readouterr().err
-    assert cli.main([*command, "--accept-terms", "True"]) == 0
+def test_the_flag_of_a_run_accepts(packaged, capsys):
+    assert cli.main(["run", "decomposition", "--model", NAME]) == 2
+    assert "--accept-terms: must be True for gemma-3-270m" in capsys.readouterr().err.replace("\n", " ")
+    assert resolve(replaced(Settings(), model=NAME, accept_terms=True)).model == NAME
+    assert resolve(replaced(Settings(), model=NAME)).model == NAME  # once is enough
