@@ -42,7 +42,7 @@ def measure(*, sae: Specs = (), progress: bool = True, **settings: Any) -> Measu
     wanted = replaced(Settings(), **_given(sae), **settings)
     stages = Stages(show=progress)
     with stages.shown(), processes(wanted.device):
-        return measured(prepare(wanted, stages), stages)
+        return measured(prepare(wanted, stages, transcoders=True), stages)
 
 
 def run(experiment: str, *, sae: Specs = (), preset: str = "demo", progress: bool = True, **settings: Any) -> Result:

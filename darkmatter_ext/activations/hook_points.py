@@ -4,6 +4,8 @@ A name such as `blocks.20.hook_resid_post` means the same tensor here as in Tran
 SAEs carry these names in their metadata. Residual stream before and after a block is found in every model with a list of
 blocks; the places inside a block need to know the model's family, and an unknown family is refused.
 
+Transcoders read the MLP's input: with the gain of the norm before it (`mlp.hook_in`) or without (`ln2.hook_normalized`).
+
 Shapes: c contexts, L tokens a context, d width of the hook point (hook_z: heads times head width, heads flattened).
 """
 
@@ -14,30 +16,38 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from darkmatter_ext.runtime.inputs import InputError
 
-KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
+KINDS = (
+    "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z",
+    "ln2.hook_normalized", "mlp.hook_in", "mlp.hook_out",
+)  # fmt: skip
 _NAME = re.compile(rf"blocks\.(\d+)\.({'|'.join(re.escape(kind) for kind in KINDS)})")
 
 _BLOCK = re.compile(r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)")
 
-# kind -> (module inside the block, its input or its output). Gemma 2 and 3 norm what a sublayer writes before it is
-# added, and TransformerLens reads attn_out and mlp_out after that norm.
-_LLAMA = {
+# kind -> (module inside the block, its input, what a norm makes of its input before its gain, or its output). Gemma 2
+# and 3 norm what a sublayer writes before it is added, and TransformerLens reads attn_out and mlp_out after that norm.
+_MLP = {"mlp.hook_in": ("mlp", "input"), "mlp.hook_out": ("mlp", "output")}
+_LLAMA = _MLP | {
+    "ln2.hook_normalized": ("post_attention_layernorm", "normalised"),
     "hook_resid_mid": ("post_attention_layernorm", "input"),
     "hook_attn_out": ("self_attn", "output"),
     "hook_mlp_out": ("mlp", "output"),
     "attn.hook_z": ("self_attn.o_proj", "input"),
 }
-_GEMMA_2 = {
+_GEMMA_2 = _MLP | {
+    "ln2.hook_normalized": ("pre_feedforward_layernorm", "normalised"),
     "hook_resid_mid": ("pre_feedforward_layernorm", "input"),
     "hook_attn_out": ("post_attention_layernorm", "output"),
     "hook_mlp_out": ("post_feedforward_layernorm", "output"),
     "attn.hook_z": ("self_attn.o_proj", "input"),
 }
-_GPT2 = {
+_GPT2 = _MLP | {
+    "ln2.hook_normalized": ("ln_2", "normalised"),
     "hook_resid_mid": ("ln_2", "input"),
     "hook_attn_out": ("attn", "output"),
     "hook_mlp_out": ("mlp", "output"),
@@ -93,7 +103,7 @@ def transformer_blocks(network: nn.Module) -> nn.ModuleList:
 
 
 def _place(network: nn.Module, point: HookPoint) -> tuple[nn.Module, str]:
-    """The module whose input or output is the hook point."""
+    """The module whose input (as it is or normalised) or output is the hook point."""
     block = transformer_blocks(network)[point.layer]
     if point.kind == "hook_resid_pre":
         return block, "input"
@@ -107,6 +117,19 @@ def _place(network: nn.Module, point: HookPoint) -> tuple[nn.Module, str]:
         )
     path, side = FAMILIES[family][point.kind]
     return block.get_submodule(path), side
+
+
+def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a LayerNorm or RMSNorm makes of x before its gain and bias, in the dtype of x."""
+    eps = next(
+        (value for name in ("eps", "variance_epsilon") if (value := getattr(norm, name, None)) is not None), None
+    )
+    if eps is None:
+        raise InputError(f"hook: ln2.hook_normalized must be of a norm with an eps, got {type(norm).__name__}")
+    wide = x.float()
+    if isinstance(norm, nn.LayerNorm):
+        wide = wide - wide.mean(-1, keepdim=True)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class _Captured(Exception):
@@ -133,8 +156,12 @@ def capture(
         if stop and len(found) == len(set(names)):
             raise _Captured
 
-    def on_input(name: str) -> Callable[..., None]:
-        return lambda _module, args, kwargs: keep(name, args[0] if args else kwargs["hidden_states"])
+    def on_input(name: str, side: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            keep(name, _normalised(module, x) if side == "normalised" else x)
+
+        return hook
 
     def on_output(name: str) -> Callable[..., None]:
         return lambda _module, _args, output: keep(name, output)
@@ -142,10 +169,10 @@ def capture(
     try:
         for name in names:
             module, side = _place(network, parse_hook_point(name))
-            if side == "input":
-                handles.append(module.register_forward_pre_hook(on_input(name), with_kwargs=True))
-            else:
+            if side == "output":
                 handles.append(module.register_forward_hook(on_output(name)))
+            else:
+                handles.append(module.register_forward_pre_hook(on_input(name, side), with_kwargs=True))
         run()
     except _Captured:
         pass

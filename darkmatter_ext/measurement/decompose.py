@@ -204,6 +204,9 @@ def _from_sae(sae: Any) -> Reconstruct:
     if not all(callable(getattr(sae, name, None)) for name in ("encode", "decode")):
         raise TypeError(f"sae: must be a tensor Sae(x) or an SAE with encode and decode, got {type(sae).__name__}")
     own = for_flat_activations(sae)
+    architecture = getattr(getattr(own, "cfg", None), "architecture", None)
+    if callable(architecture) and "transcoder" in str(architecture()):
+        raise InputError(f"sae: must reconstruct x, got a {architecture()} (`dm.measure` takes transcoders)")
 
     def reconstruct(batch: TokenBatch) -> Reconstructed:
         acts: Any = own.encode(batch.x)

@@ -24,9 +24,9 @@ from darkmatter_ext.activations.sources import ContextBatch, Source
 from darkmatter_ext.estimators.least_squares import LinearMap
 from darkmatter_ext.estimators.sums import LinearSums, Reduce, as_columns, column_sums
 from darkmatter_ext.measurement.error import norm_targets, sae_error, varies
-from darkmatter_ext.measurement.measurement import SiteMeasurement
+from darkmatter_ext.measurement.measurement import WRITTEN, SiteMeasurement
 from darkmatter_ext.measurement.settings import SCALING_SCRIPT, Measure, Regressions
-from darkmatter_ext.measurement.site_sums import Piece, Scalars, SiteSums
+from darkmatter_ext.measurement.site_sums import Piece, Scalars, SiteSums, transcodes, what_is_read
 from darkmatter_ext.measurement.sweeps import Sweep, sweeps
 from darkmatter_ext.measurement.token_table import TokenTable
 from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, NORM_FIT, UNUSED, LeftOut, TokenRoles
@@ -86,8 +86,8 @@ class _Engine:
         self.in_table = torch.as_tensor(held_out)[: self.settings.table_contexts or None]
         self.has_loss = roles.pilot.loss is not None
         self.sites = {
-            hook: self._site(hook, tuple(sae for sae in saes if sae.writes == hook), tuple(predictors.get(hook, ())))
-            for hook in dict.fromkeys(sae.writes for sae in saes)
+            site: self._site(site, tuple(sae for sae in saes if sae.site == site), tuple(predictors.get(site, ())))
+            for site in dict.fromkeys(sae.site for sae in saes)
         }
         self.tables = {hook: TokenTable(checkpoint.folder / "per_token" / hook, processes.rank) for hook in self.sites}
         self.maps: dict[str, dict[str, LinearMap]] = {}
@@ -97,16 +97,18 @@ class _Engine:
 
     def _site(self, hook: str, saes: tuple[Encoder, ...], predictors: tuple[Encoder, ...]) -> SiteSums:
         pilot = self.roles.pilot
-        used = self.roles.of(pilot, hook)[0] != UNUSED
-        x = {name: _rows(pilot.activations[name], used, self.device) for name in _read_hooks(hook, saes, predictors)}
+        used = self.roles.of(pilot, *_own_hooks(saes))[0] != UNUSED
+        x = {name: _rows(pilot.activations[name], used, self.device) for name in _read_hooks(saes, predictors)}
         outputs = [self._outputs(predictor, x) for predictor in predictors]
-        widths = {"x": x[hook].shape[1]} | {p.name: z.shape[1] for p, z in zip(predictors, outputs, strict=True)}
+        own = what_is_read(saes, x)
+        widths = {"x": own.shape[1]} | {p.name: z.shape[1] for p, z in zip(predictors, outputs, strict=True)}
         return SiteSums.empty(
             hook,
             saes,
             predictors,
-            torch.cat([x[hook], *outputs], dim=1),
+            torch.cat([own, *outputs], dim=1),
             widths,
+            x[saes[0].writes].shape[1],
             self.sweeps,
             self.settings,
             loss=self.has_loss,
@@ -186,12 +188,12 @@ class _Engine:
 
     def _pieces(self, batch: ContextBatch, site: SiteSums, sweep: Sweep) -> Iterator[Piece]:
         """The measured tokens of a block at a site, by role."""
-        roles, left_out = self.roles.of(batch, site.hook)
+        roles, left_out = self.roles.of(batch, *_own_hooks(site.saes))
         if sweep.counted:
             site.left_out += torch.tensor(dataclasses.astuple(left_out))
         contexts = torch.tensor(batch.numbers)[:, None].expand(roles.shape)
         positions = torch.arange(roles.shape[1]).expand(roles.shape)
-        hooks = _read_hooks(site.hook, site.saes, site.predictors)
+        hooks = _read_hooks(site.saes, site.predictors)
         for role in roles.unique().tolist():
             if role == UNUSED:
                 continue
@@ -208,24 +210,26 @@ class _Engine:
 
     def _add(self, site: SiteSums, piece: Piece, sweep: Sweep) -> None:
         """Run the tokens of a piece through everything the sweep wants of their role."""
-        sums, errors, x = site.linear_of(piece), site.errors_of(piece), piece.x[site.hook]
+        sums, errors, x, y = site.linear_of(piece), site.errors_of(piece), site.read(piece.x), piece.x[site.writes]
         others = [self._outputs(predictor, piece.x) for predictor in site.predictors]
         v = sums.centred(x, *others)
         if piece.role in sweep.counted:
             sums.add_predictors(v)
-        scalars = Scalars.of(site, x, piece.loss) if piece.role in sweep.norms else None
+            if site.transcodes:
+                sums.add_target(WRITTEN, v, y)
+        scalars = Scalars.of(site, y, piece.loss) if piece.role in sweep.norms else None
         for number, sae in enumerate(site.saes):
             encode = self.rack.encoder(sae)
             for part, given in self._parts(sae, piece.x):
                 encoded = encode(given)
-                error = sae_error(x[part], encoded.x_hat)
+                error = sae_error(y[part], encoded.x_hat)
                 if piece.role in sweep.errors:
                     errors.add_target(f"error/{sae.name}", v[part], error)
-                    self._add_once(site, number, piece.role, x[part], error, encoded)
+                    self._add_once(site, number, piece.role, y[part], error, encoded)
                 if scalars is not None:
                     weight, bias = self.applied[site.hook][sae.name]
                     linear = v[part, : x.shape[1]] @ weight + bias
-                    norms = norm_targets(x[part], encoded.x_hat, linear, dtype=linear.dtype)
+                    norms = norm_targets(y[part], encoded.x_hat, linear, dtype=linear.dtype)
                     scalars.add(number, part, norms, encoded.l0)
                     sums.add_target(f"norms/{sae.name}", v[part], norms)
                     if piece.role == HELD_OUT:
@@ -275,9 +279,11 @@ class _Engine:
         """b* of every SAE from the fit tokens of all processes; one SAE's sums are copied at a time."""
         maps = {}
         parts = [site.linear[FIT], *(site.groups if self.regressions.map_on_all else ())]
-        x = site.linear[FIT].reduced(self.processes.sum, targets=[]).statistics(["x"], ["x"])
-        if not varies(x.moment_yy.sum().item(), x.mean_x, x.count):
-            raise InputError(f"activations: must vary over the fit tokens, got a constant at {site.hook}")
+        for name in ("x", WRITTEN) if site.transcodes else ("x",):
+            wanted = [name] if name == WRITTEN else []
+            x = site.linear[FIT].reduced(self.processes.sum, targets=wanted).statistics(["x"], [name])
+            if not varies(x.moment_yy.sum().item(), x.mean_y, x.count):
+                raise InputError(f"activations: must vary over the fit tokens, got a constant at {site.hook}")
         for sae in site.saes:
             name = f"error/{sae.name}"
             total = LinearSums.merged(
@@ -310,7 +316,7 @@ class _Engine:
             latents={name: sums.reduced(reduce) for name, sums in site.latents.items()},
             per_token=self.tables[site.hook].folder,
             left_out=LeftOut(*map(int, left_out)),
-            typical_norm=self.roles.typical_norm[site.hook],
+            typical_norm=self.roles.typical_norm[site.writes],
             regressions=self.regressions,
             _linear={role: sums.reduced(reduce) for role, sums in site.linear.items()}
             | {HELD_OUT: LinearSums.merged(groups)},
@@ -324,9 +330,14 @@ class _Engine:
         )
 
 
-def _read_hooks(hook: str, saes: Sequence[Encoder], predictors: Sequence[Encoder]) -> list[str]:
+def _own_hooks(saes: Sequence[Encoder]) -> list[str]:
+    """The hook points of a site: what is written and, by transcoders, read."""
+    return list(dict.fromkeys([saes[0].writes, *(saes[0].reads if transcodes(saes) else ())]))
+
+
+def _read_hooks(saes: Sequence[Encoder], predictors: Sequence[Encoder]) -> list[str]:
     """The hook points whose activations a site's tokens need."""
-    return list(dict.fromkeys([hook, *(read for sae in (*saes, *predictors) for read in sae.reads)]))
+    return list(dict.fromkeys([saes[0].writes, *(read for sae in (*saes, *predictors) for read in sae.reads)]))
 
 
 @torch.no_grad()
@@ -357,7 +368,7 @@ def measure(
         progress: called with the number of tokens read.
 
     Returns:
-        hook point -> SiteMeasurement, the same in every process.
+        hook point -> SiteMeasurement, the same in every process; at transcoders `READ to WRITTEN`, see `Encoder.site`.
 
     Raises:
         InputError: no SAE, NaN or infinity, a folder of another configuration.
@@ -371,7 +382,7 @@ def measure(
         **dataclasses.asdict(roles.settings),
         "positions": roles.kept.nonzero().flatten().tolist(),
         "excluded_tokens": roles.excluded,
-        "saes": [[sae.name, sae.writes, sae.d_sae] for sae in saes],
+        "saes": [[sae.name, sae.site, sae.d_sae] for sae in saes],
         "predictors": {hook: [predictor.name for predictor in own] for hook, own in (predictors or {}).items()},
         "regressions": dataclasses.asdict(regressions),
         "contexts": [source.n_contexts, source.context_length, source.identity],

@@ -28,6 +28,9 @@ Intervals: the held-out contexts are dealt into G groups whose Gram matrices are
 sums over groups, so leaving out one group at a time (`intervals.jackknife`) costs no reading. They cover the choice of
 held-out text; the maps are those of the fit tokens throughout.
 
+At a site of transcoders, b* and a* are maps from what they read; FVU, errors and norms are of what they write, `x` of the
+names included.
+
 Shapes: n tokens, d width of the site, S SAEs, p = d + widths of the predictors, G groups of held-out contexts.
 """
 
@@ -52,6 +55,7 @@ from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.encoders import Encoder
 
 # Per SAE and token, squared norms first; the two unsquared norms are what the per-token figures regress.
+WRITTEN = "written"  # at a site of transcoders, the target that holds what they write
 SAE_SCALARS = ("sae", "error", "linear", "nonlinear", "sae_plus_nonlinear", "l0", "error_norm", "nonlinear_norm")
 
 
@@ -84,6 +88,25 @@ class SiteMeasurement:
     @property
     def _norm_fit(self) -> int:
         return NORM_FIT if NORM_FIT in self._linear else FIT
+
+    @property
+    def transcodes(self) -> bool:
+        """Whether its SAEs write another hook point than they read."""
+        return WRITTEN in self._linear[HELD_OUT].targets
+
+    @property
+    def _explained(self) -> str:
+        """The block or target whose variance errors are shares of."""
+        return WRITTEN if self.transcodes else "x"
+
+    @property
+    def width(self) -> int:
+        """Of what errors are parts of."""
+        return next(iter(self.maps.values())).weight.shape[1]
+
+    def written_fit(self) -> LinearFit:
+        """Least squares from what transcoders read to what they write: the linear part of what they stand for."""
+        return self._fit(FIT, lambda sums: sums.statistics(["x"], [WRITTEN]))
 
     @property
     def n_fit(self) -> int:
@@ -221,7 +244,7 @@ class SiteMeasurement:
         held_out = self._linear[HELD_OUT]
         error, norms = self.error_fit(sae), self.norm_fit(sae)
         scored = LinearSums.merged([self._linear[FIT], held_out]) if self.regressions.fvu_of_all else held_out
-        variance = scored.statistics(["x"], ["x"]).moment_yy.sum().item()
+        variance = scored.statistics(["x"], [self._explained]).moment_yy.sum().item()
         squared_error = scored.tensors[f"yy/error/{sae}"].sum().item()
         unexplained = (
             scored.statistics(["x"], [f"error/{sae}"]).score(error.map).sse
@@ -263,9 +286,9 @@ class SiteMeasurement:
         """Of each group: tokens, squared norm and sum of x, and of the error: its sum, its square, its nonlinear square."""
         number, rows = list(self.saes).index(sae), []
         for group, residuals in zip(self._groups, self._residuals[:, number], strict=True):
-            x = group.statistics(["x"], ["x"])
-            square_x = (x.moment_yy + x.count * x.mean_x.square()).sum()
-            head = [torch.tensor([x.count], dtype=torch.float64), square_x[None].cpu(), (x.count * x.mean_x).cpu()]
+            x = group.statistics(["x"], [self._explained])
+            square_x = (x.moment_yy + x.count * x.mean_y.square()).sum()
+            head = [torch.tensor([x.count], dtype=torch.float64), square_x[None].cpu(), (x.count * x.mean_y).cpu()]
             rows.append(torch.cat([*head, residuals.flatten().cpu()]))
         return rows
 

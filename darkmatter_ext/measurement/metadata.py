@@ -334,17 +334,23 @@ def usage(
     return Usage(length, bos, positions, special, processing, scales, reading.notes())
 
 
-def own_hook(sae: SaeDescription) -> str:
-    """The hook point an SAE names; nothing where it names none.
+def own_sites(sae: SaeDescription) -> tuple[str, str]:
+    """The hook points an SAE names: what it reads and what it writes; nothing where it names none.
 
-    Raises ValueError for one that reads a single head, or does not reconstruct what it reads.
+    Raises InputError for one that reads a single head, or a transcoder that does not name both.
     """
-    own, head = str(sae.metadata.get("hook_name") or ""), sae.metadata.get("hook_head_index")
+    reads, head = str(sae.metadata.get("hook_name") or ""), sae.metadata.get("hook_head_index")
     if head is not None:
         raise InputError(f"sae: must read a whole hook point, got one of head {head} in {sae.spec}")
-    if sae.metadata.get("hook_name_out") not in (None, own) or "transcoder" in sae.architecture:
-        raise InputError(f"sae: must reconstruct its own input, got the {sae.architecture} {sae.spec}")
-    return own
+    if not sae.transcodes:
+        return reads, reads
+    writes = str(sae.metadata.get("hook_name_out") or "")
+    if not reads or not writes:
+        raise InputError(
+            f"sae: must name what it reads and writes (hook_name, hook_name_out), got the {sae.architecture} {sae.spec} "
+            f"with {reads or 'none'} and {writes or 'none'}"
+        )
+    return reads, writes
 
 
 def excluded_ids(special_tokens: SpecialTokens, model: str) -> tuple[int, ...]:

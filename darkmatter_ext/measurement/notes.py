@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from darkmatter_ext.activations.sources import Source
 from darkmatter_ext.activations.store import load_tokenizer
 from darkmatter_ext.activations.text import bos_note
 from darkmatter_ext.measurement.measurement import SiteMeasurement
@@ -13,13 +12,11 @@ from darkmatter_ext.measurement.resolved import Resolved
 FEW_TOKENS = 20  # a dimension: b* fitted on fewer fits noise
 
 
-def run_notes(
-    found: Resolved, source: Source, sites: Mapping[str, SiteMeasurement], counts: Mapping[str, float]
-) -> list[str]:
+def run_notes(found: Resolved, sites: Mapping[str, SiteMeasurement], counts: Mapping[str, float]) -> list[str]:
     """Notes on a measurement. `counts`: what its result reports about tokens."""
     lines = token_notes(found, counts)
     lines += [*found.usage.notes, *rank_notes(sites)]
-    widest = max(source.widths[hook] for hook in sites)
+    widest = max(len(b_star.weight) for site in sites.values() for b_star in site.maps.values())
     return lines + few_tokens_note(widest, next(iter(sites.values())).n_fit)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from darkmatter_ext.activations.embedded_model import EMBEDDED_MODEL
 from darkmatter_ext.activations.hook_points import parse_hook_point, translated_hook
 from darkmatter_ext.measurement.cost import PlannedSae, cost, cost_lines, known_model, probe
 from darkmatter_ext.measurement.settings import Settings
 from darkmatter_ext.saes.catalogue import SAE_SETS
+from darkmatter_ext.saes.formats import on_disk
 from darkmatter_ext.saes.loading import describe_sae
 
 
@@ -67,7 +67,7 @@ def _planned(specs: Sequence[str], hook: str) -> tuple[list[PlannedSae], list[st
     for spec in specs:
         if spec in known:
             planned.append(PlannedSae(spec, hook or known[spec].hook, known[spec].d_in, known[spec].d_sae))
-        elif Path(spec).is_dir():
+        elif on_disk(spec):
             sae = describe_sae(spec)
             own = translated_hook(str(sae.metadata.get("hook_name") or "")) or "?"
             planned.append(PlannedSae(spec, hook or own, sae.d_in, sae.d_sae))
@@ -90,7 +90,7 @@ def _cost(settings: Settings, planned: Sequence[PlannedSae], predictors: Sequenc
         passes=measure.passes,
         groups=measure.interval_groups,
         sae_bytes=4 if settings.saes.sae_dtype == "float32" else 2,
-        download_saes=any(not Path(sae.name).is_dir() for sae in every),
+        download_saes=any(not on_disk(sae.name) for sae in every),
     )
     rates = probe(settings.device, max(sae.d_in for sae in planned))
     known = model is not None or bool(data.cache)

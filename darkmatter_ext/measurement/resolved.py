@@ -6,10 +6,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from darkmatter_ext.activations.embedded_model import EMBEDDED_MODEL
+from darkmatter_ext.activations.embedded_model import EMBEDDED_MODEL, check_terms
 from darkmatter_ext.activations.hook_points import parse_hook_point, translated_hook
 from darkmatter_ext.activations.store import published_name
-from darkmatter_ext.measurement.metadata import Usage, excluded_ids, own_hook, usage
+from darkmatter_ext.measurement.metadata import Usage, excluded_ids, own_sites, usage
 from darkmatter_ext.measurement.settings import Settings
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.loading import SaeDescription, describe_sae
@@ -23,15 +23,16 @@ class Resolved:
     model: str
     usage: Usage
     saes: Sequence[SaeDescription]  # given ones
-    hooks: list[str]  # of each of them
+    hooks: list[str]  # that each of them reads
+    written: list[str]  # that each of them writes
     predictors: Sequence[SaeDescription]
     predictor_hooks: list[str]
     trained: list[str]  # hook points at which SAEs are trained
 
     @property
     def sites(self) -> list[str]:
-        """Where SAEs are, predictors aside."""
-        return list(dict.fromkeys(self.hooks)) or self.trained
+        """Where SAEs are, predictors aside: hook points that are read or written."""
+        return list(dict.fromkeys([*self.hooks, *self.written])) or self.trained
 
     @property
     def read(self) -> list[str]:
@@ -44,23 +45,39 @@ class Resolved:
         return excluded_ids(self.usage.special_tokens, self.model)
 
 
-def resolve(settings: Settings, *, train_at: Sequence[str] = ()) -> Resolved:
+def resolve(settings: Settings, *, train_at: Sequence[str] = (), transcoders: bool = False) -> Resolved:
     """What the SAEs say of themselves, and what follows from it. Downloads at most small files.
 
-    `train_at`: hook points at which SAEs are trained, instead of those of the settings.
+    Args:
+        train_at: hook points at which SAEs are trained, instead of those of the settings.
+        transcoders: whether the caller can treat what does not reconstruct its own input.
 
     Raises InputError when an SAE cannot be read, or they do not fit together.
     """
     data, saes = settings.data, settings.saes
     given, predictors = ([describe_sae(spec) for spec in specs] for specs in (saes.sae, saes.predictor))
-    hooks = [_hook(settings, sae, saes.hook) for sae in given]
-    predictor_hooks = [_hook(settings, sae, "") for sae in predictors]
+    for sae in given:
+        _check_transcoder(settings, sae, "sae", allowed=transcoders)
+    for sae in predictors:
+        _check_transcoder(settings, sae, "predictor", allowed=False)
+    sites = [_sites(settings, sae, saes.hook) for sae in given]
+    predictor_hooks = [_sites(settings, sae, "")[0] for sae in predictors]
     model = published_name(data.model) or _named_model([*given, *predictors]) or ("" if given else EMBEDDED_MODEL)
     if not model and not data.cache:
         raise InputError(f"model: must be given, {given[0].spec} does not say its model, got none")
+    if not data.cache:
+        check_terms(model, accept=data.accept_terms)
     own = usage(given, data, others=predictors, model=data.model, hook=saes.hook, stored=data.stored)
     trained = [] if given else list(train_at) or saes.trained_hooks
-    return Resolved(settings, model, own, given, hooks, predictors, predictor_hooks, trained)
+    hooks, written = ([site[side] for site in sites] for side in (0, 1))
+    return Resolved(settings, model, own, given, hooks, written, predictors, predictor_hooks, trained)
+
+
+def _check_transcoder(settings: Settings, sae: SaeDescription, argument: str, *, allowed: bool) -> None:
+    if sae.transcodes and not allowed:
+        raise InputError(f"{argument}: must reconstruct its own input here, got the {sae.architecture} {sae.spec}")
+    if sae.transcodes and settings.stores:
+        raise InputError(f"store: must be False for a transcoder, got True for {sae.spec}")
 
 
 def _named_model(saes: Sequence[SaeDescription]) -> str:
@@ -72,20 +89,23 @@ def _named_model(saes: Sequence[SaeDescription]) -> str:
     return next(iter(named), "")
 
 
-def _hook(settings: Settings, sae: SaeDescription, given: str) -> str:
-    """Where an SAE reads: as it says, or as `given` for one that does not, or for a cache with names of its own.
+def _sites(settings: Settings, sae: SaeDescription, given: str) -> tuple[str, str]:
+    """What an SAE reads and writes: as it says, or as `given` for one that does not, or for a cache with names of its own.
 
-    Raises InputError when that is not known, the two differ, or the SAE does not reconstruct what it reads.
+    Raises InputError when that is not known, or the two differ.
     """
-    own = own_hook(sae)
-    if settings.data.cache:
-        hook = given or own
+    own = own_sites(sae)
+    if sae.transcodes:
+        reads, writes = own if settings.data.cache else (translated_hook(own[0]), translated_hook(own[1]))
+    elif settings.data.cache:
+        reads = writes = given or own[0]
     else:
-        hook = translated_hook(own) or given
-        if hook:
-            parse_hook_point(hook)
-        if given and hook != given:
-            raise InputError(f"sae: must be of the site {given}, got one of {hook} in {sae.spec}")
-    if not hook:
+        reads = writes = translated_hook(own[0]) or given
+    if not reads:
         raise InputError(f"hook: must be given, {sae.spec} does not say where it reads, got none")
-    return hook
+    if not settings.data.cache:
+        for hook in (reads, writes):
+            parse_hook_point(hook)
+        if given and given not in (reads, writes):
+            raise InputError(f"sae: must be of the site {given}, got one of {reads} in {sae.spec}")
+    return reads, writes

@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 # Where a state is kept, and how fast a run is, changes no number.
-OPERATIONAL = ("checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens")
+OPERATIONAL = (
+    "checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens", "accept_terms",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,27 @@ class Inputs:
         return max(self.of(hook), key=lambda sae: sae.d_sae)
 
 
-def prepare(settings: Settings, stages: Stages, *, splices: bool = False, train_at: Sequence[str] = ()) -> Inputs:
+def prepare(
+    settings: Settings,
+    stages: Stages,
+    *,
+    splices: bool = False,
+    transcoders: bool = False,
+    train_at: Sequence[str] = (),
+) -> Inputs:
     """Make the inputs of a run; every process of a torchrun calls it.
 
     Args:
         splices: the caller reads whole stored contexts, and runs the model on from some; else activations are stored when
             SAEs are trained, or if the settings say so.
+        transcoders: the caller can treat what does not reconstruct its own input; else it is refused.
         train_at: hook points at which SAEs are trained, instead of those of the settings.
 
     Raises InputError for settings, SAEs or a model that do not fit; StateError for damaged files.
     """
     if settings.measure.parity == "released-code":
         settings = replaced(settings, max_norm_ratio=0.0)  # none of its scripts leaves tokens out by norm
-    found = resolve(settings, train_at=train_at)
+    found = resolve(settings, train_at=train_at, transcoders=transcoders)
     if splices and (asked := found.usage.processing):
         raise InputError(
             "backend: must be huggingface to splice into the model, got auto for SAEs that ask for weights processed by "
@@ -126,7 +136,7 @@ def prepare(settings: Settings, stages: Stages, *, splices: bool = False, train_
 
 
 def _described(found: Resolved) -> list[tuple[SaeDescription, str]]:
-    """All given SAEs with their hook points."""
+    """All given SAEs with the hook points they read."""
     measured = zip(found.saes, found.hooks, strict=True)
     return [*measured, *zip(found.predictors, found.predictor_hooks, strict=True)]
 
@@ -135,15 +145,20 @@ def _check_widths(found: Resolved, widths: Mapping[str, int]) -> None:
     for sae, hook in _described(found):
         if sae.d_in != widths[hook]:
             raise InputError(f"sae: must have d_in {widths[hook]} as {hook}, got {sae.d_in} in {sae.spec}")
+    for sae, hook in zip(found.saes, found.written, strict=True):
+        if sae.width_out != widths[hook]:
+            raise InputError(f"sae: must have d_out {widths[hook]} as {hook}, got {sae.width_out} in {sae.spec}")
 
 
 def _given(found: Resolved, device: str) -> list[SiteSae]:
-    return given_saes(found.saes, found.hooks, found.usage.scales[: len(found.saes)], found.settings, device)
+    ends = list(zip(found.hooks, found.written, strict=True))
+    return given_saes(found.saes, ends, found.usage.scales[: len(found.saes)], found.settings, device)
 
 
 def _predictors(found: Resolved, device: str) -> list[SiteSae]:
     scales = found.usage.scales[len(found.saes) :]
-    return given_saes(found.predictors, found.predictor_hooks, scales, found.settings, device)
+    ends = [(hook, hook) for hook in found.predictor_hooks]
+    return given_saes(found.predictors, ends, scales, found.settings, device)
 
 
 def _roles(found: Resolved, source: Source, *, drop_last: bool = True) -> TokenRoles:
@@ -273,7 +288,7 @@ def measured(
     folder = run_folder(inputs, decided)
     folder.mkdir(parents=True, exist_ok=True)
     sites = list(dict.fromkeys(sae.hook for sae in chosen))
-    hooks = list(dict.fromkeys([*sites, *(sae.hook for sae in inputs.predictors)]))
+    hooks = list(dict.fromkeys(hook for sae in (*chosen, *inputs.predictors) for hook in (sae.reads, sae.writes)))
     checks = RunChecks(folder, lambda: measured_samples(inputs.source, hooks, roles, own.device))
     look = checks if inputs.settings.saes.sae else None
     variants = [(sae, name) for sae in chosen for name in (encoders or {"": None})]
@@ -303,7 +318,7 @@ def measured(
         saes=listed,
         predictors=[other.name for other in others],
         config=inputs.config(sites),
-        notes=[*run_notes(inputs.resolved, inputs.source, found, counts), *checks.notes()],
+        notes=[*run_notes(inputs.resolved, found, counts), *checks.notes()],
         numbers=counts,
         provenance={"text_sha256" if inputs.stored else "tokens_sha256": inputs.text},
         training_text={} if encoders else _on_training_text(inputs, chosen, found, stages),
@@ -391,6 +406,7 @@ def contexts_folder(found: Resolved) -> Path:
     if checkpoint := found.settings.measure.checkpoint:
         return Path(checkpoint) / "contexts"
     data = dataclasses.asdict(found.settings.data)
+    del data["accept_terms"]
     files = [path for path in (found.model, found.settings.data.text, found.settings.data.tokenised) if path]
     stamps: dict[str, Any] = {path: stamp(Path(path)) for path in files if Path(path).exists()}
     if not found.settings.data.text and not found.settings.data.dataset:

@@ -28,10 +28,14 @@ class RunChecks:
         self._samples = functools.cache(samples)  # hook point -> [n, d] measured tokens, read once if at all
         self._found: dict[str, list[str]] = json.loads(self._path.read_text()) if self._path.exists() else {}
 
-    def see(self, name: str, hook: str, sae: Any, encode: Encode | None, expected_l0: float | None) -> None:
-        """Look at an SAE, once. `encode`: where it is used with its own encoder."""
+    def see(
+        self, name: str, hook: str, sae: Any, encode: Encode | None, expected_l0: float | None, *, writes: str = ""
+    ) -> None:
+        """Look at an SAE, once. `encode`: where it is used with its own encoder; `writes`: what a transcoder writes."""
         if name not in self._found:
-            self._found[name] = signs(sae, self._samples()[hook], expected_l0=expected_l0, encode=encode)
+            samples = self._samples()
+            target = samples[writes] if writes and writes != hook else None
+            self._found[name] = signs(sae, samples[hook], target, expected_l0=expected_l0, encode=encode)
 
     def save(self) -> None:
         """Keep what was seen; one process of a run does it."""
@@ -44,15 +48,18 @@ class RunChecks:
 
 
 def measured_samples(source: Source, hooks: Sequence[str], roles: TokenRoles, device: str = "cpu") -> dict[str, Tensor]:
-    """[n, d] measured tokens of the first contexts at each hook point, at most SAMPLE_TOKENS, spread over them."""
+    """[n, d] measured tokens of the first contexts at each hook point, at most SAMPLE_TOKENS, spread over them.
+
+    The same tokens at all of them: those whose norm is unusual at none.
+    """
     batch = source.read(list(range(min(SAMPLE_CONTEXTS, source.n_contexts))))
     wanted = roles.wanted(batch.tokens)
-    found = {}
-    for hook in hooks:
-        rows = batch.activations[hook][wanted].float()
-        if roles.settings.max_norm_ratio > 0 and len(rows):
+    every = {hook: batch.activations[hook][wanted].float() for hook in hooks}
+    usual = torch.ones(int(wanted.sum()), dtype=torch.bool)
+    if roles.settings.max_norm_ratio > 0 and len(usual):
+        for rows in every.values():
             norms = rows.norm(dim=-1)
-            rows = rows[norms <= roles.settings.max_norm_ratio * norms.median()]
-        chosen = torch.linspace(0, max(0, len(rows) - 1), min(len(rows), SAMPLE_TOKENS)).long()
-        found[hook] = rows[chosen].to(device)
-    return found
+            usual &= (norms <= roles.settings.max_norm_ratio * norms.median()).cpu()
+    places = usual.nonzero().flatten()
+    chosen = places[torch.linspace(0, max(0, len(places) - 1), min(len(places), SAMPLE_TOKENS)).long()]
+    return {hook: rows[chosen.to(rows.device)].to(device) for hook, rows in every.items()}

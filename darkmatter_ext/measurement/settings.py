@@ -29,7 +29,9 @@ class Data(InputFlags):
     """Which activations."""
 
     model: str = ""
-    """the embedded model, a local folder, or a Hugging Face id; default: as the SAEs say, else the embedded model"""
+    """the embedded model, gemma-3-270m, a folder, or a Hugging Face id; default: as the SAEs say, else the embedded one"""
+    accept_terms: bool = False
+    """accept the model's terms of use, once, where it has some (gemma-3-270m: https://ai.google.dev/gemma/terms)"""
     text: str = ""
     """UTF-8 text file to measure on; default: the documentation installed on this machine"""
     dataset: str = ""

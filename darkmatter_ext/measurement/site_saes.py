@@ -16,7 +16,7 @@ from darkmatter_ext.measurement.stored_tokens import StoredTokens
 from darkmatter_ext.measurement.tokens import SAE_TRAINING
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import cache_dir, fingerprint
-from darkmatter_ext.saes.encoders import Encode, Encoder, as_encoder
+from darkmatter_ext.saes.encoders import Encode, Encoder, as_encoder, site_name
 from darkmatter_ext.saes.loading import SaeDescription, describe_sae, load_sae
 from darkmatter_ext.saes.sanity import misloaded, signs
 from darkmatter_ext.training.config import StreamConfig, TrainingConfig
@@ -32,10 +32,10 @@ Make = Callable[["SAE"], Encode]  # how an SAE is used: its own encoder, pursuit
 
 @dataclass(frozen=True, eq=False)
 class SiteSae:
-    """An SAE at a hook point."""
+    """An SAE at a hook point, or a transcoder from one to another."""
 
     name: str  # unique in a run
-    hook: str
+    hook: str  # its site: what it reconstructs, or a transcoder's two, see `encoders.site_name`
     folder: str  # or RELEASE:ID
     d_in: int
     d_sae: int
@@ -45,6 +45,17 @@ class SiteSae:
     load: Callable[[], SAE]
     weight_bytes: int
     stays: bool = True  # `load` gives the same object every time; not under a budget of memory
+    ends: tuple[str, str] | None = None  # what a transcoder reads and writes
+
+    @property
+    def reads(self) -> str:
+        """The hook point it is given."""
+        return self.ends[0] if self.ends else self.hook
+
+    @property
+    def writes(self) -> str:
+        """The hook point it reconstructs."""
+        return self.ends[1] if self.ends else self.hook
 
     @property
     def listed(self) -> dict[str, Any]:
@@ -64,10 +75,13 @@ class SiteSae:
             sae = self.load()
             encode = self.own_of(sae) if make is as_encoder else make(sae)
             if checks is not None:
-                checks.see(self.name, self.hook, sae, encode if make is as_encoder else None, self.expected_l0)
+                own = encode if make is as_encoder else None
+                checks.see(self.name, self.reads, sae, own, self.expected_l0, writes=self.writes)
             return encode
 
-        return Encoder.of_site(name or self.name, self.hook, self.d_sae, load, weight_bytes=self.weight_bytes)
+        return Encoder.of_site(
+            name or self.name, self.reads, self.d_sae, load, weight_bytes=self.weight_bytes, writes=self.writes
+        )
 
     @functools.cached_property
     def _encode(self) -> Encode:
@@ -85,24 +99,24 @@ class SiteSae:
 
 def given_saes(
     described: Sequence[SaeDescription],
-    hooks: Sequence[str],
+    ends: Sequence[tuple[str, str]],
     scales: Sequence[float | None],
     settings: Settings,
     device: str,
 ) -> list[SiteSae]:
-    """SAEs that exist. Names are short where they are unique, else the whole specification.
+    """SAEs that exist, with what each reads and writes. Names are short where they are unique, else the whole spec.
 
     Kept loaded, unless settings give a budget of memory: then whoever uses one keeps it as long as it may.
     """
     short = [sae.name for sae in described]
     dtype, budget = settings.saes.sae_dtype, settings.measure.sae_memory_gb
     found = []
-    for sae, hook, scale in zip(described, hooks, scales, strict=True):
+    for sae, (reads, writes), scale in zip(described, ends, scales, strict=True):
         load = functools.partial(load_sae, sae.spec, device=device, dtype=dtype, activation_scale=scale)
         found.append(
             SiteSae(
                 name=sae.name if short.count(sae.name) == 1 else sae.spec,
-                hook=hook,
+                hook=site_name((reads,), writes),
                 folder=sae.spec,
                 d_in=sae.d_in,
                 d_sae=sae.d_sae,
@@ -112,6 +126,7 @@ def given_saes(
                 load=load if budget > 0 else functools.cache(load),
                 weight_bytes=sae.weight_bytes,
                 stays=budget <= 0,
+                ends=(reads, writes) if sae.transcodes else None,
             )
         )
     return found

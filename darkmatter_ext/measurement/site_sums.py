@@ -1,6 +1,10 @@
 """Everything that adds up at one site: sums by role, per-token scalars, and the tokens they are made of.
 
-Shapes: n tokens, d width of the site, S SAEs, p = d + widths of the predictors, G groups of held-out contexts.
+A site is a hook point, or two for transcoders: what they read, which errors are regressed on, and what they write, which
+errors are parts of. There `x` is what is read and `y` what is written; for SAEs both are one.
+
+Shapes: n tokens, d width of what is written, S SAEs, p = width of what is read + widths of the predictors, G groups of
+held-out contexts.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from darkmatter_ext.estimators.sums import LatentSums, LinearSums, TokenSums
 from darkmatter_ext.measurement.error import NORM_TARGETS
-from darkmatter_ext.measurement.measurement import SAE_SCALARS, scalar_names
+from darkmatter_ext.measurement.measurement import SAE_SCALARS, WRITTEN, scalar_names
 from darkmatter_ext.measurement.settings import Measure
 from darkmatter_ext.measurement.sweeps import Sweep
 from darkmatter_ext.measurement.tokens import FIT, HELD_OUT
@@ -28,7 +32,7 @@ class Piece(NamedTuple):
 
     role: int
     group: int  # of held-out contexts
-    x: dict[str, Tensor]  # hook point -> [n, d]: the site's own and those its predictors read
+    x: dict[str, Tensor]  # hook point -> [n, d]: what SAEs and predictors read, and what is written
     tokens: Tensor  # [n] int64
     contexts: Tensor  # [n] int64
     positions: Tensor  # [n] int64
@@ -39,7 +43,7 @@ class Piece(NamedTuple):
 class SiteSums:
     """Everything that adds up at one site, by role where roles differ."""
 
-    hook: str
+    hook: str  # the site's name
     saes: tuple[Encoder, ...]
     predictors: tuple[Encoder, ...]
     linear: dict[int, LinearSums]  # of the roles that are not held out
@@ -61,6 +65,7 @@ class SiteSums:
         predictors: tuple[Encoder, ...],
         pilot: Tensor,
         widths: Mapping[str, int],
+        d: int,
         sweeps: Sequence[Sweep],
         settings: Measure,
         *,
@@ -72,11 +77,13 @@ class SiteSums:
         Args:
             pilot: [n, p] x and the predictors' outputs at some tokens; their mean is the shift of the sums.
             widths: columns of x and of each predictor, by name, in that order.
+            d: width of what is written.
             loss: whether the source gives the model's loss.
             vocabulary: number of token ids, for means over tokens; 0: none are kept.
         """
-        shift, d, device = pilot.double().mean(0), widths["x"], pilot.device
+        shift, device = pilot.double().mean(0), pilot.device
         errors = {f"error/{sae.name}": d for sae in saes}
+        written = {WRITTEN: d} if transcodes(saes) else {}
         norms = {f"norms/{sae.name}": len(NORM_TARGETS) for sae in saes}
         counted, with_errors, with_norms = (
             frozenset().union(*(getattr(sweep, kind) for sweep in sweeps)) for kind in ("counted", "errors", "norms")
@@ -84,7 +91,7 @@ class SiteSums:
         products, n_groups = settings.products, settings.interval_groups
 
         def linear(targets: dict[str, int]) -> LinearSums:
-            return LinearSums.empty(widths, targets, shift, products)
+            return LinearSums.empty(widths, targets | written, shift, products)
 
         names = scalar_names([sae.name for sae in saes], loss=loss)
         zero = torch.zeros(len(names), dtype=torch.float64, device=device)
@@ -136,6 +143,20 @@ class SiteSums:
         for sums in (*self.linear.values(), *self.groups):
             sums.shift.copy_(saved[f"{self.hook}/shift"])
 
+    @property
+    def transcodes(self) -> bool:
+        """Whether its SAEs write another hook point than they read."""
+        return transcodes(self.saes)
+
+    @property
+    def writes(self) -> str:
+        """The hook point its SAEs write."""
+        return self.saes[0].writes
+
+    def read(self, x: Mapping[str, Tensor]) -> Tensor:
+        """[n, p'] what errors are regressed on."""
+        return what_is_read(self.saes, x)
+
     def linear_of(self, piece: Piece) -> LinearSums:
         return self.groups[piece.group] if piece.role == HELD_OUT else self.linear[piece.role]
 
@@ -145,6 +166,19 @@ class SiteSums:
 
     def scalars_of(self, piece: Piece) -> LinearSums:
         return self.scalar_groups[piece.group] if piece.role == HELD_OUT else self.scalars[piece.role]
+
+
+def transcodes(saes: Sequence[Encoder]) -> bool:
+    """Whether the SAEs of a site write another hook point than they read."""
+    return saes[0].writes not in saes[0].reads
+
+
+def what_is_read(saes: Sequence[Encoder], x: Mapping[str, Tensor]) -> Tensor:
+    """[n, p'] what the errors of a site's SAEs are regressed on: what they reconstruct, or all that transcoders read."""
+    if not transcodes(saes):
+        return x[saes[0].writes]
+    reads = [x[hook] for hook in saes[0].reads]
+    return reads[0] if len(reads) == 1 else torch.cat(reads, dim=1)
 
 
 @dataclass

@@ -9,6 +9,7 @@ Shapes: C contexts of L tokens, c of them in a batch; d width of a site.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -146,9 +147,16 @@ class TokenRoles:
         counts = ((~in_place).sum(), (in_place & ~kept).sum(), (kept & ~used).sum())
         return used, LeftOut(*(int(count) for count in counts))
 
-    def of(self, batch: ContextBatch, hook: str) -> tuple[Tensor, LeftOut]:
-        """The role of every token of a batch at a site, [c, L], UNUSED for those left out; and how many each rule takes."""
-        used, left_out = self.used(batch.tokens, _norms(batch.activations[hook]), hook)
+    def of(self, batch: ContextBatch, *hooks: str) -> tuple[Tensor, LeftOut]:
+        """The role of every token of a batch at a site, [c, L], UNUSED for those left out; and how many each rule takes.
+
+        `hooks`: the site's; a norm at one of them (what a transcoder reads or writes) leaves the token out.
+        """
+        used, left_out = self.used(batch.tokens, _norms(batch.activations[hooks[0]]), hooks[0])
+        for hook in hooks[1:]:
+            kept = used & self._is_usual(_norms(batch.activations[hook]), self.typical_norm[hook])
+            left_out = dataclasses.replace(left_out, by_norm=left_out.by_norm + int((used & ~kept).sum()))
+            used = kept
         return torch.where(used, self.dealt(batch.numbers), UNUSED), left_out
 
     def dealt(self, numbers: Sequence[int]) -> Tensor:

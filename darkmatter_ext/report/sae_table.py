@@ -36,12 +36,12 @@ COLUMNS = (  # (key, heading, format)
 )
 
 
-def sae_table(result: Result) -> Table:
-    """One row an SAE (and variant)."""
-    rows = sae_rows(result)
-    columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
+def sae_table(result: Result, more: tuple[tuple[str, str, str], ...] = ()) -> Table:
+    """One row an SAE (and variant). `more`: columns besides COLUMNS. A column is left out where no SAE has its number."""
+    found = sae_rows(result)
+    columns = [column for column in (*COLUMNS, *more) if any(column[0] in row for row in found)]
     return Table(
         title=f"{result.experiment}: {result.config['model']}, {result.config['hook']}, held-out tokens",
         headings=tuple(heading for _, heading, _ in columns),
-        rows=[[shown(row.get(key, math.nan), form) for key, _, form in columns] for row in rows],
+        rows=[[shown(row.get(key, math.nan), form) for key, _, form in columns] for row in found],
     )

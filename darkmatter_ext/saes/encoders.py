@@ -59,21 +59,34 @@ class Encoder:
     weight_bytes: int = 0
 
     @classmethod
-    def of_site(cls, name: str, hook: str, d_sae: int, load: Callable[[], Encode], *, weight_bytes: int = 0) -> Encoder:
-        """An encoder that reconstructs the one hook point it reads."""
+    def of_site(
+        cls, name: str, hook: str, d_sae: int, load: Callable[[], Encode], *, weight_bytes: int = 0, writes: str = ""
+    ) -> Encoder:
+        """An encoder of the one hook point it reads: it reconstructs that, or for a transcoder what `writes` names."""
 
         def load_inputs() -> Callable[[Inputs], Encoded]:
             encode = load()
             return lambda x: encode(x[hook])
 
-        return cls(name, (hook,), hook, d_sae, load_inputs, weight_bytes)
+        return cls(name, (hook,), writes or hook, d_sae, load_inputs, weight_bytes)
+
+    @property
+    def site(self) -> str:
+        """What it is measured at, see `site_name`."""
+        return site_name(self.reads, self.writes)
 
 
+def site_name(reads: tuple[str, ...], writes: str) -> str:
+    """A hook point that is read and written has its own name; else what is read `to` what is written."""
+    return writes if writes in reads else f"{' and '.join(reads)} to {writes}"
+
+
+TOPK_TRANSCODERS = ("topk_transcoder", "topk_skip_transcoder")  # see `topk_transcoders.py`
 Choose = Callable[[Tensor, SparseActs], SparseActs]  # x [n, d] and the SAE's own acts -> other acts
 
 
 def as_encoder(sae: SAE) -> Encode:
-    """x [n, d] -> Sae(x), L0 and active latents, Sae(x) in the dtype of x.
+    """x [n, d] -> Sae(x), L0 and active latents, Sae(x) in the dtype of x; a transcoder's with what its skip adds.
 
     Accelerated where it can be; others (temporal, own classes) run SAELens' code. SAEs on hook_z take x with heads
     flattened, as our sources give it. The object given shares its weights and stays as it was.
@@ -81,6 +94,9 @@ def as_encoder(sae: SAE) -> Encode:
     Raises ValueError when the SAE needs activations scaled by a factor that it does not carry.
     """
     own: Any = for_flat_activations(sae)
+    if own.cfg.architecture() in TOPK_TRANSCODERS:
+        return _topk_transcoder(own)
+    skip = getattr(own, "W_skip", None)
     with contextlib.suppress(ValueError):  # the reason is in accelerate's message; every SAE gives its own answer
         accelerate(own)
 
@@ -88,9 +104,27 @@ def as_encoder(sae: SAE) -> Encode:
         given = x.to(own.dtype)
         if is_accelerated(own):
             acts = own.encode_sparse(given)
-            return Encoded(own.decode_sparse(acts).to(x.dtype), acts.l0(), acts)
-        dense = own.encode(given)
-        return Encoded(own.decode(dense).to(x.dtype), (dense != 0).sum(-1), SparseActs.from_dense(dense))
+            x_hat, l0 = own.decode_sparse(acts), acts.l0()
+        else:
+            dense = own.encode(given)
+            x_hat, l0, acts = own.decode(dense), (dense != 0).sum(-1), SparseActs.from_dense(dense)
+        return Encoded((x_hat if skip is None else x_hat + given @ skip.T).to(x.dtype), l0, acts)
+
+    return encode
+
+
+def _topk_transcoder(sae: Any) -> Encode:
+    """One that the drop-in does not know, on the ops themselves."""
+    W_enc, b_enc, W_dec, b_dec = (getattr(sae, name).detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    skip, prepared = getattr(sae, "W_skip", None), prepare_encoder(W_enc, b_enc)
+
+    def encode(x: Tensor) -> Encoded:
+        given = sae.run_time_activation_norm_fn_in(x.to(sae.dtype))
+        acts = topk_encode(given, W_enc, b_enc, sae.cfg.k, prepared=prepared)
+        x_hat = sparse_decode(acts, W_dec, b_dec)
+        return Encoded(
+            (x_hat if skip is None else x_hat + x.to(sae.dtype) @ skip.detach().T).to(x.dtype), acts.l0(), acts
+        )
 
     return encode
 
@@ -127,6 +161,8 @@ def refit_encoder(sae: SAE) -> Encode:
 def _dictionary(sae: Any) -> tuple[Any, Tensor]:
     """W_dec, packed, and b_dec. Raises ValueError unless Sae(x) is what they add up to: no other maps between."""
     cfg = sae.cfg
+    if "transcoder" in cfg.architecture():
+        raise InputError(f"sae: must reconstruct its own input for pursuit, got a {cfg.architecture()}")
     plain = cfg.normalize_activations == "none" and cfg.reshape_activations == "none"
     if not plain or sae.W_dec.shape[1] != cfg.d_in or getattr(cfg, "rescale_acts_by_decoder_norm", False):
         raise InputError(

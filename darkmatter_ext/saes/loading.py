@@ -1,6 +1,6 @@
 """SAEs that exist: what their files say, and their weights as a SAELens object, with errors of one line.
 
-A *spec* names an SAE: a folder (or its weights' file) in a layout of `formats.py`, or RELEASE:ID of SAELens' list, or
+A *spec* names an SAE: a folder (or its weights' file) in a layout of `formats`, or RELEASE:ID of SAELens' list, or
 REPOSITORY:ID of a repository one of its releases is from.
 """
 
@@ -16,7 +16,8 @@ import torch
 
 from darkmatter_ext.runtime.inputs import InputError, told
 from darkmatter_ext.saes.flat_activations import SCALED, WHITENED
-from darkmatter_ext.saes.formats import FORMATS, folder_of, format_of
+from darkmatter_ext.saes.formats import FORMATS, found_at, on_disk
+from darkmatter_ext.saes.formats.layout import Format, Place
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -40,11 +41,24 @@ class SaeDescription:
     metadata: dict[str, Any]  # SAELens' keys: model_name, hook_name, context_size, prepend_bos, ...
     normalize_activations: str = "none"  # "none" where the files give the factor that is folded in at loading
     expected_l0: float | None = None  # of its k, its id, SAELens' list or the training's target
+    d_out: int = 0  # width of what a transcoder writes; 0: of what it reads
 
     @property
     def weight_bytes(self) -> int:
         """Of encoder and decoder in float32."""
-        return 8 * self.d_in * self.d_sae
+        return 4 * (self.d_in + self.width_out) * self.d_sae
+
+    @property
+    def transcodes(self) -> bool:
+        """Whether it writes another site than it reads."""
+        return "transcoder" in self.architecture or self.metadata.get("hook_name_out") not in (
+            None, self.metadata.get("hook_name"),
+        )  # fmt: skip
+
+    @property
+    def width_out(self) -> int:
+        """Of what it writes."""
+        return self.d_out or self.d_in
 
 
 def _release_and_id(spec: str) -> tuple[str, str]:
@@ -107,13 +121,13 @@ def describe_sae(spec: str) -> SaeDescription:
 
     Raises ValueError, one line, when there is none or it cannot be read.
     """
-    folder = folder_of(spec)
     with told("sae", "must be an SAE that can be read", spec):
-        if folder is not None:
-            config, name = format_of(folder).config(folder), folder.resolve().name
+        if on_disk(spec):
+            layout, place = found_at(spec)
+            config, name = layout.config(place), place.name
             if (kind := config.get("normalize_activations", "none")) in (SCALED, WHITENED):
                 factor = {SCALED: SCALER_NAME, WHITENED: WHITENING_NAME}[kind]
-                config |= {"normalize_activations": "none"} if (folder / factor).is_file() else {}
+                config |= {"normalize_activations": "none"} if (place.folder / factor).is_file() else {}
         else:
             release, name = _release_and_id(spec)
             config = _hub_config(release, name)
@@ -126,6 +140,7 @@ def describe_sae(spec: str) -> SaeDescription:
             config.get("metadata") or {},
             config.get("normalize_activations") or "none",
             _expected_l0(spec, config),
+            config.get("d_out") or 0,
         )
 
 
@@ -142,26 +157,30 @@ def load_sae(
     Raises ValueError, in one line with the reason, when a folder or a file is missing, truncated or not what it should
     be, or a weight is NaN or infinite.
     """
-    folder = folder_of(spec)
-    if folder is not None:
-        sae = _from_folder(folder, device)
+    layout, place = found_at(spec) if on_disk(spec) else (None, None)
+    if layout is not None and place is not None:
+        sae = _from_disk(layout, place, device)
     else:
         sae = _from_hub(str(spec), device, dtype or "float32")
     for name, parameter in sae.named_parameters():
         if not bool(parameter.isfinite().all()):
             found = "NaN" if bool(parameter.isnan().any()) else "infinity"
             raise InputError(f"sae: weights must be finite, got {found} in {name} of {spec}")
-    _fold_scaling(sae, folder, activation_scale)
+    _fold_scaling(sae, None if place is None else place.folder, activation_scale)
     sae = sae if dtype is None else sae.to(getattr(torch, dtype))
     return sae.eval().requires_grad_(False)
 
 
-def _from_folder(folder: Path, device: str) -> SAE:
+def _from_disk(layout: Format, place: Place, device: str) -> SAE:
     from sae_lens import SAE
 
-    layout = format_of(folder)
-    with told("sae", f"must be a complete SAE in {layout.name} format", folder):
-        return SAE.load_from_disk(folder, device=device, converter=layout.converter)  # type: ignore[arg-type]  (it takes a Path)
+    from darkmatter_ext.saes.topk_transcoders import CLASSES
+
+    with told(
+        "sae", f"must be a complete SAE in {layout.name} format", place.weights if place.shared else place.folder
+    ):
+        kind: type[SAE] = CLASSES.get(layout.config(place)["architecture"], SAE)
+        return kind.load_from_disk(place.folder, device=device, converter=layout.converter(place))  # type: ignore[arg-type]  (it takes a Path)
 
 
 def _from_hub(spec: str, device: str, dtype: str) -> SAE:

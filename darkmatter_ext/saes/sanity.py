@@ -62,7 +62,7 @@ def _weight_signs(sae: Any) -> Iterator[str]:
             )
     if not isinstance(W_dec, Tensor) or W_dec.ndim != 2:
         return
-    norms, cosines = _decoder_rows(W_dec, W_enc if isinstance(W_enc, Tensor) else None)
+    norms, cosines = decoder_rows(W_dec, W_enc if isinstance(W_enc, Tensor) else None)
     used = norms[norms > 0]
     if not len(used):
         yield "the decoder is all zeros: weights lost"
@@ -83,7 +83,7 @@ def _weight_signs(sae: Any) -> Iterator[str]:
             )
 
 
-def _decoder_rows(W_dec: Tensor, W_enc: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def decoder_rows(W_dec: Tensor, W_enc: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Norm of each decoder row [F], and its cosine with the encoder's column; memory: some rows in float32."""
     norms, cosines = [], []
     paired = W_enc is not None and W_enc.shape == W_dec.mT.shape
@@ -102,10 +102,10 @@ def known_l0(sae: Any) -> float | None:
     return None if k is None else float(k)
 
 
-def _fvu(encode: Encode, x: Tensor) -> tuple[float, float]:
-    """FVU about the mean and mean L0 of x [n, d]; FVU is NaN where x does not vary."""
-    encoded = encode(x)
-    error, variance = (t.double().square().sum() for t in (x - encoded.x_hat, x - x.mean(0)))
+def _fvu(encode: Encode, x: Tensor, target: Tensor | None = None) -> tuple[float, float]:
+    """FVU about the mean and mean L0 of x [n, d], or of the `target` of x; FVU is NaN where that does not vary."""
+    encoded, y = encode(x), x if target is None else target
+    error, variance = (t.double().square().sum() for t in (y - encoded.x_hat, y - y.mean(0)))
     return (error / variance).item() if variance > 0 else math.nan, encoded.l0.double().mean().item()
 
 
@@ -144,40 +144,49 @@ def _or_infinite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
+_OTHERWISE = "another site, model, dtype or BOS than in its training, or an architecture read as another"
+
+
 def _cause(sae: Any, encode: Encode, x: Tensor, fvu: float) -> str:
     """The change that explains most of the FVU, or what is left to look at."""
     tried = [(_or_infinite(left()), what) for what, left in _changes(sae, encode, x)]
     left, what = min(tried, default=(math.inf, ""))
     if left < min(BETTER * fvu, 1):
         return f"{what} would leave {left:.2g}"
-    return "another site, model, dtype or BOS than in its training, or an architecture read as another"
+    return _OTHERWISE
 
 
 @torch.no_grad()
 def signs(
-    sae: Any, x: Tensor | None = None, *, expected_l0: float | None = None, encode: Encode | None = None
+    sae: Any,
+    x: Tensor | None = None,
+    target: Tensor | None = None,
+    *,
+    expected_l0: float | None = None,
+    encode: Encode | None = None,
 ) -> list[str]:
     """Everything that makes an SAE look misloaded, one line each; none for one that works.
 
     Args:
         sae: a SAELens SAE, left as it is.
         x: activations [n, d] it was made for, heads flattened; at most SAMPLE_TOKENS are used. None: its weights only.
+        target: what a transcoder should write at these tokens [n, d']. Without it its weights only.
         expected_l0: mean active latents a token it was made with; default its k.
         encode: `as_encoder(sae)`, where the caller has it.
 
     Cost: `weight_signs`, one small encode; some twenty more where the reconstruction is wrong.
     """
     found = list(_weight_signs(sae))
-    if x is None or why_not_usable(sae) or "transcoder" in sae.cfg.architecture():
+    if x is None or why_not_usable(sae) or ("transcoder" in sae.cfg.architecture() and target is None):
         return found
-    x = x[:SAMPLE_TOKENS].float()
+    x, target = x[:SAMPLE_TOKENS].float(), None if target is None else target[:SAMPLE_TOKENS].float()
     encode = encode or as_encoder(sae)
     expected = known_l0(sae) if expected_l0 is None else expected_l0
-    fvu, l0 = _fvu(encode, x)
+    fvu, l0 = _fvu(encode, x, target)
     if math.isnan(fvu):
         found.append("FVU cannot be told: the activations are constant, or the SAE gives NaN on them")
     elif fvu > 1:
-        cause = _cause(sae, encode, x, fvu)
+        cause = _cause(sae, encode, x, fvu) if target is None else _OTHERWISE
         found.append(f"FVU {fvu:.3g}, worse than the mean of the activations: {cause}")
     if (sign := _l0_sign(l0, expected, x.shape[1])) is not None:
         found.append(sign)

@@ -63,11 +63,15 @@ def test_the_residual_stream_adds_up_in_every_family(family):
     names = {kind: f"blocks.1.{kind}" for kind in KINDS}
     with torch.no_grad():
         found = hook_points.capture(network, list(names.values()), lambda: network(tokens, use_cache=False))
-    pre, mid, post, attn, mlp, z = (found[names[kind]] for kind in KINDS)
+    pre, mid, post, attn, mlp, z, normalised, mlp_in, mlp_out = (found[names[kind]] for kind in KINDS)
     torch.testing.assert_close(mid, pre + attn, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(post, mid + mlp, rtol=1e-4, atol=1e-5)
     block = hook_points.transformer_blocks(network)[1]
+    norm = block.get_submodule(hook_points.FAMILIES[family]["ln2.hook_normalized"][0])
     with torch.no_grad():
+        gain = 1 + norm.weight if family.startswith("gemma") else norm.weight
+        torch.testing.assert_close(normalised * gain + getattr(norm, "bias", 0), mlp_in, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(block.mlp(mlp_in), mlp_out, rtol=1e-4, atol=1e-5)
         if family == "gpt2":
             torch.testing.assert_close(block.attn.c_proj(z), attn)
         elif not family.startswith("gemma"):  # Gemma norms what attention writes

@@ -6,55 +6,14 @@ import numpy as np
 import pytest
 import torch
 from cases import saes  # noqa: F401  (small SAEs may be fast)
-from safetensors.torch import save_file
+from cases.formats import D, F, K, activations, noise, top, unit, write_gemma_scope, write_sparsify
 
 from darkmatter_ext import accelerate, stats
-from darkmatter_ext.saes.formats import module_hook
+from darkmatter_ext.saes.formats.sparsify import module_hook
 from darkmatter_ext.saes.loading import describe_sae, load_sae
 from darkmatter_ext.saes.sanity import signs
 
-D, F, K = 16, 48, 4
-
-
-def _unit(n, d, seed=0):
-    return torch.nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-def _noise(*shape, seed=1):
-    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _x(n=200):
-    return torch.randn(n, D, generator=torch.Generator().manual_seed(5))
-
-
-def _top(acts, k=K):
-    kept = acts.topk(k, dim=-1)
-    return torch.zeros_like(acts).scatter(-1, kept.indices, kept.values)
-
-
 # ---- sparsify: layers.N/cfg.json and sae.safetensors, the training's config.json above
-
-
-def write_sparsify(folder, *, dtype=torch.float32, module="layers.1", **config):
-    own = folder / module
-    own.mkdir(parents=True)
-    weights = {
-        "encoder.weight": _unit(F, D),
-        "encoder.bias": _noise(F),
-        "W_dec": _unit(F, D),
-        "b_dec": _noise(D, seed=2),
-    }
-    save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, own / "sae.safetensors")
-    full = {
-        "activation": "topk", "expansion_factor": 3, "normalize_decoder": True, "num_latents": 0, "k": K,
-        "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": D,
-    } | config  # fmt: skip
-    (own / "cfg.json").write_text(json.dumps(full))
-    (folder / "config.json").write_text(
-        json.dumps({"model": "EleutherAI/pythia-70m", "ctx_len": 512, "dataset": "pile"})
-    )
-    return own, {name: tensor.to(dtype).float() for name, tensor in weights.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -62,8 +21,8 @@ def test_sparsify(tmp_path, dtype):
     folder, w = write_sparsify(tmp_path / "run", dtype=dtype)
     sae = load_sae(folder)
     assert sae.dtype == dtype  # as stored: SAELens' own loader makes bfloat16 of everything
-    sae, x = load_sae(folder, dtype="float32"), _x()
-    acts = _top(torch.relu((x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]))
+    sae, x = load_sae(folder, dtype="float32"), activations()
+    acts = top(torch.relu((x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]))
     torch.testing.assert_close(sae.encode(x), acts, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae(x), acts @ w["W_dec"] + w["b_dec"], rtol=1e-5, atol=1e-5)
     found = describe_sae(str(folder))
@@ -75,7 +34,7 @@ def test_sparsify(tmp_path, dtype):
 
 
 def test_sparsify_is_fast_and_raises_no_alarm(tmp_path):
-    sae, x = accelerate(load_sae(write_sparsify(tmp_path / "run")[0])), _x()
+    sae, x = accelerate(load_sae(write_sparsify(tmp_path / "run")[0])), activations()
     sae(x)
     assert sum(stats(sae).fast.values()) > 0
     assert signs(sae, x) == []
@@ -84,13 +43,12 @@ def test_sparsify_is_fast_and_raises_no_alarm(tmp_path):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"transcode": True}, "SAELens has no TopK transcoder"),
-        ({"skip_connection": True}, "SAELens has no TopK transcoder"),
+        ({"skip_connection": True}, "skip_connection must go with transcode"),
         ({"activation": "groupmax"}, "activation must be topk, got groupmax"),
         ({"signed": True}, "got signed topk"),
     ],
 )
-def test_sparsify_that_saelens_cannot_hold_is_refused(tmp_path, config, reason):
+def test_sparsify_that_is_not_understood_is_refused(tmp_path, config, reason):
     folder, _ = write_sparsify(tmp_path / "run", **config)
     for call in (describe_sae, load_sae):
         with pytest.raises(ValueError, match=r"^sae") as caught:
@@ -105,7 +63,11 @@ def test_sparsify_that_saelens_cannot_hold_is_refused(tmp_path, config, reason):
         ("gpt_neox.layers.3", "EleutherAI/pythia-70m", "blocks.3.hook_resid_post"),
         ("transformer.h.7", "gpt2", "blocks.7.hook_resid_post"),
         ("layers.10.mlp", "meta-llama/Llama-3.2-1B", "blocks.10.hook_mlp_out"),
-        ("layers.10.mlp", "google/gemma-2-2b", None),  # before the norm that TransformerLens reads after
+        (
+            "layers.10.mlp",
+            "google/gemma-2-2b",
+            "blocks.10.mlp.hook_out",
+        ),  # before the norm that hook_mlp_out comes after
         ("layers.10.self_attn", "", None),
         ("embed_tokens", "", None),
     ],
@@ -120,11 +82,11 @@ def test_sparsify_beside_the_library(tmp_path):
         theirs = sparsify.SparseCoder(
             D, sparsify.SparseCoderConfig(expansion_factor=3, k=K), dtype=dtype
         ).requires_grad_(False)
-        theirs.encoder.bias.copy_(_noise(F))
-        theirs.b_dec.copy_(_noise(D, seed=2))
+        theirs.encoder.bias.copy_(noise(F))
+        theirs.b_dec.copy_(noise(D, seed=2))
         folder = tmp_path / str(dtype) / "layers.1"
         theirs.save_to_disk(folder)
-        ours, x = load_sae(folder), _x(1000).to(dtype)
+        ours, x = load_sae(folder), activations(1000).to(dtype)
         values, indices, _ = theirs.encode(x)
         codes = torch.zeros(1000, F, dtype=dtype).scatter(-1, indices, values)
         tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
@@ -148,8 +110,8 @@ def write_dictionary(folder, kind, weights, **trainer):
 
 
 def _linear(bias=True):
-    weights = {"encoder.weight": _unit(F, D), "decoder.weight": _unit(F, D).T.contiguous()}
-    return weights | ({"encoder.bias": _noise(F)} if bias else {})
+    weights = {"encoder.weight": unit(F, D), "decoder.weight": unit(F, D).T.contiguous()}
+    return weights | ({"encoder.bias": noise(F)} if bias else {})
 
 
 def _auto_encoder(x, w):
@@ -168,7 +130,7 @@ def _gated(x, w):
 
 def _top_k(x, w):
     pre = torch.relu((x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"])
-    return _top(pre), w["decoder.weight"].T, w["b_dec"]
+    return top(pre), w["decoder.weight"].T, w["b_dec"]
 
 
 def _batch_top_k(x, w):
@@ -182,15 +144,15 @@ def _jump_relu(x, w):
 
 
 _K = {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(1.2)}
-_GATES = {name: _noise(F, seed=seed) for seed, name in enumerate(("r_mag", "gate_bias", "mag_bias"))}
-_JUMP = {"W_enc": _unit(F, D).T.contiguous(), "W_dec": _unit(F, D), "threshold": 1 + _noise(F).abs()}
+_GATES = {name: noise(F, seed=seed) for seed, name in enumerate(("r_mag", "gate_bias", "mag_bias"))}
+_JUMP = {"W_enc": unit(F, D).T.contiguous(), "W_dec": unit(F, D), "threshold": 1 + noise(F).abs()}
 DICTIONARIES = {
-    "AutoEncoder": (_auto_encoder, _linear() | {"bias": _noise(D, seed=3)}),
-    "AutoEncoderNew": (_auto_encoder_new, _linear() | {"decoder.bias": _noise(D, seed=3)}),
-    "GatedAutoEncoder": (_gated, _linear(bias=False) | {"decoder_bias": _noise(D, seed=3)} | _GATES),
-    "AutoEncoderTopK": (_top_k, _linear() | {"b_dec": _noise(D, seed=3)} | _K),
-    "BatchTopKSAE": (_batch_top_k, _linear() | {"b_dec": _noise(D, seed=3)} | _K),
-    "JumpReluAutoEncoder": (_jump_relu, _JUMP | {"b_enc": _noise(F), "b_dec": _noise(D, seed=3)}),
+    "AutoEncoder": (_auto_encoder, _linear() | {"bias": noise(D, seed=3)}),
+    "AutoEncoderNew": (_auto_encoder_new, _linear() | {"decoder.bias": noise(D, seed=3)}),
+    "GatedAutoEncoder": (_gated, _linear(bias=False) | {"decoder_bias": noise(D, seed=3)} | _GATES),
+    "AutoEncoderTopK": (_top_k, _linear() | {"b_dec": noise(D, seed=3)} | _K),
+    "BatchTopKSAE": (_batch_top_k, _linear() | {"b_dec": noise(D, seed=3)} | _K),
+    "JumpReluAutoEncoder": (_jump_relu, _JUMP | {"b_enc": noise(F), "b_dec": noise(D, seed=3)}),
 }
 
 
@@ -199,7 +161,7 @@ def test_dictionary_learning(tmp_path, kind):
     encode, weights = DICTIONARIES[kind]
     trainer = {"k": K} if "TopK" in kind else {}
     folder = write_dictionary(tmp_path / "sae", kind, weights, **trainer)
-    sae, x = load_sae(folder), _x()
+    sae, x = load_sae(folder), activations()
     acts, W_dec, b_dec = encode(x, weights)
     torch.testing.assert_close(sae.encode(x), acts, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae(x), acts @ W_dec + b_dec, rtol=1e-5, atol=1e-5)
@@ -238,20 +200,6 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 # ---- Gemma Scope: params.npz in google/gemma-scope-2b-pt-res/layer_N/width_16k/average_l0_M
 
 
-def write_gemma_scope(root, path, **changed):
-    folder = root / path
-    folder.mkdir(parents=True)
-    weights = {
-        "W_enc": _unit(F, D).T,
-        "W_dec": _unit(F, D),
-        "b_enc": _noise(F),
-        "b_dec": _noise(D, seed=2),
-        "threshold": 0.5 + _noise(F, seed=3).abs(),
-    } | changed
-    np.savez(folder / "params.npz", **{name: value.numpy() for name, value in weights.items()})
-    return folder, weights
-
-
 @pytest.mark.parametrize(
     ("path", "hook", "model"),
     [
@@ -266,7 +214,7 @@ def write_gemma_scope(root, path, **changed):
 )  # fmt: skip
 def test_gemma_scope(tmp_path, path, hook, model):
     folder, w = write_gemma_scope(tmp_path, path)
-    sae, x = load_sae(folder), 2 * _x()
+    sae, x = load_sae(folder), 2 * activations()
     h = x @ w["W_enc"] + w["b_enc"]  # b_dec is not taken off
     acts = torch.relu(h) * (h > w["threshold"])
     torch.testing.assert_close(sae.encode(x), acts, rtol=1e-5, atol=1e-5)
@@ -280,11 +228,11 @@ def test_gemma_scope(tmp_path, path, hook, model):
 def test_gemma_scope_is_fast_and_raises_no_alarm(tmp_path):
     d, f = 64, 1024
     wide = {
-        "W_enc": _unit(f, d).T,
-        "W_dec": _unit(f, d),
-        "b_enc": _noise(f),
-        "b_dec": _noise(d),
-        "threshold": 2 + 0 * _noise(f),
+        "W_enc": unit(f, d).T,
+        "W_dec": unit(f, d),
+        "b_enc": noise(f),
+        "b_dec": noise(d),
+        "threshold": 2 + 0 * noise(f),
     }
     folder, w = write_gemma_scope(tmp_path, "gemma-scope-2b-pt-res/layer_2/average_l0_24", **wide)
     sae, x = load_sae(folder), torch.randn(300, d, generator=torch.Generator().manual_seed(5))
@@ -317,16 +265,10 @@ def test_gemma_scope_elsewhere_says_no_more_than_its_file(tmp_path):
     assert load_sae(folder).cfg.d_sae == F
 
 
-@pytest.mark.parametrize(
-    ("path", "changed", "message"),
-    [
-        ("gemma-scope-2b-pt-transcoders/layer_1", {}, "params.npz of transcoders are not read"),
-        ("gemma-scope-2b-pt-res/layer_1", {"scaling_factor": torch.full((D,), 2.0)}, "scaling_factor must be 1"),
-    ],
-)
-def test_gemma_scope_that_is_something_else_is_refused(tmp_path, path, changed, message):
-    folder, _ = write_gemma_scope(tmp_path, path, **changed)
-    with pytest.raises(ValueError, match=message):
+def test_gemma_scope_that_is_scaled_is_refused(tmp_path):
+    scaled = {"scaling_factor": torch.full((D,), 2.0)}
+    folder, _ = write_gemma_scope(tmp_path, "gemma-scope-2b-pt-res/layer_1", **scaled)
+    with pytest.raises(ValueError, match="scaling_factor must be 1"):
         load_sae(folder)
 
 

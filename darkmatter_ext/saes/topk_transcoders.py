@@ -1,0 +1,62 @@
+"""TopK transcoders as SAELens objects: other libraries train them, SAELens has no class for them.
+
+Not in SAELens' registry of architectures, which stays its own: made by `loading.load_sae`. Import it where one is needed,
+for it imports SAELens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sae_lens.saes.topk_sae import TopK
+from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, Transcoder, TranscoderConfig
+
+
+@dataclass
+class TopKTranscoderConfig(TranscoderConfig):
+    """Of a transcoder whose k largest latents are active."""
+
+    k: int = 100
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "topk_transcoder"
+
+
+@dataclass
+class TopKSkipTranscoderConfig(SkipTranscoderConfig):
+    """Of one whose output has a linear map of its input added."""
+
+    k: int = 100
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "topk_skip_transcoder"
+
+
+class TopKTranscoder(Transcoder):
+    """The k largest of x @ W_enc + b_enc, relu, times W_dec, plus b_dec."""
+
+    cfg: TopKTranscoderConfig  # type: ignore[assignment]
+
+    def get_activation_fn(self) -> Any:
+        return TopK(self.cfg.k)
+
+    @classmethod
+    def get_sae_class_for_architecture(cls, architecture: str) -> Any:
+        return cls
+
+    @classmethod
+    def get_sae_config_class_for_architecture(cls, architecture: str) -> Any:
+        return CONFIGS[architecture]
+
+
+class TopKSkipTranscoder(SkipTranscoder, TopKTranscoder):
+    """That, plus x @ W_skip.T."""
+
+    cfg: TopKSkipTranscoderConfig  # type: ignore[assignment]
+
+
+CONFIGS = {"topk_transcoder": TopKTranscoderConfig, "topk_skip_transcoder": TopKSkipTranscoderConfig}
+CLASSES = {"topk_transcoder": TopKTranscoder, "topk_skip_transcoder": TopKSkipTranscoder}
