@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.runtime.inputs import InputError
-from darkmatter_ext.saes.drop_in_state import Packing, State
+from darkmatter_ext.saes.drop_in_state import State
 
 _STATE = "_darkmatter_state"
 
@@ -20,7 +20,7 @@ _STATE = "_darkmatter_state"
 class Accelerated:
     """What every accelerated object has. Made by `accelerate`, never by hand."""
 
-    _architecture: Packing
+    _architecture: Any  # a Packing
     _library: str  # the name by which `stats` calls it
 
     if TYPE_CHECKING:

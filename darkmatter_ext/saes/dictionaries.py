@@ -386,10 +386,9 @@ class AcceleratedDictionary(ABC, Accelerated):
         weight, dtype = architecture.encoder(self)[0], W_dec.dtype
         reason = why_not_alike((W_dec, b_dec), dtype, (W_dec if acts is None else acts).device)
         reason = reason or why_not_without_gradients(acts, W_dec, b_dec)
-        if not reason and acts is None:
-            reason = "" if weight.dtype is dtype else "mixed dtypes"
-        elif not reason:
-            reason = self._why_not_acts(acts, W_dec)
+        if not reason:
+            of_encode = "" if weight.dtype is dtype else "mixed dtypes"
+            reason = of_encode if acts is None else self._why_not_acts(acts, W_dec)
         return reason or state.decoder.get(W_dec, other=weight)
 
     def _why_not_acts(self, acts: Tensor, W_dec: Tensor) -> str:

@@ -322,9 +322,10 @@ def _save_memory(sae: Any) -> None:
 def deaccelerate(sae: _Module) -> _Module:
     """Give an accelerated SAE its library's class back, in place; any other is returned as it is."""
     if isinstance(sae, Accelerated):
-        if vars(sae).pop(SAVES_MEMORY, False) and "W_enc" in sae._parameters:
+        saves = vars(sae).pop(SAVES_MEMORY, False)
+        make_plain(sae)  # and nothing packed holds the storage of W_enc any more
+        if saves and "W_enc" in sae._parameters:
             lay_contiguous(sae.W_enc)
-        make_plain(sae)
     return sae
 
 
