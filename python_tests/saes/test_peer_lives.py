@@ -4,7 +4,8 @@ import pytest
 import torch
 from cases import lives
 from cases.life_answers import DifferenceError
-from cases.peer_lives import EDITS, LifeError, assert_alike, live, replay
+from cases.peer_life_edits import EDITS
+from cases.peer_lives import LifeError, assert_alike, live, replay
 from cases.peers import KINDS, activations, pair, parts
 
 import darkmatter_ext as dm
