@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from field_saes import _directions, _limit, _sparse
+from field_saes import latent_directions, limit_for, sparse_tokens
 from torch import Tensor
 
 import darkmatter_ext as dm
@@ -94,8 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
     n, d, n_latents = options.shape
-    rows = _directions(d, n_latents)
-    limit = _limit(_sparse(64, rows), rows, options.k)
+    rows = latent_directions(d, n_latents)
+    limit = limit_for(sparse_tokens(64, rows), rows, options.k)
     print(
         f"N {n}, d {d}, F {n_latents}, k {options.k}; {dm.build_info()['cpu_isa']}, {torch.get_num_threads()} threads"
     )
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         for dtype in (getattr(torch, dtype) for dtype in options.dtypes):
             plain = copy.deepcopy(sae).to(dtype)
             fast = dm.accelerate(copy.deepcopy(plain))
-            x = _sparse(n, rows).to(dtype)
+            x = sparse_tokens(n, rows).to(dtype)
             for call_name, call in (CODER_CALLS if name == "SparseCoder" else DICTIONARY_CALLS).items():
                 before = sum(dm.stats(fast).fast.values())
                 calls = {side: partial(call, own, x) for side, own in (("plain", plain), ("fast", fast))}

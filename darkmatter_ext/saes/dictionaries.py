@@ -30,6 +30,7 @@ from darkmatter_ext.saes.architectures import (
 from darkmatter_ext.saes.drop_in_state import Decoder, Pass, Ready, State
 from darkmatter_ext.saes.passes import dense_acts
 from darkmatter_ext.saes.soundness import (
+    has_hooks_everywhere,
     is_listened_to,
     transforms_active,
     why_not_alike,
@@ -190,8 +191,8 @@ class JumpRelu(Relu):
 
     def why_not_encoder(self, sae: Any) -> str:
         reason = why_not_parameters(sae, "W_enc", "b_enc", "b_dec", "threshold")
-        if reason:
-            return reason
+        if reason or has_hooks_everywhere():
+            return reason or "all modules are hooked, and with them the library's relu"
         if sae._parameters["threshold"].dtype is not sae._parameters["W_enc"].dtype:
             return "mixed dtypes"
         half = sae._parameters["W_enc"].dtype is torch.float16

@@ -50,10 +50,14 @@ def is_hooked(point: Any) -> bool:
     return type(point) not in _hook_points() or is_listened_to(point)
 
 
+def has_hooks_everywhere() -> bool:
+    """Whether torch's hooks listen at all modules."""
+    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
+
+
 def is_listened_to(module: Any) -> bool:
     """Whether torch's hooks listen at a module, or at all modules."""
-    everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
-    return bool(everywhere) or has_hooks(module)
+    return has_hooks_everywhere() or has_hooks(module)
 
 
 def why_not_input(x: object) -> str:

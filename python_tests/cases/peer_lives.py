@@ -72,7 +72,7 @@ def assert_alike(plain, fast, x):
     if is_coder(plain):
         acts, own = (peers.dense(plain, plain.encode(x)._replace(top_acts=t[0], top_indices=t[1])) for t in found)
         rows = _require_same_acts("encode", plain, x, acts, own)
-        _require_close("pre_acts", plain, theirs[2], ours[2], torch.ones(len(theirs[2]), dtype=torch.bool))
+        _require_close("pre_acts", plain, theirs[2], ours[2], torch.ones_like(rows))
     else:
         acts = theirs[0]
         rows = _require_same_acts("encode", plain, x, acts, ours[0])

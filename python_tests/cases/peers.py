@@ -83,14 +83,14 @@ def parts(sae):
     if is_coder(sae):
         encoder, decoder = (sae.encoder, "weight"), (sae, "W_dec")
         return Parts(
-            encoder, decoder, sae.encoder.weight.mT, sae.encoder.bias, sae.W_dec, sae.b_dec, not sae.cfg.transcode
+            encoder, decoder, sae.encoder.weight.data.mT, sae.encoder.bias, sae.W_dec, sae.b_dec, not sae.cfg.transcode
         )
     if isinstance(sae, JumpReluAutoEncoder):
         owned = (sae, "W_enc"), (sae, "W_dec")
         return Parts(*owned, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.apply_b_dec_to_input)
     owned = (sae.encoder, "weight"), (sae.decoder, "weight")
     b_dec = sae.bias if isinstance(sae, AutoEncoder) else sae.b_dec
-    return Parts(*owned, sae.encoder.weight.mT, sae.encoder.bias, sae.decoder.weight.mT, b_dec, True)
+    return Parts(*owned, sae.encoder.weight.data.mT, sae.encoder.bias, sae.decoder.weight.data.mT, b_dec, True)
 
 
 def k_of(sae):
