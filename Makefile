@@ -18,6 +18,7 @@ $(VENV)/.dependencies: pyproject.toml
 # The development extra brings the test and lint tools; the build sees the torch of the environment it runs in.
 $(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation ".[dev]"
+	$(BIN)/pip install --quiet --no-deps dictionary-learning
 	touch $@
 
 demo: install

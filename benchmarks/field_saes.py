@@ -33,13 +33,13 @@ class Case:
 
 
 @functools.lru_cache(maxsize=2)
-def _directions(d: int, n_latents: int) -> Tensor:
+def latent_directions(d: int, n_latents: int) -> Tensor:
     """Unit rows [F, d], float32."""
     g = torch.Generator().manual_seed(0)
     return torch.nn.functional.normalize(torch.randn(n_latents, d, generator=g), dim=1)
 
 
-def _sparse(n: int, rows: Tensor, seed: int = 1) -> Tensor:
+def sparse_tokens(n: int, rows: Tensor, seed: int = 1) -> Tensor:
     """x [N, d] of a few of the latents' own directions and some noise."""
     g = torch.Generator().manual_seed(seed)
     chosen = torch.randint(len(rows), (n, DIRECTIONS), generator=g)
@@ -63,15 +63,15 @@ def _every_second(x: Tensor, other: Tensor) -> Tensor:
 
 # Kind of data: the inputs, from N and the directions of the latents that are alive.
 INPUTS: dict[str, Callable[[int, Tensor], list[Tensor]]] = {
-    "sparse": lambda n, rows: [_sparse(n, rows)],
+    "sparse": lambda n, rows: [sparse_tokens(n, rows)],
     "dense": lambda n, rows: [_gaussian(n, rows)],
-    "half-dead": lambda n, rows: [_sparse(n, rows[len(rows) // 2 :])],
-    "zeroed": lambda n, rows: [_sparse(n, rows[len(rows) // 10 :])],
-    "equal": lambda n, rows: [_sparse(n, rows) + 2 * rows[0]],
-    "sink": lambda n, rows: [_sink(_sparse(n, rows))],
-    "padding": lambda n, rows: [_every_second(_sparse(n, rows), torch.zeros(()))],
-    "mixed": lambda n, rows: [_every_second(_sparse(n, rows), 3 * _gaussian(n, rows))],
-    "alternating": lambda n, rows: [_sparse(n, rows), 3 * _gaussian(n, rows)],
+    "half-dead": lambda n, rows: [sparse_tokens(n, rows[len(rows) // 2 :])],
+    "zeroed": lambda n, rows: [sparse_tokens(n, rows[len(rows) // 10 :])],
+    "equal": lambda n, rows: [sparse_tokens(n, rows) + 2 * rows[0]],
+    "sink": lambda n, rows: [_sink(sparse_tokens(n, rows))],
+    "padding": lambda n, rows: [_every_second(sparse_tokens(n, rows), torch.zeros(()))],
+    "mixed": lambda n, rows: [_every_second(sparse_tokens(n, rows), 3 * _gaussian(n, rows))],
+    "alternating": lambda n, rows: [sparse_tokens(n, rows), 3 * _gaussian(n, rows)],
 }
 
 
@@ -83,8 +83,8 @@ def make_case(architecture: str, data: str, n: int, d: int, n_latents: int, dtyp
     half the latents are active (of a topk SAE: no structure). mixed: every second token is dense. sink: the first token
     is SINK times as large. padding: every second row is zero. alternating: one sparse input, then one dense.
     """
-    rows, k = _directions(d, n_latents), min(32, n_latents // 32)
-    limit = 0.0 if data == "dense" else _limit(_sparse(64, rows), rows, k)
+    rows, k = latent_directions(d, n_latents), min(32, n_latents // 32)
+    limit = 0.0 if data == "dense" else limit_for(sparse_tokens(64, rows), rows, k)
     if data == "equal":
         rows = torch.cat([rows[:1].expand(n_latents // 8, -1), rows[n_latents // 8 :]])
     plain = _sae(architecture, rows, limit, k, dtype)
@@ -97,7 +97,7 @@ def make_case(architecture: str, data: str, n: int, d: int, n_latents: int, dtyp
     return Case(plain, accelerated, [x.to(dtype) for x in INPUTS[data](n, rows)])
 
 
-def _limit(x: Tensor, rows: Tensor, k: int) -> float:
+def limit_for(x: Tensor, rows: Tensor, k: int) -> float:
     """What k scores a token exceed on average."""
     scores = (x @ rows.mT).flatten()
     return scores.kthvalue(scores.numel() - k * len(x)).values.item()

@@ -59,7 +59,7 @@ FEW_PLACES = "k is more than an eighth of the latents that are alive and differ:
 COARSE_PRODUCTS = "torch multiplies float32 in less than float32 (matmul precision): no bound for what is screened so"
 
 
-def _prepared(W_enc: Tensor, b_enc: Tensor, **options: Any) -> PreparedEncoder | str:
+def pack_encoder(W_enc: Tensor, b_enc: Tensor, **options: Any) -> PreparedEncoder | str:
     try:
         prepared = prepare_encoder(W_enc, b_enc, share_rows=True, **options)
     except ValueError:
@@ -79,6 +79,7 @@ class Architecture:
     is_linear = True  # one product of x and the encoder
     dense_cost_on_gpu = 1.0  # of SAELens' dense encode there, in that of a product and a comparison
     writes_elsewhere = False  # a transcoder: its output is no reconstruction of its input
+    decoder_is_columns = False
 
     # What it reads
 
@@ -88,7 +89,7 @@ class Architecture:
 
     def prepare(self, *weights: Tensor) -> Any:
         """Packed weights, or why there are none."""
-        return _prepared(*weights)
+        return pack_encoder(*weights)
 
     def read(self, *vectors: Tensor) -> Any:
         """What is made of `vectors` for every call, or why they cannot be used."""
@@ -116,7 +117,7 @@ class Architecture:
     def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
         """The active latents, on the ops."""
         W_enc = weight(sae, "W_enc")
-        return try_threshold_encode(sae_in, W_enc, weight(sae, self.bias), _zero(W_enc), prepared=prepared)
+        return try_threshold_encode(sae_in, W_enc, weight(sae, self.bias), zero_like(W_enc), prepared=prepared)
 
     def encode_some(self, sae: Any, sae_in: Tensor, numbers: Tensor, vectors: tuple[Tensor, ...]) -> SparseActs:
         """The active ones among some latents [m], numbered within these."""
@@ -162,7 +163,7 @@ class Architecture:
 _zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
-def _zero(like: Tensor) -> Tensor:
+def zero_like(like: Tensor) -> Tensor:
     """The number 0 as a tensor of the dtype and device of `like`, made once."""
     key = like.dtype, like.device
     if key not in _zeros:
@@ -219,7 +220,7 @@ class Gated(Architecture):
 
     def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
         W_enc, b_gate = weight(sae, "W_enc"), weight(sae, "b_gate").detach()  # the gate has no gradient
-        gate, undecided = try_threshold_encode(sae_in, W_enc, b_gate, _zero(W_enc), prepared=prepared)
+        gate, undecided = try_threshold_encode(sae_in, W_enc, b_gate, zero_like(W_enc), prepared=prepared)
         latents = gate.stored_indices
         products = decoder_dot(sae_in.detach(), gate, prepared.weight)
         if gate.values.requires_grad:
@@ -236,8 +237,25 @@ class Gated(Architecture):
         return sae.r_mag.exp()[latents]
 
 
-def _has_few_places(prepared: PreparedEncoder) -> bool:
-    return prepared.n_places <= _FEW_SHARE * prepared.d_sae
+def why_not_k(k: Any, d_sae: int) -> str:
+    """Why the k largest of d_sae latents are not the ops' to choose."""
+    fits = type(k) is int and 0 <= k <= max(1, DENSE_SHARE * d_sae)
+    return "" if fits else f"k is not from 0 to {DENSE_SHARE:.0%} of the latents"
+
+
+def why_not_topk(prepared: PreparedEncoder, k: int) -> str:
+    """Why what was packed does not help to choose the k largest."""
+    if not prepared.screens:
+        return COARSE_PRODUCTS
+    return "" if prepared.screens_topk(k) or prepared.n_places <= _FEW_SHARE * prepared.d_sae else FEW_PLACES
+
+
+def select_topk(sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, prepared: PreparedEncoder) -> Tried:
+    """The k largest pre-activations of each token, relu of them."""
+    if prepared.screens_topk(k):
+        return try_topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)
+    acts = topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)  # exact sums of the few that are alive
+    return Tried(acts, sae_in.new_empty(0, dtype=torch.int64))
 
 
 class TopK(Architecture):
@@ -260,10 +278,7 @@ class TopK(Architecture):
             return f"activation function {type(activation).__name__}"
         if has_hooks(activation):
             return "the activation function is hooked"
-        k, d_sae = activation.k, weight(sae, "W_enc").shape[1]
-        if type(k) is not int or not 0 <= k <= max(1, DENSE_SHARE * d_sae):
-            return f"k is not from 0 to {DENSE_SHARE:.0%} of the latents"
-        return ""
+        return why_not_k(activation.k, weight(sae, "W_enc").shape[1])
 
     def packed(self, sae: Any) -> tuple[Tensor, ...]:
         weights = super().packed(sae)
@@ -271,15 +286,14 @@ class TopK(Architecture):
 
     def prepare(self, *weights: Tensor) -> Any:
         if len(weights) == 2:
-            return _prepared(*weights)
+            return pack_encoder(*weights)
         W_enc, b_enc, W_dec = weights
         if not W_enc.is_cpu:
             return "rescale_acts_by_decoder_norm has no kernel for this device"
-        return _prepared(W_enc, b_enc, gain=W_dec.norm(dim=-1))
+        return pack_encoder(W_enc, b_enc, gain=W_dec.norm(dim=-1))
 
     def why_not_now(self, sae: Any, prepared: Any) -> str:
-        screens = prepared.screens_topk(sae._modules["activation_fn"].k) or _has_few_places(prepared)
-        return super().why_not_now(sae, prepared) or ("" if screens else FEW_PLACES)
+        return why_not_topk(prepared, sae._modules["activation_fn"].k)
 
     def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
         W_enc, b_enc = weight(sae, "W_enc"), weight(sae, "b_enc")
@@ -298,11 +312,7 @@ class TopK(Architecture):
 
     def _selected(self, sae: Any, sae_in: Tensor, prepared: Any) -> Tried:
         k = sae._modules["activation_fn"].k
-        W_enc, b_enc = weight(sae, "W_enc"), weight(sae, "b_enc")
-        if prepared.screens_topk(k):
-            return try_topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)
-        acts = topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)  # exact sums of the few that are alive
-        return Tried(acts, sae_in.new_empty(0, dtype=torch.int64))
+        return select_topk(sae_in, weight(sae, "W_enc"), weight(sae, "b_enc"), k, prepared)
 
     def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
         pre = sae_in @ sae.W_enc + sae.b_enc

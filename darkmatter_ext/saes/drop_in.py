@@ -1,26 +1,27 @@
-"""The drop-in: `accelerate(sae)` makes a SAELens object answer through this package's ops, and changes nothing else.
+"""The drop-in: `accelerate(sae)` makes an SAE answer through this package's ops, and changes nothing else.
 
-The object keeps its identity, parameters, hooks and configuration; only its class becomes a subclass of its own with a fast
-encode, decode and forward. Every call first asks whether the fast path is sound for it; if not, SAELens' own code answers,
-and `stats` tells why. Latents L = [..., d_sae] are dense where SAELens' methods return them; `encode_sparse`,
-`decode_sparse` and `forward_fused` keep them sparse.
+Here are its public functions and the methods of accelerated SAELens objects (others: `dictionaries`, `sparse_coder`). Every
+call first asks whether the fast path is sound for it; if not, SAELens' own code answers, and `stats` tells why. Latents
+L = [..., d_sae] are dense where SAELens' methods return them; `encode_sparse`, `decode_sparse` and `forward_fused` keep them
+sparse.
 """
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from darkmatter_ext.ops import unchecked
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.decode import decoder_outer, find_support, sparse_decode, to_dense
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes import stepping_aside
+from darkmatter_ext.saes.accelerated import Accelerated, Surface, make_accelerated, make_plain, plain_class
 from darkmatter_ext.saes.architectures import Architecture, architecture_of, known_forwards
+from darkmatter_ext.saes.dictionaries import dictionary_surface, is_dictionary
 from darkmatter_ext.saes.drop_in_state import State, Stats
 from darkmatter_ext.saes.looks import SAVES_MEMORY, look_at_decoder, look_at_decoder_after, look_at_encoder
 from darkmatter_ext.saes.passes import (
@@ -35,12 +36,8 @@ from darkmatter_ext.saes.passes import (
 )
 from darkmatter_ext.saes.row_layout import lay_contiguous
 from darkmatter_ext.saes.soundness import is_hooked, transforms_active
+from darkmatter_ext.saes.sparse_coder import is_sparse_coder, sparse_coder_surface
 from darkmatter_ext.saes.stepping_aside import DECODE_DENSITY, SMALL, TOO_DENSE
-
-if TYPE_CHECKING:
-    from sae_lens import SAE
-
-_STATE = "_darkmatter_state"
 
 
 class _DenseGradDecode(torch.autograd.Function):
@@ -71,31 +68,10 @@ class _DenseGradDecode(torch.autograd.Function):
         )
 
 
-class AcceleratedSAE:
+class AcceleratedSAE(Accelerated):
     """The methods an accelerated SAE puts before SAELens' own. Made by `accelerate`, never by hand."""
 
     _architecture: Architecture
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
-    @property
-    def _fast(self) -> State:
-        state = self.__dict__.get(_STATE)
-        if state is None or state.owner() is not self:  # built as type(sae)(cfg), or from the attributes of another
-            state = self.__dict__[_STATE] = State(self, self._architecture)
-        return state
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        """For copies and pickles: everything but the packed weights and counts, which an object has for itself."""
-        rebuild, arguments, attributes, *rest = super().__reduce_ex__(protocol)
-        assert isinstance(attributes, dict)
-        attributes = {name: value for name, value in attributes.items() if name != _STATE}
-        plain = _plain_class(type(self))
-        if type(self) is _classes.get(plain):  # not importable by name
-            rebuild, arguments = _new_accelerated, (plain,)
-        return (rebuild, arguments, attributes, *rest)
 
     # SAELens' methods
 
@@ -225,7 +201,7 @@ class AcceleratedSAE:
 
     def _is_overridden(self) -> bool:
         attributes = self.__dict__
-        forward = _plain_class(type(self)).forward  # type: ignore[attr-defined]
+        forward = plain_class(type(self)).forward  # type: ignore[attr-defined]
         return forward not in known_forwards() or "encode" in attributes or "decode" in attributes
 
     def _encode_some(self, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
@@ -240,17 +216,6 @@ class AcceleratedSAE:
             return to_dense(self._architecture.encode_some(self, encoder_input(self, x), numbers, ready.vectors))
         found = encode_pass(self, state, x, ready, "encode(latents)")
         return found.acts.dense_columns(numbers) if found.dense is None else dense_acts(found)[..., numbers]
-
-    # What changes weights in ways no look can see
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._fast.forget()
-        return super()._apply(*args, **kwargs)  # type: ignore[misc]
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's; the packed weights are made anew."""
-        self._fast.forget()
-        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         """As SAELens'; W_enc is saved contiguous, for safetensors takes nothing else."""
@@ -285,106 +250,97 @@ def _latent_numbers(latents: Tensor | Sequence[int], d_sae: int) -> Tensor:
     return numbers.long()
 
 
+def _sae_lens_surface(plain: type) -> tuple[type[Accelerated], dict[str, Any]]:
+    # Loading through the class of an accelerated object gives plain objects, as loading through SAE does.
+    plain_lookup = classmethod(lambda cls, architecture: plain.get_sae_class_for_architecture(architecture))
+    return AcceleratedSAE, {
+        "get_sae_class_for_architecture": plain_lookup,
+        "_architecture": architecture_of(plain),
+        "_library": "SAELens",
+    }
+
+
 # The public functions
 
-_classes: dict[type, type] = {}  # SAELens class -> its accelerated subclass
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
-def _plain_class(cls: type) -> type:
-    """The SAELens class an accelerated class stands for."""
-    return next(base for base in cls.__mro__ if not issubclass(base, AcceleratedSAE))
-
-
-def _without_acceleration(cls: type) -> type:
-    """The plain class; of a class made from an accelerated one since (torch's parametrize does), the same from a plain one."""
-    plain = _plain_class(cls)
-    if cls is _classes.get(plain):
-        return plain
-    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    bases = tuple(_without_acceleration(base) if issubclass(base, AcceleratedSAE) else base for base in cls.__bases__)
-    return types.new_class(cls.__name__, bases, exec_body=lambda n: n.update(members))
-
-
-def _accelerated_class(plain: type) -> type:
-    """The subclass of a SAELens class that `accelerate` gives its objects."""
-    if plain not in _classes:
-        # Loading through the class of an accelerated object gives plain objects, as loading through SAE does.
-        plain_lookup = classmethod(lambda cls, architecture: plain.get_sae_class_for_architecture(architecture))
-        members: dict[str, Any] = {
-            "get_sae_class_for_architecture": plain_lookup,
-            "__module__": plain.__module__,
-            "_architecture": architecture_of(plain),
-        }
-        _classes[plain] = types.new_class(
-            plain.__name__, (AcceleratedSAE, plain), exec_body=lambda n: n.update(members)
-        )
-    return _classes[plain]
-
-
-def _new_accelerated(plain: type) -> Any:
-    cls = _accelerated_class(plain)
-    return object.__new__(cls)
-
-
-def accelerate(sae: SAE, *, save_memory: bool = False) -> SAE:
-    """Make a SAELens SAE answer through this package's ops, in place.
-
-    The same object, with the same parameters, hooks, configuration and results (pre-activations accumulated in float64
-    instead of in the order of a dense product), several times faster on sparse latents. isinstance, state_dict, `.to`,
-    deepcopy and save_model work as before. Calls the fast path is not sound for are answered by SAELens: see `stats`.
-
-    Args:
-        sae: topk, jumprelu, standard, gated, matching_pursuit, transcoder, skip_transcoder, jumprelu_transcoder or
-            jumprelu_skip_transcoder.
-        save_memory: store W_enc as the transposed view of contiguous rows, which the ops read in place: W_enc once less in
-            memory. It is then not contiguous, in `state_dict` neither (`save_model` writes it so, `deaccelerate` makes it so
-            again), and SAELens' own dense products of fewer than about 8 tokens take 1.2 to 1.6 times as long in float32.
-            Not done, nor undone, while somebody else holds its storage or it has a gradient; let no fused optimiser have
-            averages of it yet.
-
-    Returns:
-        sae itself, with `encode_sparse`, `decode_sparse`, `forward_fused` and `encode(x, latents=...)` besides.
-
-    Raises:
-        TypeError: not a SAELens SAE. ValueError: one that cannot be accelerated, with the reason.
-
-    Weights are packed at the first call (cost: a few passes over W_enc; memory: W_enc once more, unless memory is saved,
-    and its codes: F d bytes with AVX-512 VNNI, 2 F d with other AVX2 processors, none elsewhere). Which later edits of
-    weights are noticed: `darkmatter_ext/saes/packed_weights.py`; after any other call `refresh`.
-    """
+def _surface_of(sae: object) -> Surface:
+    """Of the library an object is of; the other libraries are known by the names of their classes, and not imported."""
+    for belongs, surface in ((is_dictionary, dictionary_surface), (is_sparse_coder, sparse_coder_surface)):
+        if belongs(type(sae)):
+            return surface
     from sae_lens import SAE
 
     if not isinstance(sae, SAE):
-        raise TypeError(f"sae: must be a SAELens SAE, got {type(sae).__name__}")
+        libraries = "a SAELens SAE, a dictionary of dictionary_learning or a SparseCoder of sparsify"
+        raise TypeError(f"sae: must be {libraries}, got {type(sae).__name__}")
+    return _sae_lens_surface
+
+
+def accelerate(sae: _Module, *, save_memory: bool = False) -> _Module:
+    """Make an SAE of SAELens, sparsify or dictionary_learning answer through this package's ops, in place.
+
+    The same object, with the same parameters, hooks, configuration and results (pre-activations accumulated in float64
+    instead of in the order of a dense product), several times faster on sparse latents. isinstance, state_dict, `.to`,
+    deepcopy and save_model work as before. Calls the fast path is not sound for are answered by the library: see `stats`.
+
+    Args:
+        sae: of SAELens topk, jumprelu, standard, gated, matching_pursuit, transcoder, skip_transcoder,
+            jumprelu_transcoder or jumprelu_skip_transcoder; of dictionary_learning AutoEncoder, AutoEncoderTopK,
+            BatchTopKSAE or JumpReluAutoEncoder; of sparsify SparseCoder. The latter two without gradients.
+        save_memory: of SAELens alone. Store W_enc as the transposed view of contiguous rows, which the ops read in place:
+            W_enc once less in memory. It is then not contiguous, in `state_dict` neither (`save_model` writes it so,
+            `deaccelerate` makes it so again), and SAELens' own dense products of fewer than about 8 tokens take 1.2 to 1.6
+            times as long in float32. Not done, nor undone, while somebody else holds its storage or it has a gradient; let
+            no fused optimiser have averages of it yet.
+
+    Returns:
+        sae itself; one of SAELens with `encode_sparse`, `decode_sparse`, `forward_fused` and `encode(x, latents=...)`
+        besides.
+
+    Raises:
+        TypeError: none of these. ValueError: one that cannot be accelerated, with the reason; save_memory of others.
+
+    Weights are packed at the first call (cost: a few passes over W_enc; memory: W_enc once more, unless memory is saved or
+    it is stored as rows, and its codes: F d bytes with AVX-512 VNNI, 2 F d with other AVX2 processors, none elsewhere).
+    Which later edits of weights are noticed: `darkmatter_ext/saes/packed_weights.py`; after any other call `refresh`.
+    """
     if not is_accelerated(sae):
-        sae.__class__ = _accelerated_class(type(sae))
+        make_accelerated(sae, _surface_of(sae))
     if save_memory:
-        vars(sae)[SAVES_MEMORY] = True
+        _save_memory(sae)
     return sae
 
 
-def deaccelerate(sae: SAE) -> SAE:
-    """Give an accelerated SAE its SAELens class back, in place; any other is returned as it is."""
-    if is_accelerated(sae):
-        vars(sae).pop(_STATE, None)
-        if vars(sae).pop(SAVES_MEMORY, False) and "W_enc" in sae._parameters:
+def _save_memory(sae: Any) -> None:
+    if not isinstance(sae, AcceleratedSAE):
+        raise InputError(f"save_memory: must be False for an SAE of {sae._library}, got True")
+    vars(sae)[SAVES_MEMORY] = True
+
+
+def deaccelerate(sae: _Module) -> _Module:
+    """Give an accelerated SAE its library's class back, in place; any other is returned as it is."""
+    if isinstance(sae, Accelerated):
+        saves = vars(sae).pop(SAVES_MEMORY, False)
+        make_plain(sae)  # and nothing packed holds the storage of W_enc any more
+        if saves and "W_enc" in sae._parameters:
             lay_contiguous(sae.W_enc)
-        sae.__class__ = _without_acceleration(type(sae))
     return sae
 
 
 def is_accelerated(sae: object) -> bool:
     """Whether `accelerate` has been applied."""
-    return isinstance(sae, AcceleratedSAE)
+    return isinstance(sae, Accelerated)
 
 
 def _accelerated_state(sae: object) -> State:
-    if not isinstance(sae, AcceleratedSAE):
+    if not isinstance(sae, Accelerated):
         raise TypeError(f"sae: must be accelerated (darkmatter_ext.accelerate), got {type(sae).__name__}")
     return sae._fast
 
 
-def refresh(sae: SAE) -> SAE:
+def refresh(sae: _Module) -> _Module:
     """Pack the weights anew at the next call: after edits through `.data` or numpy of single elements.
 
     Raises TypeError when sae is not accelerated.
@@ -393,7 +349,7 @@ def refresh(sae: SAE) -> SAE:
     return sae
 
 
-def stats(sae: SAE) -> Stats:
+def stats(sae: nn.Module) -> Stats:
     """How many calls of each method were fast, and why the others were not. Calls while compiling are not counted.
 
     Raises TypeError when sae is not accelerated.

@@ -5,17 +5,17 @@ And the small types that its look, pass and decode hand on.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from darkmatter_ext.ops.acts import SparseActs
-from darkmatter_ext.saes.architectures import Architecture
 from darkmatter_ext.saes.packed_weights import Packed
 from darkmatter_ext.saes.soundness import why_not_weights
 from darkmatter_ext.saes.stepping_aside import BackOff
@@ -27,14 +27,15 @@ class Stats:
 
     fast: dict[str, int]
     fallback: dict[str, dict[str, int]]  # method -> reason -> calls
-    tokens_handed_over: int = 0  # within fast calls: too many candidates, answered by SAELens' dense arithmetic
+    tokens_handed_over: int = 0  # within fast calls: too many candidates, answered by the library's dense arithmetic
+    library: str = "SAELens"
 
     def __str__(self) -> str:
         lines = [f"{method}: {count} fast" for method, count in self.fast.items()]
         for method, reasons in self.fallback.items():
-            lines += [f"{method}: {count} by SAELens: {reason}" for reason, count in reasons.items()]
+            lines += [f"{method}: {count} by {self.library}: {reason}" for reason, count in reasons.items()]
         if self.tokens_handed_over:
-            lines.append(f"{self.tokens_handed_over} tokens with many candidates by SAELens' arithmetic")
+            lines.append(f"{self.tokens_handed_over} tokens with many candidates by {self.library}'s arithmetic")
         return "\n".join(lines) or "no calls"
 
 
@@ -63,17 +64,30 @@ class Pass(NamedTuple):
         return Pass(self.acts.detach(), self.undecided, None if self.dense is None else self.dense.detach())
 
 
+class Packing(Protocol):
+    """What an architecture says about its weights."""
+
+    decoder_is_columns: bool  # the decoder's weight is [d, F]
+
+    def prepare(self, *weights: Tensor) -> Any: ...
+
+    def read(self, *vectors: Tensor) -> Any: ...
+
+
 class State:
     """Of one object: copies make their own."""
 
-    def __init__(self, sae: Any, architecture: Architecture) -> None:
+    def __init__(self, sae: Any, architecture: Packing, library: str) -> None:
+        self.library = library
         self.owner = weakref.ref(sae)
         self.encoder = Packed(architecture.prepare, why_not=why_not_weights)
         self.vectors = Packed(architecture.read, why_not=why_not_weights)
-        self.decoder = Packed(_decoder, why_not=why_not_weights)
+        decoder = functools.partial(_decoder, is_columns=architecture.decoder_is_columns)
+        self.decoder = Packed(decoder, why_not=why_not_weights)
         self.rescaled_decoder = Packed(_rescaled_decoder, why_not=why_not_weights)
         self.decoder_of: tuple[Any, Decoder] | None = None  # an encoder packed with W_dec's norms, and that W_dec
         self.back_off = BackOff()
+        self.reads = BackOff()  # of pre-activations that are computed when they are read (sparsify)
         self.refused: int | None = None  # address of a W_enc that somebody else holds too: its layout stays
         self.has_second_passes = False  # SAELens has asked for an error term: keep the last pass for it
         self.last_pass: tuple[Tensor, Ready, tuple, Pass] | None = None  # input, what else decided, result
@@ -92,7 +106,7 @@ class State:
     def forget(self) -> None:
         for packed in (self.encoder, self.vectors, self.decoder, self.rescaled_decoder):
             packed.forget()
-        self.back_off = BackOff()
+        self.back_off, self.reads = BackOff(), BackOff()
         self.last_pass = self.decoder_of = None
 
     def stats(self) -> Stats:
@@ -103,16 +117,16 @@ class State:
         for (method, reason), count in calls.items():
             if reason:
                 fallback.setdefault(method, {})[reason] = count
-        return Stats(fast, fallback, handed_over)
+        return Stats(fast, fallback, handed_over, self.library)
 
 
 def _no_state() -> None:
     return None
 
 
-def _decoder(W_dec: Tensor) -> Decoder | str:
+def _decoder(W_dec: Tensor, *, is_columns: bool = False) -> Decoder | str:
     """Contiguous rows of W_dec (itself if it is); a reason where they are not finite, for 0 times Inf is NaN only if dense."""
-    W_dec = W_dec.detach()
+    W_dec = W_dec.detach().mT if is_columns else W_dec.detach()
     return Decoder(W_dec.contiguous(), None) if bool(W_dec.isfinite().all()) else "W_dec is not finite"
 
 

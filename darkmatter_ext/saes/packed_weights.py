@@ -159,9 +159,13 @@ class _Watched:
     def unchanged(self, tensor: Tensor) -> bool:
         if tensor is not self.tensor or tensor.data_ptr() != self.address:
             return False
-        if self.version is not None and tensor._version != self.version:
-            return False
         if (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) != self.form:
+            return False
+        return self.keeps_values()
+
+    def keeps_values(self) -> bool:
+        """Whether the storage that was looked at has not been edited; the tensor may have been given another."""
+        if self.version is not None and self.tensor._version != self.version:
             return False
         for view, sample in self.views:
             if not torch.equal(view, sample):
@@ -243,6 +247,17 @@ class Packed:
                 each.views, each.sample = (), None
         self._state = (watched, value, sample)
         return value
+
+    def seen(self) -> Callable[[], bool]:
+        """Says later whether the weights of the last look still have the values they had."""
+        watched, _, sample = self._state or ([], None, None)
+
+        def keeps_values() -> bool:
+            gathered = None if sample is None else _all_gathered(watched)
+            same = sample is None or (gathered is not None and torch.equal(sample, gathered))
+            return same and all(each.keeps_values() for each in watched)
+
+        return keeps_values
 
     def forget(self) -> None:
         """Derive anew at the next look, whatever the weights look like."""

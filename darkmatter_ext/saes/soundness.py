@@ -18,6 +18,9 @@ from darkmatter_ext.saes.packed_weights import PLAIN, version_of
 UNCOUNTED = "weights made in inference mode: torch counts no edits of them (load or clone them outside it)"
 
 
+GRADIENTS = "a gradient may be wanted: left to the library (torch.no_grad() makes it fast)"
+
+
 def transforms_active() -> bool:
     """functorch (vmap, grad, jvp), forward-mode AD or a dispatch mode: each wants torch's own ops to see."""
     return (
@@ -44,15 +47,17 @@ def has_hooks(module: Any) -> bool:
 
 def is_hooked(point: Any) -> bool:
     """Whether anything listens at a hook point."""
-    return bool(
-        type(point) not in _hook_points()
-        or point._forward_hooks
-        or point._forward_pre_hooks
-        or point._backward_hooks
-        or point._backward_pre_hooks
-        or nn.modules.module._global_forward_hooks
-        or nn.modules.module._global_forward_pre_hooks
-    )
+    return type(point) not in _hook_points() or is_listened_to(point)
+
+
+def has_hooks_everywhere() -> bool:
+    """Whether torch's hooks listen at all modules."""
+    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
+
+
+def is_listened_to(module: Any) -> bool:
+    """Whether torch's hooks listen at a module, or at all modules."""
+    return has_hooks_everywhere() or has_hooks(module)
 
 
 def why_not_input(x: object) -> str:
@@ -110,7 +115,12 @@ def why_not_decoder(sae: Any, W_dec: Any, b_dec: Any, acts: Tensor | None = None
 
 def _why_not_these(sae: Any, device: torch.device, weights: tuple[Any, ...]) -> str:
     """Why these weights are not what the SAE says, or not of the other tensors' kind. A few attributes: asked at every call."""
-    dtype = sae.dtype
+    reason = why_not_alike(weights, sae.dtype, device)
+    return reason or ("a weight is parametrised" if "parametrizations" in sae._modules else "")
+
+
+def why_not_alike(weights: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> str:
+    """Why these weights are not plain tensors of this dtype, on this device, whose edits torch counts."""
     for each in weights:
         if type(each) not in PLAIN:
             return "a weight is not a plain tensor"
@@ -120,4 +130,10 @@ def _why_not_these(sae: Any, device: torch.device, weights: tuple[Any, ...]) -> 
             return "tensors on more than one device"
         if version_of(each) is None:
             return UNCOUNTED
-    return "a weight is parametrised" if "parametrizations" in sae._modules else ""
+    return ""
+
+
+def why_not_without_gradients(*tensors: Tensor | None) -> str:
+    """Why the answer has to be differentiable, for libraries whose gradients are left to them."""
+    wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return GRADIENTS if wants else ""

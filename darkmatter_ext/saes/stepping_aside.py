@@ -42,7 +42,7 @@ SMALL_FORWARD_ON_GPU = OnGpu(5e9, 2.5e10, 4e10)
 FEW_LATENTS = 2048
 FIRST_WAIT, LONGEST_WAIT = 8, 256  # calls
 
-SMALL = "small: SAELens' dense product is as fast"
+SMALL = "small: the library's dense product is as fast"
 TOO_MANY = "too many latents are active, or close to it, in most tokens (tried again after some calls)"
 TOO_DENSE = f"more than {DECODE_DENSITY:.0%} of the latents are active"
 
@@ -149,8 +149,8 @@ class BackOff:
 
 def median_share(acts: Tensor) -> float:
     """Active share of the latents of the median token, of a few: tokens far from the others decide nothing."""
-    rows = acts.detach().reshape(-1, acts.shape[-1])
-    if rows.numel() == 0:
+    if acts.numel() == 0:
         return 0.0
+    rows = acts.detach().reshape(-1, acts.shape[-1])
     rows = rows[torch.linspace(0, len(rows) - 1, min(16, len(rows))).long()]
     return (rows != 0).sum(-1).median().item() / rows.shape[-1]

@@ -209,4 +209,6 @@ def page():
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    from cases.peer_option_table import section
+
+    PAGE.write_text(f"{page()}\n{section()}")
