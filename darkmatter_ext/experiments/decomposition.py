@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from darkmatter_ext.activations.store import load_tokenizer
 from darkmatter_ext.measurement.error import NORM_TARGETS
 from darkmatter_ext.measurement.excerpt import excerpt
+from darkmatter_ext.measurement.exploration import explored
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import presets
 from darkmatter_ext.measurement.run import Inputs, Measurement, measured, prepare
@@ -88,7 +89,8 @@ def run(settings: DecompositionSettings, stages: Stages) -> Result:
         numbers |= _from_predictors(found, sae["name"])
     series["excerpt"] = excerpt(found)
     series["per_token"] = {hook: str(site.per_token) for hook, site in found.sites.items()}
-    return measured_result("decomposition", found, stages, numbers, series=series)
+    exploration = explored(inputs, found, stages)
+    return measured_result("decomposition", found, stages, numbers, series=series, exploration=exploration)
 
 
 # What the paper reports for Gemma 2 9B, layer 20 (abstract and figures 3, 4); printed beside our numbers, never mixed in.

@@ -19,6 +19,7 @@ from torch import Tensor
 from darkmatter_ext.estimators.intervals import Interval, r2_interval
 from darkmatter_ext.estimators.least_squares import fit_linear
 from darkmatter_ext.measurement.excerpt import excerpt
+from darkmatter_ext.measurement.exploration import explored
 from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.nulls import other_tokens
 from darkmatter_ext.measurement.plan import plan_lines
@@ -112,7 +113,8 @@ def run(settings: PerTokenSettings, stages: Stages) -> Result:
     checkpoint.
     """
     _check_one_site(settings)
-    found = measured(prepare(settings, stages), stages)
+    inputs = prepare(settings, stages)
+    found = measured(inputs, stages)
     (site,) = found.sites.values()
     saes: list[dict[str, Any]] = sorted(found.saes, key=lambda sae: sae["d_sae"])
     names = [sae["name"] for sae in saes]
@@ -131,7 +133,8 @@ def run(settings: PerTokenSettings, stages: Stages) -> Result:
     if settings.measure.parity == "released-code":
         notes.append("The released code shuffles without a seed; splits and shuffles here have one.")
     series = {"saes": saes, "excerpt": excerpt(found)}
-    return measured_result("per-token", found, stages, numbers, series=series, notes=notes)
+    exploration = explored(inputs, found, stages)
+    return measured_result("per-token", found, stages, numbers, series=series, notes=notes, exploration=exploration)
 
 
 def _pairs(result: Result) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.estimators.intervals import Interval
 from darkmatter_ext.estimators.power_law import MINIMUM_WIDTHS, PowerLaw, fit_power_law
+from darkmatter_ext.measurement.exploration import explored
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import KS, WIDTHS, presets
 from darkmatter_ext.measurement.resolved import resolve
@@ -185,7 +186,8 @@ def run(settings: ScalingSettings, stages: Stages) -> Result:
             f"Power law from {len(chosen)} widths with {len(chosen) - 3} residuals to spare; its intervals are profiles of "
             "the likelihood, NaN where the points set no bound."
         )
-    return measured_result("scaling", found, stages, numbers, series=series, notes=notes)
+    exploration = explored(inputs, found, stages)
+    return measured_result("scaling", found, stages, numbers, series=series, notes=notes, exploration=exploration)
 
 
 PAPER = "FVU_nonlinear is about constant in width at fixed L0"

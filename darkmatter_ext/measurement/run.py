@@ -39,8 +39,10 @@ from darkmatter_ext.saes.loading import SaeDescription
 if TYPE_CHECKING:
     import pyarrow
 
-# Where a state is kept, and how fast a run is, changes no number.
-OPERATIONAL = ("checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens")
+# Where a state is kept, how fast a run is and what its page shows changes no number.
+OPERATIONAL = (
+    "checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens", "page_megabytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
