@@ -67,7 +67,7 @@ def _run_experiment(name: str, settings: Any, out: Path) -> None:
         return
     written = [result.save(out / f"{name}.json")]
     section = experiments.section(result, experiments.draw(result, out))
-    written += [*section.figures, write_page([section], out / "report.html")]
+    written += [*(figure.path for figure in section.figures), write_page([section], out / "report.html")]
     show_result(section, written, time.perf_counter() - start)
 
 
@@ -139,7 +139,7 @@ def _figure(parsed: argparse.Namespace) -> None:
 
     result = load_result(parsed.result)
     folder = require_writable_folder("out", parsed.out or parsed.result.parent)
-    print(*experiments.draw(result, folder, kind=parsed.kind), sep="\n")
+    print(*(figure.path for figure in experiments.draw(result, folder, kind=parsed.kind)), sep="\n")
 
 
 def _add_report(parser: _Parser, _arguments: Sequence[str]) -> None:

@@ -320,7 +320,7 @@ def contours(result: Result) -> Figure:
         if _spread(x, y):
             shown = axes.tricontourf(x, y, values, levels=10, cmap="viridis")
             figure.colorbar(shown, ax=axes, format="%.3f")
-            axes.plot(x, y, "o", color="white", markeredgecolor="black", markersize=4)
+            axes.scatter(x, y, c=values, cmap=shown.cmap, norm=shown.norm, edgecolors="black", s=16)
         else:  # all SAEs on one line: nothing to interpolate between
             shown = axes.scatter(x, y, c=values, cmap="viridis", edgecolors="black")
             figure.colorbar(shown, ax=axes, format="%.3f")

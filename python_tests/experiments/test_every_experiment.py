@@ -121,7 +121,7 @@ def test_table_reading_and_figures_are_made_from_the_file_alone(name, finished, 
     assert {len(row) for row in section.table.rows} == {len(section.table.headings)}
     assert section.reading
     assert all(isinstance(line, str) and line for line in section.reading)
-    assert {path.stem for path in section.figures} == {path.stem for path in folder.glob("*.png")}
+    assert {figure.path.stem for figure in section.figures} == {path.stem for path in folder.glob("*.png")}
 
 
 # ---- an experiment that a user adds
