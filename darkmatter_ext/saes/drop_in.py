@@ -18,6 +18,7 @@ from torch import Tensor
 from darkmatter_ext.ops import unchecked
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.decode import decoder_outer, find_support, sparse_decode, to_dense
+from darkmatter_ext.runtime.html import html_table
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes import stepping_aside
 from darkmatter_ext.saes.architectures import Architecture, architecture_of, known_forwards
@@ -86,6 +87,12 @@ class AcceleratedSAE:
         if state is None or state.owner() is not self:  # built as type(sae)(cfg), or from the attributes of another
             state = self.__dict__[_STATE] = State(self, self._architecture)
         return state
+
+    def _repr_html_(self) -> str:
+        """What the SAE is, and how its calls were answered, for notebooks."""
+        cfg = self.cfg
+        title = f"accelerated {cfg.architecture()}, {cfg.d_in} → {cfg.d_sae}, {cfg.dtype}, {cfg.device}"
+        return html_table(title, (), (), str(self._fast.stats()).splitlines())
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """For copies and pickles: everything but the packed weights and counts, which an object has for itself."""
