@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc darkmatter_ext -type f -not -name '*.so' -not -path '*__pycache__*')
 
-.PHONY: install demo test test-slow test-browser web web-check bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
+.PHONY: install demo test test-slow test-browser web web-check docs bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +44,16 @@ web-check:
 
 web/node_modules/.installed: web/package-lock.json
 	cd web && npm ci --no-audit --no-fund
+	touch $@
+
+# The documentation site in build/site; a warning or a dead link fails. In an environment of its own: the text that a run
+# measures by default is the documentation of what is installed beside the package.
+docs: build/docs-venv/.installed
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --quiet
+
+build/docs-venv/.installed:
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/pip install --quiet "mkdocs-material==9.*" "mkdocstrings[python]==1.*"
 	touch $@
 
 # Peers side by side on this machine's CPU, about 20 minutes; wants a quiet machine.
