@@ -8,6 +8,7 @@ Shapes: C contexts of L tokens, T latents kept a token, K latents kept of an SAE
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -172,7 +173,8 @@ def _text_arrays(inputs: Inputs, text: _Text) -> dict[str, np.ndarray]:
     ids, numbers = text.tokens.unique(return_inverse=True)
     arrays = {
         "page/tokens": numbers.numpy().astype(np.int32),
-        "page/vocabulary": np.array(token_texts(inputs.model, ids.tolist())),
+        # JSON, for arrays of strings lose a NUL at the end.
+        "page/vocabulary": np.frombuffer(json.dumps(token_texts(inputs.model, ids.tolist())).encode(), np.uint8),
         "page/contexts": np.array(text.contexts, np.int32),
         "page/documents": inputs.source.documents[text.contexts].numpy().astype(np.int32),
     }

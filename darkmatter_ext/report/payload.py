@@ -34,7 +34,7 @@ def packed(result: Result) -> str | None:
         "length": arrays["page/tokens"].shape[1],
         "contexts": arrays["page/contexts"].tolist(),
         "documents": arrays["page/documents"].tolist(),
-        "vocabulary": [str(text) for text in arrays["page/vocabulary"]],
+        "vocabulary": json.loads(arrays["page/vocabulary"].tobytes()),
         "columns": [[name, kind, values.size] for name, (kind, values) in columns.items()],
     }
     text = json.dumps(head, ensure_ascii=True).encode()

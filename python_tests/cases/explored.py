@@ -1,5 +1,7 @@
 """Results that a page explores, with planted tokens and numbers: small, hostile, or large."""
 
+import json
+
 import numpy as np
 
 from darkmatter_ext.report.figures import save_figures
@@ -9,7 +11,7 @@ from darkmatter_ext.report.table import Table
 
 HOSTILE = (
     "</script><script>window.broken = 1</script>", "<img src=x onerror='window.broken = 2'>", "\"'`&lt;",
-    "\u202edesrever\u202c", "\u2066isolate\u2069", "\u200bzero\ufeff", "\x00\x07\x1b[31m\x7f\x85", "\n", "\t", "   ",
+    "\u202edesrever\u202c", "\u2066isolate\u2069", "\u200bzero\ufeff", "\x00\x07\x1b[31m\x7f\x85", "\n", "\t", "   ", "\x00",
     "\u2028line\u2029", "{{ 7 * 7 }}", "=cmd|'/c calc'!A1", "é\ufffd漢字🙂",
 )  # fmt: skip
 MARGIN, FLOOR, T = 2, 0.05, 8
@@ -25,7 +27,7 @@ def explored_result(*, contexts=6, length=16, words=(), vocabulary=40, saes=2, l
     unmeasured = np.broadcast_to(np.arange(length) < MARGIN, tokens.shape)
     arrays = {
         "page/tokens": tokens,
-        "page/vocabulary": np.array(texts),
+        "page/vocabulary": np.frombuffer(json.dumps(texts).encode(), np.uint8),
         "page/contexts": np.arange(contexts, dtype=np.int32) * 3,
         "page/documents": np.arange(contexts, dtype=np.int32) // 2,
         "page/loss": random.uniform(1, 2, tokens.shape).astype(np.float32),

@@ -1,6 +1,7 @@
 """What the page explores, against each SAE's dense latents and the table of tokens."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -47,7 +48,8 @@ def test_tokens_have_the_numbers_of_the_table_and_their_strongest_latents(run):
     contexts, positions = arrays["page/contexts"], table["position"].to_numpy()
     rows = np.searchsorted(contexts, table["context"].to_numpy())
     assert list(contexts) == sorted(set(table["context"].to_pylist()))
-    text = arrays["page/vocabulary"][arrays["page/tokens"][rows, positions]]
+    words = json.loads(arrays["page/vocabulary"].tobytes())
+    text = [words[token] for token in arrays["page/tokens"][rows, positions]]
     assert {"sparse", "code", "of"} <= set(text)
     np.testing.assert_allclose(arrays["page/site0/x"][rows, positions], table["x"], rtol=2.0**-12)
     assert np.isfinite(arrays["page/site0/x"]).sum() == table.num_rows

@@ -22,7 +22,7 @@ interface Row {
 export class LatentBrowser {
   private sae = 0;
   private table?: Tabulator;
-  private readonly details = element("div", { class: "details", "aria-live": "polite" });
+  private readonly details = element("section", { class: "details", "aria-label": "The latent" });
   private readonly note = element("p", { class: "small" });
   private readonly tableRoot = element("div", { class: "latent-table" });
   private readonly select: HTMLSelectElement;

@@ -33,7 +33,8 @@ export class TokenExplorer {
     role: "listbox",
     "aria-label": "Tokens of the text",
   });
-  private readonly details = element("div", { class: "details", "aria-live": "polite" });
+  private readonly details = element("section", { class: "details", "aria-label": "The token" });
+  private readonly status = element("p", { class: "unseen", role: "status" }); // of the focused token, read aloud
   private readonly count = element("output", {});
   private readonly legend = element("p", { class: "legend" });
   private readonly pages = element("p", { class: "pages" });
@@ -59,7 +60,11 @@ export class TokenExplorer {
       this.pages,
       this.text,
     );
-    root.replaceChildren(this.controls(), element("div", { class: "beside" }, left, this.details));
+    root.replaceChildren(
+      this.controls(),
+      element("div", { class: "beside" }, left, this.details),
+      this.status,
+    );
     this.listen();
     this.buildTable(tableRoot);
     this.select();
@@ -371,6 +376,9 @@ export class TokenExplorer {
     span?.setAttribute("aria-selected", "true");
     (span ?? this.text.querySelector("span"))?.setAttribute("tabindex", "0");
     this.describe(place);
+    const value = this.shading[place];
+    const told = Number.isNaN(value) ? "not measured" : `${this.quantity.label}: ${this.shown(value)}`;
+    this.status.textContent = `${inline(this.data.token(place))}, ${told}, ${whereabouts(this.data, place)}`;
   }
 
   // ---- one token
