@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc darkmatter_ext -type f -not -name '*.so' -not -path '*__pycache__*')
 
-.PHONY: install demo test test-slow bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
+.PHONY: install demo test test-slow test-browser web web-check docs bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
 
 install: $(VENV)/.installed
 
@@ -27,10 +27,35 @@ demo: install
 # Unit tests and one small run of every experiment, in as many processes as there are processors, at most four.
 PROCESSES := -n auto --maxprocesses 4 --dist loadgroup
 test: install
-	$(BIN)/pytest $(PROCESSES) -m "not slow and not gpu"
+	$(BIN)/pytest $(PROCESSES) -m "not slow and not gpu and not browser"
 
 test-slow: install
 	$(BIN)/pytest $(PROCESSES) -m "slow and not gpu"
+
+# The report page in the system's headless Chromium; skipped, saying so, where there is none.
+test-browser: install
+	$(BIN)/pytest -rs -m browser
+
+# The page's script: web/ bundled into darkmatter_ext/report/bundle, which is committed. Needs node and npm, as nothing else.
+web web-check: web/node_modules/.installed
+web:
+	cd web && npm run build
+web-check:
+	cd web && npm run check
+
+web/node_modules/.installed: web/package-lock.json
+	cd web && npm ci --no-audit --no-fund
+	touch $@
+
+# The documentation site in build/site; a warning or a dead link fails. In an environment of its own: the text that a run
+# measures by default is the documentation of what is installed beside the package.
+docs: build/docs-venv/.installed
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --quiet
+
+build/docs-venv/.installed:
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/pip install --quiet "mkdocs-material==9.*" "mkdocstrings[python]==1.*"
+	touch $@
 
 # Peers side by side on this machine's CPU, about 20 minutes; wants a quiet machine.
 bench: install
@@ -97,4 +122,4 @@ lint: install
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info results
+	rm -rf $(VENV) build dist *.egg-info results web/node_modules web/build

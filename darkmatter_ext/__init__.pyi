@@ -8,6 +8,7 @@ from darkmatter_ext.measurement.decompose import Decomposition as Decomposition
 from darkmatter_ext.measurement.decompose import decompose as decompose
 from darkmatter_ext.measurement.run import Measurement as Measurement
 from darkmatter_ext.notebook import measure as measure
+from darkmatter_ext.notebook import page as page
 from darkmatter_ext.notebook import run as run
 from darkmatter_ext.ops.acts import SparseActs as SparseActs
 from darkmatter_ext.ops.build_info import build_info as build_info

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -18,6 +19,7 @@ from darkmatter_ext.runtime.inputs import InputError, require_one_of
 from darkmatter_ext.runtime.storage import require_writable_folder
 
 DEBUG_ENVIRONMENT_VARIABLE = "DARKMATTER_DEBUG"
+PROGRESS_ENVIRONMENT_VARIABLE = "DARKMATTER_PROGRESS"  # 0: none is shown
 DESCRIPTION = "Measure the dark matter of sparse autoencoders: the part of a model's activations they do not explain."
 
 
@@ -49,7 +51,7 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _run_experiment(name: str, settings: Any, out: Path) -> None:
+def _run_experiment(name: str, settings: Any, out: Path, *, brief: bool = False) -> None:
     from darkmatter_ext import experiments
     from darkmatter_ext.report.page import write_page
     from darkmatter_ext.report.terminal import show_result
@@ -59,7 +61,7 @@ def _run_experiment(name: str, settings: Any, out: Path) -> None:
     require_writable_folder("out", out)
     _quiet_libraries()
     start = time.perf_counter()
-    wanted = sys.stderr.isatty() or bool(os.environ.get("DARKMATTER_PROGRESS"))
+    wanted = os.environ.get(PROGRESS_ENVIRONMENT_VARIABLE) != "0"
     stages = Stages(show=wanted and is_first_process())
     with stages.shown(), processes(settings.device):
         result = experiments.experiment(name).run(settings, stages)
@@ -67,8 +69,8 @@ def _run_experiment(name: str, settings: Any, out: Path) -> None:
         return
     written = [result.save(out / f"{name}.json")]
     section = experiments.section(result, experiments.draw(result, out))
-    written += [*section.figures, write_page([section], out / "report.html")]
-    show_result(section, written, time.perf_counter() - start)
+    written += [*(figure.path for figure in section.figures), write_page([section], out / "report.html")]
+    show_result(section, written, time.perf_counter() - start, brief=brief)
 
 
 # ---- the commands: each adds its arguments to a parser, and is called with what was parsed
@@ -116,7 +118,7 @@ def _add_demo(parser: _Parser, _arguments: Sequence[str]) -> None:
 def _demo(parsed: argparse.Namespace) -> None:
     from darkmatter_ext.experiments import experiment
 
-    _run_experiment("decomposition", experiment("decomposition").PRESETS["demo"], parsed.out)
+    _run_experiment("decomposition", experiment("decomposition").PRESETS["demo"], parsed.out, brief=True)
 
 
 def _list(_parsed: argparse.Namespace) -> None:
@@ -139,12 +141,13 @@ def _figure(parsed: argparse.Namespace) -> None:
 
     result = load_result(parsed.result)
     folder = require_writable_folder("out", parsed.out or parsed.result.parent)
-    print(*experiments.draw(result, folder, kind=parsed.kind), sep="\n")
+    print(*(figure.path for figure in experiments.draw(result, folder, kind=parsed.kind)), sep="\n")
 
 
 def _add_report(parser: _Parser, _arguments: Sequence[str]) -> None:
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT", help="result files")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
+    parser.add_argument("--open", action="store_true", help="show the page in the browser")
 
 
 def _report(parsed: argparse.Namespace) -> None:
@@ -156,6 +159,8 @@ def _report(parsed: argparse.Namespace) -> None:
     require_writable_folder("out", parsed.out.absolute().parent)
     sections = [experiments.section(result, experiments.draw(result, path.parent)) for path, result in results]
     print(write_page(sections, parsed.out))
+    if parsed.open:
+        webbrowser.open(parsed.out.absolute().as_uri())
 
 
 def _add_train(parser: _Parser, _arguments: Sequence[str]) -> None:

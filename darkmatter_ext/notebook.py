@@ -2,11 +2,13 @@
 
 found = dm.measure(sae=["sae-16k", "sae-65k"], model="google/gemma-2-2b", text="text.txt")
 found["sae-16k"].fvu, found["sae-16k"].interval("fvu"), found.tokens(["sae-16k/nonlinear"])
-dm.run("scaling", sae=["sae-16k", "sae-65k"]).save("scaling.json")
+dm.page(dm.run("scaling", sae=["sae-16k", "sae-65k"]), open=True)
 """
 
 from __future__ import annotations
 
+import tempfile
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 from darkmatter_ext import experiments
 from darkmatter_ext.measurement.run import Measurement, measured, prepare
 from darkmatter_ext.measurement.settings import Settings, replaced
-from darkmatter_ext.report.result import Result
-from darkmatter_ext.runtime.inputs import require_one_of
+from darkmatter_ext.report.page import write_page
+from darkmatter_ext.report.result import Result, load_result
+from darkmatter_ext.runtime.inputs import require, require_one_of
 from darkmatter_ext.runtime.processes import processes
 from darkmatter_ext.runtime.progress import Stages
 
@@ -63,6 +66,26 @@ def run(experiment: str, *, sae: Specs = (), preset: str = "demo", progress: boo
     stages = Stages(show=progress)
     with stages.shown(), processes(wanted.device):
         return module.run(wanted, stages)
+
+
+def page(*results: Result | str | Path, out: str | Path = "report.html", open: bool = False) -> Path:
+    """Write the page of one or several results, as `darkmatter report` does.
+
+    Args:
+        results: results, or their files.
+        out: the page; a file of its own that needs no network.
+        open: show it in the browser.
+
+    Returns:
+        Path: of the page. Raises InputError for no result, or a file that is none.
+    """
+    require(bool(results), "results", "must be at least one", "none")
+    found = [result if isinstance(result, Result) else load_result(result) for result in results]
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_page([experiments.section(one, experiments.draw(one, Path(folder))) for one in found], Path(out))
+    if open:
+        webbrowser.open(path.absolute().as_uri())
+    return path
 
 
 def _given(sae: Specs) -> dict[str, Any]:

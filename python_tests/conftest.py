@@ -25,6 +25,7 @@ def pytest_configure() -> None:
         )
 
 
+os.environ.setdefault("DARKMATTER_PROGRESS", "0")  # tests read what a command says
 if "PYTEST_XDIST_WORKER" in os.environ:
     # As many processes as processors: with a pool of threads in each they would wait for each other. Children inherit it.
     os.environ["OMP_NUM_THREADS"] = "1"

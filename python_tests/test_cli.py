@@ -5,10 +5,25 @@ import subprocess
 import sys
 
 import pytest
+from cases.explored import explored_result
 from cases.models import flags, saved_sae
 
+import darkmatter_ext as dm
 from darkmatter_ext import cli
 from darkmatter_ext.experiments import names
+from darkmatter_ext.measurement.error import NORM_TARGETS
+
+NUMBERS = {
+    f"sae-0/{key}": 0.5
+    for key in (
+        "l0",
+        "fvu",
+        "fvu_nonlinear",
+        "linear_share",
+        "r2_vec",
+        *(f"r2_norm/{target}" for target in NORM_TARGETS),
+    )
+}
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -104,6 +119,27 @@ def test_an_sae_of_another_site_is_refused(workplace, tmp_path, refused):
         ),
     ):
         refused(flags(workplace, "--sae", sae, "--out", str(tmp_path / "out")), message)
+
+
+def test_report_opens_the_page_when_asked(tmp_path, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(cli.webbrowser, "open", opened.append)
+    result = explored_result()
+    result.numbers.update(NUMBERS)
+    result.series["saes"] = [{"name": "sae-0", "d_sae": 64}]
+    path = str(result.save(tmp_path / "r.json"))
+    page = tmp_path / "page.html"
+    assert cli.main(["report", path, "--out", str(page)]) == 0
+    assert opened == []
+    assert cli.main(["report", path, path, "--out", str(page), "--open"]) == 0
+    assert opened == [page.as_uri()]
+    assert page.read_text().count('class="packed"') == 2
+    assert capsys.readouterr().out == f"{page}\n{page}\n"
+    assert dm.page(result, path, out=tmp_path / "other.html", open=True) == tmp_path / "other.html"
+    assert opened[1:] == [(tmp_path / "other.html").as_uri()]
+    assert (tmp_path / "other.html").read_text() == page.read_text()
+    with pytest.raises(ValueError, match="results: must be at least one, got none"):
+        dm.page()
 
 
 def test_the_installed_command_has_no_traceback(tmp_path):

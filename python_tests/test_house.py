@@ -91,6 +91,11 @@ def test_no_exported_name_is_also_a_module():
     assert not set(dm.__all__) & {_folder(name) for name in MODULES}
 
 
+def test_the_api_page_lists_every_public_name():
+    listed = [line.rpartition(".")[2] for line in (ROOT / "docs/api.md").read_text().splitlines() if line[:3] == ":::"]
+    assert sorted(listed) == sorted(dm.__all__)
+
+
 def test_tests_share_through_cases_alone():
     """What two test files need is in `cases`, by a public name; a test file is imported by nobody."""
     for path in sorted((ROOT / "python_tests").rglob("*.py")):

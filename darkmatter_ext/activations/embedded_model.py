@@ -10,6 +10,8 @@ de-quantises it once into bf16 safetensors in the cache folder.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -155,10 +157,11 @@ def _dequantise(gguf: Path, folder: Path, beside: dict[str, bytes]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # Without dequantize=True the weights stay packed and are expanded at every forward pass (about 50x slower).
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar over its tensors that no setting turns off
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     with atomic_folder(folder) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

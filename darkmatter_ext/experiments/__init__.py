@@ -13,11 +13,14 @@ import ast
 import importlib
 import importlib.util
 import pkgutil
+import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from darkmatter_ext.report.figures import save_figures
+from darkmatter_ext.report.figures import Drawn, save_figures
 from darkmatter_ext.report.page import Section
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.runtime.inputs import InputError
@@ -47,13 +50,29 @@ def experiment(name: str) -> ModuleType:
     return importlib.import_module(_module_name(name))
 
 
-def section(result: Result, figures: Sequence[Path] = ()) -> Section:
+def section(result: Result, figures: Sequence[Drawn] = ()) -> Section:
     """A result as its experiment shows it. Raises ValueError for a result of an unknown experiment."""
     module = _of(result)
-    return Section(result, module.table(result), module.reading(result), figures)
+    return Section(result, module.table(result), module.reading(result), figures, command(result))
 
 
-def draw(result: Result, folder: Path, *, kind: str = "png") -> list[Path]:
+def command(result: Result) -> str:
+    """The command that makes a result again: its settings that are not those of the first preset."""
+    preset: Any = next(iter(_of(result).PRESETS.values()))
+    usual: dict[str, Any] = preset.flat() if hasattr(preset, "flat") else asdict(preset)
+    # What a result says of model and hook was filled in from the SAEs where the settings left it to them.
+    filled = {"hook", "model"} if result.config.get("sae") else {"hook"} if result.config.get("layers") else set()
+    words = ["darkmatter", "run", result.experiment]
+    for name, value in result.config.items():
+        given = tuple(value) if isinstance(value, list) else value
+        if name not in usual or name in filled or given in (usual[name], (), ""):
+            continue
+        flag = "--" + name.replace("_", "-")
+        words += [flag, *(map(str, given) if isinstance(given, tuple) else [str(given)])]
+    return shlex.join(words)
+
+
+def draw(result: Result, folder: Path, *, kind: str = "png") -> list[Drawn]:
     """Draw every figure of a result into `folder` (png, pdf or svg). Raises as `section`."""
     return save_figures(result, _of(result).FIGURES, folder, kind=kind)
 

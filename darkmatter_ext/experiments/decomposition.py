@@ -13,6 +13,7 @@ from darkmatter_ext.activations.store import load_tokenizer
 from darkmatter_ext.measurement.core_numbers import core_numbers
 from darkmatter_ext.measurement.error import NORM_TARGETS
 from darkmatter_ext.measurement.excerpt import excerpt
+from darkmatter_ext.measurement.exploration import explored
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import presets
 from darkmatter_ext.measurement.run import Inputs, Measurement, measured, prepare
@@ -95,7 +96,8 @@ def run(settings: DecompositionSettings, stages: Stages) -> Result:
             numbers[f"{name}/r2_written"] = site.written_fit().r2
     series["excerpt"] = excerpt(found)
     series["per_token"] = {hook: str(site.per_token) for hook, site in found.sites.items()}
-    return measured_result("decomposition", found, stages, numbers, series=series)
+    exploration = explored(inputs, found, stages)
+    return measured_result("decomposition", found, stages, numbers, series=series, exploration=exploration)
 
 
 # What the paper reports for Gemma 2 9B, layer 20 (abstract and figures 3, 4); printed beside our numbers, never mixed in.

@@ -19,6 +19,7 @@ from torch import Tensor
 from darkmatter_ext.estimators.intervals import Interval, r2_interval
 from darkmatter_ext.estimators.least_squares import fit_linear
 from darkmatter_ext.measurement.excerpt import excerpt
+from darkmatter_ext.measurement.exploration import explored
 from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.nulls import other_tokens
 from darkmatter_ext.measurement.plan import plan_lines
@@ -115,7 +116,8 @@ def run(settings: PerTokenSettings, stages: Stages) -> Result:
     checkpoint.
     """
     _check_one_site(settings)
-    found = measured(prepare(settings, stages), stages, released=SCRIPT)
+    inputs = prepare(settings, stages)
+    found = measured(inputs, stages, released=SCRIPT)
     (site,) = found.sites.values()
     every: list[dict[str, Any]] = sorted(found.saes, key=lambda sae: sae["d_sae"])
     saes = [sae for sae in every if not sae.get("seed")]
@@ -144,7 +146,8 @@ def run(settings: PerTokenSettings, stages: Stages) -> Result:
     if settings.measure.parity == "released-code":
         notes.append("As the released code (sae_power_laws_per_token.py): b* without bias. Its shuffle is unseeded.")
     series = {"saes": saes, "ceilings": ceilings, "excerpt": excerpt(found)}
-    return measured_result("per-token", found, stages, numbers, series=series, notes=notes)
+    exploration = explored(inputs, found, stages)
+    return measured_result("per-token", found, stages, numbers, series=series, notes=notes, exploration=exploration)
 
 
 def _but_seed(sae: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.estimators.intervals import Interval
 from darkmatter_ext.estimators.power_law import MINIMUM_WIDTHS, PowerLaw, fit_power_law
+from darkmatter_ext.measurement.exploration import explored
 from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import KS, WIDTHS, presets
@@ -237,7 +238,8 @@ def run(settings: ScalingSettings, stages: Stages) -> Result:
             "intervals are profiles of the likelihood, NaN where the points set no bound. They cover the scatter about the "
             "law, not what training longer or on more text would change."
         )
-    return measured_result("scaling", found, stages, numbers, series=series, notes=notes)
+    exploration = explored(inputs, found, stages)
+    return measured_result("scaling", found, stages, numbers, series=series, notes=notes, exploration=exploration)
 
 
 _HEADINGS = {
@@ -396,7 +398,7 @@ def contours(result: Result) -> Figure:
         if _spread(x, y):
             shown = axes.tricontourf(x, y, values, levels=10, cmap="viridis")
             figure.colorbar(shown, ax=axes, format="%.3f")
-            axes.plot(x, y, "o", color="white", markeredgecolor="black", markersize=4)
+            axes.scatter(x, y, c=values, cmap=shown.cmap, norm=shown.norm, edgecolors="black", s=16)
         else:  # all SAEs on one line: nothing to interpolate between
             shown = axes.scatter(x, y, c=values, cmap="viridis", edgecolors="black")
             figure.colorbar(shown, ax=axes, format="%.3f")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from darkmatter_ext.activations.store import load_tokenizer
@@ -24,17 +25,30 @@ def excerpt(found: Measurement) -> dict[str, Any]:
     table = read_tokens(site.per_token)
     first = table["context"][0].as_py()
     rows = table.slice(0, min(EXCERPT_TOKENS, table["context"].to_pylist().count(first)))
-    ids = rows["token"].to_pylist()
-    tokenizer = None
-    if found.config["model"] and min(ids) >= 0:
-        with contextlib.suppress(
-            InputError
-        ):  # stored activations of a model that is not on this machine: ids are shown
-            tokenizer = load_tokenizer(found.config["model"])
     return {
-        "tokens": [str(token) if tokenizer is None else tokenizer.decode([token]) for token in ids],
+        "tokens": token_texts(found.config["model"], rows["token"].to_pylist()),
         "squared_norm_x": rows["x"].to_pylist(),
         "squared_norms": {
             name: {part: rows[f"{name}/{part}"].to_pylist() for part in ("error", "nonlinear")} for name in site.saes
         },
     }
+
+
+def token_texts(model: str, ids: Sequence[int]) -> list[str]:
+    """Each token as it stands in a text, space before it included; ids where there is no tokenizer.
+
+    That is so for stored activations of a model that is not on this machine, and where token ids are not known (-1).
+    """
+    tokenizer = None
+    if model and min(ids, default=-1) >= 0:
+        with contextlib.suppress(InputError):
+            tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        return [str(token) for token in ids]
+    texts = []
+    for token in ids:
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        # SentencePiece drops the space that a single token begins with.
+        begins_word = str(tokenizer.convert_ids_to_tokens(token)).startswith("▁")
+        texts.append(f" {text}" if begins_word and not text.startswith(" ") else text)
+    return texts

@@ -30,6 +30,7 @@ from darkmatter_ext.measurement.stored_tokens import StoredTokens
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.measurement.tokens import TokenRoles, training_contexts
 from darkmatter_ext.measurement.training_text import fvu_on, training_sample
+from darkmatter_ext.runtime.html import html_table
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.processes import Processes, processes
 from darkmatter_ext.runtime.progress import Stages
@@ -40,9 +41,10 @@ from darkmatter_ext.saes.loading import SaeDescription
 if TYPE_CHECKING:
     import pyarrow
 
-# Where a state is kept, and how fast a run is, changes no number.
+# Where a state is kept, how fast a run is and what its page shows changes no number.
 OPERATIONAL = (
     "checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens", "accept_terms",
+    "page_megabytes",
 )  # fmt: skip
 
 
@@ -236,6 +238,16 @@ class Measurement:
     def __getitem__(self, name: str) -> SaeMeasurement:
         """One SAE: its numbers and their intervals. Raises InputError as `site_of`."""
         return SaeMeasurement(name, self.site_of(name))
+
+    def _repr_html_(self) -> str:
+        """A row an SAE, and the notes, for notebooks."""
+        rows = []
+        for sae in self.saes:
+            found = self.site_of(sae["name"]).decomposition(sae["name"]).numbers()
+            keys = ("l0", "fvu", "fvu_nonlinear", "linear_share")
+            rows.append([sae["name"], sae["hook"], *(f"{found[key]:.4g}" for key in keys)])
+        headings = ["SAE", "hook", "L0", "FVU", "FVU nonlinear", "linear share"]
+        return html_table(f"{len(rows)} SAEs on held-out tokens", headings, rows, self.notes)
 
     def tokens(self, columns: Sequence[str] | None = None, *, hook: str = "") -> pyarrow.Table:
         """The table of held-out tokens: context, position, token, group and the columns asked for.

@@ -256,8 +256,11 @@ class Settings:
     measure: Measure = Measure()
     device: str = "cpu"
     """cpu or cuda"""
+    page_megabytes: float = 8.0
+    """keep held-out text, its tokens' errors and latents in so much, for the report page to explore; 0: nothing"""
 
     def __post_init__(self) -> None:
+        require_at_least("page_megabytes", 0, self.page_megabytes)
         require(self.device.split(":")[0] in ("cpu", "cuda"), "device", "must be cpu or cuda", repr(self.device))
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise InputError(f"device: must be available, got {self.device!r} on a machine without a CUDA device")

@@ -7,13 +7,17 @@ Two forms. *Fixed*: every token has k entries, `values` and `indices` are [..., 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from darkmatter_ext.runtime.html import html_table
 from darkmatter_ext.runtime.inputs import InputError
+
+_SHOWN_TOKENS, _SHOWN_LATENTS = 5, 6  # in a notebook
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +174,27 @@ class SparseActs:
     def __repr__(self) -> str:
         form = f"nnz={self.values.numel()}" if self.is_ragged else f"k={self.values.shape[-1]}"
         return f"SparseActs(shape={list(self.shape)}, {form}, dtype={self.values.dtype}, device={self.values.device})"
+
+    def _repr_html_(self) -> str:
+        """The first tokens with their strongest latents, for notebooks; reads only these."""
+        rows = []
+        for number, (values, indices) in enumerate(self._first_tokens(_SHOWN_TOKENS)):
+            best = values.sort(descending=True, stable=True).indices[:_SHOWN_LATENTS]
+            found = zip(indices[best].tolist(), values[best].tolist(), strict=True)
+            rows.append([number, len(values), ", ".join(f"{latent}: {value:.3g}" for latent, value in found)])
+        return html_table(repr(self), ["token", "L0", "strongest latents: values"], rows)
+
+    def _first_tokens(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Values and indices of the active latents of the first tokens, on the CPU."""
+        values, indices = self.values.detach(), self.stored_indices
+        if self.crow is None:
+            pairs = zip(
+                values.reshape(-1, values.shape[-1])[:count], indices.reshape(-1, values.shape[-1]), strict=False
+            )
+        else:
+            ends = self.crow[: count + 1].tolist()
+            pairs = ((values[start:end], indices[start:end]) for start, end in itertools.pairwise(ends))
+        return [(own[own != 0].float().cpu(), of[own != 0].cpu()) for own, of in pairs]
 
 
 def _check_parts(values: Tensor, **indices: Tensor) -> None:

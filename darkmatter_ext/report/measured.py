@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from darkmatter_ext.measurement.exploration import Exploration
 from darkmatter_ext.measurement.notes import few_tokens_note, token_notes
 from darkmatter_ext.measurement.run import Inputs, Measurement
 from darkmatter_ext.measurement.run_checks import measured_samples
@@ -26,8 +27,10 @@ def measured_result(
     series: Mapping[str, Any] | None = None,
     arrays: Mapping[str, np.ndarray] | None = None,
     notes: Sequence[str] = (),
+    exploration: Exploration | None = None,
 ) -> Result:
-    """The result of a measurement: its numbers beside token counts, SAEs, notes and provenance."""
+    """The result of a measurement: its numbers beside token counts, SAEs, notes, provenance and what the page explores."""
+    for_page = {} if exploration is None else {"explored": exploration.about}
     groups = found.config["interval_groups"]
     intervals = (
         f"Intervals: 95 %, leaving out one of {groups} groups of held-out contexts at a time; maps stay as fitted."
@@ -36,8 +39,8 @@ def measured_result(
         experiment=experiment,
         config=found.config,
         numbers=found.numbers | dict(numbers),
-        series={"saes": found.saes, **(series or {})},
-        arrays=dict(arrays or {}),
+        series={"saes": found.saes, **(series or {}), **for_page},
+        arrays={**(arrays or {}), **({} if exploration is None else exploration.arrays)},
         notes=[*found.notes, *notes, *([intervals] if groups > 1 else [])],
         seconds=stages.seconds,
         provenance=provenance(found.config["device"]) | found.provenance,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from darkmatter_ext.runtime.html import html_table
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.storage import atomic_file
 
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the file; raised when a reader of the old one would misread the new one
 _RECORDED_PACKAGES = ("darkmatter_ext", "torch", "numpy", "transformers", "sae_lens")
+
+
+HEADLINES = {"l0": "L0", "fvu": "FVU", "fvu_nonlinear": "FVU nonlinear", "linear_share": "linear share"}
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -59,6 +67,14 @@ class Result:
     @property
     def seed(self) -> int:
         return self.config["seed"]
+
+    def _repr_html_(self) -> str:
+        """The headline numbers and the notes, for notebooks; `dm.page` shows all."""
+        names = [sae["name"] for sae in self.series.get("saes", ())]
+        keys = [key for key in HEADLINES if any(f"{name}/{key}" in self.numbers for name in names)]
+        rows = [[name, *(_shown(self.numbers.get(f"{name}/{key}")) for key in keys)] for name in names]
+        title = f"{self.experiment}: {len(self.numbers)} numbers; dm.page(result) makes the page"
+        return html_table(title, ["SAE", *map(HEADLINES.__getitem__, keys)], rows if keys else [], self.notes)
 
     def save(self, path: str | Path) -> Path:
         """Write as JSON in one rename. NaN becomes null: a number that could not be computed is not a number.

@@ -36,12 +36,19 @@ def _print_table(console: Console, table: Table) -> None:
     console.print(drawn)
 
 
-def show_result(section: Section, written: Sequence[Path], seconds: float) -> None:
-    """Print a result: table, reading, notes, its SAEs and the files written."""
+def show_result(section: Section, written: Sequence[Path], seconds: float, *, brief: bool = False) -> None:
+    """Print a result: table, reading, notes, its SAEs and the files written; the last of these is its page.
+
+    `brief`: the table, what it says, and where the page is.
+    """
     console, result = _console(), section.result
     _print_table(console, section.table)
-    for line in [*section.reading, *result.notes]:
+    for line in [*section.reading, *([] if brief else result.notes)]:
         console.print(f"- {line}", highlight=False, markup=False)
+    if brief:
+        console.print(f"explore  {written[-1]}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"took     {seconds:.0f} s", highlight=False)
+        return
     for sae in result.series.get("saes", ()):
         console.print(f"SAE      {sae['folder']}", highlight=False, markup=False, soft_wrap=True)
     for path in written:

@@ -1,7 +1,11 @@
-"""Progress of long work on the terminal (rich), or nothing: experiments report, they do not print."""
+"""Progress of long work: bars on a terminal (rich), a line a stage without one, or nothing.
+
+Experiments report, they do not print.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,12 +24,20 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self._show = show
         self._bars: Progress | None = None
+        self._lines = False
 
     @contextmanager
     def shown(self) -> Iterator[Stages]:
-        """Show the bars of all stages inside the block, on standard error (standard output is for results)."""
+        """Show the stages inside the block, on standard error (standard output is for results)."""
         if not self._show:
             yield self
+            return
+        if not sys.stderr.isatty():
+            self._lines = True
+            try:
+                yield self
+            finally:
+                self._lines = False
             return
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -54,4 +66,7 @@ class Stages:
             bars, task = self._bars, self._bars.add_task(name, total=total)
             yield lambda units: bars.advance(task, units)
             bars.update(task, total=total or 1, completed=total or 1)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        if self._lines:
+            print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)  # noqa: T201

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from darkmatter_ext.ops import unchecked
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.decode import decoder_outer, find_support, sparse_decode, to_dense
+from darkmatter_ext.runtime.html import html_table
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes import stepping_aside
 from darkmatter_ext.saes.accelerated import Accelerated, Surface, make_accelerated, make_plain, plain_class
@@ -72,6 +73,12 @@ class AcceleratedSAE(Accelerated):
     """The methods an accelerated SAE puts before SAELens' own. Made by `accelerate`, never by hand."""
 
     _architecture: Architecture
+
+    def _repr_html_(self) -> str:
+        """What the SAE is, and how its calls were answered, for notebooks."""
+        cfg = self.cfg
+        title = f"accelerated {cfg.architecture()}, {cfg.d_in} → {cfg.d_sae}, {cfg.dtype}, {cfg.device}"
+        return html_table(title, (), (), str(self._fast.stats()).splitlines())
 
     # SAELens' methods
 

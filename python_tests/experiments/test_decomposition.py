@@ -11,8 +11,8 @@ from darkmatter_ext.report.result import load_result
 def test_a_run_writes_result_figures_and_report(finished):
     out, result, _ = finished("decomposition")
     assert {path.name for path in out.iterdir()} == {
-        "decomposition.json", "decomposition_fvu.png", "decomposition_norm_test.png", "decomposition_per_token.png",
-        "report.html",
+        "decomposition.json", "decomposition.npz", "decomposition_fvu.png", "decomposition_norm_test.png",
+        "decomposition_per_token.png", "report.html",
     }  # fmt: skip
     assert result.config["widths"] == [24, 48]
     assert torch.__version__.startswith(result.provenance["versions"]["torch"])

@@ -6,6 +6,7 @@ The contract is the docstring of darkmatter_ext/experiments/__init__.py. A new f
 import dataclasses
 import importlib
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -121,7 +122,23 @@ def test_table_reading_and_figures_are_made_from_the_file_alone(name, finished, 
     assert {len(row) for row in section.table.rows} == {len(section.table.headings)}
     assert section.reading
     assert all(isinstance(line, str) and line for line in section.reading)
-    assert {path.stem for path in section.figures} == {path.stem for path in folder.glob("*.png")}
+    assert {figure.path.stem for figure in section.figures} == {path.stem for path in folder.glob("*.png")}
+
+
+@pytest.mark.runs
+def test_the_page_says_the_command_that_makes_the_result_again(name, finished):
+    """Parsed again it gives the settings of the run, but for where they came from."""
+    _, result, _ = finished(name)
+    words = shlex.split(experiments.command(result))
+    assert words[:3] == ["darkmatter", "run", name]
+    parser = cli._Parser()
+    cli._add_run(parser, words[2:])
+    again = parser.parse_args(words[2:]).settings.flat()
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in result.config.items()}
+    filled = {"hook"} if config.get("layers") else set()
+    assert {key: again[key] for key in again if key not in filled} == {
+        key: config[key] for key in again if key not in filled
+    }
 
 
 # ---- an experiment that a user adds

@@ -147,3 +147,16 @@ def test_find_support_is_differentiable_and_names_bad_input():
         dm.find_support(torch.ones(2, 2).long())
     with pytest.raises(TypeError, match=r"acts: must be a tensor of shape \[..., F\], got list"):
         dm.find_support([1.0])
+
+
+def test_a_notebook_shows_the_first_tokens_and_their_strongest_latents():
+    values, indices = torch.tensor([[0.5, 2.0, 0.0], [1.0, 0.0, 0.0]]), torch.tensor([[7, 3, 0], [5, 1, 2]])
+    fixed = dm.SparseActs.fixed(values, indices, 8)
+    crow, columns = torch.tensor([0, 2, 3]), torch.tensor([7, 3, 5])
+    ragged = dm.SparseActs.ragged(crow, columns, torch.tensor([0.5, 2.0, 1.0]), 8, (2,))
+    for acts in (fixed, ragged):
+        made = acts._repr_html_()
+        assert "<td>0</td><td>2</td><td>3: 2, 7: 0.5</td>" in made
+        assert "<td>1</td><td>1</td><td>5: 1</td>" in made
+        assert repr(acts) in made
+    assert "SparseActs(shape=[0, 8]" in dm.SparseActs.fixed(values[:0], indices[:0], 8)._repr_html_()

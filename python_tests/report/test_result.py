@@ -67,3 +67,14 @@ def test_what_is_not_a_result_is_refused_in_one_line(tmp_path, content, message)
     with pytest.raises(ValueError, match=message) as caught:
         load_result(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_notebook_shows_headlines_and_notes():
+    numbers = {"a/fvu": 0.25, "a/l0": math.nan, "b/fvu": 0.5}
+    made = _result(
+        numbers=numbers, series={"saes": [{"name": "a"}, {"name": "b"}]}, notes=["few <tokens>"]
+    )._repr_html_()
+    assert "<td>a</td><td>–</td><td>0.25</td>" in made
+    assert "<td>b</td><td>–</td><td>0.5</td>" in made
+    assert "few &lt;tokens&gt;" in made
+    assert "<table>" not in _result()._repr_html_()

@@ -367,3 +367,11 @@ def test_tied_preactivations_compare_by_meaning():
             sae.b_enc.fill_(0.5)
     x = activations(5)
     assert_close(plain.encode(x).sort(-1).values, fast.encode(x).sort(-1).values)
+
+
+def test_a_notebook_shows_what_it_is_and_how_calls_were_answered():
+    _, fast = pair("topk")
+    fast(activations(3))
+    made = fast._repr_html_()
+    assert f"accelerated topk, {fast.cfg.d_in} → {D_SAE}, float32, cpu" in made
+    assert "<p>forward: 1 fast</p>" in made
