@@ -112,7 +112,7 @@ def train_on_text(settings: TrainSettings, out: Path, own: Processes, stages: St
             log=log,
             progress=advance,
         )
-    for sae in trained:
+    for sae in trained if own.is_first else ():
         sae.save(out / name(sae.config), settings.layout)
     return trained
 
