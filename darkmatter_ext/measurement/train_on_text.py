@@ -128,6 +128,7 @@ def _resolved(settings: TrainSettings) -> Resolved:
 
 def _source(found: Resolved, own: Processes, stages: Stages) -> Source:
     if found.settings.data.store and not found.settings.data.stored:
+        require(own.size == 1, "torchrun", "must be used with a stream, or a cache made before", "store")
         return CacheSource(stored_activations(found, stages))
     return opened_source(found, contexts_folder(found), own, stages)
 

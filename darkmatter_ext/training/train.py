@@ -25,10 +25,12 @@ from darkmatter_ext.training.batches import Batches, SourceTokens, TensorTokens,
 from darkmatter_ext.training.config import StreamConfig, TrainingConfig
 from darkmatter_ext.training.evaluation import evaluated
 from darkmatter_ext.training.saving import TrainedSae, as_sae_lens
+from darkmatter_ext.training.seeds import generator
 from darkmatter_ext.training.trainer import MakeScheduler, SaeTrainer, StepReport
 
 Log = Callable[[list[dict[str, float]]], None]
 DEFAULT_STREAM = StreamConfig()
+ROWS_AT_A_TIME = 8192
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,14 @@ def _tokens(
     return tokens
 
 
+def _mean_and_scale(x: Tensor) -> tuple[Tensor, float]:
+    """The mean [d] of x [n, d], float32, and the root of the mean variance of a dimension; float64 sums, x uncopied."""
+    parts = x.split(ROWS_AT_A_TIME)
+    mean = torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0) / len(x)
+    squares = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum()
+    return mean.float(), (squares / x.numel()).sqrt().item()
+
+
 @dataclass
 class _Run:
     """SAEs in training on one stream."""
@@ -129,6 +139,7 @@ class _Run:
     batches: Batches
     tokens: Tokens
     scale: float  # activations are divided by it
+    sample: Tensor  # [n, d] of the training text, to evaluate
     identity: dict[str, Any]  # all that the result depends on
     own: Processes
     histories: list[list[dict[str, float]]]
@@ -146,11 +157,10 @@ class _Run:
     ) -> _Run:
         seed = configs[0].seed
         require_at_least("batch_size", own.size, configs[0].batch_size)
-        first = tokens.piece(0, 0, seed).float()  # also decides which norms are too large, so it is always read first
-        if len(first) < configs[0].batch_size:
-            raise no_batch(configs[0].batch_size, len(first))
-        mean = first.mean(0)
-        scale = (first - mean).square().mean().sqrt().item()
+        batches = Batches(tokens, configs[0].batch_size, seed)
+        first = batches.piece  # it also decides which norms are too large, so it is always read first
+        mean, scale = _mean_and_scale(first)
+        drawn = torch.randperm(len(first), generator=generator("sample", seed))[: stream.evaluation_tokens]
         require(0 < scale < float("inf"), "source", "must be finite and vary", f"a standard deviation of {scale}")
         identity = {
             "configs": [dataclasses.asdict(config) for config in configs],
@@ -159,8 +169,10 @@ class _Run:
         }
         mean = (mean / scale).to(own.device)
         trainers = [SaeTrainer(config, mean, scheduler, own) for config in configs]
-        batches = Batches(tokens, configs[0].batch_size, seed)
-        return cls(trainers, batches, tokens, scale, identity, own, [[] for _ in configs], [math.nan] * len(configs))
+        sample = first[drawn.to(first.device)]
+        return cls(
+            trainers, batches, tokens, scale, sample, identity, own, [[] for _ in configs], [math.nan] * len(configs)
+        )
 
     @property
     def n_steps(self) -> int:
@@ -293,8 +305,8 @@ class _Run:
 
     def finished(self, stream: StreamConfig, metadata: Mapping[str, Any]) -> list[TrainedSae]:
         """The SAEs, evaluated on text they were trained on and on held-out text."""
-        seed, size = self.trainers[0].config.seed, self.trainers[0].config.batch_size
-        texts = {"train": iter([self.tokens.piece(0, 0, seed)]), "held_out": self.tokens.held_out()}
+        size = self.trainers[0].config.batch_size
+        texts = {"train": iter([self.sample]), "held_out": self.tokens.held_out()}
         reports = [
             {"loss": loss, "dead_share": len(trainer.dead()) / trainer.config.d_sae}
             for trainer, loss in zip(self.trainers, self.losses, strict=True)
