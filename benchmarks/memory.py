@@ -21,14 +21,14 @@ import darkmatter_ext as dm
 KEPT = [(2304, d_sae, dtype) for d_sae in (65536, 262144) for dtype in ("float32", "bfloat16")]
 
 
-def _settled_rss() -> float:
+def settled_rss() -> float:
     """MB resident once what is free has gone back to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
-def _status(key: str) -> float:
+def status(key: str) -> float:
     """MB, from /proc/self/status: VmRSS now, VmHWM the peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) / 1024
@@ -41,9 +41,9 @@ def measure(architecture: str, which: str, shape: int) -> float:
     with torch.no_grad():
         sae(problem.x[:8])
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = _status("VmRSS")
+        before = status("VmRSS")
         sae(problem.x)
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 @torch.no_grad()
@@ -60,12 +60,12 @@ def kept(d_in: int, d_sae: int, dtype: str, architecture: str = "jumprelu") -> t
     )  # 2.5 standard deviations of a score: less than one latent in a hundred
     x = torch.randn(8, d_in, dtype=sae.W_enc.dtype, generator=torch.Generator().manual_seed(0))
     sae.decode(sae.encode(x))  # what SAELens and torch load at their first call is not ours
-    before = _settled_rss()
+    before = settled_rss()
     dm.accelerate(sae)
     sae(x)
     sae.decode(sae.encode(x))
     assert dm.stats(sae).fast, dm.stats(sae)
-    return _settled_rss() - before, sae.W_enc.numel() * sae.W_enc.element_size() / 2**20
+    return settled_rss() - before, sae.W_enc.numel() * sae.W_enc.element_size() / 2**20
 
 
 def print_kept() -> None:

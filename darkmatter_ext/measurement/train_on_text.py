@@ -112,7 +112,7 @@ def train_on_text(settings: TrainSettings, out: Path, own: Processes, stages: St
             log=log,
             progress=advance,
         )
-    for sae in trained:
+    for sae in trained if own.is_first else ():
         sae.save(out / name(sae.config), settings.layout)
     return trained
 
@@ -128,6 +128,7 @@ def _resolved(settings: TrainSettings) -> Resolved:
 
 def _source(found: Resolved, own: Processes, stages: Stages) -> Source:
     if found.settings.data.store and not found.settings.data.stored:
+        require(own.size == 1, "torchrun", "must be used with a stream, or a cache made before", "store")
         return CacheSource(stored_activations(found, stages))
     return opened_source(found, contexts_folder(found), own, stages)
 

@@ -43,6 +43,22 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def total(self, count: int, device: torch.device) -> int:
+        """Sum of a number over the processes."""
+        return count if self.size == 1 else int(self.sum(torch.tensor(count, device=device)))
+
+    def joined(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """The tensors of all processes [n, ...], one after another; and where this one's begins. n may differ."""
+        if self.size == 1:
+            return tensor, 0
+        lengths = torch.zeros(self.size, dtype=torch.int64, device=tensor.device)
+        lengths[self.rank] = len(tensor)
+        ends = self.sum(lengths).cumsum(0).tolist()
+        start = ends[self.rank] - len(tensor)
+        whole = tensor.new_zeros(ends[-1], *tensor.shape[1:])
+        whole[start : ends[self.rank]] = tensor
+        return self.sum(whole), start
+
     def from_first(self, value: Any) -> Any:
         """The first process's value, in all."""
         if self.size == 1:
@@ -55,6 +71,9 @@ class Processes:
         """Until every process is here."""
         if self.size > 1:
             dist.barrier()
+
+
+ALONE = Processes()
 
 
 def under_torchrun() -> bool:

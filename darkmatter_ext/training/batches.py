@@ -46,7 +46,7 @@ class Tokens(Protocol):
         ...
 
     def held_out(self) -> Iterator[Tensor]:
-        """Activations [n, d] that no piece has."""
+        """Activations [n, d] that no piece has, of contexts drawn from all that are held out."""
         ...
 
 
@@ -87,7 +87,7 @@ class TensorTokens:
 
     def held_out(self) -> Iterator[Tensor]:
         if len(self._held_out):
-            yield self._held_out
+            yield self._held_out[torch.randperm(len(self._held_out), generator=generator("held out"))]
 
 
 class SourceTokens:
@@ -136,9 +136,10 @@ class SourceTokens:
         return self._kept(order[number * size : last].sort().values.tolist())
 
     def held_out(self) -> Iterator[Tensor]:
-        numbers = range(self._n_trained, self._source.n_contexts)
-        for start in range(0, len(numbers), self._contexts_a_piece):
-            yield self._kept(list(numbers[start : start + self._contexts_a_piece]))
+        n = self._source.n_contexts - self._n_trained
+        drawn = self._n_trained + torch.randperm(n, generator=generator("held out"))
+        for numbers in drawn.split(self._contexts_a_piece) if n else ():
+            yield self._kept(numbers.tolist())
 
     def _kept(self, numbers: list[int]) -> Tensor:
         """[n, d]: the activations of some contexts at the tokens that count."""
@@ -176,9 +177,15 @@ class Batches:
     """The batches [N, d] of a run, one after another, from any position."""
 
     def __init__(self, tokens: Tokens, batch_size: int, seed: int) -> None:
+        """Raises InputError when the first piece holds no whole batch."""
         self._tokens, self._batch_size, self._seed = tokens, batch_size, seed
         self.position = [0, 0, 0]  # epoch, piece, batches taken of it: all that a checkpoint keeps
-        self._piece: tuple[tuple[int, int], Tensor, Tensor] | None = None  # its numbers, activations, order
+        self._piece = self._read(0, 0)
+
+    @property
+    def piece(self) -> Tensor:
+        """The one being read, [n, d]."""
+        return self._piece[1]
 
     def next(self) -> Tensor:
         """Raises InputError when a piece holds no whole batch."""
@@ -197,10 +204,13 @@ class Batches:
 
     def _current(self) -> tuple[Tensor, Tensor]:
         epoch, number, _ = self.position
-        if self._piece is None or self._piece[0] != (epoch, number):
-            x = self._tokens.piece(epoch, number, self._seed)
-            if len(x) < self._batch_size:
-                raise no_batch(self._batch_size, len(x))
-            order = torch.randperm(len(x), generator=generator("order", self._seed, epoch, number))
-            self._piece = ((epoch, number), x, order)
+        if self._piece[0] != (epoch, number):
+            self._piece = self._read(epoch, number)
         return self._piece[1], self._piece[2]
+
+    def _read(self, epoch: int, number: int) -> tuple[tuple[int, int], Tensor, Tensor]:
+        """A piece: its numbers, activations, order."""
+        x = self._tokens.piece(epoch, number, self._seed)
+        if len(x) < self._batch_size:
+            raise no_batch(self._batch_size, len(x))
+        return (epoch, number), x, torch.randperm(len(x), generator=generator("order", self._seed, epoch, number))

@@ -7,7 +7,10 @@ With g_m the gradient of the loss by x_hat_m and G_j the sum of g_m over the pre
 An entry belongs to one span of latents between two prefixes, so the pairs (token, span) are the "tokens" of one sparse
 decode, one decoder_dot and one decoder_outer, whatever the number of prefixes.
 
-Shapes: N tokens, d model dimension, F latents, S prefixes, z stored entries.
+A batch may be divided among processes: losses and gradients are then this part's share of those of the whole batch, so
+that sums over the processes give them.
+
+Shapes: N tokens (of this process), d model dimension, F latents, S prefixes, z stored entries.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.decode import decoder_dot, decoder_outer, sparse_decode
+from darkmatter_ext.runtime.processes import Processes
 
 
 def by_spans(acts: SparseActs, prefixes: Sequence[int]) -> SparseActs:
@@ -49,10 +53,13 @@ class Reconstruction:
 
     acts: SparseActs  # by spans
     error: Tensor  # [N, S, d] x_hat_m - x, in the dtype of x
-    loss: Tensor  # [S] mean squared error of each prefix
+    loss: Tensor  # [S] this part's share of the mean squared error of each prefix
+    n_tokens: int  # of the whole batch
 
     @classmethod
-    def of(cls, x: Tensor, acts: SparseActs, W_dec: Tensor, b_dec: Tensor, prefixes: Sequence[int]) -> Reconstruction:
+    def of(
+        cls, x: Tensor, acts: SparseActs, W_dec: Tensor, b_dec: Tensor, prefixes: Sequence[int], n_tokens: int
+    ) -> Reconstruction:
         """x [N, d], in the dtype of the losses; acts and weights in that of the step."""
         spans = by_spans(acts, prefixes)
         if len(prefixes) == 1:
@@ -61,12 +68,12 @@ class Reconstruction:
             parts = sparse_decode(spans, W_dec).to(x.dtype).unflatten(0, (len(x), len(prefixes)))
             x_hat = parts.cumsum(1) + b_dec.to(x.dtype)
         error = x_hat - x[:, None]
-        return cls(spans, error, error.square().mean((0, 2)))
+        return cls(spans, error, error.square().sum((0, 2)) / (n_tokens * x.shape[1]), n_tokens)
 
     def gradients(self, W_dec: Tensor, *, of_weights: bool) -> Gradients:
         """Of the summed loss. Cost: 2 z d multiply-adds."""
         n, spans, d = self.error.shape
-        own = self.error * (2 / (n * d))
+        own = self.error * (2 / (self.n_tokens * d))
         later = own if spans == 1 else own.flip(1).cumsum(1).flip(1)  # G of each span
         rows = later.reshape(n * spans, d).to(W_dec.dtype)
         values = decoder_dot(rows, self.acts, W_dec).reshape(self.acts.values.shape)
@@ -83,13 +90,14 @@ class AuxiliaryLoss:
     grad: Tensor  # [N, d] of the loss by what they reconstruct
 
     @classmethod
-    def of(cls, error: Tensor, acts: SparseActs, W_dec: Tensor) -> AuxiliaryLoss:
+    def of(cls, error: Tensor, acts: SparseActs, W_dec: Tensor, own: Processes) -> AuxiliaryLoss:
         """error [N, d] = x - x_hat, a constant here; W_dec of the dead latents."""
         missed = sparse_decode(acts, W_dec).to(error.dtype) - error
-        variance = error.var().clamp(min=torch.finfo(error.dtype).tiny)
-        loss = missed.square().mean() / variance
+        count, variance = _count_and_variance(error, own)
+        variance = variance.clamp(min=torch.finfo(error.dtype).tiny)
+        loss = missed.square().sum() / (count * variance)
         usable = loss.isfinite()  # an exactly zero error has no variance to explain
-        grad = torch.where(usable, missed * (2 / missed.numel() / variance), 0.0)
+        grad = torch.where(usable, missed * (2 / (count * variance)), 0.0)
         return cls(torch.where(usable, loss, 0.0), acts, grad)
 
     def gradients(self, W_dec: Tensor, weight: float) -> tuple[SparseActs, Tensor]:
@@ -98,3 +106,16 @@ class AuxiliaryLoss:
         values = decoder_dot(rows, self.acts, W_dec).reshape(self.acts.values.shape)
         by_relu = values.masked_fill(self.acts.values <= 0, 0)
         return replace(self.acts, values=by_relu), decoder_outer(self.acts, rows)
+
+
+def _count_and_variance(values: Tensor, own: Processes) -> tuple[int, Tensor]:
+    """How many values there are in the parts of all processes, and their variance [] (Bessel's)."""
+    if own.size == 1:
+        return values.numel(), values.var()
+    mean = values.mean(dtype=torch.float64)
+    squares = (values.double() - mean).square().sum()
+    parts, _ = own.joined(torch.stack([mean.new_tensor(values.numel()), mean, squares])[None])
+    counts, means, squares = parts.unbind(1)
+    count = counts.sum()
+    between = counts * (means - (counts * means).sum() / count).square()
+    return int(count), ((squares + between).sum() / (count - 1)).to(values.dtype)

@@ -1,7 +1,7 @@
 """`dm.train`: SAEs trained on activations in memory, a store, or a model reading text.
 
 The training text is read once for all SAEs given. A run with a checkpoint folder can be killed at any moment and goes on
-to the same bits.
+to the same bits. Under torchrun every process reads the stream and steps on its part of each batch; gradients are summed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from torch import Tensor
 from darkmatter_ext.activations.sources import Source
 from darkmatter_ext.runtime.checkpoint import CheckpointFolder
 from darkmatter_ext.runtime.inputs import InputError, require, require_at_least
+from darkmatter_ext.runtime.processes import Processes, processes
 from darkmatter_ext.training.batches import Batches, SourceTokens, TensorTokens, Tokens, no_batch
 from darkmatter_ext.training.config import StreamConfig, TrainingConfig
 from darkmatter_ext.training.evaluation import evaluated
 from darkmatter_ext.training.saving import TrainedSae, as_sae_lens
+from darkmatter_ext.training.seeds import generator
 from darkmatter_ext.training.trainer import MakeScheduler, SaeTrainer, StepReport
 
 Log = Callable[[list[dict[str, float]]], None]
 DEFAULT_STREAM = StreamConfig()
+ROWS_AT_A_TIME = 8192
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,14 @@ def train(  # pyright: ignore[reportInconsistentOverload]  (the options are list
     configs = [config] if isinstance(config, TrainingConfig) else list(config)
     _check(configs, log_every)
     tokens = _tokens(source, hook, stream, excluded_tokens, configs[0])
-    device = torch.device(device or (source.device if isinstance(source, Tensor) else "cpu"))
+    device = device or (source.device if isinstance(source, Tensor) else "cpu")
     if isinstance(checkpoint, str | Path):
         checkpoint = Checkpoint(Path(checkpoint))
-    run = _Run.start(configs, tokens, stream, device, scheduler)
-    run.resume(checkpoint)
-    run.to_the_end(checkpoint, log_every, log, progress)
-    found = run.finished(stream, metadata or {})
+    with processes(str(device)) as own:
+        run = _Run.start(configs, tokens, stream, own, scheduler)
+        run.resume(checkpoint)
+        run.to_the_end(checkpoint, log_every, log, progress)
+        found = run.finished(stream, metadata or {})
     return found[0] if isinstance(config, TrainingConfig) else found
 
 
@@ -119,6 +123,14 @@ def _tokens(
     return tokens
 
 
+def _mean_and_scale(x: Tensor) -> tuple[Tensor, float]:
+    """The mean [d] of x [n, d], float32, and the root of the mean variance of a dimension; float64 sums, x uncopied."""
+    parts = x.split(ROWS_AT_A_TIME)
+    mean = torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0) / len(x)
+    squares = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum()
+    return mean.float(), (squares / x.numel()).sqrt().item()
+
+
 @dataclass
 class _Run:
     """SAEs in training on one stream."""
@@ -127,7 +139,9 @@ class _Run:
     batches: Batches
     tokens: Tokens
     scale: float  # activations are divided by it
+    sample: Tensor  # [n, d] of the training text, to evaluate
     identity: dict[str, Any]  # all that the result depends on
+    own: Processes
     histories: list[list[dict[str, float]]]
     losses: list[float]  # of the last step looked at
     step: int = 0
@@ -138,25 +152,27 @@ class _Run:
         configs: Sequence[TrainingConfig],
         tokens: Tokens,
         stream: StreamConfig,
-        device: torch.device,
+        own: Processes,
         scheduler: MakeScheduler | None,
     ) -> _Run:
         seed = configs[0].seed
-        first = tokens.piece(0, 0, seed).float()  # also decides which norms are too large, so it is always read first
-        if len(first) < configs[0].batch_size:
-            raise no_batch(configs[0].batch_size, len(first))
-        mean = first.mean(0)
-        scale = (first - mean).square().mean().sqrt().item()
+        require_at_least("batch_size", own.size, configs[0].batch_size)
+        batches = Batches(tokens, configs[0].batch_size, seed)
+        first = batches.piece  # it also decides which norms are too large, so it is always read first
+        mean, scale = _mean_and_scale(first)
+        drawn = torch.randperm(len(first), generator=generator("sample", seed))[: stream.evaluation_tokens]
         require(0 < scale < float("inf"), "source", "must be finite and vary", f"a standard deviation of {scale}")
         identity = {
             "configs": [dataclasses.asdict(config) for config in configs],
             "stream": dataclasses.asdict(stream),
             "source": tokens.identity,
         }
-        mean = (mean / scale).to(device)
-        trainers = [SaeTrainer(config, mean, scheduler) for config in configs]
-        batches = Batches(tokens, configs[0].batch_size, seed)
-        return cls(trainers, batches, tokens, scale, identity, [[] for _ in configs], [math.nan] * len(configs))
+        mean = (mean / scale).to(own.device)
+        trainers = [SaeTrainer(config, mean, scheduler, own) for config in configs]
+        sample = first[drawn.to(first.device)]
+        return cls(
+            trainers, batches, tokens, scale, sample, identity, own, [[] for _ in configs], [math.nan] * len(configs)
+        )
 
     @property
     def n_steps(self) -> int:
@@ -170,7 +186,10 @@ class _Run:
             return
         checkpoint.folder.mkdir(parents=True, exist_ok=True)
         folder = CheckpointFolder(checkpoint.folder)
-        folder.start(self.identity)
+        for turn in (self.own.is_first, not self.own.is_first):  # one claims it, the others find it claimed
+            if turn:
+                folder.start(self.identity)
+            self.own.wait()
         if (found := folder.load()) is None:
             return
         tensors, state = found
@@ -194,6 +213,8 @@ class _Run:
             "histories": self.histories,
             "losses": self.losses,
         }
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise self._diverged(self.trainers[0])  # in this step: the loss was still finite
         CheckpointFolder(checkpoint.folder).save(tensors, state)
 
     # ---- the loop
@@ -225,22 +246,26 @@ class _Run:
                 rate = (self.step - looked_at) * len(x) / max(now - looked, 1e-9)
                 looked, looked_at = now, self.step
                 self._log({number: reports[number] for number in due}, x, rate, log)
-            if checkpoint is not None and (last or time.monotonic() - saved >= checkpoint.seconds):
+            if (
+                checkpoint is not None
+                and self.own.is_first
+                and (last or time.monotonic() - saved >= checkpoint.seconds)
+            ):
                 self._check_losses(reports)  # a state that has diverged must not replace a good one
                 self.save(checkpoint)
                 saved = time.monotonic()
 
     def _one_step(self) -> tuple[list[StepReport | None], Tensor]:
         """A step of every SAE that is not done; the batch is in units of training."""
-        device = self.trainers[0].weights["b_dec"].device
-        x = self.batches.next().to(device).float() / self.scale
+        x = self.batches.next().to(self.own.device).float() / self.scale
+        part = x.tensor_split(self.own.size)[self.own.rank]
         reports: list[StepReport | None] = []
         for trainer in self.trainers:
             if trainer.steps_done == trainer.config.steps:
                 reports.append(None)
                 continue
             try:
-                reports.append(trainer.step(x))
+                reports.append(trainer.step(part))
             except InputError:  # the ops refuse NaN in weights
                 raise self._diverged(trainer) from None
         self.step += 1
@@ -280,8 +305,8 @@ class _Run:
 
     def finished(self, stream: StreamConfig, metadata: Mapping[str, Any]) -> list[TrainedSae]:
         """The SAEs, evaluated on text they were trained on and on held-out text."""
-        seed, size = self.trainers[0].config.seed, self.trainers[0].config.batch_size
-        texts = {"train": iter([self.tokens.piece(0, 0, seed)]), "held_out": self.tokens.held_out()}
+        size = self.trainers[0].config.batch_size
+        texts = {"train": iter([self.sample]), "held_out": self.tokens.held_out()}
         reports = [
             {"loss": loss, "dead_share": len(trainer.dead()) / trainer.config.d_sae}
             for trainer, loss in zip(self.trainers, self.losses, strict=True)

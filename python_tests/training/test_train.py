@@ -13,6 +13,7 @@ import torch
 from cases.dense_training import planted
 from cases.interrupted_training import configs, run
 from cases.planted import LENGTH, PlantedSource
+from cases.shared_training import outcome
 
 import darkmatter_ext as dm
 from darkmatter_ext.runtime import checkpoint as checkpoints
@@ -190,6 +191,25 @@ def test_training_that_diverges_is_one_line_and_leaves_the_last_good_state(x, tm
         from safetensors.torch import load_file
 
         assert all(tensor.isfinite().all() for tensor in load_file(state).values())
+
+
+@pytest.mark.parametrize("n", [2])
+def test_processes_that_share_each_batch_agree_with_one(n, tmp_path):
+    from safetensors.torch import load_file
+
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), *filter(None, sys.path)])
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", "--rdzv-backend=c10d",
+                "--rdzv-endpoint=localhost:0", "--master-port=0"]  # fmt: skip
+    script = ["-m", "cases.shared_training", str(tmp_path / "result.safetensors")]
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *script], env=environment, cwd=tests, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    shared = load_file(tmp_path / "result.safetensors")
+    for name, tensor in outcome().items():  # float64: what is left is the rounding of sums
+        torch.testing.assert_close(shared[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
 
 
 # ---- bad input

@@ -130,7 +130,8 @@ def test_a_guess_changes_no_batch_topk(guess):
     x, rows = (torch.randn(n, 16, generator=generator) for n in (50, 200))
     x[:10] = x[0]  # ties between tokens
     encoder = EncoderRows(rows, torch.zeros(200))
-    acts, smallest, following = batch_topk(x, encoder, 5, None if guess is None else torch.tensor(guess))
+    acts, smallest, following, missed = batch_topk(x, encoder, 5, None if guess is None else torch.tensor(guess))
+    assert missed == (guess == 1e9)
     scores = (x.double() @ rows.double().mT).float()
     order = scores.flatten().sort(descending=True, stable=True)
     assert torch.equal(acts.to_dense().flatten().nonzero()[:, 0], order.indices[:250].sort().values)
@@ -140,7 +141,7 @@ def test_a_guess_changes_no_batch_topk(guess):
 
 def test_a_batch_topk_of_fewer_positive_latents_takes_them_all():
     x, rows = torch.randn(20, 8), -torch.eye(8)
-    acts, smallest, _ = batch_topk(x.abs() - 0.1, EncoderRows(rows, torch.zeros(8)), 6)
+    acts, smallest, *_ = batch_topk(x.abs() - 0.1, EncoderRows(rows, torch.zeros(8)), 6)
     assert torch.equal(acts.to_dense(), (0.1 - x.abs()).relu())
     assert float(smallest) == 0
 
