@@ -35,7 +35,7 @@ class Stats:
         for method, reasons in self.fallback.items():
             lines += [f"{method}: {count} by {self.library}: {reason}" for reason, count in reasons.items()]
         if self.tokens_handed_over:
-            lines.append(f"{self.tokens_handed_over} tokens with many candidates by {self.library}'s arithmetic")
+            lines.append(f"{self.tokens_handed_over} tokens with many candidates by the arithmetic of {self.library}")
         return "\n".join(lines) or "no calls"
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 # What is known without computing. Everything else (values, storage, views, copies, files) computes.
-_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _KNOWN = {
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
     *(getattr(torch.Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_sparse", "is_leaf", "grad_fn", "grad")),
