@@ -58,8 +58,9 @@ def section(result: Result, figures: Sequence[Drawn] = ()) -> Section:
 
 def command(result: Result) -> str:
     """The command that makes a result again: its settings that are not those of the first preset."""
-    preset: Any = next(iter(_of(result).PRESETS.values()))
-    usual: dict[str, Any] = preset.flat() if hasattr(preset, "flat") else asdict(preset)
+    usual: dict[str, Any] = {}  # of all parts of the settings: names are unique
+    for name, value in asdict(next(iter(_of(result).PRESETS.values()))).items():
+        usual |= value if isinstance(value, dict) else {name: value}
     # What a result says of model and hook was filled in from the SAEs where the settings left it to them.
     filled = {"hook", "model"} if result.config.get("sae") else {"hook"} if result.config.get("layers") else set()
     words = ["darkmatter", "run", result.experiment]

@@ -86,7 +86,7 @@ def test_the_interval_of_an_r2_holds_the_planted_one_about_as_often_as_it_says()
 @pytest.mark.parametrize("more", [(), ("--parity", "released-code")], ids=["paper", "released-code"])
 def test_a_run_regresses_every_pair(finished, more):
     out, result, _ = finished("per-token", *more)
-    names = {"per-token.json", "per-token_matrices.png", "per-token_curves.png", "report.html"}
+    names = {"per-token.json", "per-token.npz", "per-token_matrices.png", "per-token_curves.png", "report.html"}
     assert {path.name for path in out.iterdir()} == names
     assert [sae["d_sae"] for sae in result.series["saes"]] == [24, 48]  # smaller first, however given
     tensors = Finished.of(settings_of(result), HOOK)

@@ -189,7 +189,7 @@ export class TokenExplorer {
       headerHozAlign: "right",
       headerWordWrap: true,
       headerSortStartingDir: "desc",
-      minWidth: 84,
+      width: 92, // long names of SAEs go on several lines
     };
     const text = (field: string) => ({
       field,
