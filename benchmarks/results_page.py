@@ -84,7 +84,7 @@ def section(result: Result, figures: Path) -> list[str]:
         "",
         *(f"- {sentence}" for sentence in own.reading),
         "",
-        *(f"![{path.stem.replace('_', ' ')}](figures/{path.name})" for path in experiments.draw(result, figures)),
+        *(f"![{drawn.about}](figures/{drawn.path.name})" for drawn in experiments.draw(result, figures)),
         "",
         *markdown_table(own.table.headings, own.table.rows),
         "",

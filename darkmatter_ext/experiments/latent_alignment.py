@@ -330,6 +330,7 @@ _ROWS = {
 
 def scatter(result: Result) -> Figure:
     """W_dec . a* against the mean active value, a point a latent that fired, of the widest SAE."""
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
@@ -341,7 +342,7 @@ def scatter(result: Result) -> Figure:
     order = fired[kept].argsort()  # frequent latents on top
     for axes, (target, title) in zip(panels, _TARGETS.items(), strict=True):
         alignment = result.arrays[f"{sae['name']}/alignment/{target}"]
-        points = axes.scatter(
+        axes.scatter(
             alignment[kept][order],
             values[kept][order],
             c=fired[kept][order],
@@ -358,11 +359,9 @@ def scatter(result: Result) -> Figure:
         axes.set_yscale("log")
         if target == RECONSTRUCTION:  # where independent orthogonal latents would lie
             ends = [values[kept].min(), values[kept].max()]
-            line = [
-                ends[0] * (ends[1] / ends[0]) ** (step / 50) for step in range(51)
-            ]  # straight, on a logarithmic axis
+            line = [ends[0] * (ends[1] / ends[0]) ** (step / 50) for step in range(51)]  # bent by the other axis
             axes.plot(line, line, color=GREY, linewidth=0.8, linestyle="--")
-    figure.colorbar(points, ax=panels, label="tokens where active")
+    figure.colorbar(ScalarMappable(norm, "viridis"), ax=panels, label="tokens where active")
     for axes in panels[::2]:
         axes.set_ylabel("mean active value")
     panels[0].yaxis.set_major_formatter(ScalarFormatter())

@@ -47,7 +47,7 @@ def token_texts(model: str, ids: Sequence[int]) -> list[str]:
         return [str(token) for token in ids]
     texts = []
     for token in ids:
-        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
         # SentencePiece drops the space that a single token begins with.
         begins_word = str(tokenizer.convert_ids_to_tokens(token)).startswith("▁")
         texts.append(f" {text}" if begins_word and not text.startswith(" ") else text)
