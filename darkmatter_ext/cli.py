@@ -184,7 +184,7 @@ def _train(parsed: argparse.Namespace) -> None:
         return
     require_writable_folder("out", parsed.out)
     _quiet_libraries()
-    wanted = (sys.stderr.isatty() or bool(os.environ.get("DARKMATTER_PROGRESS"))) and is_first_process()
+    wanted = os.environ.get(PROGRESS_ENVIRONMENT_VARIABLE) != "0" and is_first_process()
 
     def log(entries: list[dict[str, float]]) -> None:
         for entry in entries if wanted else ():

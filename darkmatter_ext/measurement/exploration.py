@@ -57,8 +57,8 @@ class _Text(NamedTuple):
 def explored(inputs: Inputs, found: Measurement, stages: Stages) -> Exploration | None:
     """Held-out text with what was measured at its tokens; None with page_megabytes 0, and in other processes than the first.
 
-    Cost: one more reading and encoding of the kept tokens; K^2 d multiply-adds an SAE. Memory: the active latents of one
-    SAE at the kept tokens, 20 bytes each.
+    Cost: one more reading and encoding of the kept tokens; K^2 d multiply-adds an SAE. Memory: the
+    kept tokens' activations, 4 d bytes a token and site, and 20 bytes an active latent there.
     """
     budget = inputs.settings.page_megabytes * 1e6
     saes = [inputs.sae(sae["name"]) for sae in found.saes if not sae.get("variant")]
@@ -105,28 +105,33 @@ class _Active(NamedTuple):
 def _read(
     inputs: Inputs, saes: Sequence[SiteSae], tables: dict[str, pyarrow.Table], chosen: list[int], stages: Stages
 ) -> tuple[_Text, list[_Active]]:
-    """Read the contexts and encode their measured tokens with every SAE, a block at a time."""
+    """Read the contexts, and encode their measured tokens with one SAE after the other."""
     length, block = inputs.source.context_length, inputs.settings.measure.block_contexts
     places = {hook: torch.from_numpy(_places(table, chosen, length)) for hook, table in tables.items()}
-    parts: list[list[_Active]] = [[] for _ in saes]
+    kept: dict[str, list[Tensor]] = {sae.reads: [] for sae in saes}
     tokens, losses = [], []
     with stages.stage("text and latents for the page", len(chosen)) as advance:
         for start in range(0, len(chosen), block):
             batch = inputs.source.read(chosen[start : start + block])
             tokens.append(batch.tokens)
             losses.append(batch.loss)
-            end = start * length + batch.tokens.numel()
-            for own, sae in zip(parts, saes, strict=True):
-                inside = places[sae.hook]
-                inside = inside[(inside >= start * length) & (inside < end)]
-                x = batch.activations[sae.hook].flatten(0, 1)
-                for some in inside.split(inputs.settings.measure.batch_tokens):
-                    rows = x[(some - start * length).to(x.device)].to(inputs.processes.device, torch.float32)
-                    own.append(_active(sae.own, rows, some))
+            for hook, rows in kept.items():
+                rows.append(batch.activations[hook].flatten(0, 1).cpu())
             advance(len(batch.numbers))
+    whole = {hook: torch.cat(rows) for hook, rows in kept.items()}
     loss = torch.cat([part for part in losses if part is not None]) if losses[0] is not None else None
     text = _Text(chosen, torch.cat(tokens), loss, places)
-    return text, [_Active(*map(np.concatenate, zip(*own, strict=True))) for own in parts]
+    return text, [_active_latents(inputs, sae, whole[sae.reads], places[sae.hook]) for sae in saes]
+
+
+def _active_latents(inputs: Inputs, sae: SiteSae, x: Tensor, places: Tensor) -> _Active:
+    """The active latents of an SAE, loaded once, at places [n] of x [C * L, d]."""
+    encode = sae.own
+    found = [
+        _active(encode, x[some].to(inputs.processes.device, torch.float32), some)
+        for some in places.split(inputs.settings.measure.batch_tokens)
+    ]
+    return _Active(*map(np.concatenate, zip(*found, strict=True)))
 
 
 @torch.no_grad()

@@ -141,7 +141,14 @@ def test_the_command_measures_a_family_as_the_decomposition_does(finished):
     assert found.series["law"] == [f"topk-{width}-k4" for width in (24, 32, 48, 64)]
     shuffled, random = (found.numbers[f"topk-64-k4 {name}/fvu"] for name in ("shuffled decoder", "random directions"))
     assert min(shuffled, random) > found.numbers["topk-64-k4/fvu"]
-    names = {"scaling.json", "scaling_lines.png", "scaling_contours.png", "scaling_breakdown.png", "report.html"}
+    names = {
+        "scaling.json",
+        "scaling_lines.png",
+        "scaling_contours.png",
+        "scaling_breakdown.png",
+        "scaling.npz",
+        "report.html",
+    }
     assert {path.name for path in out.iterdir()} == names
 
 
@@ -246,7 +253,7 @@ def test_a_budget_of_memory_loads_saes_again_and_changes_no_number(workplace, tm
         numbers.append((load_result(tmp_path / "out" / "scaling.json").numbers, len(loaded)))
     (free, once), (enough, kept), (tight, often) = numbers
     assert once == 2
-    assert kept == 4  # the measurement of the controls loads the widest for each of its own
+    assert kept == 8  # the controls load the widest for each of their own, the page each for its latents and its rows
     assert often > 2 * 8000 / 32 / 32  # every block of both readings
     assert enough == free == tight
 

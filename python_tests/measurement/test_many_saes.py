@@ -82,6 +82,7 @@ def test_a_run_of_given_saes_equals_the_run_that_stores_activations(site, capsys
     assert first.config["hook"] == HOOK
     assert {path.name for path in one.iterdir()} == {
         "decomposition.json", "decomposition_fvu.png", "decomposition_norm_test.png", "decomposition_per_token.png",
+        "decomposition.npz",
         "report.html",
     }  # fmt: skip
     table = read_tokens(first.series["per_token"][HOOK])
@@ -218,7 +219,7 @@ def test_every_preset_has_a_plan(name, capsys):
     assert cli.main(["run", "decomposition", "--preset", name, "--dry-run"]) == 0
     plan = capsys.readouterr().out
     if name == "one-pass":
-        assert "SAE       blocks.10.hook_resid_post  train TopK, 1024 latents" in plan
+        assert "SAE       blocks.10.hook_resid_post  train topk, 1024 latents" in plan
         return
     assert plan.count("SAE  ") == len(catalogue.SAE_SETS[name])
     for line in ("download  ", "memory  ", "operations  ", "time  "):
