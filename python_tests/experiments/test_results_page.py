@@ -35,7 +35,7 @@ def page(monkeypatch, tmp_path):
 def test_every_sentence_and_cell_is_of_the_result(finished, page, tmp_path):
     results = tmp_path / "results"
     for name in ("norm-test", "synthetic"):
-        shutil.copytree(finished(name).out, results / name)
+        shutil.copytree(finished(name).folder, results / name)
     text, docs = page(results)
     for name in ("norm-test", "synthetic"):
         result = load_result(results / name / f"{name}.json")
