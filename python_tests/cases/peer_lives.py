@@ -57,7 +57,7 @@ def _require_close(what, sae, theirs, ours, rows):
     theirs, ours = theirs.nan_to_num(0.0, 0.0, 0.0), ours.nan_to_num(0.0, 0.0, 0.0)
     own = parts(sae)
     # The sums are over latents of size up to |x| |w|: what is rounded is as large as the decoder times these.
-    size = (float(theirs.abs().max()) if theirs.numel() else 0.0) + float(own.b_dec.nan_to_num().abs().max())
+    size = (float(theirs.abs().max()) if theirs.numel() else 0.0) + float(own.b_dec.detach().nan_to_num().abs().max())
     slack = 60 * peers.TOLERANCE[own.W_enc.dtype] * (1 + size)
     error = float((theirs - ours).abs().max()) if theirs.numel() else 0.0
     require(error <= slack, f"{what}: differs by {error / slack:.3g} of what rounding may do")
