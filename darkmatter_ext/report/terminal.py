@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from darkmatter_ext.saes.check import Verdict
 
+COLUMNS_A_PART = 8  # of numbers: 120 characters hold them, 80 with headings of two lines
 LOG_WIDTH = 120  # in a file or a pipe, where no terminal says its width
 
 
@@ -26,14 +27,19 @@ def _console() -> Console:
 
 
 def _print_table(console: Console, table: Table) -> None:
+    """The table; one with more columns than a terminal shows is printed in parts, each with the names of the rows."""
     import rich.table
 
-    drawn = rich.table.Table(title=table.title, pad_edge=False)
-    for number, heading in enumerate(table.headings):
-        drawn.add_column(heading, justify="left" if number == 0 else "right", no_wrap=number == 0)
-    for row in table.rows:
-        drawn.add_row(*row)
-    console.print(drawn)
+    width = len(table.headings)
+    for start in range(1, max(2, width), COLUMNS_A_PART):
+        columns = [0, *range(start, min(start + COLUMNS_A_PART, width))]
+        drawn = rich.table.Table(title=table.title if start == 1 else None, pad_edge=False)
+        for number in columns:
+            justify = "left" if number == 0 else "right"
+            drawn.add_column(table.headings[number], justify=justify, no_wrap=number == 0)
+        for row in table.rows:
+            drawn.add_row(*(row[number] for number in columns))
+        console.print(drawn)
 
 
 def show_result(section: Section, written: Sequence[Path], seconds: float, *, brief: bool = False) -> None:
