@@ -45,21 +45,6 @@ each covers stands in the notes. What the settings do to the numbers is in [demo
 """
 
 
-def command(result: Result) -> str:
-    """The command of a result of the demo's preset: what differs from it as flags."""
-    preset = experiments.experiment(result.experiment).PRESETS["demo"]
-    filled = {"model", "hook", "context_length"}  # by what the SAEs say
-    parts = [f"darkmatter run {result.experiment}"]
-    for name, value in preset.flat().items():
-        own = result.config.get(name)
-        own = tuple(own) if isinstance(own, list) else own
-        if name in filled or own == value:
-            continue
-        shown = [str(entry) for entry in own] if isinstance(own, tuple) else [str(own)]
-        parts.append(" ".join([f"--{name.replace('_', '-')}", *shown]))
-    return " ".join(parts)
-
-
 def markdown_table(headings: tuple[str, ...], rows: list[list[str]]) -> list[str]:
     """A table in GitHub's markdown; empty columns are left out."""
     kept = [number for number in range(len(headings)) if number == 0 or any(row[number] for row in rows)]
@@ -79,7 +64,7 @@ def section(result: Result, figures: Path) -> list[str]:
     lines = [
         f"## {result.experiment}: {experiments.about(result.experiment)}" + (f" ({source})" if source else ""),
         "",
-        f"`{command(result)}` — [result file](results/{result.experiment}.json), made {result.provenance['created'][:10]} "
+        f"`{own.command}` — [result file](results/{result.experiment}.json), made {result.provenance['created'][:10]} "
         f"with darkmatter_ext {versions['darkmatter_ext']} and torch {versions['torch']} on {result.provenance['device']}.",
         "",
         *(f"- {sentence}" for sentence in own.reading),

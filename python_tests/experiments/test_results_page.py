@@ -45,7 +45,7 @@ def test_every_sentence_and_cell_is_of_the_result(finished, page, tmp_path):
         assert all(cell in text for row in own.table.rows for cell in row)
         kept = load_result(docs / "results" / f"{name}.json")
         assert (kept.numbers, kept.arrays) == (result.numbers, {})
-    assert "`darkmatter run synthetic --model " in text
+    assert f"`{experiments.command(finished('synthetic').result)}`" in text
     assert "--noise-seeds 2" in text
     assert {path.name for path in (docs / "figures").glob("synthetic*")} == {
         "synthetic_noise.png", "synthetic_ablation.png",
