@@ -78,11 +78,6 @@ def section(result: Result, figures: Path) -> list[str]:
     return lines
 
 
-def without_arrays(result: Result) -> Result:
-    """What is kept in docs: figures that need per-token arrays are drawn before."""
-    return dataclasses.replace(result, arrays={})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, metavar="RESULTS_FOLDER")
@@ -98,8 +93,10 @@ def main() -> None:
     lines = [HEAD]
     for name in found:
         result = load_result(parsed.results / name / f"{name}.json")
-        lines += section(result, figures)
-        without_arrays(result).save(kept / f"{name}.json")
+        lines += section(
+            result, figures
+        )  # drawn before: some figures need the per-token arrays, which docs do not keep
+        dataclasses.replace(result, arrays={}).save(kept / f"{name}.json")
     missing = [name for name in ORDER if name not in found]
     if missing:
         lines += ["## Not here yet", "", f"No result file of this version: {', '.join(missing)}.", ""]

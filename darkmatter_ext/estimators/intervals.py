@@ -53,6 +53,12 @@ def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
     return sums.index_add_(0, groups, values.double())
 
 
+def sums_by(names: Tensor, *columns: Tensor) -> Tensor:
+    """Sums [D, m] in float64 of m columns [n] over the tokens of each of D documents, named [n] by any numbers."""
+    found, groups = names.unique(return_inverse=True)
+    return group_sums(torch.stack(columns, dim=1), groups, len(found))
+
+
 def bootstrap(sums: Tensor, statistic: Statistic, *, seed: int, resamples: int = RESAMPLES) -> list[Interval]:
     """Intervals of functions of sums over documents, drawing whole documents with replacement (bootstrap-t).
 
@@ -187,9 +193,8 @@ def jackknife(sums: Tensor, statistic: Statistic) -> list[Interval]:
 
 def r2_interval(y: Tensor, predicted: Tensor, groups: Tensor) -> Interval:
     """R2 of predictions [n] of y [n], with the jackknife's interval over groups of tokens, int64 [n] of any numbers."""
-    names, inverse = groups.unique(return_inverse=True)
     y, residual = y.double() - y.double().mean(), (y - predicted).double()
-    sums = group_sums(torch.stack([torch.ones_like(y), y, y.square(), residual.square()], dim=1), inverse, len(names))
+    sums = sums_by(groups, torch.ones_like(y), y, y.square(), residual.square())
 
     def r2(sums: Tensor) -> Tensor:
         n, total, square, sse = sums.unbind(-1)

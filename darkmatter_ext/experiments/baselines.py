@@ -135,7 +135,7 @@ def run(settings: BaselinesSettings, stages: Stages) -> Result:
             numbers[f"{name}/l0"] = site.l0(name)
             own = sae_numbers(site, name, seed=settings.seed)
             numbers |= {f"{name}/{key}": value for key, value in own.items()}
-            if settings.measure.parity == "released-code":
+            if settings.measure.released:
                 in_sample = site.token_mean_r2(in_sample=True)
                 for part in PARTS if in_sample else ():
                     found_here = Interval(in_sample[f"{name}/{part}"], math.nan, math.nan)
@@ -148,7 +148,7 @@ def run(settings: BaselinesSettings, stages: Stages) -> Result:
         "Targets are squared norms on held-out tokens. The token mean is over the token's fit occurrences, for a token without "
         "any the overall mean, scored on the table of held-out tokens; its control takes as many random tokens instead."
     ]
-    if settings.measure.parity == "released-code":
+    if settings.measure.released:
         notes.append(
             "As the released code: the token mean is over all tokens and scored on the same, which flatters it."
         )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.activations.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
-from darkmatter_ext.estimators.intervals import bootstrap, group_sums, ratio
+from darkmatter_ext.estimators.intervals import bootstrap, ratio, sums_by
 from darkmatter_ext.estimators.least_squares import LinearMap
 from darkmatter_ext.measurement.decompose import Decomposition, TokenBatch, decompose_stream
 from darkmatter_ext.measurement.nulls import other_tokens
@@ -106,7 +106,7 @@ def loss_numbers(tokens: SplicedTokens, documents: Tensor, name: str, *, seed: i
     """Mean CE increase and KL of one splice, with intervals by document; documents [n] of the tokens."""
     losses, ones = tokens.losses, torch.ones(len(documents))
     increase = losses.spliced[name] - losses.cross_entropy
-    sums = _document_sums(documents, increase, losses.kl[name], ones)
+    sums = sums_by(documents, increase, losses.kl[name], ones)
     ce, kl = bootstrap(sums, lambda s: s[..., :2] / s[..., 2:], seed=seed)
     return ce.numbers(f"{name}/ce_increase") | kl.numbers(f"{name}/kl")
 
@@ -121,14 +121,9 @@ def recovery_numbers(tokens: SplicedTokens, documents: Tensor, sae: str) -> dict
         ce = (losses.cross_entropy, losses.spliced[f"{sae}/sae"], losses.spliced[f"{sae}/{setting}"])
         kl = (torch.zeros_like(ce[0]), losses.kl[f"{sae}/sae"], losses.kl[f"{sae}/{setting}"])
         for quantity, (original, whole, rest) in (("ce", ce), ("kl", kl)):
-            found = ratio(_document_sums(documents, 100 * (whole - rest), whole - original))
+            found = ratio(sums_by(documents, 100 * (whole - rest), whole - original))
             numbers |= found.numbers(f"{sae}/{setting}/{quantity}_recovered")
     return numbers
-
-
-def _document_sums(documents: Tensor, *columns: Tensor) -> Tensor:
-    names, inverse = documents.unique(return_inverse=True)
-    return group_sums(torch.stack(columns, dim=1), inverse, len(names))
 
 
 def _share_numbers(name: str, decomposition: Decomposition) -> dict[str, float]:

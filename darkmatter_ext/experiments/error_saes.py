@@ -38,6 +38,7 @@ from darkmatter_ext.measurement.presets import DEMO
 from darkmatter_ext.measurement.resolved import resolve
 from darkmatter_ext.measurement.run import Inputs, prepare
 from darkmatter_ext.measurement.settings import Settings, extended
+from darkmatter_ext.measurement.site_saes import ALL_OF_IT
 from darkmatter_ext.measurement.stored_tokens import MeasuredBatches
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.encode import topk_encode
@@ -61,7 +62,7 @@ from darkmatter_ext.runtime.storage import cache_dir, fingerprint
 from darkmatter_ext.saes.drop_in import accelerate
 from darkmatter_ext.saes.encoders import Encode, as_encoder, random_dictionary, shuffled_sae
 from darkmatter_ext.saes.loading import load_sae
-from darkmatter_ext.training.config import StreamConfig, TrainingConfig
+from darkmatter_ext.training.config import TrainingConfig
 from darkmatter_ext.training.train import train
 
 if TYPE_CHECKING:
@@ -190,8 +191,7 @@ def trained_error_sae(
     name = fingerprint(**key, training=dataclasses.asdict(training))
     folder = cache_dir("saes") / f"error-{key['target']}-{training.d_sae}-{name}"
     if not folder.exists():
-        every_token = StreamConfig(held_out_share=0)
-        train(target, training, stream=every_token, metadata=key["metadata"], progress=progress).save(folder)
+        train(target, training, stream=ALL_OF_IT, metadata=key["metadata"], progress=progress).save(folder)
     return load_sae(folder, device=device), folder
 
 
@@ -326,7 +326,7 @@ def run(settings: ErrorSaesSettings, stages: Stages) -> Result:
     (sae,) = inputs.saes
     batches = MeasuredBatches(inputs.stored[sae.hook], settings.device)
     with stages.stage("split the error"):
-        error_map = fit_error_map(batches, sae.own, on_all=settings.measure.parity == "released-code")
+        error_map = fit_error_map(batches, sae.own, on_all=settings.measure.released)
         fit, held_out = split_errors(batches, sae.own, error_map)
     numbers, first, listed = _train_and_measure(inputs, settings, fit, held_out, stages)
     judged: dict[str, Any] = {}
@@ -340,7 +340,7 @@ def run(settings: ErrorSaesSettings, stages: Stages) -> Result:
         "Detection: SAEs of the first seed, balanced accuracy (mean of active and silent snippets told), explained and judged "
         f"on different documents; intervals 95 %, latents drawn again; judge: {_asked(settings)}.",
     ]
-    if settings.measure.parity == "released-code":
+    if settings.measure.released:
         notes.append("Released code: b* is fitted on the held-out tokens too.")
     series = {"saes": listed, "judged": judged, "about": JUDGED}
     return stored_result("error-saes", inputs, stages, numbers, series=series, notes=notes)

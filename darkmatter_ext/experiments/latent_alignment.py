@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from darkmatter_ext.estimators.intervals import BLOCK_VALUES, LEVEL, RESAMPLES, Interval, bootstrap
+from darkmatter_ext.estimators.intervals import BLOCK_VALUES, LEVEL, RESAMPLES, UNKNOWN, Interval, bootstrap
 from darkmatter_ext.estimators.least_squares import LinearMap, LinearStatistics
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import presets
@@ -110,8 +110,7 @@ def correlations(a: Tensor, b: Tensor, *, seed: int, resamples: int = RESAMPLES)
     """
     m = len(a)
     if m < MIN_LATENTS:
-        unknown = float("nan")
-        return dict.fromkeys(("pearson", "spearman"), Interval(unknown, unknown, unknown))
+        return dict.fromkeys(("pearson", "spearman"), UNKNOWN)
     values = _both(a, b, torch.ones(1, m, dtype=torch.float64))[0].tolist()
     generator, draws = torch.Generator().manual_seed(seed), []
     for part in torch.arange(resamples).split(max(1, BLOCK_VALUES // m)):
@@ -127,7 +126,7 @@ def correlations(a: Tensor, b: Tensor, *, seed: int, resamples: int = RESAMPLES)
 def identity_numbers(alignment: Tensor, value: Tensor, *, seed: int) -> dict[str, float]:
     """`slope` of value on alignment (both [m]) through 0, and `identity_r2`, R2 of value = alignment, drawing latents again."""
     if len(value) < MIN_LATENTS:
-        return {f"{name}{end}": float("nan") for name in ("slope", "identity_r2") for end in ("", "/low", "/high")}
+        return UNKNOWN.numbers("slope") | UNKNOWN.numbers("identity_r2")
     a, v = alignment.double(), value.double()
     sums = torch.stack([a * v, a * a, (v - a).square(), v.square(), v, torch.ones_like(v)], dim=1)
 
@@ -219,7 +218,7 @@ def decoder_rows(sae: Any, d: int, folder: str) -> tuple[Tensor, str]:
 
 def _fit_tokens(inputs: Inputs, sae: SiteSae, settings: LatentAlignmentSettings) -> Iterable[Tensor]:
     """Fit tokens of an SAE's site, or any measured ones as the released code has it."""
-    roles = (FIT, HELD_OUT) if settings.measure.parity == "released-code" else (FIT,)
+    roles = (FIT, HELD_OUT) if settings.measure.released else (FIT,)
     limit, seed, device = settings.reconstruction_tokens, settings.seed, settings.device
     again = tokens_again(inputs.source, inputs.roles, sae.hook, roles, limit=limit, seed=seed, device=device)
     return (tokens.x for tokens in again)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from darkmatter_ext.activations.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
 from darkmatter_ext.activations.store import load_tokenizer
-from darkmatter_ext.estimators.intervals import Interval, bootstrap, group_sums, ratio
+from darkmatter_ext.estimators.intervals import Interval, bootstrap, ratio, sums_by
 from darkmatter_ext.estimators.least_squares import LinearStatistics
 from darkmatter_ext.measurement.nulls import NULLS, NullModels
 from darkmatter_ext.measurement.plan import plan_lines
@@ -110,28 +110,26 @@ def ratio_numbers(tokens: SplicedTokens, documents: Tensor, *, seed: int) -> dic
 
     A ratio is NaN where the null's own loss cannot be told from 0.
     """
-    names, group = documents.unique(return_inverse=True)
     losses, numbers = tokens.losses, {}
     kl = losses.kl
     ce = {name: spliced - losses.cross_entropy for name, spliced in losses.spliced.items()}
     for quantity, columns in (("kl", kl), ("ce_increase", ce)):
         for name, column in columns.items():
-            sums = group_sums(torch.stack([column, torch.ones_like(column)], 1), group, len(names))
-            (mean,) = bootstrap(sums, lambda s: s[..., :1] / s[..., 1:], seed=seed)
+            (mean,) = bootstrap(
+                sums_by(documents, column, torch.ones_like(column)), lambda s: s[..., :1] / s[..., 1:], seed=seed
+            )
             numbers |= mean.numbers(f"{name}/{quantity}")
             if name != "sae":
-                sums = group_sums(torch.stack([columns["sae"], column], 1), group, len(names))
-                numbers |= ratio(sums).numbers(f"{name}/{quantity}_ratio")
+                numbers |= ratio(sums_by(documents, columns["sae"], column)).numbers(f"{name}/{quantity}_ratio")
     return numbers
 
 
 def _gap_rows(gap: Tensor, label: Tensor, documents: Tensor, labels: list[Any], *, seed: int) -> list[dict[str, Any]]:
     """Mean gap, its interval by document, and count of every group; label [n] is the number of a group or -1."""
-    names, group = documents.unique(return_inverse=True)
     inside = label >= 0
     one_hot = torch.zeros(len(gap), len(labels), dtype=torch.float64)
     one_hot[inside.nonzero().flatten(), label[inside]] = 1
-    sums = group_sums(torch.cat([one_hot * gap.double()[:, None], one_hot], 1), group, len(names))
+    sums = sums_by(documents, *(one_hot * gap.double()[:, None]).unbind(1), *one_hot.unbind(1))
     found: list[Interval] = bootstrap(sums, lambda s: s[..., : len(labels)] / s[..., len(labels) :], seed=seed)
     counts = one_hot.sum(0).long().tolist()
     rows = zip(labels, counts, found, strict=True)

@@ -143,7 +143,7 @@ def run(settings: PerTokenSettings, stages: Stages) -> Result:
     notes = [
         "Another token's error norm: a seeded shuffle, fitted on every other held-out context and scored on the rest."
     ]
-    if settings.measure.parity == "released-code":
+    if settings.measure.released:
         notes.append("As the released code (sae_power_laws_per_token.py): b* without bias. Its shuffle is unseeded.")
     series = {"saes": saes, "ceilings": ceilings, "excerpt": excerpt(found)}
     exploration = explored(inputs, found, stages)

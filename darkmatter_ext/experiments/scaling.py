@@ -202,7 +202,7 @@ def run(settings: ScalingSettings, stages: Stages) -> Result:
 
     Raises InputError for bad settings, SAEs of one width only or of several sites; StateError for damaged files.
     """
-    if settings.measure.parity == "released-code":  # its scaling script leaves out the first position and the last
+    if settings.measure.released:  # its scaling script leaves out the first position and the last
         settings = replaced(settings, drop_positions=1)
     _check_saes(settings)
     inputs = prepare(settings, stages)

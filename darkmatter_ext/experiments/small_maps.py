@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from darkmatter_ext.estimators.intervals import Interval, bootstrap, group_sums
+from darkmatter_ext.estimators.intervals import Interval, bootstrap, sums_by
 from darkmatter_ext.estimators.least_squares import train_mask
 from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.plan import plan_lines
@@ -204,10 +204,9 @@ def _squared_error(predict: Predict, tokens: Tokens) -> float:
 
 def r2(predicted: Tensor, tokens: Tokens, *, seed: int) -> Interval:
     """R2 of energies of predictions [n, d], with its interval by document."""
-    names, owner = tokens.documents.unique(return_inverse=True)
     e = tokens.e.double()
     columns = [(e - predicted.double()).square().sum(1), e.square().sum(1), *e.unbind(1), torch.ones_like(e[:, 0])]
-    sums = group_sums(torch.stack(columns, dim=1).cpu(), owner, len(names))
+    sums = sums_by(tokens.documents, *(column.cpu() for column in columns))
 
     def of(totals: Tensor) -> Tensor:
         rest, square, mean, n = totals[..., 0], totals[..., 1], totals[..., 2:-1], totals[..., -1]

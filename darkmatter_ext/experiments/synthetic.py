@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from darkmatter_ext.estimators.intervals import Statistic, bootstrap, group_sums
+from darkmatter_ext.estimators.intervals import Statistic, bootstrap, sums_by
 from darkmatter_ext.estimators.least_squares import LinearStatistics
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import DEMO
@@ -88,7 +88,7 @@ class SyntheticSettings(Settings):
     @property
     def released(self) -> bool:
         """As the released code: fitted and scored on the same 50 000 tokens, level 1 = 1."""
-        return self.measure.parity == "released-code"
+        return self.measure.released
 
 
 _ABLATED = {"latents": "latents, the same at every token", "tokens": "active latents of each token"}
@@ -186,7 +186,6 @@ def measure_cells(
     generator = torch.Generator().manual_seed(seed)
     noises = [torch.randn(n, d, generator=generator).to(clean) for _ in range(2)]
     parts = torch.cat([planted.introduced, *planted.ablated, *noises], dim=1)  # [n, (Q + 3) d]
-    names, owner = planted.documents[planted.score].unique(return_inverse=True)
     cells, alone, variances = [], [], []
     for level in levels:
         x = clean + level * unit * noises[0]
@@ -211,7 +210,7 @@ def measure_cells(
             progress(1)
     energies = torch.cat([*cells, *alone, *variances], dim=1) / (d * unit**2)  # [n', m - 1]
     columns = torch.cat([energies, torch.ones_like(energies[:, :1])], dim=1).cpu()
-    return group_sums(columns, owner.cpu(), len(names))
+    return sums_by(planted.documents[planted.score].cpu(), *columns.unbind(1))
 
 
 class Cells(NamedTuple):

@@ -25,7 +25,7 @@ from darkmatter_ext.estimators.least_squares import LinearMap
 from darkmatter_ext.estimators.sums import LinearSums, Reduce, as_columns, column_sums
 from darkmatter_ext.measurement.error import norm_targets, sae_error, varies
 from darkmatter_ext.measurement.measurement import WRITTEN, SiteMeasurement
-from darkmatter_ext.measurement.settings import SCALING_SCRIPT, Measure, Regressions
+from darkmatter_ext.measurement.settings import Measure, Regressions
 from darkmatter_ext.measurement.site_sums import Piece, Scalars, SiteSums, transcodes, what_is_read
 from darkmatter_ext.measurement.sweeps import Sweep, sweeps
 from darkmatter_ext.measurement.token_table import TokenTable
@@ -377,7 +377,7 @@ def measure(
     if not saes:
         raise InputError("saes: must name at least one SAE, got none")
     if regressions is None:
-        regressions = SCALING_SCRIPT if roles.settings.parity == "released-code" else Regressions()
+        regressions = roles.settings.regressions()
     everything = {
         **dataclasses.asdict(roles.settings),
         "positions": roles.kept.nonzero().flatten().tolist(),

@@ -113,7 +113,7 @@ def prepare(
 
     Raises InputError for settings, SAEs or a model that do not fit; StateError for damaged files.
     """
-    if settings.measure.parity == "released-code":
+    if settings.measure.released:
         settings = replaced(settings, max_norm_ratio=0.0)  # none of its scripts leaves tokens out by norm
     found = resolve(settings, train_at=train_at, transcoders=transcoders)
     if splices and (asked := found.usage.processing):
@@ -172,7 +172,7 @@ def _roles(found: Resolved, source: Source, *, drop_last: bool = True) -> TokenR
         found.sites,
         positions=positions,
         excluded=found.excluded,
-        drop_last=drop_last and settings.parity == "released-code",
+        drop_last=drop_last and settings.released,
     )
 
 
@@ -295,7 +295,7 @@ def measured(
     """
     chosen = list(inputs.saes if saes is None else saes)
     roles, own = inputs.roles, inputs.processes
-    regressions = released if roles.settings.parity == "released-code" else Regressions()
+    regressions = roles.settings.regressions(released)
     decided = deciding(inputs, chosen, encoders, predictors) | {"regressions": dataclasses.asdict(regressions)}
     folder = run_folder(inputs, decided)
     folder.mkdir(parents=True, exist_ok=True)

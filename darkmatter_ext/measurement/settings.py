@@ -236,7 +236,7 @@ class Measure:
         require(self.split in SPLITS, "split", "must be documents, contexts or tokens", repr(self.split))
         if self.passes == 1 and self.split == "tokens":
             raise InputError("split: must be documents or contexts with passes 1, got 'tokens'")
-        if self.passes == 1 and self.parity == "released-code":
+        if self.passes == 1 and self.released:
             raise InputError("passes: must be 2 with parity released-code, got 1")
         for name in ("interval_groups", "batch_tokens", "block_contexts"):
             require_at_least(name, 1, getattr(self, name))
@@ -245,6 +245,15 @@ class Measure:
         for name in ("fit_fraction", "norm_fit_fraction"):
             share = getattr(self, name)
             require(0 < share < 1, name, "must be between 0 and 1", share)
+
+    @property
+    def released(self) -> bool:
+        """Whether an experiment repeats its released script."""
+        return self.parity == "released-code"
+
+    def regressions(self, script: Regressions = SCALING_SCRIPT) -> Regressions:
+        """The paper's, or those of a released script where that is repeated."""
+        return script if self.released else Regressions()
 
 
 @dataclass(frozen=True)

@@ -4,31 +4,21 @@ An edit is a function of an SAE and a `Draw` that returns the SAE to go on with 
 """
 
 import copy
-import io
 import pickle
-import random
 
 import torch
 from torch import nn
 
 import darkmatter_ext as dm
-from cases import peers
+from cases import life_edits, peers
 from cases.peers import LIMIT, D, is_coder, parts
 
 EDITS = {}  # name -> (edit, weight)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class Draw(random.Random):
+class Draw(life_edits.Draw):
     """Random choices and tensors; the same for both twins."""
-
-    def __init__(self, seed):
-        super().__init__(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def some(self, n):
-        """A few numbers below n."""
-        return sorted(self.sample(range(n), min(n, self.choice((1, 2, n // 4)))))
 
     def name(self, sae, ndim=(1, 2)):
         return self.choice([name for name, value in sae.named_parameters() if value.ndim in ndim])
@@ -66,12 +56,7 @@ def pickled(sae, draw):
     return pickle.loads(pickle.dumps(sae))
 
 
-@edit()
-def state_through_a_file(sae, draw):
-    file = io.BytesIO()
-    torch.save(sae.state_dict(), file)
-    file.seek(0)
-    sae.load_state_dict(torch.load(file), assign=draw.random() < 0.5)
+edit()(life_edits.state_through_a_file)
 
 
 @edit(2)
@@ -104,9 +89,7 @@ def a_layer_to_dtype(sae, draw):
     layer.to(draw.choice(DTYPES))
 
 
-@edit()
-def training_mode(sae, draw):
-    sae.train(draw.random() < 0.5)
+edit()(life_edits.training_mode)
 
 
 @edit()
@@ -132,12 +115,17 @@ def tied(sae, draw):
         own.W_dec.data[draw.some(len(own.W_dec))] *= -1
 
 
+def _some_anew(sae, draw, ndim):
+    """A few rows of a matrix, or places of a vector, through `.data`."""
+    name = draw.name(sae, (ndim,))
+    parameter = getattr(*_owner(sae, name))
+    places = draw.some(len(parameter))
+    parameter.data[places] = draw.fresh(sae, name)[places]
+
+
 @edit(4)
 def data_rows(sae, draw):
-    name = draw.name(sae, (2,))
-    parameter = getattr(*_owner(sae, name))
-    rows = draw.some(len(parameter))
-    parameter.data[rows] = draw.fresh(sae, name)[rows]
+    _some_anew(sae, draw, 2)
 
 
 @edit(4)
@@ -165,10 +153,7 @@ def data_whole(sae, draw):
 
 @edit(2)
 def data_vector(sae, draw):
-    name = draw.name(sae, (1,))
-    parameter = getattr(*_owner(sae, name))
-    places = draw.some(len(parameter))
-    parameter.data[places] = draw.fresh(sae, name)[places]
+    _some_anew(sae, draw, 1)
 
 
 @edit()
