@@ -25,7 +25,7 @@ from darkmatter_ext.runtime.inputs import InputError
 LEVEL = 0.95
 RESAMPLES = 2000  # the ends of a 95 % interval then rest on 50 draws each
 FEWEST_DRAWN = 8  # with fewer documents draws repeat one another, and Student's t takes their place
-BLOCK_VALUES = 1_000_000  # draws times documents at a time: 8 MB a tensor
+BLOCK_VALUES = 1_000_000  # draws times documents times quantities at a time: 8 MB a tensor
 _NAN = float("nan")
 
 Statistic = Callable[[Tensor], Tensor]  # totals [..., m] -> values [..., q], differentiable
@@ -81,11 +81,16 @@ def bootstrap(sums: Tensor, statistic: Statistic, *, seed: int, resamples: int =
         raise InputError("sums: must hold at least one document, got none")
     sums = sums.double()
     values, slopes = _slopes(statistic, sums.sum(0, keepdim=True))
-    found = []
-    for which, (value, slope) in enumerate(zip(values[0].tolist(), slopes[0], strict=True)):
-        own = sums[((sums * slope) != 0).any(1)] if math.isfinite(value) else sums[:0]
-        found.append(_studentised(own, value, statistic, which, seed=seed, resamples=resamples))
-    return found
+    touched = ((sums * slopes[0][:, None]) != 0).any(2) & values[0].isfinite()[:, None]  # [q, D]
+    alike: dict[tuple[bool, ...], list[int]] = {}  # quantities of the same documents are drawn together
+    for which, documents in enumerate(touched.tolist()):
+        alike.setdefault(tuple(documents), []).append(which)
+    found: dict[int, Interval] = {}
+    for documents, chosen in alike.items():
+        own = sums[torch.tensor(documents)]
+        intervals = _studentised(own, values[0], statistic, chosen, seed=seed, resamples=resamples)
+        found |= dict(zip(chosen, intervals, strict=True))
+    return [found[which] for which in range(len(found))]
 
 
 def _slopes(statistic: Statistic, totals: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,39 +102,50 @@ def _slopes(statistic: Statistic, totals: Tensor) -> tuple[Tensor, Tensor]:
     return values.detach(), torch.stack(slopes, dim=1)
 
 
-def _errors(weights: Tensor, sums: Tensor, statistic: Statistic, which: int) -> tuple[Tensor, Tensor]:
-    """One quantity, and its standard error, of documents sums [D, m] that stand there weights [B, D] times each: both [B]."""
+def _errors(weights: Tensor, sums: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
+    """Quantities, and their standard errors, of documents sums [D, m] standing there weights [B, D] times: both [B, q]."""
     n = len(sums)
-    values, slopes = _slopes(lambda totals: statistic(totals)[..., which : which + 1], weights @ sums)
-    influence = slopes[:, 0] @ sums.mT  # [B, D]
-    centred = influence - (weights * influence).sum(1, keepdim=True) / n
-    return values[:, 0], (n / (n - 1) * (weights * centred.square()).sum(1)).sqrt()
+    values, slopes = _slopes(statistic, weights @ sums)
+    influence = slopes @ sums.mT  # [B, q, D]
+    weights = weights[:, None]
+    centred = influence - (weights * influence).sum(2, keepdim=True) / n
+    return values, (n / (n - 1) * (weights * centred.square()).sum(2)).sqrt()
 
 
 def _studentised(
-    sums: Tensor, value: float, statistic: Statistic, which: int, *, seed: int, resamples: int
-) -> Interval:
-    n = len(sums)
+    sums: Tensor, values: Tensor, statistic: Statistic, chosen: Sequence[int], *, seed: int, resamples: int
+) -> list[Interval]:
+    """Intervals of the chosen ones of a statistic's quantities, whose values of all documents are `values` [q]."""
+    n, values = len(sums), values[chosen]
+
+    def own(totals: Tensor) -> Tensor:
+        return statistic(totals)[..., chosen]
+
     if n < 2:
-        return Interval(value, _NAN, _NAN)
-    if n >= FEWEST_DRAWN:
-        _, error = _errors(torch.ones(1, n, dtype=sums.dtype), sums, statistic, which)
-        t = []
-        for weights in _draws(n, resamples, seed=seed):
-            drawn, errors = _errors(weights, sums, statistic, which)
-            t.append((drawn - value) / errors)
-        tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=sums.dtype)
-        low, high = torch.cat(t).nanquantile(tails).tolist()
-        if math.isfinite(low) and math.isfinite(high):
-            return Interval(value, value - high * error.item(), value - low * error.item())
-    # Few documents, or so nearly equal ones that many draws do not vary: nothing to divide by.
-    return jackknife(sums, lambda totals: statistic(totals)[..., which : which + 1])[0]
+        return [Interval(value, _NAN, _NAN) for value in values.tolist()]
+    if n < FEWEST_DRAWN:
+        return jackknife(sums, own)
+    error = _errors(torch.ones(1, n, dtype=sums.dtype), sums, own)[1][0]
+    t = []
+    for weights in _draws(n, resamples, seed=seed, at_a_time=BLOCK_VALUES // (n * len(chosen))):
+        drawn, errors = _errors(weights, sums, own)
+        t.append((drawn - values) / errors)
+    tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=sums.dtype)
+    low, high = torch.cat(t).nanquantile(tails, dim=0)
+    ends = torch.stack([values, values - high * error, values - low * error], dim=1)
+    found = [Interval(*row) for row in ends.tolist()]
+    if not bool(ends[:, 1:].isfinite().all()):
+        # So nearly equal documents that many draws do not vary: nothing to divide by.
+        plain = jackknife(sums, own)
+        finite = ends[:, 1:].isfinite().all(1).tolist()
+        found = [drawn if kept else other for drawn, other, kept in zip(found, plain, finite, strict=True)]
+    return found
 
 
-def _draws(n: int, resamples: int, *, seed: int) -> Iterator[Tensor]:
-    """[b, n] float64, B rows together: how often each of n documents is drawn."""
+def _draws(n: int, resamples: int, *, seed: int, at_a_time: int) -> Iterator[Tensor]:
+    """[b, n] float64, B rows together, the same however many at a time: how often each of n documents is drawn."""
     generator = torch.Generator().manual_seed(seed)
-    for part in torch.arange(resamples).split(max(1, BLOCK_VALUES // n)):
+    for part in torch.arange(resamples).split(max(1, at_a_time)):
         drawn = torch.randint(n, (len(part), n), generator=generator)
         ones = torch.ones(drawn.shape, dtype=torch.float64)
         yield torch.zeros_like(ones).scatter_add_(1, drawn, ones)

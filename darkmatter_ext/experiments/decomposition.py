@@ -134,6 +134,11 @@ def reading(result: Result) -> list[str]:
         f"the squared norm of x itself, the baseline, with {span('r2_norm/x', '{:.2f}')}; "
         f"of the nonlinear error with {span('r2_norm/nonlinear', '{:.2f}')}.",
     ]
+    if all("without_top_8/fvu" in row for row in rows):
+        lines.append(
+            f"Without the 8 directions in which x varies most, FVU is {span('without_top_8/fvu', '{:.3f}')} (with them "
+            f"{span('fvu', '{:.3f}')}), and {span('without_top_8/linear_share', '{:.0%}')} of that error is linear."
+        )
     if len(rows) > 1:
         narrow, wide = min(rows, key=lambda row: row["d_sae"]), max(rows, key=lambda row: row["d_sae"])
         lines.append(

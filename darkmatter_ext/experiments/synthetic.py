@@ -196,12 +196,8 @@ def measure_cells(
         linear = predicted.view(-1, len(planted.ablated) + 3, d)
         whole = parts[planted.score].view_as(linear).to(linear.dtype)
         found = (linear, whole - linear, whole)
-        for other in levels:
-            noise = [level * unit * part[:, -2] - other * unit * part[:, -1] for part in found]
-            cells += [
-                (part[:, :1] + part[:, 1:-2] + own[:, None]).square().sum(-1)
-                for part, own in zip(found, noise, strict=True)
-            ]
+        energies = [_Products.of(part) for part in found]
+        cells += [own.energy(level * unit, -other * unit) for other in levels for own in energies]
         if level == min(levels):
             alone = [part[:, 1:-2].square().sum(-1) for part in found]
         mean = x[planted.score].mean() if planted.released else x[planted.score].mean(0)
@@ -211,6 +207,25 @@ def measure_cells(
     energies = torch.cat([*cells, *alone, *variances], dim=1) / (d * unit**2)  # [n', m - 1]
     columns = torch.cat([energies, torch.ones_like(energies[:, :1])], dim=1).cpu()
     return sums_by(planted.documents[planted.score].cpu(), *columns.unbind(1))
+
+
+class _Products(NamedTuple):
+    """Dot products of a token's parts: every cell's energy without forming its error, Q + 5 products for A R cells."""
+
+    fixed: Tensor  # [n, Q] squared norms of what is in the error whatever the noises
+    with_noises: Tensor  # [n, Q, 2] its products with both noises
+    noises: Tensor  # [n, 2, 2]
+
+    @classmethod
+    def of(cls, parts: Tensor) -> _Products:
+        """Of parts [n, Q + 3, d]: introduced, ablated, both noises."""
+        fixed, noises = parts[:, :1] + parts[:, 1:-2], parts[:, -2:]
+        return cls(fixed.square().sum(-1), fixed @ noises.mT, noises @ noises.mT)
+
+    def energy(self, *factors: float) -> Tensor:
+        """[n, Q] squared norms with the noises times these factors added."""
+        f = torch.tensor(factors, dtype=self.fixed.dtype, device=self.fixed.device)
+        return self.fixed + 2 * self.with_noises @ f + (self.noises @ f @ f)[:, None]
 
 
 class Cells(NamedTuple):

@@ -23,6 +23,7 @@ from torch import Tensor
 from darkmatter_ext.activations.sources import ContextBatch, Source
 from darkmatter_ext.estimators.least_squares import LinearMap
 from darkmatter_ext.estimators.sums import LinearSums, Reduce, as_columns, column_sums
+from darkmatter_ext.measurement import principal
 from darkmatter_ext.measurement.error import norm_targets, sae_error, varies
 from darkmatter_ext.measurement.measurement import WRITTEN, SiteMeasurement
 from darkmatter_ext.measurement.settings import Measure, Regressions
@@ -92,6 +93,7 @@ class _Engine:
         self.tables = {hook: TokenTable(checkpoint.folder / "per_token" / hook, processes.rank) for hook in self.sites}
         self.maps: dict[str, dict[str, LinearMap]] = {}
         self.applied: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        self.directions: dict[str, Tensor] = {}  # [d, M], see principal.py
 
     # ---- the start: empty sums, shifted by what the first contexts say
 
@@ -236,9 +238,14 @@ class _Engine:
                         rest = error.to(linear.dtype) - linear
                         columns = (error, error.double().square(), rest.double().square())
                         site.residuals[piece.group, number] += torch.stack([column_sums(part) for part in columns])
+                        if not site.transcodes:
+                            tops = self.directions[site.hook]
+                            principal.add_errors(site.principal[piece.group], number, tops, error.to(rest.dtype), rest)
             del encode  # an SAE that is not kept goes before the next one comes
         if scalars is not None:
             self._add_scalars(site, piece, scalars)
+            if piece.role == HELD_OUT and not site.transcodes:
+                principal.add_x(site.principal[piece.group], self.directions[site.hook], v[:, : x.shape[1]])
 
     def _add_once(self, site: SiteSums, number: int, role: int, x: Tensor, error: Tensor, encoded: Encoded) -> None:
         """What needs the encoder and no b*: latents of all tokens; relative error and L0 of held-out ones."""
@@ -284,6 +291,8 @@ class _Engine:
             x = site.linear[FIT].reduced(self.processes.sum, targets=wanted).statistics(["x"], [name])
             if not varies(x.moment_yy.sum().item(), x.mean_y, x.count):
                 raise InputError(f"activations: must vary over the fit tokens, got a constant at {site.hook}")
+            if not site.transcodes:
+                self.directions[site.hook] = principal.top_directions(x)
         for sae in site.saes:
             name = f"error/{sae.name}"
             total = LinearSums.merged(
@@ -325,6 +334,7 @@ class _Engine:
             _groups=groups,
             _scalar_groups=scalar_groups,
             _residuals=reduce(site.residuals.clone()),
+            _principal=reduce(site.principal.clone()).cpu(),
             _token_means={role: sums.reduced(reduce) for role, sums in site.token_means.items()},
             _extra=extra.cpu(),
         )

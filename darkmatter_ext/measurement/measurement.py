@@ -47,6 +47,7 @@ from torch import Tensor
 from darkmatter_ext.estimators.intervals import Interval, jackknife
 from darkmatter_ext.estimators.least_squares import LinearFit, LinearMap, LinearStatistics, SplitStatistics
 from darkmatter_ext.estimators.sums import LatentSums, LinearSums, TokenSums
+from darkmatter_ext.measurement import principal
 from darkmatter_ext.measurement.decompose import Decomposition
 from darkmatter_ext.measurement.error import NORM_TARGETS
 from darkmatter_ext.measurement.settings import Regressions
@@ -82,6 +83,7 @@ class SiteMeasurement:
     _groups: list[LinearSums]  # of held-out contexts
     _scalar_groups: list[LinearSums]
     _residuals: Tensor  # [G, S, 3, d] held-out: sums of the error, its square, the square of its nonlinear part
+    _principal: Tensor  # [G, 2 + 2 S, M], see principal.py
     _token_means: dict[int, TokenSums]
     _extra: Tensor
 
@@ -291,6 +293,28 @@ class SiteMeasurement:
             head = [torch.tensor([x.count], dtype=torch.float64), square_x[None].cpu(), (x.count * x.mean_y).cpu()]
             rows.append(torch.cat([*head, residuals.flatten().cpu()]))
         return rows
+
+    def without_top(self, sae: str, count: int) -> dict[str, Interval]:
+        """fvu, fvu_nonlinear and linear_share of held-out tokens without the `count` top principal directions of x.
+
+        Empty where so many are not kept: at transcoders, or at a width below 2 `count`.
+        """
+        if count > self._principal.shape[-1]:
+            return {}
+        at = 2 + 2 * list(self.saes).index(sae)
+        errors = torch.stack(self._error_sums(sae))  # [G, 2 + 4 d]
+        tops = torch.cat([self._principal[:, :2], self._principal[:, at : at + 2]], dim=1)  # [G, 4, M]
+        width = errors.shape[1]
+
+        def scores(sums: Tensor) -> Tensor:
+            n, square_x = sums[..., 0], sums[..., 1]
+            x, _, *squares = sums[..., 2:width].unflatten(-1, (4, -1)).unbind(-2)
+            variance = square_x - x.square().sum(-1) / n
+            totals = torch.stack([n, variance, *(part.sum(-1) for part in squares)], dim=-1)
+            return principal.scores_without(totals, sums[..., width:].unflatten(-1, (4, -1)), count)
+
+        rows = _nonempty(list(torch.cat([errors, tops.flatten(1)], dim=1)))
+        return dict(zip(principal.SCORES, jackknife(rows, scores), strict=True))
 
     def contrast(self, weights: Mapping[str, float]) -> dict[str, Interval]:
         """A weighted sum over SAEs of each of ERROR_SCORES, with its interval on the same tokens (paired).

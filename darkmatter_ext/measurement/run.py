@@ -22,6 +22,7 @@ from darkmatter_ext.measurement.engine import measure, tokens_to_read
 from darkmatter_ext.measurement.measurement import SaeMeasurement, SiteMeasurement
 from darkmatter_ext.measurement.notes import run_notes
 from darkmatter_ext.measurement.opening import opened_source, stored_activations
+from darkmatter_ext.measurement.principal import WITHOUT
 from darkmatter_ext.measurement.resolved import Resolved, resolve
 from darkmatter_ext.measurement.run_checks import RunChecks, measured_samples
 from darkmatter_ext.measurement.settings import SCALING_SCRIPT, Regressions, Settings, replaced
@@ -264,13 +265,19 @@ class Measurement:
         return read_tokens(site.per_token, columns)
 
     def sae_numbers(self) -> dict[str, float]:
-        """`SAE/NAME` for all numbers of `Decomposition`, with `/low` and `/high` where there are intervals."""
+        """`SAE/NAME` for all numbers of `Decomposition`, with `/low` and `/high` where there are intervals.
+
+        And fvu, fvu_nonlinear and linear_share as `SAE/without_top_M/NAME`, without the M top principal directions of x.
+        """
         numbers: dict[str, float] = {}
         for sae in self.saes:
             name, site = sae["name"], self.site_of(sae["name"])
             numbers |= {f"{name}/{key}": value for key, value in site.decomposition(name).numbers().items()}
             for key, interval in site.intervals(name).items():
                 numbers |= {f"{name}/{key}/low": interval.low, f"{name}/{key}/high": interval.high}
+            for count in WITHOUT:
+                for key, interval in site.without_top(name, count).items():
+                    numbers |= interval.numbers(f"{name}/without_top_{count}/{key}")
         return numbers | self.training_text
 
 

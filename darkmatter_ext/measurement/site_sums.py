@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.estimators.sums import LatentSums, LinearSums, TokenSums
+from darkmatter_ext.measurement import principal
 from darkmatter_ext.measurement.error import NORM_TARGETS
 from darkmatter_ext.measurement.measurement import SAE_SCALARS, WRITTEN, scalar_names
 from darkmatter_ext.measurement.settings import Measure
@@ -52,6 +53,7 @@ class SiteSums:
     groups: list[LinearSums]
     scalar_groups: list[LinearSums]
     residuals: Tensor  # [G, S, 3, d] held-out: sums of the error, its square, the square of its nonlinear part
+    principal: Tensor  # [G, 2 + 2 S, M] held-out: see principal.py; M = 0 at a site of transcoders
     token_means: dict[int, TokenSums]
     latents: dict[str, LatentSums]
     extra: Tensor  # [S, 3] held-out: sum of ||e||^2 / ||x||^2, tokens with ||x|| = 0, sum of L0
@@ -111,6 +113,7 @@ class SiteSums:
             groups=[linear((errors if predictors or not number else {}) | norms) for number in range(n_groups)],
             scalar_groups=[LinearSums.empty(dict.fromkeys(names, 1), {}, zero) for _ in range(n_groups)],
             residuals=torch.zeros(n_groups, len(saes), 3, d, dtype=torch.float64, device=device),
+            principal=principal.empty(n_groups, len(saes), 0 if transcodes(saes) else d, device),
             token_means={role: TokenSums.empty(means, vocabulary, device) for role in mean_roles},
             latents={sae.name: LatentSums.empty(sae.d_sae, device) for sae in saes},
             extra=torch.zeros(len(saes), 3, dtype=torch.float64, device=device),
@@ -120,6 +123,7 @@ class SiteSums:
     def tensors(self) -> dict[str, Tensor]:
         """All sums by name, not copied."""
         named = {"extra": self.extra, "left_out": self.left_out, "residuals": self.residuals}
+        named["principal"] = self.principal
         named["shift"] = self.linear[FIT].shift  # one for all roles
         held_out = dict(enumerate(self.groups)), dict(enumerate(self.scalar_groups))
         kinds = (

@@ -7,6 +7,7 @@ from cases.models import flags
 from darkmatter_ext.experiments.synthetic import (
     Planted,
     SyntheticSettings,
+    _Products,
     ablate_latents,
     ablate_tokens,
     measure_cells,
@@ -88,6 +89,13 @@ def test_table_1_is_of_levels_and_differences_of_fvu(gaussian):
             assert numbers[f"{name}/correlation/{estimate}"] == pytest.approx(expected, abs=0.02)
     assert numbers["reconstruction_noise/share_as/nonlinear"] == pytest.approx(1, abs=0.01)
     assert numbers["reconstruction_noise/share_as/linear"] == pytest.approx(0, abs=0.01)
+
+
+def test_energies_of_cells_are_those_of_their_errors():
+    parts = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(2)).double()  # introduced, 2 ablated, 2 noises
+    for a, b in ((0.0, 0.0), (3.0, -2.0), (0.0, 4.0)):
+        errors = parts[:, :1] + parts[:, 1:3] + (a * parts[:, 3] + b * parts[:, 4])[:, None]
+        assert torch.allclose(_Products.of(parts).energy(a, b), errors.square().sum(-1), rtol=1e-12)
 
 
 def test_in_sample_fitting_flatters():

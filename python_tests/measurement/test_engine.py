@@ -207,6 +207,34 @@ def test_intervals_leave_out_whole_groups_of_contexts(source, tmp_path):
     assert interval.low < fit.r2 < interval.high
 
 
+def _shares_without(count, x, held_out, error, nonlinear, fit):
+    """FVU, FVU_nonlinear and linear share after projecting the top directions of the fit tokens' covariance away."""
+    top = torch.linalg.svd(x[fit] - x[fit].mean(0), full_matrices=False).Vh[:count]
+    rest = [part - part @ top.mT @ top for part in (x[held_out], error[held_out], nonlinear[held_out])]
+    variance = (rest[0] - rest[0].mean(0)).square().sum()
+    fvu, fvu_nonlinear = ((part.square().sum() / variance).item() for part in rest[1:])
+    return [fvu, fvu_nonlinear, 1 - fvu_nonlinear / fvu]
+
+
+@pytest.mark.parametrize("products", ["float64", "float32"])
+def test_shares_without_the_top_directions_equal_those_of_projected_tokens(source, tmp_path, products):
+    settings = dataclasses.replace(SETTINGS, interval_groups=4, products=products)
+    found = measure(source, saes(), settings, folder=tmp_path)[HOOKS[0]]
+    x, roles, *_ = _tokens(source, HOOKS[0], settings)
+    fit, held_out = roles == FIT, roles == HELD_OUT
+    error = x.double() - _sae("large").forward(x).double()
+    x = x.double()
+    nonlinear = error - fit_linear(x, error, train=fit).map(x)
+    for count in (1, 6):
+        own = found.without_top("large", count)
+        expected = _shares_without(count, x, held_out, error, nonlinear, fit)
+        assert [interval.value for interval in own.values()] == pytest.approx(expected, rel=1e-4), count
+        assert all(interval.low < interval.value < interval.high for interval in own.values())
+    assert list(own) == ["fvu", "fvu_nonlinear", "linear_share"]
+    assert own["fvu"].value > 1.2 * found.decomposition("large").fvu  # the test could not tell them apart otherwise
+    assert found.without_top("large", 7) == {}  # half of 12 dimensions are kept
+
+
 def test_groups_keep_documents_whole_and_one_group_has_no_interval(source, tmp_path):
     settings = dataclasses.replace(SETTINGS, interval_groups=5)
     own = decided(source, saes(), settings)
