@@ -24,19 +24,8 @@ from torch import Tensor
 
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.decode import decoder_dot, decoder_outer, sparse_decode
+from darkmatter_ext.ops.ragged import by_spans
 from darkmatter_ext.runtime.processes import Processes
-
-
-def by_spans(acts: SparseActs, prefixes: Sequence[int]) -> SparseActs:
-    """The same entries as acts of N S tokens, each with one span of the latents; latents must ascend at each token."""
-    if len(prefixes) == 1:
-        return acts
-    ends = torch.tensor(prefixes, device=acts.values.device)
-    span = torch.bucketize(acts.col_indices, ends, right=True)  # ends are the first latent of the next span
-    n_rows = acts.n_tokens * len(prefixes)
-    counts = torch.bincount(acts.token_numbers() * len(prefixes) + span, minlength=n_rows)
-    crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return SparseActs(acts.values, acts.col_indices, acts.d_sae, crow, (n_rows,))
 
 
 class Gradients(NamedTuple):

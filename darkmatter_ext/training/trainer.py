@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.ops.batch_topk import EncoderRows
 from darkmatter_ext.ops.decode import decoder_outer, sparse_decode
+from darkmatter_ext.ops.ragged import latent_sums
 from darkmatter_ext.runtime.processes import ALONE, Processes
 from darkmatter_ext.training.config import TrainingConfig
 from darkmatter_ext.training.gradients import AuxiliaryLoss, Reconstruction
 from darkmatter_ext.training.seeds import generator
-from darkmatter_ext.training.selection import EncoderRows, Fired, latent_sums, selection_of
+from darkmatter_ext.training.selection import Fired, selection_of
 
 MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
 ADAM_EPS = 6.25e-10  # as 2406.04093

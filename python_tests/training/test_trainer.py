@@ -6,9 +6,9 @@ import pytest
 import torch
 from cases.dense_training import DenseTrainer, planted
 
+from darkmatter_ext.ops.batch_topk import EncoderRows, batch_topk
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.training.config import ARCHITECTURES, TrainingConfig
-from darkmatter_ext.training.selection import EncoderRows, batch_topk
 from darkmatter_ext.training.trainer import LEAST_COSINE, SaeTrainer, start_weights
 
 # With seeds 0 to 7 and each architecture, 29 of the 32 curves of 200 steps are those of float64 within 5e-7. In three runs
