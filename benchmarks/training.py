@@ -3,7 +3,8 @@
     python benchmarks/training.py [--architectures topk jumprelu] [--shapes 0 1] [--rounds 5] [--threads 1] [--out FILE]
     python benchmarks/training.py memory              peak memory, each participant in a process of its own
 
-A step is everything from a batch to changed weights: SAELens' SAETrainer.step, sparsify's SparseCoder with what its
+A step is everything from a batch to changed weights: SAELens' SAETrainer.step (on
+its own SAE, and on an accelerated one), sparsify's SparseCoder with what its
 trainer does around it (fvu, gradient along decoder rows removed, Adam, unit rows), ours. Participants take turns; the
 table has medians of wall time and of processor time, and how far the losses are apart. On a busy machine only processor
 time with --threads 1 means anything: it counts no waiting.
@@ -79,6 +80,7 @@ class Case:
         found = {
             "ours, free rows": lambda x: float(as_sae_lens.step(x).mse),
             "sae_lens": sae_lens_step(self),
+            "sae_lens, accelerated": sae_lens_step(self, accelerated=True),
         }
         if self.architecture == "topk":
             unit = self.ours()
@@ -86,8 +88,8 @@ class Case:
         return found
 
 
-def sae_lens_step(case: Case) -> Step:
-    """SAELens' own trainer. Its loss is the sum over d, so coefficients are d times ours."""
+def sae_lens_step(case: Case, *, accelerated: bool = False) -> Step:
+    """SAELens' own trainer, on its own SAE or an accelerated one. Its loss is the sum over d: coefficients are d times ours."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.registry import get_sae_training_class
     from sae_lens.training.sae_trainer import SAETrainer
@@ -103,6 +105,8 @@ def sae_lens_step(case: Case) -> Step:
     sae.b_dec.data = weights["b_dec"].clone()
     if case.architecture == "jumprelu":
         sae.threshold.data.fill_(start_threshold(case))
+    if accelerated:
+        dm.accelerate(sae)
     config = SAETrainerConfig(
         total_training_samples=1000 * n, train_batch_size_samples=n, lr=LEARNING_RATE, lr_end=LEARNING_RATE
     )
@@ -163,12 +167,21 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
+PAIRS = (  # the same rules
+    ("ours, free rows", "sae_lens"),
+    ("sae_lens, accelerated", "sae_lens"),
+    ("ours, unit rows", "sparsify"),
+)
+
+
 def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One a pair of ours and a peer with the same rules."""
-    names, rows = list(found["wall_ms"]), []
-    for ours, peer in zip(names[::2], names[1::2], strict=True):
+    """One a pair of ours and a peer."""
+    rows = []
+    for ours, peer in PAIRS:
+        if ours not in found["wall_ms"]:
+            continue
         apart = max(abs(a - b) / b for a, b in zip(found["losses"][ours], found["losses"][peer], strict=True))
-        cells = [found["case"], peer]
+        cells = [found["case"], ours, peer]
         for clock in ("wall_ms", "processor_ms"):
             own, other = found[clock][ours], found[clock][peer]
             cells += [f"{own:.0f}", f"{other:.0f}", f"{other / own:.2f}"]
@@ -189,8 +202,8 @@ def peak(case: Case, name: str) -> tuple[float, float]:
 
 
 def _one(case: Case, name: str) -> Step:
-    if name == "sae_lens":
-        return sae_lens_step(case)
+    if name.startswith("sae_lens"):
+        return sae_lens_step(case, accelerated=name != "sae_lens")
     if name == "sparsify":
         return sparsify_step(case)
     trainer = case.ours()
@@ -202,7 +215,12 @@ def memory(cases: list[Case]) -> None:
     table = Table("case", "participant", "peak of a step, MB", "kept between steps, MB")
     for case in cases:
         label = f"{case.architecture} {'x'.join(map(str, case.shape[:3]))} k{case.shape[3]}"
-        for name in ("ours", "sae_lens", *(["sparsify"] if case.architecture == "topk" else [])):
+        for name in (
+            "ours",
+            "sae_lens",
+            "sae_lens, accelerated",
+            *(["sparsify"] if case.architecture == "topk" else []),
+        ):
             arguments = [sys.executable, __file__, "peak", case.architecture, str(SHAPES.index(case.shape)), name]
             out = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
             table.add_row(label, name, *(f"{value:.0f}" for value in json.loads(out.splitlines()[-1])))
@@ -226,6 +244,7 @@ def main() -> None:
     about, found = provenance("cpu"), []
     headings = [
         "case",
+        "ours",
         "peer",
         "ours, ms",
         "peer, ms",
@@ -241,7 +260,7 @@ def main() -> None:
         for row in _rows(found[-1]):
             table.add_row(*row)
             print("  ".join(row), file=sys.stderr, flush=True)
-    Console(width=150).print(table)
+    Console(width=170).print(table)
     if arguments.out is not None:
         content = {"cpu": cpu_name(), "threads": arguments.threads, "provenance": about, "cases": found}
         with atomic_file(arguments.out) as part:

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.ops.acts import SparseActs
-from darkmatter_ext.ops.encode import prepare_encoder, threshold_encode, topk_encode
+from darkmatter_ext.ops.encode import (
+    PreparedEncoder,
+    prepare_encoder,
+    threshold_encode,
+    topk_encode,
+    try_threshold_encode,
+)
 from darkmatter_ext.ops.ragged import kept
 from darkmatter_ext.runtime.processes import ALONE, Processes
 
@@ -28,10 +34,10 @@ LEAST_SPARE, MOST_SPARE = 1.15, 4.0
 class EncoderRows:
     """Encoder weights packed for one batch: W_enc^T as rows [F, d], b_enc [F]; inputs have b_dec taken off."""
 
-    def __init__(self, rows: Tensor, b_enc: Tensor, *, gain: Tensor | None = None) -> None:
-        """Rows [F, d] that are contiguous are used in place, others copied; `gain` [F] as in `prepare_encoder`."""
+    def __init__(self, rows: Tensor, b_enc: Tensor, *, prepared: PreparedEncoder | None = None) -> None:
+        """Rows [F, d] that are contiguous are used in place; `prepared` of the same weights, where it is at hand."""
         self.rows, self.b_enc = rows, b_enc
-        self._prepared = prepare_encoder(rows.mT, b_enc, gain=gain, share_rows=True)
+        self._prepared = prepare_encoder(rows.mT, b_enc, share_rows=True) if prepared is None else prepared
 
     @property
     def packed_rows(self) -> Tensor:
@@ -43,6 +49,10 @@ class EncoderRows:
 
     def above(self, x: Tensor, threshold: Tensor) -> SparseActs:
         return threshold_encode(x, self.rows.mT, self.b_enc, threshold, prepared=self._prepared)
+
+    def try_above(self, x: Tensor, threshold: Tensor) -> tuple[SparseActs, Tensor]:
+        """Of the tokens that screening helps, and the numbers [u] of the others."""
+        return try_threshold_encode(x, self.rows.mT, self.b_enc, threshold, prepared=self._prepared)
 
 
 class BatchChoice(NamedTuple):

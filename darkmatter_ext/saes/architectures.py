@@ -47,6 +47,16 @@ class _ValueWithGradientOf(torch.autograd.Function):
         return None, grad
 
 
+def rows_of(rows: Tensor, W_enc: Tensor) -> Tensor:
+    """Packed rows [F, d], not copied, with the gradient of the W_enc [d, F] they were packed from."""
+    return _RowsOf.apply(rows, W_enc)
+
+
+def value_with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
+    """A value that is known more exactly, differentiable as `source`."""
+    return _ValueWithGradientOf.apply(value, source)
+
+
 def weight(sae: Any, name: str) -> Tensor:
     """A parameter of a module, without the search of nn.Module.__getattr__ where it is a plain one."""
     found = sae._parameters.get(name)
@@ -224,7 +234,7 @@ class Gated(Architecture):
         latents = gate.stored_indices
         products = decoder_dot(sae_in.detach(), gate, prepared.weight)
         if gate.values.requires_grad:
-            products = _ValueWithGradientOf.apply(products, gate.values)
+            products = value_with_gradient_of(products, gate.values)
         magnitudes = (products * sae.r_mag.exp()[latents] + sae.b_mag[latents]).relu()
         acts = SparseActs(magnitudes, latents, gate.d_sae, gate.crow, gate.ragged_batch_shape)
         return Tried(acts, undecided)
@@ -305,9 +315,9 @@ class TopK(Architecture):
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in (sae_in, W_enc, b_enc, W_dec)):
             return tried
         acts, latents = tried.acts, tried.acts.stored_indices
-        rows = _RowsOf.apply(prepared.weight, W_enc)
+        rows = rows_of(prepared.weight, W_enc)
         pre = decoder_dot(sae_in, acts, rows).reshape(latents.shape) + b_enc[latents]
-        values = _ValueWithGradientOf.apply(acts.values, pre.relu() * W_dec.norm(dim=-1)[latents])
+        values = value_with_gradient_of(acts.values, pre.relu() * W_dec.norm(dim=-1)[latents])
         return Tried(SparseActs(values, latents, acts.d_sae), tried.undecided)
 
     def _selected(self, sae: Any, sae_in: Tensor, prepared: Any) -> Tried:
@@ -420,13 +430,10 @@ def known_forwards() -> frozenset[Any]:
 
 def architecture_of(plain: type) -> Architecture:
     """What the encode of a SAELens class computes; raises ValueError, with the reason, where it cannot be accelerated."""
-    from sae_lens.saes.sae import TrainingSAE
     from sae_lens.saes.temporal_sae import TemporalSAE
     from sae_lens.saes.transcoder import Transcoder as SaeLensTranscoder
 
-    if issubclass(plain, TrainingSAE):
-        why = "a training class, whose weights change at every step and whose losses need dense pre-activations"
-    elif issubclass(plain, TemporalSAE):
+    if issubclass(plain, TemporalSAE):
         why = "its codes depend on the tokens before, through attention, not on one token's latents"
     elif plain.encode not in known_encoders() or plain.decode not in known_decoders():  # type: ignore[attr-defined]
         why = "its encode or decode is not one of SAELens' own inference classes that are known here"

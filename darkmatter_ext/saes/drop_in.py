@@ -39,6 +39,7 @@ from darkmatter_ext.saes.row_layout import lay_contiguous
 from darkmatter_ext.saes.soundness import is_hooked, transforms_active
 from darkmatter_ext.saes.sparse_coder import is_sparse_coder, sparse_coder_surface
 from darkmatter_ext.saes.stepping_aside import DECODE_DENSITY, SMALL, TOO_DENSE
+from darkmatter_ext.saes.training_saes import is_training_sae, training_surface
 
 
 class _DenseGradDecode(torch.autograd.Function):
@@ -279,6 +280,8 @@ def _surface_of(sae: object) -> Surface:
             return surface
     from sae_lens import SAE
 
+    if is_training_sae(type(sae)):
+        return training_surface
     if not isinstance(sae, SAE):
         libraries = "a SAELens SAE, a dictionary of dictionary_learning or a SparseCoder of sparsify"
         raise TypeError(f"sae: must be {libraries}, got {type(sae).__name__}")
@@ -295,7 +298,9 @@ def accelerate(sae: _Module, *, save_memory: bool = False) -> _Module:
     Args:
         sae: of SAELens topk, jumprelu, standard, gated, matching_pursuit, transcoder, skip_transcoder,
             jumprelu_transcoder or jumprelu_skip_transcoder; of dictionary_learning AutoEncoder, AutoEncoderTopK,
-            BatchTopKSAE or JumpReluAutoEncoder; of sparsify SparseCoder. The latter two without gradients.
+            BatchTopKSAE or JumpReluAutoEncoder; of sparsify SparseCoder. The latter two without gradients. Of SAELens'
+            training classes TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE and
+            JumpReLUTrainingSAE: their `training_forward_pass`, see `training_saes`.
         save_memory: of SAELens alone. Store W_enc as the transposed view of contiguous rows, which the ops read in place:
             W_enc once less in memory. It is then not contiguous, in `state_dict` neither (`save_model` writes it so,
             `deaccelerate` makes it so again), and SAELens' own dense products of fewer than about 8 tokens take 1.2 to 1.6
@@ -322,7 +327,7 @@ def accelerate(sae: _Module, *, save_memory: bool = False) -> _Module:
 
 def _save_memory(sae: Any) -> None:
     if not isinstance(sae, AcceleratedSAE):
-        raise InputError(f"save_memory: must be False for an SAE of {sae._library}, got True")
+        raise InputError(f"save_memory: must be False for a {plain_class(type(sae)).__name__}, got True")
     vars(sae)[SAVES_MEMORY] = True
 
 

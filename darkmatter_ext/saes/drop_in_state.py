@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.ops.acts import SparseActs
+from darkmatter_ext.ops.batch_topk import Guess
 from darkmatter_ext.saes.packed_weights import Packed
 from darkmatter_ext.saes.soundness import why_not_weights
 from darkmatter_ext.saes.stepping_aside import BackOff
@@ -88,6 +89,7 @@ class State:
         self.decoder_of: tuple[Any, Decoder] | None = None  # an encoder packed with W_dec's norms, and that W_dec
         self.back_off = BackOff()
         self.reads = BackOff()  # of pre-activations that are computed when they are read (sparsify)
+        self.guess = Guess()  # of a BatchTopK in training
         self.refused: int | None = None  # address of a W_enc that somebody else holds too: its layout stays
         self.has_second_passes = False  # SAELens has asked for an error term: keep the last pass for it
         self.last_pass: tuple[Tensor, Ready, tuple, Pass] | None = None  # input, what else decided, result
@@ -106,7 +108,7 @@ class State:
     def forget(self) -> None:
         for packed in (self.encoder, self.vectors, self.decoder, self.rescaled_decoder):
             packed.forget()
-        self.back_off, self.reads = BackOff(), BackOff()
+        self.back_off, self.reads, self.guess = BackOff(), BackOff(), Guess()
         self.last_pass = self.decoder_of = None
 
     def stats(self) -> Stats:

@@ -257,9 +257,9 @@ def test_threads_calling_at_once():
 
 
 def test_refused_with_the_reason():
-    training_class, cfg_class = get_sae_training_class("topk")
-    training = training_class(cfg_class(d_in=D_IN, d_sae=D_SAE, k=4))
-    with pytest.raises(ValueError, match=r"^sae: must be .*TopKTrainingSAE \(a training class"):
+    training_class, cfg_class = get_sae_training_class("gated")
+    training = training_class(cfg_class(d_in=D_IN, d_sae=D_SAE))
+    with pytest.raises(ValueError, match=r"^sae: must be .*GatedTrainingSAE \(a training class"):
         dm.accelerate(training)
 
     class Own(type(make_sae("topk"))):
