@@ -27,6 +27,7 @@ ORDER = {
     "downstream": "figure 9",
     "pursuit": "figure 10a",
     "small-maps": "",
+    "intrinsic-dimension": "",
     "earlier-layers": "figure 10b",
     "baselines": "figure 13",
     "latent-alignment": "figure 14",

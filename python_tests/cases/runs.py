@@ -11,6 +11,7 @@ SETTINGS = {
         "--widths", "64", "--k", "2", "--error-width", "64", "--error-k", "1", "--error-steps", "20",
         "--training-seeds", "2", "--sae-fraction", "0.4", "--fit-fraction", "0.4", "--latents", "4",
     ),
+    "intrinsic-dimension": ("--layers", "0", "1", "--widths", "24", "--points", "400"),
     "latent-alignment": (),
     "norm-test": ("--ks", "2", "4"),
     "pathology": ("--layers", "0", "1", "--contexts", "6", "--widths", "24"),
