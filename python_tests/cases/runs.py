@@ -15,6 +15,10 @@ SETTINGS = {
     "norm-test": ("--ks", "2", "4"),
     "pathology": ("--layers", "0", "1", "--contexts", "6", "--widths", "24"),
     "per-token": ("--widths", "48", "24", "--sae-seeds", "2"),
+    "probing": (
+        "--widths", "24", "--frozen", "decoder", "--tasks", "{workplace}/tasks.csv", "--probe-ks", "1", "4",
+        "--train-sizes", "8", "16", "64", "--imbalances", "0.2", "--label-noise", "0.5", "--probe-seeds", "2",
+    ),
     "pursuit": ("--method", "gradient"),
     "scaling": ("--widths", "24", "32", "48", "64", "--ks", "4", "6", "--l0", "4", "--with-pursuit", "--sae-seeds", "2",
                 "--frozen", "decoder", "soft-decoder"),
@@ -25,4 +29,5 @@ SETTINGS = {
 
 def command(workplace, experiment, *more):
     """Arguments of that run, some changed or added."""
-    return flags(workplace, *SETTINGS[experiment], *more, experiment=experiment)
+    own = [word.format(workplace=workplace) for word in SETTINGS[experiment]]
+    return flags(workplace, *own, *more, experiment=experiment)
