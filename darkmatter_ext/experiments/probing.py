@@ -84,13 +84,13 @@ class ProbingSettings(Settings):
     """latents, and principal components, that a probe may use; controls have the middle one"""
     train_sizes: tuple[int, ...] = (8, 32, 128, 512)
     """training rows; the largest, or all of a smaller task, is the normal regime"""
-    imbalances: tuple[float, ...] = (0.05, 0.2)
+    imbalances: tuple[float, ...] = (0.1,)
     """shares of positive labels among training rows, regime imbalance"""
     label_noise: tuple[float, ...] = (0.1, 0.3, 0.5)
     """shares of training labels that are flipped, regime noise"""
     probe_seeds: int = 3
     """splits of each task into training and test documents"""
-    rows: int = 600
+    rows: int = 400
     """texts of a built-in task, at most"""
     pool: str = "last"
     """what stands for a text: last (its last token) or mean (over its tokens)"""

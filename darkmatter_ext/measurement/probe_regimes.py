@@ -21,7 +21,7 @@ from darkmatter_ext.runtime.inputs import InputError, require, require_at_least,
 
 REGIMES = ("normal", "scarcity", "imbalance", "noise", "shift")
 TRAIN_SHARE = 0.64  # of a task's documents
-IMBALANCED_ROWS = 120  # training rows where one label is rare: validated in six folds, each with some of it
+IMBALANCED_ROWS = 120  # training rows where one label is rare: validated in folds, each with some of it
 FEWEST_ROWS = 8  # of the rarer label on either side
 
 
@@ -31,7 +31,7 @@ class Regimes:
 
     names: tuple[str, ...] = REGIMES
     train_sizes: tuple[int, ...] = (8, 32, 128, 512)
-    imbalances: tuple[float, ...] = (0.05, 0.2)
+    imbalances: tuple[float, ...] = (0.1,)
     label_noise: tuple[float, ...] = (0.1, 0.3, 0.5)
 
     def __post_init__(self) -> None:

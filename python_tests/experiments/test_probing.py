@@ -84,7 +84,7 @@ def test_texts_are_read_as_if_alone(workplace, tmp_path):
         torch.testing.assert_close(together.x[hook][number], alone.x[hook][0], rtol=1e-4, atol=1e-5)
         assert together.tokens[number] == alone.tokens[0]
     every = text_sites(model, texts=texts, pool="mean", first=2, **options)
-    assert torch.bincount(every.texts).tolist() == [2, 1, 9]  # with BOS: 4, 2 and 11 tokens, the first two left out
+    assert torch.bincount(every.texts).tolist() == [2, 1, 10]  # with BOS: 4, 2 and 12 tokens, the first two left out
     torch.testing.assert_close(every.x[hook][-1], together.x[hook][2])
     torch.testing.assert_close(every.pooled(every.x[hook])[0], every.x[hook][:2].mean(0))
 
@@ -111,7 +111,7 @@ def test_a_run_has_every_regime_and_control(finished):
     assert numbers["normal/x/auc"] > 0.95  # the last token tells
     assert abs(numbers["permuted/x/auc"] - 0.5) < 0.3
     assert numbers["noise/x/auc"] < numbers["normal/x/auc"]
-    assert result.arrays["test/true/normal"].shape == (2, 2, len(series["arrows"]))
+    assert result.arrays["test/true/normal"].shape == (2, 1, len(series["arrows"]))
     assert "Logistic regression on x has a mean AUC of" in said
     assert {path.name for path in out.glob("*.png")} == {
         "probing_sizes.png", "probing_quivers.png", "probing_tasks.png",
