@@ -89,6 +89,13 @@ def write_tasks(path, rows=80):
     path.write_text("\n".join(lines))
 
 
+def write_pairs(path):
+    """A file of two relations, words of WORDS and the same after "the" or "of"."""
+    words = sorted(set(WORDS) - {"the", "of"})
+    lines = [f"{first},{word},{first} {word}" for first, own in (("the", words[:5]), ("of", words[5:])) for word in own]
+    path.write_text("\n".join(["relation,a,b", *lines]))
+
+
 def small_sae(architecture, d_in, d_sae, seed, *, bias=-0.2, threshold=0.7):
     """A random SAE whose decoder is its encoder's transpose, so that it reconstructs something."""
     torch.manual_seed(seed)
@@ -115,10 +122,11 @@ def saved_sae(folder, d_in=16, d_sae=24, seed=0, architecture="topk", bias=0.0, 
 
 
 def make_workplace(folder):
-    """A small Llama with a word tokenizer in `model`, a text of twelve documents, tasks for probes."""
+    """A small Llama with a word tokenizer in `model`, a text of twelve documents, tasks for probes, word pairs."""
     save_model(folder / "model")
     write_text(folder / "text.txt")
     write_tasks(folder / "tasks.csv")
+    write_pairs(folder / "pairs.csv")
     return folder
 
 
