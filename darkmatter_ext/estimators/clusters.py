@@ -5,7 +5,6 @@ Shapes: F points, k clusters, B draws.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +21,6 @@ def spectral_clusters(affinity: Tensor, counts: Sequence[int], *, seed: int) -> 
     k-means on the rows, of unit norm, of the top eigenvectors of D^-1/2 A D^-1/2. Source: Ng, Jordan, Weiss 2001.
     Cost: an iterative eigensolver for the largest number of clusters.
     """
-    from scipy.cluster.vq import kmeans2
     from scipy.sparse.linalg import eigsh
 
     a = affinity.double().cpu()
@@ -34,19 +32,28 @@ def spectral_clusters(affinity: Tensor, counts: Sequence[int], *, seed: int) -> 
     else:
         start = np.random.default_rng(seed).standard_normal(len(a))
         vectors = eigsh(a, k=most, which="LA", v0=start)[1]  # ascending
-    vectors = vectors[:, ::-1]
+    top = torch.from_numpy(vectors[:, ::-1].copy())
     found = {}
     for k in counts:
-        own = vectors[:, :k]
-        own = own / np.linalg.norm(own, axis=1, keepdims=True).clip(1e-12)
-        best = (math.inf, np.zeros(len(own), dtype=int))
-        for restart in range(RESTARTS):
-            generator = np.random.default_rng([seed, k, restart])
-            centres, labels = kmeans2(own, k, iter=ITERATIONS, minit="++", rng=generator, missing="warn")
-            inertia = float(((own - centres[labels]) ** 2).sum())
-            best = min(best, (inertia, labels), key=lambda pair: pair[0])
-        found[k] = torch.from_numpy(best[1].astype(np.int64))
+        rows = torch.nn.functional.normalize(top[:, :k], dim=1)
+        tries = [_k_means(rows, k, torch.Generator().manual_seed(seed + restart)) for restart in range(RESTARTS)]
+        found[k] = min(tries, key=lambda pair: pair[0])[1]
     return found
+
+
+def _k_means(x: Tensor, k: int, generator: torch.Generator) -> tuple[float, Tensor]:
+    """Sum of squared distances to the centres, and clusters [F], of points [F, d]; starts as k-means++ does."""
+    centres = x[torch.randint(len(x), (1,), generator=generator)]
+    while len(centres) < k:
+        nearest = torch.cdist(x, centres).amin(1).square() + 1e-12
+        centres = torch.cat([centres, x[torch.multinomial(nearest, 1, generator=generator)]])
+    for _ in range(ITERATIONS):
+        labels = torch.cdist(x, centres).argmin(1)
+        counts = torch.bincount(labels, minlength=k)[:, None]
+        means = torch.zeros_like(centres).index_add_(0, labels, x) / counts.clamp(min=1)
+        centres = torch.where(counts > 0, means, centres)  # an empty cluster stays where it is
+    distance = torch.cdist(x, centres)
+    return distance.amin(1).square().sum().item(), distance.argmin(1)
 
 
 def adjusted_mutual_information(labels: Tensor, others: Tensor) -> Tensor:
