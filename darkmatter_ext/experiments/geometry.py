@@ -17,6 +17,7 @@ Shapes: n tokens, F latents, d width of the site, c chunks, B draws.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
 READ_CONTEXTS = 16  # at a time
 SPLITS = 5  # of word pairs into halves
 MOST_LATENTS = 16_384  # of an SAE: two tables of counts take 8 F^2 bytes
+MOST_PANELS = 4
 DRAWN_BINS = 128  # of latents, in the picture of an affinity
 NULLS = {"permuted": "labels permuted", "frequency": "within frequency deciles", "gaussian": "Gaussian rows"}
 
@@ -341,6 +343,11 @@ def reading(result: Result) -> list[str]:
     return lines
 
 
+def _short(name: str) -> str:
+    """An SAE's name for a figure: blocks.5.hook_resid_post/topk-2048 is "block 5, topk-2048"."""
+    return re.sub(r"^blocks\.(\d+)\.hook_resid_post", r"block \1", name).replace("/", ", ")
+
+
 def lobes(result: Result) -> Figure:
     """phi (left) and angles between rows (right) of latents sorted by lobe, of the SAE whose lobes agree best."""
     k = middle(result.config["clusters"])
@@ -357,13 +364,13 @@ def lobes(result: Result) -> Figure:
         places = edges * len(values) / len(result.arrays[f"{sae}/lobes"])
         axes.set_xticks(places, [""] * len(places))
         axes.set_yticks(places, [""] * len(places))
-    panels[0].set_ylabel(f"latents by lobe, {sae}")
+    panels[0].set_ylabel(f"latents by lobe, {_short(sae)}")
     return figure
 
 
 def agreement(result: Result) -> Figure:
-    """Adjusted mutual information of lobes and clusters of rows over their number, beside its nulls (2 sd)."""
-    saes, counts = result.series["saes"], sorted(result.config["clusters"])
+    """Agreement of lobes and clusters of rows over their number, beside its nulls (2 sd); four SAEs at most."""
+    saes, counts = result.series["saes"][:MOST_PANELS], sorted(result.config["clusters"])
     figure, panels = new_panels(2.6, len(saes), sharey=True)
     for axes, sae in zip(panels, saes, strict=True):
         name = sae["name"]
@@ -376,7 +383,7 @@ def agreement(result: Result) -> Figure:
             axes.errorbar(range(len(counts)), mean, yerr=[2 * own for own in sd], fmt=f"{marker}-", color=colour,
                           markersize=3.5, linewidth=1, label=f"null: {about}")  # fmt: skip
         axes.set_xticks(range(len(counts)), counts)
-        axes.set_title(name, fontsize=8)
+        axes.set_title(_short(name).replace(", ", ",\n"), fontsize=8)
         axes.set_xlabel("clusters")
     panels[0].set_ylabel("adjusted mutual information")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -390,7 +397,7 @@ def spectrum(result: Result) -> Figure:
         name = sae["name"]
         values, null = (result.arrays[f"{name}/{key}"] for key in ("spectrum", "spectrum_gaussian"))
         ranks = np.arange(1, len(values) + 1)
-        label = f"{name}, alpha {result.numbers[f'{name}/alpha']:.2f}"
+        label = f"{_short(name)}, alpha {result.numbers[f'{name}/alpha']:.2f}"
         axes.plot(ranks, values, color=SERIES[number % len(SERIES)], linewidth=1.2, label=label)
         axes.plot(ranks, null, color=GREY, linewidth=0.8, label=None if number else "Gaussian rows")
     axes.set_xscale("log")

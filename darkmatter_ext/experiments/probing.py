@@ -17,6 +17,7 @@ not theirs. Shapes: n rows of a task, T tasks, A arrows (probes of one kind), F 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -340,7 +341,8 @@ def _notes(settings: ProbingSettings, tasks: Sequence[Task], regimes: Sequence[s
 def about(arrow: str) -> str:
     """An arrow in words."""
     name, k = kind_of(arrow)
-    return _ABOUT[name].format(k=k)
+    words = _ABOUT[name].format(k=k)
+    return words if k != "1" else re.sub(r"\b1 (.*?)(latent|component)s", r"1 \1\2", words)
 
 
 def table(result: Result) -> Table:
