@@ -33,6 +33,8 @@ ORDER = {
     "latent-alignment": "figure 14",
     "synthetic": "figure 15, table 1",
     "pathology": "Gurnee; Lee and Heimersheim",
+    "probing": "Kantamneni et al.",
+    "geometry": "Li et al.",
 }
 HEAD = """# What the experiments show on the embedded model
 

@@ -43,6 +43,8 @@ ERRORS = (
     "--error-width 64 --error-k 1 --error-steps 20 --training-seeds 2 --latents 4 --sae-fraction 0.4 --fit-fraction 0.4"
 )
 NOISE = "--noise-seeds 2 --fit-tokens 2000 --score-tokens 2000"
+LOBES = "--clusters 2 4 --chunk 8 --least-chunks 2 --null-draws 5 --pairs IN/pairs.csv"
+PROBES = "--tasks IN/tasks.csv --probe-ks 1 4 --train-sizes 8 64 --label-noise 0.5 --probe-seeds 1"
 CODE = "--parity released-code"
 RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; names stay when flags are renamed
     "baselines": f"baselines {DEMO} --layers 0 1 --widths 24",
@@ -73,6 +75,8 @@ RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; nam
     "earlier-layers-stream": f"earlier-layers {READ} {EARLIER}",
     "error-saes": f"error-saes {SINGLE} --widths 64 {ERRORS}",
     "error-saes-code": f"error-saes {SINGLE} --widths 64 {ERRORS} {CODE}",
+    "geometry": f"geometry {DEMO} --widths 24 {LOBES}",
+    "geometry-stream": f"geometry {READ} --sae IN/topk-24 {LOBES}",
     "latent-alignment": f"latent-alignment {DEMO} --widths 24 48",
     "latent-alignment-code": f"latent-alignment {DEMO} --widths 24 48 {CODE}",
     "latent-alignment-stream": f"latent-alignment {READ} {KINDS}",
@@ -85,6 +89,8 @@ RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; nam
     "per-token": f"per-token {DEMO} --widths 24 48",
     "per-token-code": f"per-token {DEMO} --widths 24 48 {CODE}",
     "per-token-stream": f"per-token {READ} {FOUR}",
+    "probing": f"probing {DEMO} --widths 24 --frozen decoder {PROBES}",
+    "probing-stream": f"probing {GIVEN} --sae IN/topk-24 {PROBES} --pool mean",
     "pursuit": f"pursuit {DEMO} --widths 24 48",
     "pursuit-orthogonal": f"pursuit {DEMO} --widths 24 --method orthogonal {CODE}",
     "pursuit-stream": f"pursuit {READ} {FOUR} --method matching",
@@ -140,6 +146,10 @@ def _make_inputs(folder: Path) -> None:
     picks = torch.multinomial(shares, 24 * 900, replacement=True).view(24, 900).tolist()
     texts = [f"=== {n}\n" + " ".join(words[pick] for pick in own) for n, own in enumerate(picks)]
     (folder / "text.txt").write_text("\n".join(texts))
+    pairs = [f"{number % 2},{words[number]},{words[number + 40]}" for number in range(40)]
+    (folder / "pairs.csv").write_text("\n".join(["relation,a,b", *pairs]))
+    tasks = [f"{words[n]} {words[n // 2 % 2]},{n // 2 % 2},{n // 2},{n % 2}" for n in range(120)]
+    (folder / "tasks.csv").write_text("\n".join(["prompt,target,document,domain", *tasks]))
     ids = torch.multinomial(shares, 500 * 32, replacement=True).view(500, 32) + 2
     Dataset.from_dict({"input_ids": ids.tolist()}).save_to_disk(folder / "tokenised")
     with torch.no_grad():

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import importlib.metadata
 import platform
+import random
 import re
 import sysconfig
 import warnings
@@ -36,6 +37,7 @@ DOCUMENTED_PACKAGES = (
 )
 # A document needs some length to hold whole contexts: about 256 tokens of 4.5 characters.
 MINIMUM_DOCUMENT_CHARACTERS = 1200
+_KINDS: dict[type[ast.AST], str] = {ast.Module: "module", ast.ClassDef: "class"}
 _DOCUMENT_MARK = re.compile(r"^=== .*$", re.MULTILINE)
 
 
@@ -55,8 +57,10 @@ def is_prose(paragraph: str) -> bool:
     return letters > 0.85 * len(paragraph) and paragraph.count(" ") > 0.12 * len(paragraph)
 
 
-def _docstrings(path: Path) -> Iterator[str]:
-    """The docstrings of a source file, read without importing it (importing a whole library has side effects)."""
+def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """What each docstring of a source file is of (module, class or function), and the docstring.
+
+    The file is read without importing it: importing a whole library has side effects."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's sources
@@ -67,7 +71,7 @@ def _docstrings(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
             if docstring:
-                yield docstring
+                yield _KINDS.get(type(node), "function"), docstring
 
 
 def _source_files(root: Path) -> Iterator[Path]:
@@ -77,18 +81,28 @@ def _source_files(root: Path) -> Iterator[Path]:
             yield path
 
 
+def _libraries() -> list[tuple[str, Path]]:
+    site = Path(sysconfig.get_path("purelib"))
+    return [(name, site / name) for name in DOCUMENTED_PACKAGES if (site / name).is_dir()]
+
+
 def _installed_sources() -> Iterator[tuple[str, list[str]]]:
     """(name, texts) for each topic of the language reference, each stdlib module, each module of the packages."""
     from pydoc_data import topics
 
     for name in sorted(topics.topics):
         yield f"pydoc/{name}", [topics.topics[name]]
-    libraries = [("stdlib", Path(sysconfig.get_path("stdlib")))]
-    site = Path(sysconfig.get_path("purelib"))
-    libraries += [(name, site / name) for name in DOCUMENTED_PACKAGES if (site / name).is_dir()]
-    for library, root in libraries:
+    for library, root in [("stdlib", Path(sysconfig.get_path("stdlib"))), *_libraries()]:
         for path in _source_files(root):
-            yield f"{library}/{path.relative_to(root)}", list(_docstrings(path))
+            yield f"{library}/{path.relative_to(root)}", [text for _, text in _docstrings(path)]
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """The paragraphs of a text that are prose, white space made one blank."""
+    for block in re.split(r"\n\s*\n", text):
+        paragraph = " ".join(block.split())
+        if is_prose(paragraph):
+            yield paragraph
 
 
 def installed_versions() -> dict[str, str]:
@@ -110,14 +124,54 @@ def installed_documents() -> Iterator[Document]:
     for name, texts in _installed_sources():
         kept: list[str] = []
         for text in texts:
-            for block in re.split(r"\n\s*\n", text):
-                paragraph = " ".join(block.split())
-                if is_prose(paragraph) and paragraph not in seen:
+            for paragraph in _paragraphs(text):
+                if paragraph not in seen:
                     seen.add(paragraph)
                     kept.append(paragraph)
         document = "\n\n".join(kept)
         if len(document) >= MINIMUM_DOCUMENT_CHARACTERS:
             yield Document(name, document)
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """A paragraph of an installed library's docstrings."""
+
+    library: str
+    document: str  # the module
+    kind: str  # what it documents: module, class or function
+    text: str
+
+
+def installed_paragraphs(
+    count: int, *, per_document: int, words: int, seed: int, without: Iterable[Document] = ()
+) -> Iterator[Paragraph]:
+    """Paragraphs of each documented library, cut after `words` words, its modules in a seeded order.
+
+    Args:
+        count: of a library, at most.
+        per_document: of a module, at most.
+        without: documents whose names and paragraphs are left out.
+    """
+    names, seen = set(), set()
+    for document in without:
+        names.add(document.name)
+        seen.update(document.text.split("\n\n"))
+    for library, root in _libraries():
+        files, left = list(_source_files(root)), count
+        random.Random(f"{seed} {library}").shuffle(files)
+        for path in files:
+            document = f"{library}/{path.relative_to(root)}"
+            if left <= 0:
+                break
+            if document in names:
+                continue
+            found = [(kind, own) for kind, text in _docstrings(path) for own in _paragraphs(text) if own not in seen]
+            random.Random(f"{seed} {document}").shuffle(found)
+            for kind, own in found[: min(left, per_document)]:
+                seen.add(own)
+                left -= 1
+                yield Paragraph(library, document, kind, " ".join(own.split()[:words]))
 
 
 def file_documents(path: Path) -> Iterator[Document]:

@@ -75,6 +75,27 @@ def write_text(path, n=12, words=1500):
     path.write_text("\n".join(f"=== {document.name}\n{document.text}" for document in documents))
 
 
+def write_tasks(path, rows=80):
+    """A file of two tasks on texts of WORDS, "has sparse" and "has model", two rows a document, two domains."""
+    generator = torch.Generator().manual_seed(3)
+    lines = ["prompt,target,task,document,domain"]
+    for word in ("sparse", "model"):
+        for number in range(rows):
+            picks = torch.randint(len(WORDS), (6,), generator=generator).tolist()
+            words = [WORDS[pick] for pick in picks if WORDS[pick] not in (word, "it")] + ["it"]
+            label = number // 2 % 2
+            words[-1] = word if label else "it"
+            lines.append(f"{' '.join(words)},{label},has {word},{number // 2},{number % 2}")
+    path.write_text("\n".join(lines))
+
+
+def write_pairs(path):
+    """A file of two relations, words of WORDS and the same after "the" or "of"."""
+    words = sorted(set(WORDS) - {"the", "of"})
+    lines = [f"{first},{word},{first} {word}" for first, own in (("the", words[:5]), ("of", words[5:])) for word in own]
+    path.write_text("\n".join(["relation,a,b", *lines]))
+
+
 def small_sae(architecture, d_in, d_sae, seed, *, bias=-0.2, threshold=0.7):
     """A random SAE whose decoder is its encoder's transpose, so that it reconstructs something."""
     torch.manual_seed(seed)
@@ -101,9 +122,11 @@ def saved_sae(folder, d_in=16, d_sae=24, seed=0, architecture="topk", bias=0.0, 
 
 
 def make_workplace(folder):
-    """A small Llama with a word tokenizer in `model`, and a text of twelve documents."""
+    """A small Llama with a word tokenizer in `model`, a text of twelve documents, tasks for probes, word pairs."""
     save_model(folder / "model")
     write_text(folder / "text.txt")
+    write_tasks(folder / "tasks.csv")
+    write_pairs(folder / "pairs.csv")
     return folder
 
 

@@ -12,10 +12,18 @@ SETTINGS = {
         "--training-seeds", "2", "--sae-fraction", "0.4", "--fit-fraction", "0.4", "--latents", "4",
     ),
     "intrinsic-dimension": ("--layers", "0", "1", "--widths", "24", "--points", "400"),
+    "geometry": (
+        "--layers", "0", "1", "--widths", "24", "--clusters", "2", "4", "--chunk", "8", "--least-chunks", "2",
+        "--null-draws", "5", "--pairs", "{workplace}/pairs.csv",
+    ),
     "latent-alignment": (),
     "norm-test": ("--ks", "2", "4"),
     "pathology": ("--layers", "0", "1", "--contexts", "6", "--widths", "24"),
     "per-token": ("--widths", "48", "24", "--sae-seeds", "2"),
+    "probing": (
+        "--widths", "24", "--frozen", "decoder", "--tasks", "{workplace}/tasks.csv", "--probe-ks", "1", "4",
+        "--train-sizes", "8", "64", "--label-noise", "0.5", "--probe-seeds", "1",
+    ),
     "pursuit": ("--method", "gradient"),
     "scaling": ("--widths", "24", "32", "48", "64", "--ks", "4", "6", "--l0", "4", "--with-pursuit", "--sae-seeds", "2",
                 "--frozen", "decoder", "soft-decoder"),
@@ -26,4 +34,5 @@ SETTINGS = {
 
 def command(workplace, experiment, *more):
     """Arguments of that run, some changed or added."""
-    return flags(workplace, *SETTINGS[experiment], *more, experiment=experiment)
+    own = [word.format(workplace=workplace) for word in SETTINGS[experiment]]
+    return flags(workplace, *own, *more, experiment=experiment)
