@@ -3,6 +3,10 @@
 from cases.models import flags
 
 SETTINGS = {
+    "adapt": (
+        "--widths", "24", "--contexts", "6", "--ranks", "1", "4", "--adapt-tokens", "512", "--choose-contexts", "2",
+        "--adapt-seeds", "2", "--learning-rates", "1e-2", "3e-2",
+    ),
     "baselines": ("--layers", "0", "1", "--widths", "24"),
     "decomposition": (),
     "downstream": ("--contexts", "6"),
