@@ -75,9 +75,9 @@ CONTROLS = {
 class AdaptSettings(Settings):
     """Low-rank adapters in the blocks after an SAE: how much of its cost do they win back?"""
 
-    ranks: tuple[int, ...] = (1, 4, 16)
+    ranks: tuple[int, ...] = (1, 16)
     """of the adapters, one training each; controls have the largest"""
-    adapt_tokens: int = 8192
+    adapt_tokens: int = 4096
     """tokens of fit documents that an adapter sees, each once"""
     learning_rates: tuple[float, ...] = (1e-3, 4e-3)
     """of AdamW; of several, the one with the lowest KL on other fit documents, after a quarter of the contexts"""
@@ -87,7 +87,7 @@ class AdaptSettings(Settings):
     """adapters are scaled by alpha / rank"""
     loss_share: float = 0.25
     """share of the tokens of a step that have a loss, drawn anew each step; the unembedding is the dearer half"""
-    contexts: int = 16
+    contexts: int = 10
     """held-out contexts the adapters are measured on, once"""
     choose_contexts: int = 4
     """contexts of other fit documents that the learning rate is chosen on"""

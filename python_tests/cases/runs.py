@@ -17,6 +17,7 @@ SETTINGS = {
     ),
     "latent-alignment": (),
     "norm-test": ("--ks", "2", "4"),
+    "numbers": ("--widths", "24", "--blocks", "0", "1", "--draws", "19"),
     "pathology": ("--layers", "0", "1", "--contexts", "6", "--widths", "24"),
     "per-token": ("--widths", "48", "24", "--sae-seeds", "2"),
     "pursuit": ("--method", "gradient"),
