@@ -52,6 +52,7 @@ from darkmatter_ext.estimators.value_fits import (
 )
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import presets
+from darkmatter_ext.measurement.resolved import resolve
 from darkmatter_ext.measurement.run import measured, prepare
 from darkmatter_ext.measurement.settings import Settings
 from darkmatter_ext.report.measured import measured_result
@@ -159,8 +160,7 @@ def plan(settings: NumbersSettings) -> list[str]:
 
 def fit_numbers(h: Tensor, settings: NumbersSettings) -> dict[str, float]:
     """All fits of states h [v, t, d] with their nulls; intervals by value."""
-    values, seed = settings.values, settings.seed
-    states, folds, columns = states_of(h), _folds(settings), _columns(settings)
+    states, folds, seed, columns = states_of(h), _folds(settings), settings.seed, _columns(settings)
     helix, digits = columns["helix"], columns["digits"]
     sums = {name: fit_sums(states, own, folds) for name, own in columns.items()}
     numbers = bootstrap(ceiling_sums(h), r2, seed=seed)[0].numbers("r2/ceiling")
@@ -172,7 +172,7 @@ def fit_numbers(h: Tensor, settings: NumbersSettings) -> dict[str, float]:
     explained = [sums[name][:, 1] - sums[name][:, 0] for name in ("helix", "digits")]
     numbers |= ratio(torch.stack(explained, dim=1)).numbers("share_of_digits")
     for period in settings.periods:
-        rest = helix_columns(values, [other for other in settings.periods if other != period])
+        rest = helix_columns(settings.values, [other for other in settings.periods if other != period])
         drop = torch.cat([fit_sums(states, rest, folds)[:, :1], sums["helix"]], dim=1)
         (lost,) = bootstrap(drop, lambda s: (s[..., :1] - s[..., 1:2]) / s[..., 2:], seed=seed)
         numbers |= lost.numbers(f"drop/{period:g}")
@@ -231,7 +231,7 @@ def part_numbers(h: Tensor, parts: Mapping[str, Tensor], settings: NumbersSettin
 
 def moves_of(h: Tensor, settings: NumbersSettings, prompts: Prompts) -> dict[str, Tensor]:
     """What each fit of states h [v, t, d], made without either value, says lies between a prompt's two numbers: [n, d]."""
-    values, folds = settings.values, _folds(settings)
+    folds = _folds(settings)
     means = (h.double() - h.double().mean(0)).mean(1)
     points = {"value_mean": means}
     for name, columns in _columns(settings).items():
@@ -249,12 +249,13 @@ def run(settings: NumbersSettings, stages: Stages) -> Result:
     Raises InputError for bad settings, a block the model does not have, a tokenizer that does not tell the values apart;
     StateError for damaged files.
     """
-    inputs = prepare(settings, stages)
+    model = resolve(settings).model
     with stages.stage("load the language model"):
-        network = load_model(inputs.model, device=settings.device, dtype=torch.float32)
+        network = load_model(model, device=settings.device, dtype=torch.float32)
     last = len(transformer_blocks(network)) - 1
     for block in settings.blocks:
-        require(0 <= block <= last, "blocks", f"must be from 0 to {last} of {inputs.model}", block)
+        require(0 <= block <= last, "blocks", f"must be from 0 to {last} of {model}", block)
+    inputs = prepare(settings, stages)
     found = measured(inputs, stages)
     ids = tokens_of(load_tokenizer(inputs.model), bos=inputs.resolved.usage.bos)
     sites = {EMBEDDING: "blocks.0.hook_resid_pre"}
@@ -332,32 +333,21 @@ def table(result: Result) -> Table:
     """One row a site: how well values, digits and the helix say the state, and what decides between the last two."""
     rows = []
     for name in result.series["sites"]:
-
-        def cell(key: str, form: str = "{:.2f}", site: str = name) -> str:
-            return with_interval(result.numbers, f"{site}/{key}", form)
-
-        numbers = {
-            key: result.numbers[f"{name}/{key}"] for key in ("null/digit_columns", "rank/digit_columns", "rank/periods")
-        }
+        own = {key.partition("/")[2]: value for key, value in result.numbers.items() if key.startswith(f"{name}/")}
+        fits = [with_interval(own, f"r2/{fit}", "{:.2f}") for fit in ("ceiling", "digits", "helix", "polynomial")]
+        band = shown(own["null/beyond_digits/high"], "{:.3f}")
         rows.append(
             [
                 name.replace("-", " "),
-                *(cell(f"r2/{fit}") for fit in ("ceiling", "digits", "helix", "polynomial")),
-                cell("r2/beyond_digits", "{:.3f}")
-                + f" (band {shown(result.numbers[f'{name}/null/beyond_digits/high'], '{:.3f}')})",
-                f"{numbers['null/digit_columns']:.2f} (p {numbers['rank/digit_columns']:.2f})",
-                f"p {numbers['rank/periods']:.2f}",
+                *fits,
+                f"{with_interval(own, 'r2/beyond_digits', '{:.3f}')}, band {band}",
+                f"{own['null/digit_columns']:.2f}, p {own['rank/digit_columns']:.2f}",
+                f"p {own['rank/periods']:.2f}",
             ]
         )
-    return Table(
-        title=f"numbers: {result.config['model']}, states of {result.config['low']} to {result.config['high']}, R2 on "
-        "held-out values",
-        headings=(
-            "state after", "another template", "digits", "helix", "polynomial", "helix beyond digits",
-            "as many columns of digits", "random periods",
-        ),
-        rows=rows,
-    )  # fmt: skip
+    headings = ("state after", "ceiling", "digits", "helix", "polynomial", "beyond digits", "digit columns", "periods")
+    title = f"states of {result.config['low']} to {result.config['high']}, R2 on held-out values"
+    return Table(title=f"numbers: {result.config['model']}, {title}", headings=headings, rows=rows)
 
 
 def reading(result: Result) -> list[str]:
