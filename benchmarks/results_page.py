@@ -32,6 +32,8 @@ ORDER = {
     "latent-alignment": "figure 14",
     "synthetic": "figure 15, table 1",
     "pathology": "Gurnee; Lee and Heimersheim",
+    "adapt": "2501.19406",
+    "numbers": "2502.00873",
 }
 HEAD = """# What the experiments show on the embedded model
 

@@ -338,6 +338,7 @@ def _counts(held_out: WholeContexts, spliced: SplicedTokens, contexts: PlacesToS
 
 PAPER = (30, 55)  # percent of the CE gap closed: 2501.19406
 PAPER_TOKENS = 15.4e6
+SHOWN = 150  # percent: an interval that says less than that is cut off in figures
 
 
 def table(result: Result) -> Table:
@@ -402,7 +403,7 @@ def reading(result: Result) -> list[str]:
         ]
     return [
         *lines,
-        f"The paper, larger models and {PAPER_TOKENS:.0e} tokens: {PAPER[0]} to {PAPER[1]} % of the CE gap.",
+        f"The paper, larger models and {PAPER_TOKENS / 1e6:.1f} million tokens: {PAPER[0]} to {PAPER[1]} % of the CE gap.",
     ]
 
 
@@ -436,6 +437,8 @@ def closure(result: Result) -> Figure:
     over_tokens.set_title(f"Rank {ranks[-1]}")
     for axes in (over_rank, over_tokens):
         axes.axhline(0, color="black", linewidth=0.6)
+    over_rank.set_xlim(-0.5, len(ranks) - 0.5)
+    over_rank.set_ylim(max(-SHOWN, over_rank.get_ylim()[0]), min(SHOWN, over_rank.get_ylim()[1]))
     handles = {label: handle for axes in (over_rank, over_tokens) for handle, label in
                zip(*axes.get_legend_handles_labels(), strict=True)}  # fmt: skip
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
@@ -477,11 +480,12 @@ def repaired(result: Result) -> Figure:
     labels = {"kl_closed": "Sae(x)", **{f"{null}/kl_closed": null.replace("_", " ") for null in result.series["nulls"]}}
     parts = {f"{part}/repaired": f"{part} error" for part in ("linear", "nonlinear")}
     figure, panels = new_panels(2.4, 2)
-    titles = ("KL closed at ...", "Repaired: no longer won by putting it back")
+    titles = ("KL closed at ...", "Repaired part of the error")
     for axes, rows, title, colour in zip(panels, (labels, parts), titles, (ORANGE, GREEN), strict=True):
         _bars(axes, result, [f"{name}/{key}" for key in rows], 0, colour, "")
         axes.set_yticks(range(len(rows)), list(rows.values()))
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(max(-SHOWN, axes.get_xlim()[0]), min(SHOWN, axes.get_xlim()[1]))
         axes.axvline(0, color="black", linewidth=0.6)
         axes.set_xlabel("%")
         axes.set_title(title)
