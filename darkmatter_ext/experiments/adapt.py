@@ -31,6 +31,7 @@ from darkmatter_ext.activations.splicing import (
 )
 from darkmatter_ext.estimators.intervals import ratio, seed_interval, sums_by
 from darkmatter_ext.measurement.adapters import AdapterTraining, Method, ToAdapt, fit_contexts
+from darkmatter_ext.measurement.decompose import Decomposition
 from darkmatter_ext.measurement.loss_sums import LossSums
 from darkmatter_ext.measurement.nulls import NULLS, NullModels
 from darkmatter_ext.measurement.plan import plan_lines
@@ -251,10 +252,11 @@ def all_numbers(settings: AdaptSettings, sums: LossSums) -> dict[str, float]:
 # ---- the run
 
 
-def _splices(inputs: Inputs, sae: SiteSae, tokens: StoredTokens) -> tuple[dict[str, Splice], dict[str, Splice]]:
+def _splices(
+    inputs: Inputs, sae: SiteSae, own: Decomposition, tokens: StoredTokens
+) -> tuple[dict[str, Splice], dict[str, Splice]]:
     """What takes the place of x, by name; and the nulls a second time, with the same draws."""
     seed, batches = inputs.settings.seed, MeasuredBatches(tokens, inputs.settings.device)
-    own = decomposed(inputs, tokens)[sae.name]
     loaded = sae.load()
     found = sae_splices(sae.own, own.error_map, seed=seed)
     del found["shuffled"]  # another experiment's
@@ -290,9 +292,10 @@ def run(settings: AdaptSettings, stages: Stages) -> Result:
     model.check_activations(contexts.tokens[:1], contexts.x[:1])
     numbers: dict[str, float] = {}
     arrays, folders = {}, {}
+    with stages.stage("fit the linear error"):
+        parts = decomposed(inputs, tokens)
     for sae in inputs.saes:
-        with stages.stage("fit the linear error"):
-            splices, again = _splices(inputs, sae, tokens)
+        splices, again = _splices(inputs, sae, parts[sae.name], tokens)
         identity = fingerprint(sae=sae.folder, stamp=stamp(Path(sae.folder)), activations=tokens.cache.folder.name)
         work = AdapterTraining(settings.method, model, layers, splices, identity)
         rate, tried = work.best_rate(ToAdapt("pilot", settings.main, 0, "sae"), contexts, choose, stages)
@@ -316,8 +319,9 @@ def run(settings: AdaptSettings, stages: Stages) -> Result:
         f"main runs 15 million); measured once on {len(spliced.context)} tokens of {len(held_out)} held-out contexts of "
         f"{held_out.n_documents} documents. Intervals: 95 %, by document (shares by Fieller's theorem), for the adapters as "
         "trained; over seeds Student's t.",
-        f"A looser fit than the paper's: no dropout, KL as a mean over {settings.loss_share:.0%} of a context's tokens, one "
-        "context a step; `--parity released-code` has dropout 0.1, the sum over all of them, learning rate 5e-5.",
+        "As the released code: dropout 0.1, KL summed over a context's tokens, learning rate 5e-5."
+        if settings.measure.released
+        else f"Not as the released code: no dropout, KL as a mean over {settings.loss_share:.0%} of a context's tokens.",
     ]
     series = {"adapters": folders, "controls": CONTROLS, "nulls": {name: NULLS[name] for name in COMPARED_NULLS}}
     return stored_result("adapt", inputs, stages, numbers, series=series, arrays=arrays, notes=notes)

@@ -272,10 +272,12 @@ def run(settings: NumbersSettings, stages: Stages) -> Result:
             powers, band = spectrum(
                 states_of(h[hook]).means, settings.values, draws=settings.draws, level=BAND, seed=settings.seed
             )
+            on_grid = {f"power/{period:g}": powers[period] for period in settings.periods if period in powers}
+            numbers |= {f"{name}/{key}": share for key, share in (on_grid | {"power/band": band}).items()}
             spectra[name] = {"periods": list(powers), "shares": list(powers.values()), "band": band}
             advance(1)
     for sae in inputs.saes:
-        parts = _parts(h[sae.hook], sae.own, found.site_of(sae.name).maps[sae.name])
+        parts = _parts(h[sae.hook].to(settings.device), sae.own, found.site_of(sae.name).maps[sae.name])
         numbers |= {f"{sae.name}/{key}": value for key, value in part_numbers(h[sae.hook], parts, settings).items()}
     patched, note = _patched(network, ids, settings, h, stages)
     notes = [
@@ -293,7 +295,7 @@ def _parts(h: Tensor, encode: Any, b_star: Any) -> dict[str, Tensor]:
     x = h.flatten(0, 1)
     x_hat, linear = encode(x).x_hat, b_star(x).float()
     parts = dict(zip(_PARTS, (x_hat, linear, x - x_hat - linear), strict=True))
-    return {name: part.unflatten(0, h.shape[:2]) for name, part in parts.items()}
+    return {name: part.cpu().unflatten(0, h.shape[:2]) for name, part in parts.items()}
 
 
 def _patched(

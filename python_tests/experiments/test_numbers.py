@@ -81,6 +81,8 @@ def test_a_run_has_every_fit_and_says_what_was_not_patched(finished):
     assert numbers["block-1/r2/helix"] > 0.3
     assert numbers["block-1/r2/beyond_digits"] < 0.02
     assert "topk-24/share/helix_in_nonlinear" in numbers
+    assert numbers["block-1/power/10"] > numbers["block-1/power/band"]
+    assert "block-1/power/100" not in numbers  # no period of 90 values
     assert "too few to patch" in said
 
 
