@@ -33,8 +33,10 @@ ORDER = {
     "latent-alignment": "figure 14",
     "synthetic": "figure 15, table 1",
     "pathology": "Gurnee; Lee and Heimersheim",
-    "probing": "Kantamneni et al.",
-    "geometry": "Li et al.",
+    "probing": "2502.16681",
+    "geometry": "2410.19750",
+    "adapt": "2501.19406",
+    "numbers": "2502.00873",
 }
 HEAD = """# What the experiments show on the embedded model
 

@@ -47,6 +47,7 @@ LOBES = "--clusters 2 4 --chunk 8 --least-chunks 2 --null-draws 5 --pairs IN/pai
 PROBES = "--tasks IN/tasks.csv --probe-ks 1 4 --train-sizes 8 64 --label-noise 0.5 --probe-seeds 1"
 CODE = "--parity released-code"
 RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; names stay when flags are renamed
+    "adapt": f"adapt {SINGLE} --widths 24 --contexts 6 --ranks 1 4 --adapt-tokens 512 --choose-contexts 2 --adapt-seeds 2",
     "baselines": f"baselines {DEMO} --layers 0 1 --widths 24",
     "baselines-code": f"baselines {DEMO} --layers 1 --widths 24 {CODE}",
     "baselines-given": f"baselines {KEPT} {SITES}",
@@ -84,6 +85,7 @@ RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; nam
     "norm-test-code": f"norm-test {DEMO} --widths 24 48 --ks 2 4 {CODE}",
     "norm-test-stream": f"norm-test {READ} {SITES}",
     "norm-test-stream-code": f"norm-test {READ} {KINDS} {CODE}",
+    "numbers": f"numbers {DEMO} --widths 24 --blocks 0 1 --draws 19 --templates w{{a}} w3-w{{a}}",
     "pathology": f"pathology {SINGLE} --layers 0 1 --widths 24 --contexts 6",
     "pathology-given": f"pathology {GIVEN} {SITES} --contexts 6",
     "per-token": f"per-token {DEMO} --widths 24 48",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Splice = Callable[[Tensor], Tensor]  # activations [n, d] -> what takes their place [n, d]
+Change = Callable[[], AbstractContextManager[None]]  # the model is another one inside it: an adapter that is on
 
 LOGITS_BYTES = 64 << 20  # of one [tokens, V] float32 array; four of them are alive at a time
 # How far stored activations may be from the model's own, relative to their norm: other kernels and thread counts stay
@@ -35,22 +36,22 @@ _PROBE_TOKENS = 8
 
 
 class PlacesToSplice(NamedTuple):
-    """Some whole contexts, and which of their tokens are replaced: those held out."""
+    """Some whole contexts, and which of their tokens are replaced."""
 
     numbers: Tensor  # [c] int64, of the contexts within the cache
     tokens: Tensor  # [c, L] int64
     x: Tensor  # [c, L, d]
-    held_out: Tensor  # [c, L] bool
+    replaced: Tensor  # [c, L] bool
 
 
 class SplicedModel:
-    """A causal language model from one site on.
+    """A causal language model from one site on. Its weights are frozen; `hidden` and `logits` pass gradients.
 
     Raises ValueError when the model's logits are not a function of its body's last hidden state.
     """
 
     def __init__(self, network: PreTrainedModel, layer: int) -> None:
-        self.network = network.eval()
+        self.network = network.eval().requires_grad_(False)
         self.layer = layer
         self._blocks = transformer_blocks(network)
         self._gives_tuple = False  # whether a block returns (hidden, ...), learned from the first pass
@@ -78,13 +79,11 @@ class SplicedModel:
             handle.remove()
         return captured[0]
 
-    @torch.inference_mode()
     def hidden(self, tokens: Tensor, activation: Tensor) -> Tensor:
         """The body's last hidden state [c, L, d], with `activation` [c, L, d] in the place of the site's own."""
         with self._supplying(activation.to(self.network.dtype)):
             return self._body(tokens)
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of last hidden states [..., d]."""
         head = self.network.get_output_embeddings()
@@ -151,7 +150,12 @@ class TokenLosses:
 
 
 def splice_losses(
-    model: SplicedModel, tokens: Tensor, activation: Tensor, replaced: Tensor, splices: Mapping[str, Splice]
+    model: SplicedModel,
+    tokens: Tensor,
+    activation: Tensor,
+    replaced: Tensor,
+    splices: Mapping[str, Splice],
+    changes: Mapping[str, Change] | None = None,
 ) -> TokenLosses:
     """Cross-entropy and KL at the replaced tokens of some contexts, for every splice.
 
@@ -160,6 +164,8 @@ def splice_losses(
         activation: the model's own, [c, L, d], as stored.
         replaced: [c, L] bool; where activations are replaced, all at once.
         splices: name -> function from the activations at the replaced places [m, d] to others [m, d].
+        changes: name of a splice -> how the blocks after the site are changed while it runs; losses stay beside those of
+            the model as it is.
 
     Returns:
         TokenLosses at the n replaced places that have a next token (all but the last position), in row order.
@@ -174,8 +180,9 @@ def splice_losses(
     measured = replaced.clone()
     measured[:, -1] = False
     targets = tokens.roll(-1, dims=1)[measured]
-    original = model.hidden(tokens, activation)[measured]
-    hidden = {}
+    with torch.inference_mode():
+        original = model.hidden(tokens, activation)[measured]
+    hidden, changes = {}, changes or {}
     for name, splice in splices.items():
         given = activation[replaced]
         changed = splice(given)
@@ -186,7 +193,8 @@ def splice_losses(
             )
         spliced = activation.clone()
         spliced[replaced] = changed.to(spliced.dtype)
-        hidden[name] = model.hidden(tokens, spliced)[measured]
+        with torch.inference_mode(), changes.get(name, nullcontext)():
+            hidden[name] = model.hidden(tokens, spliced)[measured]
     return _compare_logits(model, original, hidden, targets)
 
 
@@ -257,18 +265,20 @@ def splice_contexts(
     contexts: Iterable[PlacesToSplice],
     splices: Mapping[str, Splice],
     *,
+    changes: Mapping[str, Change] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SplicedTokens:
-    """Run every splice over held-out contexts, replacing all their held-out tokens at once.
+    """Run every splice over some contexts, replacing all their places at once.
 
-    `progress` is called with the number of contexts done. Raises ValueError when the stored activations are not the
-    model's own for the stored tokens (looked at in the first context). Cost and memory: see `splice_losses`.
+    `changes` as of `splice_losses`; `progress` is called with the number of contexts done. Raises ValueError when the stored
+    activations are not the model's own for the stored tokens (looked at in the first context). Cost and memory: see
+    `splice_losses`.
     """
     losses, places = [], []
     for batch in contexts:
         model.check_activations(batch.tokens[:1], batch.x[:1])
-        losses.append(splice_losses(model, batch.tokens, batch.x, batch.held_out, splices))
-        measured = batch.held_out.clone()
+        losses.append(splice_losses(model, batch.tokens, batch.x, batch.replaced, splices, changes))
+        measured = batch.replaced.clone()
         measured[:, -1] = False
         row, position = measured.nonzero(as_tuple=True)
         following = batch.tokens.roll(-1, dims=1)[measured]

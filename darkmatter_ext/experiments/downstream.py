@@ -11,7 +11,6 @@ adding the linear part recovers the linear share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,17 +19,14 @@ from torch import Tensor
 
 from darkmatter_ext.activations.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
 from darkmatter_ext.estimators.intervals import bootstrap, ratio, sums_by
-from darkmatter_ext.estimators.least_squares import LinearMap
-from darkmatter_ext.measurement.decompose import Decomposition, TokenBatch, decompose_stream
-from darkmatter_ext.measurement.nulls import other_tokens
+from darkmatter_ext.measurement.decompose import Decomposition
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import DEMO
 from darkmatter_ext.measurement.run import Inputs, prepare
+from darkmatter_ext.measurement.sae_splices import decomposed, sae_splices
 from darkmatter_ext.measurement.settings import Settings, extended
 from darkmatter_ext.measurement.stored_tokens import (
-    HeldOutContexts,
-    MeasuredBatches,
-    StoredTokens,
+    WholeContexts,
     check_whole_contexts,
 )
 from darkmatter_ext.measurement.tokens import FIT
@@ -39,7 +35,7 @@ from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import BLUE, GREY, ORANGE, SKY, interval_bars, legend_beside, new_figure, new_panels
 from darkmatter_ext.report.table import Table, shown, with_interval
 from darkmatter_ext.runtime.progress import Stages
-from darkmatter_ext.saes.encoders import Encode, Encoded, as_encoder, random_dictionary, shuffled_sae
+from darkmatter_ext.saes.encoders import as_encoder, random_dictionary, shuffled_sae
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,27 +75,6 @@ def plan(settings: DownstreamSettings) -> list[str]:
         f"splice    into {settings.contexts} held-out contexts",
         *(f"          {about}" for about in [*SETTINGS.values(), *CONTROLS.values()]),
     ]
-
-
-def sae_splices(encode: Encode, error_map: LinearMap, *, seed: int) -> dict[str, Splice]:
-    """The four settings of one SAE, each a function of the activations [n, d] at the replaced places."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def sae(x: Tensor) -> Tensor:
-        return encode(x).x_hat
-
-    def linear(x: Tensor) -> Tensor:
-        return error_map(x).to(x.dtype)
-
-    def shuffled(x: Tensor) -> Tensor:
-        return sae(x) + linear(x)[other_tokens(len(x), generator).to(x.device)]
-
-    return {
-        "sae": sae,
-        "linear": lambda x: sae(x) + linear(x),
-        "nonlinear": lambda x: x - linear(x),  # Sae(x) + (x - Sae(x) - b*.x)
-        "shuffled": shuffled,
-    }
 
 
 def loss_numbers(tokens: SplicedTokens, documents: Tensor, name: str, *, seed: int) -> dict[str, float]:
@@ -157,16 +132,6 @@ def _all_splices(inputs: Inputs, found: dict[str, Decomposition], mean: Tensor) 
     return splices
 
 
-def _decomposed(inputs: Inputs, tokens: StoredTokens) -> dict[str, Decomposition]:
-    """b* and the numbers of every SAE, from all measured tokens."""
-
-    def reads(encode: Encode) -> Callable[[TokenBatch], Encoded]:
-        return lambda batch: encode(batch.x)
-
-    batches = MeasuredBatches(tokens, inputs.settings.device)
-    return decompose_stream(batches, {sae.name: reads(sae.own) for sae in inputs.saes})
-
-
 @torch.no_grad()
 def run(settings: DownstreamSettings, stages: Stages) -> Result:
     """Splice and compare.
@@ -177,9 +142,9 @@ def run(settings: DownstreamSettings, stages: Stages) -> Result:
     inputs = prepare(settings, stages, splices=True)
     hook = inputs.one_site
     tokens = inputs.stored[hook]
-    contexts = HeldOutContexts.sample(tokens, settings.contexts, seed=settings.seed)
+    contexts = WholeContexts.sample(tokens, settings.contexts, seed=settings.seed)
     with stages.stage("fit the linear error"):
-        found = _decomposed(inputs, tokens)
+        found = decomposed(inputs, tokens)
         mean = tokens.mean(FIT).to(settings.device)
     splices = _all_splices(inputs, found, mean)
     with stages.stage("load the language model"):

@@ -22,13 +22,12 @@ from torch import Tensor
 from darkmatter_ext.activations.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
 from darkmatter_ext.activations.store import load_tokenizer
 from darkmatter_ext.estimators.intervals import Interval, bootstrap, ratio, sums_by
-from darkmatter_ext.estimators.least_squares import LinearStatistics
 from darkmatter_ext.measurement.nulls import NULLS, NullModels
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import DEMO
 from darkmatter_ext.measurement.run import prepare
 from darkmatter_ext.measurement.settings import Settings, extended
-from darkmatter_ext.measurement.stored_tokens import HeldOutContexts, MeasuredBatches, check_whole_contexts
+from darkmatter_ext.measurement.stored_tokens import MeasuredBatches, WholeContexts, check_whole_contexts
 from darkmatter_ext.report.measured import stored_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import (
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MIXTURE_ACTIVATIONS = 1024  # more than d, so that the mixtures span what activations span
 MINIMUM_COUNT = 10  # of a token in the table: the mean of fewer says nothing
 SHOWN_TOKENS = 12  # with the largest gaps, and as many with the smallest
 
@@ -74,25 +72,6 @@ def plan(settings: PathologySettings) -> list[str]:
     """Describe a run, one line a step, without starting it."""
     nulls = [f"null      {name}: {about}" for name, about in NULLS.items()]
     return [*plan_lines(settings), f"splice    into {settings.contexts} held-out contexts at each site", *nulls]
-
-
-@torch.no_grad()
-def null_models(batches: MeasuredBatches, encode: Encode, *, seed: int) -> NullModels:
-    """Covariance of the SAE's errors, and a seeded sample of activations, over fit tokens; memory: one shard."""
-    statistics: LinearStatistics | None = None
-    kept, generator = [], torch.Generator().manual_seed(seed)
-    n_fit = sum(int(batch.train.sum()) for batch in batches)
-    share = min(1.0, MIXTURE_ACTIVATIONS / n_fit)
-    for batch in batches:
-        x = batch.x[batch.train]
-        if statistics is None:
-            statistics = LinearStatistics(x.shape[1], 0, x.device)
-        error = x - encode(x).x_hat
-        statistics.update(error, error[:, :0])
-        chosen = torch.rand(len(x), generator=generator) < share
-        kept.append(x[chosen.to(x.device)].float())
-    assert statistics is not None  # StoredTokens has fit tokens
-    return NullModels.from_covariance(statistics.moment_xx / statistics.count, torch.cat(kept))
 
 
 def patches(encode: Encode, nulls: NullModels, *, seed: int) -> dict[str, Splice]:
@@ -188,14 +167,14 @@ def run(settings: PathologySettings, stages: Stages) -> Result:
     listed, arrays, gaps = [], {}, {}
     tokenizer = load_tokenizer(inputs.model)
     for hook, stored in inputs.stored.items():
-        contexts = HeldOutContexts.sample(stored, settings.contexts, seed=seed)
+        contexts = WholeContexts.sample(stored, settings.contexts, seed=seed)
         model = SplicedModel.load(inputs.model, hook, device=device)
         text, layer = stored.cache.column("tokens"), model.layer
         for sae in inputs.of(hook):
             name = f"{hook}/{sae.name.removeprefix(f'{hook}/')}"
             listed.append(sae.listed | {"name": name, "layer": layer})
             with stages.stage(f"covariance of the errors, block {layer}"):
-                nulls = null_models(MeasuredBatches(stored, device), sae.own, seed=seed)
+                nulls = NullModels.of_errors(MeasuredBatches(stored, device), sae.own, seed=seed)
             with stages.stage(f"patch the language model, block {layer}", len(contexts)) as advance:
                 tokens = splice_contexts(model, contexts, patches(sae.own, nulls, seed=seed), progress=advance)
             documents = contexts.documents_of(tokens.context)

@@ -8,14 +8,18 @@ Shapes: n tokens, d model dimension, M real activations of the mixture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from darkmatter_ext.estimators.least_squares import LinearStatistics
+from darkmatter_ext.measurement.decompose import TokenBatch
 from darkmatter_ext.runtime.inputs import InputError
+from darkmatter_ext.saes.encoders import Encode
 
+MIXTURE_ACTIVATIONS = 1024  # more than d, so that the mixtures span what activations span
 Null = Callable[[Tensor, Tensor], Tensor]  # x [n, d], Sae(x) [n, d] -> the point of the null model [n, d]
 
 NULLS = {
@@ -75,6 +79,25 @@ class NullModels:
         values, vectors = torch.linalg.eigh(error_covariance.double())
         root = (vectors * values.clamp(min=0).sqrt()).to(activations.dtype)
         return cls(root, activations - activations.mean(0))
+
+    @classmethod
+    @torch.no_grad()
+    def of_errors(cls, batches: Iterable[TokenBatch], encode: Encode, *, seed: int) -> NullModels:
+        """Of an SAE's errors, and a seeded sample of activations, over fit tokens; read twice. Memory: one batch."""
+        statistics: LinearStatistics | None = None
+        kept, generator = [], torch.Generator().manual_seed(seed)
+        n_fit = sum(int(batch.train.sum()) for batch in batches)
+        share = min(1.0, MIXTURE_ACTIVATIONS / n_fit)
+        for batch in batches:
+            x = batch.x[batch.train]
+            if statistics is None:
+                statistics = LinearStatistics(x.shape[1], 0, x.device)
+            error = x - encode(x).x_hat
+            statistics.update(error, error[:, :0])
+            chosen = torch.rand(len(x), generator=generator) < share
+            kept.append(x[chosen.to(x.device)].float())
+        assert statistics is not None  # there are fit tokens
+        return cls.from_covariance(statistics.moment_xx / statistics.count, torch.cat(kept))
 
     def functions(self, *, seed: int) -> dict[str, Null]:
         """Each of NULLS as a function of (x, Sae(x)); every call draws anew from one seeded generator."""

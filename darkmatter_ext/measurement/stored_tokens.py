@@ -128,28 +128,47 @@ def _turns(documents: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class HeldOutContexts:
-    """Whole contexts that are held out, all of them or a seeded sample: for what needs every position of a context."""
+class WholeContexts:
+    """Whole contexts of one role, all of them or a seeded sample: for what needs every position of a context."""
 
     tokens: StoredTokens
     numbers: Tensor  # [m] int64, ascending
+    role: int = HELD_OUT
 
     @classmethod
-    def sample(cls, tokens: StoredTokens, count: int, *, seed: int) -> HeldOutContexts:
-        """`count` held-out contexts drawn with `seed`, of as many documents as there are: a second one of a document only when
+    def sample(
+        cls,
+        tokens: StoredTokens,
+        count: int,
+        *,
+        seed: int,
+        role: int = HELD_OUT,
+        documents: Tensor | None = None,
+        argument: str = "contexts",
+    ) -> WholeContexts:
+        """`count` contexts drawn with `seed`, of as many documents as there are: a second one of a document only when
         every document has one, because what a second one adds is little and intervals are by document.
+
+        Args:
+            role: of their tokens, HELD_OUT or FIT.
+            documents: int64 of any shape, those whose contexts may be drawn; default all.
+            argument: the setting that an error is about.
 
         Raises InputError when there are fewer, or when held-out and fit tokens share contexts.
         """
-        held_out = (tokens.roles == HELD_OUT).any(1)
-        if bool((held_out & (tokens.roles == FIT).any(1)).any()):
+        own, of = (tokens.roles == role).any(1), tokens.cache.column("documents")
+        other = FIT if role == HELD_OUT else HELD_OUT
+        if bool((own & (tokens.roles == other).any(1)).any()):
             raise InputError("split: must be documents or contexts to splice into whole contexts, got tokens")
-        numbers = held_out.nonzero().flatten()
+        if documents is not None:
+            own &= torch.isin(of, documents)
+        numbers = own.nonzero().flatten()
         if count > len(numbers):
-            raise InputError(f"contexts: must be at most the {len(numbers)} held-out contexts, got {count}")
+            about = "held-out contexts" if role == HELD_OUT else "fit contexts of its documents"
+            raise InputError(f"{argument}: must be at most the {len(numbers)} {about}, got {count}")
         order = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))]
-        turn = _turns(tokens.cache.column("documents")[order])
-        return cls(tokens, order[turn.sort(stable=True).indices[:count]].sort().values)
+        turn = _turns(of[order])
+        return cls(tokens, order[turn.sort(stable=True).indices[:count]].sort().values, role)
 
     def documents_of(self, contexts: Tensor) -> Tensor:
         """The documents that contexts [n], by number in the cache, belong to: [n] int64."""
@@ -169,5 +188,9 @@ class HeldOutContexts:
             inside = self.numbers[(self.numbers >= first) & (self.numbers < last)]
             for part in inside.split(CONTEXTS_PER_FORWARD) if len(inside) else ():
                 rows = part - first
-                held_out = self.tokens.roles[part] == HELD_OUT
-                yield PlacesToSplice(part, shard.tokens[rows], shard.activations[rows], held_out)
+                replaced = self.tokens.roles[part] == self.role
+                yield PlacesToSplice(part, shard.tokens[rows], shard.activations[rows], replaced)
+
+    def in_memory(self) -> PlacesToSplice:
+        """All of them at once; memory: m L d numbers."""
+        return PlacesToSplice(*(torch.cat(column) for column in zip(*self, strict=True)))

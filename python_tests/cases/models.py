@@ -28,13 +28,13 @@ WORDS = [
 
 
 def word_tokenizer():
-    """A tokenizer whose tokens are WORDS."""
+    """A tokenizer whose tokens are WORDS, digits and a comma."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: number for number, word in enumerate(["<unk>", "<bos>", *sorted(set(WORDS))])}
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<bos>", *sorted(set(WORDS)), *"0123456789,"])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", unk_token="<unk>")
 
 

@@ -3,6 +3,10 @@
 from cases.models import flags
 
 SETTINGS = {
+    "adapt": (
+        "--widths", "24", "--contexts", "6", "--ranks", "1", "4", "--adapt-tokens", "512", "--choose-contexts", "2",
+        "--adapt-seeds", "2", "--learning-rates", "1e-2", "3e-2",
+    ),
     "baselines": ("--layers", "0", "1", "--widths", "24"),
     "decomposition": (),
     "downstream": ("--contexts", "6"),
@@ -18,6 +22,7 @@ SETTINGS = {
     ),
     "latent-alignment": (),
     "norm-test": ("--ks", "2", "4"),
+    "numbers": ("--widths", "24", "--blocks", "0", "1", "--draws", "19"),
     "pathology": ("--layers", "0", "1", "--contexts", "6", "--widths", "24"),
     "per-token": ("--widths", "48", "24", "--sae-seeds", "2"),
     "probing": (

@@ -9,7 +9,8 @@ from cases.models import flags, small_model
 from darkmatter_ext import cli
 from darkmatter_ext.activations.splicing import SplicedModel, SplicedTokens, TokenLosses, splice_losses
 from darkmatter_ext.estimators.least_squares import LinearMap
-from darkmatter_ext.experiments.downstream import SETTINGS, loss_numbers, recovery_numbers, sae_splices, verdict
+from darkmatter_ext.experiments.downstream import SETTINGS, loss_numbers, recovery_numbers, verdict
+from darkmatter_ext.measurement.sae_splices import sae_splices
 from darkmatter_ext.saes.encoders import Encoded, as_encoder, random_dictionary, shuffled_sae
 
 CONTEXTS, LENGTH = 60, 20
