@@ -132,6 +132,18 @@ def given_saes(
     return found
 
 
+def ensure_trained(
+    folder: Path,
+    x: Callable[[], Tensor],
+    training: TrainingConfig,
+    metadata: Mapping[str, Any],
+    progress: Callable[[int], None],
+) -> None:
+    """Train an SAE on x() [n, d], read only now, and save it in `folder`, unless an earlier run left it there."""
+    if not folder.exists():
+        train(x(), training, stream=ALL_OF_IT, metadata=metadata, progress=progress).save(folder)
+
+
 def trained_saes(
     settings: Settings, usage: Usage, model: str, sites: Mapping[str, StoredTokens], stages: Stages
 ) -> list[SiteSae]:
@@ -155,9 +167,7 @@ def trained_saes(
             folder = cache_dir("saes") / f"{own.architecture}-{own.width}-{key}"
             name = own.name(with_k=with_k)
             with stages.stage(f"train SAE, {name}", training.steps) as advance:
-                if not folder.exists():
-                    x = training_set().to(settings.device)
-                    train(x, training, stream=ALL_OF_IT, metadata=metadata, progress=advance).save(folder)
+                ensure_trained(folder, lambda x=training_set: x().to(settings.device), training, metadata, advance)
             name = name if [hook] == settings.saes.trained_hooks else f"{hook}/{name}"
             saes.append(_trained(name, hook, folder, own, settings.device))
     return saes
