@@ -18,6 +18,7 @@ from torch import Tensor
 from darkmatter_ext.activations.store import Contexts, activation_caches
 from darkmatter_ext.estimators.intervals import UNKNOWN, Interval, bootstrap, ratio, seed_interval, sums_by
 from darkmatter_ext.estimators.least_squares import LinearStatistics
+from darkmatter_ext.measurement.nulls import other_tokens
 from darkmatter_ext.measurement.paired_tokens import PairedTokens, usual_in_all
 from darkmatter_ext.measurement.run import Inputs
 from darkmatter_ext.measurement.settings import Settings, ToTrain
@@ -222,13 +223,20 @@ def r2_of_errors(first: Errors, second: Errors, documents: Tensor, *, seed: int)
 
 
 def dark_numbers(first: Errors, second: Errors, documents: Tensor, *, seed: int) -> dict[str, float]:
-    """`r2_error` and `r2_nonlinear`: how much of the second model's error the first's tells, all of it and the nonlinear part.
+    """How much of the second model's error the first's tells: `r2_error`, `r2_nonlinear`; `r2_shuffled`: at another token.
 
-    Cost: four regressions of d on d numbers.
+    Cost: five regressions of d on d numbers.
     """
     whole = r2_of_errors(first, second, documents, seed=seed)
-    nonlinear = r2_of_errors(first.nonlinear(), second.nonlinear(), documents, seed=seed)
-    return whole.numbers("r2_error") | nonlinear.numbers("r2_nonlinear")
+    first, second = first.nonlinear(), second.nonlinear()
+    nonlinear = r2_of_errors(first, second, documents, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    strangers = first._replace(
+        error=first.error[other_tokens(len(first.error), random)],
+        held_out_error=first.held_out_error[other_tokens(len(first.held_out_error), random)],
+    )
+    control = r2_of_errors(strangers, second, documents, seed=seed)
+    return whole.numbers("r2_error") | nonlinear.numbers("r2_nonlinear") | control.numbers("r2_shuffled")
 
 
 # ---- what their latents say
