@@ -32,6 +32,7 @@ ORDER = {
     "latent-alignment": "figure 14",
     "synthetic": "figure 15, table 1",
     "pathology": "Gurnee; Lee and Heimersheim",
+    "diff": "",
 }
 HEAD = """# What the experiments show on the embedded model
 

@@ -471,9 +471,10 @@ def effects(result: Result) -> Figure:
                           color=colour, label=label)  # fmt: skip
         axes.set_ylim(bottom=0)
         axes.set_xticks([])
+        axes.set_xlabel("latents, one by one")
         axes.set_title(title)
     panels[0].set_ylabel("KL, nats a token")
-    panels[0].legend(loc="upper right")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
     if said:
         names = [f"{main}/behaviour/{state}" for state in STATES]
         lengths, errors = interval_bars(result, names)
