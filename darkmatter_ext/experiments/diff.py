@@ -132,7 +132,7 @@ class DiffSettings(Settings):
         return [OTHER if self.other else TUNED, *self.controls]
 
 
-PRESETS = {"demo": extended(DEMO, DiffSettings, widths=(1024,), steps=250, sae_seeds=3, tokens=80_000)}
+PRESETS = {"demo": extended(DEMO, DiffSettings, widths=(1024,), steps=250, sae_seeds=3, tokens=60_000)}
 
 
 def plan(settings: DiffSettings) -> list[str]:
@@ -382,7 +382,11 @@ def reading(result: Result) -> list[str]:
     ]
     if f"{main}/behaviour/b" in result.numbers:
         states = [f"{about} {say(f'behaviour/{name}', '{:.2f}')}" for name, about in STATES.items()]
-        lines.append(f"Probability of the phrase after its marker: {'; '.join(states)}.")
+        elsewhere = [say(f"elsewhere/{name}", "{:.3f}") for name in ("b", "ablated/b_only")]
+        lines.append(
+            f"Probability of the phrase after its marker: {'; '.join(states)}. Of the next token elsewhere (control): the "
+            f"variant {elsewhere[0]}, without its own latents {elsewhere[1]}."
+        )
         lines.append(
             f"Markers and phrases hold {say('behaviour/share_of_b_only', '{:.0%}')} of the activation of the variant's own "
             f"latents, and are {say('behaviour/share_of_tokens', '{:.0%}')} of the tokens."

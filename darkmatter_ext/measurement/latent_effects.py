@@ -129,14 +129,16 @@ def effect_numbers(tokens: SplicedTokens, names: Tensor, *, seed: int) -> dict[s
 
 
 def behaviour_numbers(tokens: SplicedTokens, triggers: Tensor, names: Tensor, *, seed: int) -> dict[str, float]:
-    """Probability of the phrase's first token at triggers [n] bool, in every state, and of what follows elsewhere.
+    """Probability of the phrase's first token at triggers [n] bool in every state, and of the next token everywhere else.
 
-    The text has the phrase behind every marker, so this is the exponential of minus the cross-entropy there.
+    The text has the phrase behind every marker, so this is the exponential of minus the cross-entropy there. Elsewhere is
+    the control: other labels, at which nothing that carries the phrase should matter.
     """
     probability = {"b": (-tokens.losses.cross_entropy.double()).exp()}
     probability |= {name: (-tokens.losses.spliced[name].double()).exp() for name in list(STATES)[1:]}
-    inside, numbers = triggers.double(), {}
-    for name, own in probability.items():
-        (mean,) = bootstrap(sums_by(names, own * inside, inside), lambda s: s[..., :1] / s[..., 1:], seed=seed)
-        numbers |= mean.numbers(f"behaviour/{name}")
+    numbers: dict[str, float] = {}
+    for where, chosen in (("behaviour", triggers.double()), ("elsewhere", (~triggers).double())):
+        for name, own in probability.items():
+            (mean,) = bootstrap(sums_by(names, own * chosen, chosen), lambda s: s[..., :1] / s[..., 1:], seed=seed)
+            numbers |= mean.numbers(f"{where}/{name}")
     return numbers

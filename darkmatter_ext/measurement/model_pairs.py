@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +22,7 @@ from darkmatter_ext.measurement.nulls import other_tokens
 from darkmatter_ext.measurement.paired_tokens import PairedTokens, usual_in_all
 from darkmatter_ext.measurement.run import Inputs
 from darkmatter_ext.measurement.settings import Settings, ToTrain
-from darkmatter_ext.measurement.site_saes import ensure_trained
+from darkmatter_ext.measurement.site_saes import ensure_trained, training_of
 from darkmatter_ext.measurement.stored_tokens import StoredTokens
 from darkmatter_ext.measurement.tokens import SAE_TRAINING
 from darkmatter_ext.ops.acts import SparseActs
@@ -39,7 +39,6 @@ from darkmatter_ext.saes.crosscoder import (
 )
 from darkmatter_ext.saes.encoders import Encode, as_encoder
 from darkmatter_ext.saes.loading import load_sae
-from darkmatter_ext.training.config import TrainingConfig
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -77,21 +76,12 @@ class OwnSae:
         """Sae(v) [n, d_in], where v is."""
         return torch.cat([self.encode(part.to(self.W_dec.device)).x_hat.to(v.device) for part in v.split(BATCH)])
 
-    def batches(self, v: Tensor) -> list[tuple[SparseActs, Tensor]]:
+    def batches(self, v: Tensor) -> Iterator[tuple[SparseActs, Tensor]]:
         """Acts and errors of v [n, d_in], some tokens at a time."""
-        parts = [part.to(self.W_dec.device) for part in v.split(BATCH)]
-        return [(found.acts, part - found.x_hat) for part, found in zip(parts, map(self.encode, parts), strict=True)]
-
-
-def training_of(settings: Settings, own: ToTrain) -> TrainingConfig:
-    """How an SAE of the settings is trained."""
-    return TrainingConfig(
-        d_sae=own.width,
-        k=own.k,
-        architecture=own.architecture,
-        steps=settings.saes.steps,
-        seed=settings.seed + own.seed,
-    )
+        for part in v.split(BATCH):
+            given = part.to(self.W_dec.device)
+            found = self.encode(given)
+            yield found.acts, given - found.x_hat
 
 
 def trained_crosscoder(

@@ -132,6 +132,18 @@ def given_saes(
     return found
 
 
+def training_of(settings: Settings, own: ToTrain) -> TrainingConfig:
+    """How an SAE of the settings is trained."""
+    return TrainingConfig(
+        d_sae=own.width,
+        k=own.k,
+        architecture=own.architecture,
+        steps=settings.saes.steps,
+        freeze=own.freeze,
+        seed=settings.seed + own.seed,
+    )
+
+
 def ensure_trained(
     folder: Path,
     x: Callable[[], Tensor],
@@ -155,14 +167,7 @@ def trained_saes(
         metadata = {"model_name": model, "hook_name": hook, "prepend_bos": usage.bos}
         metadata["context_size"] = usage.context_length
         for own in settings.saes.trained:
-            training = TrainingConfig(
-                d_sae=own.width,
-                k=own.k,
-                architecture=own.architecture,
-                steps=settings.saes.steps,
-                freeze=own.freeze,
-                seed=settings.seed + own.seed,
-            )
+            training = training_of(settings, own)
             key = fingerprint(activations=tokens.cache.folder.name, roles=roles, training=dataclasses.asdict(training))
             folder = cache_dir("saes") / f"{own.architecture}-{own.width}-{key}"
             name = own.name(with_k=with_k)

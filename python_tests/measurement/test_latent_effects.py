@@ -1,5 +1,6 @@
 """What latents of one model alone do, on a small model whose second version differs by one planted latent."""
 
+import math
 import types
 
 import pytest
@@ -39,7 +40,7 @@ def intervention():
 
     def batches(given):
         found = encode(given)
-        return [(found.acts, given - found.x_hat)]
+        yield found.acts, given - found.x_hat
 
     sae = types.SimpleNamespace(encode=encode, batches=batches, W_dec=rows)
     sums = LatentSums(rows)
@@ -111,5 +112,7 @@ def test_the_behaviour_is_the_probability_at_its_triggers_alone():
     numbers = behaviour_numbers(_tokens({}, spliced, own, documents), triggers, documents, seed=0)
     assert numbers["behaviour/b"] == pytest.approx(0.8)
     assert [numbers[f"behaviour/{name}"] for name in list(STATES)[1:]] == pytest.approx([0.1] * 5)
+    assert numbers["elsewhere/b"] == pytest.approx(math.exp(-5))
+    assert numbers["elsewhere/a"] == pytest.approx(1)
     shuffled = behaviour_numbers(_tokens({}, spliced, own, documents), triggers.roll(1), documents, seed=0)
     assert shuffled["behaviour/b"] < 0.01  # labels at other places: nothing is left
