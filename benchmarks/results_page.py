@@ -37,6 +37,7 @@ ORDER = {
     "geometry": "2410.19750",
     "adapt": "2501.19406",
     "numbers": "2502.00873",
+    "diff": "",
 }
 HEAD = """# What the experiments show on the embedded model
 

@@ -102,6 +102,7 @@ RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; nam
     "scaling-stream": f"scaling {READ} {FOUR} --l0 4 --with-pursuit",
     "scaling-once": f"scaling {READ} {FOUR} --l0 4 --passes 1",
     "intrinsic-dimension": f"intrinsic-dimension {DEMO} --layers 0 1 --widths 24 --points 400",
+    "diff": f"diff {DEMO} --widths 24 --sae-seeds 2 --contexts 6 --tuning-steps 3 --rank 2 --causal-latents 2 --spacing 20",
     "small-maps": f"small-maps {DEMO} --widths 24 --sae-seeds 2 --rank 8 --features 64 --epochs 5",
     "synthetic": f"synthetic {SINGLE} --widths 24 {NOISE}",
     "synthetic-code": f"synthetic {SINGLE} --widths 24 {NOISE} {CODE}",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Splice = Callable[[Tensor], Tensor]  # activations [n, d] -> what takes their place [n, d]
 Change = Callable[[], AbstractContextManager[None]]  # the model is another one inside it: an adapter that is on
+Splices = Mapping[str, Splice]
 
 LOGITS_BYTES = 64 << 20  # of one [tokens, V] float32 array; four of them are alive at a time
 # How far stored activations may be from the model's own, relative to their norm: other kernels and thread counts stay
@@ -263,21 +264,22 @@ class SplicedTokens:
 def splice_contexts(
     model: SplicedModel,
     contexts: Iterable[PlacesToSplice],
-    splices: Mapping[str, Splice],
+    splices: Splices | Callable[[PlacesToSplice], Splices],
     *,
     changes: Mapping[str, Change] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SplicedTokens:
     """Run every splice over some contexts, replacing all their places at once.
 
-    `changes` as of `splice_losses`; `progress` is called with the number of contexts done. Raises ValueError when the stored
-    activations are not the model's own for the stored tokens (looked at in the first context). Cost and memory: see
-    `splice_losses`.
+    `splices` may be made anew for each batch of contexts, for those that need more than x. `changes` as of `splice_losses`;
+    `progress` is called with the number of contexts done. Raises ValueError when the stored activations are not the model's
+    own for the stored tokens (looked at in the first context). Cost and memory: see `splice_losses`.
     """
     losses, places = [], []
     for batch in contexts:
         model.check_activations(batch.tokens[:1], batch.x[:1])
-        losses.append(splice_losses(model, batch.tokens, batch.x, batch.replaced, splices, changes))
+        own = splices(batch) if callable(splices) else splices
+        losses.append(splice_losses(model, batch.tokens, batch.x, batch.replaced, own, changes))
         measured = batch.replaced.clone()
         measured[:, -1] = False
         row, position = measured.nonzero(as_tuple=True)

@@ -229,6 +229,14 @@ def documents(*, text: str = "", dataset: str = "", shuffle_buffer: int = 0, see
     return installed_documents()
 
 
+def with_insertions(document: Document, insertion: str, *, every: int) -> Document:
+    """The same document with `insertion` behind every `every`-th of its words, from the middle of the first stretch on."""
+    words = document.text.split(" ")
+    for place in range(every // 2, len(words), every):
+        words[place] += insertion
+    return Document(document.name, " ".join(words))
+
+
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token in front of a context: BOS, or EOS where the tokenizer has no BOS, as TransformerLens and SAELens do."""
     found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

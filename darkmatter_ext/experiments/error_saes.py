@@ -38,7 +38,7 @@ from darkmatter_ext.measurement.presets import DEMO
 from darkmatter_ext.measurement.resolved import resolve
 from darkmatter_ext.measurement.run import Inputs, prepare
 from darkmatter_ext.measurement.settings import Settings, extended
-from darkmatter_ext.measurement.site_saes import ALL_OF_IT
+from darkmatter_ext.measurement.site_saes import ensure_trained
 from darkmatter_ext.measurement.stored_tokens import MeasuredBatches
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.encode import topk_encode
@@ -63,7 +63,6 @@ from darkmatter_ext.saes.drop_in import accelerate
 from darkmatter_ext.saes.encoders import Encode, as_encoder, random_dictionary, shuffled_sae
 from darkmatter_ext.saes.loading import load_sae
 from darkmatter_ext.training.config import TrainingConfig
-from darkmatter_ext.training.train import train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -190,8 +189,7 @@ def trained_error_sae(
     """A TopK SAE on `target` [n, d], or the one an earlier run made from the same `key`."""
     name = fingerprint(**key, training=dataclasses.asdict(training))
     folder = cache_dir("saes") / f"error-{key['target']}-{training.d_sae}-{name}"
-    if not folder.exists():
-        train(target, training, stream=ALL_OF_IT, metadata=key["metadata"], progress=progress).save(folder)
+    ensure_trained(folder, lambda: target, training, key["metadata"], progress)
     return load_sae(folder, device=device), folder
 
 

@@ -132,6 +132,30 @@ def given_saes(
     return found
 
 
+def training_of(settings: Settings, own: ToTrain) -> TrainingConfig:
+    """How an SAE of the settings is trained."""
+    return TrainingConfig(
+        d_sae=own.width,
+        k=own.k,
+        architecture=own.architecture,
+        steps=settings.saes.steps,
+        freeze=own.freeze,
+        seed=settings.seed + own.seed,
+    )
+
+
+def ensure_trained(
+    folder: Path,
+    x: Callable[[], Tensor],
+    training: TrainingConfig,
+    metadata: Mapping[str, Any],
+    progress: Callable[[int], None],
+) -> None:
+    """Train an SAE on x() [n, d], read only now, and save it in `folder`, unless an earlier run left it there."""
+    if not folder.exists():
+        train(x(), training, stream=ALL_OF_IT, metadata=metadata, progress=progress).save(folder)
+
+
 def trained_saes(
     settings: Settings, usage: Usage, model: str, sites: Mapping[str, StoredTokens], stages: Stages
 ) -> list[SiteSae]:
@@ -143,21 +167,12 @@ def trained_saes(
         metadata = {"model_name": model, "hook_name": hook, "prepend_bos": usage.bos}
         metadata["context_size"] = usage.context_length
         for own in settings.saes.trained:
-            training = TrainingConfig(
-                d_sae=own.width,
-                k=own.k,
-                architecture=own.architecture,
-                steps=settings.saes.steps,
-                freeze=own.freeze,
-                seed=settings.seed + own.seed,
-            )
+            training = training_of(settings, own)
             key = fingerprint(activations=tokens.cache.folder.name, roles=roles, training=dataclasses.asdict(training))
             folder = cache_dir("saes") / f"{own.architecture}-{own.width}-{key}"
             name = own.name(with_k=with_k)
             with stages.stage(f"train SAE, {name}", training.steps) as advance:
-                if not folder.exists():
-                    x = training_set().to(settings.device)
-                    train(x, training, stream=ALL_OF_IT, metadata=metadata, progress=advance).save(folder)
+                ensure_trained(folder, lambda x=training_set: x().to(settings.device), training, metadata, advance)
             name = name if [hook] == settings.saes.trained_hooks else f"{hook}/{name}"
             saes.append(_trained(name, hook, folder, own, settings.device))
     return saes

@@ -9,6 +9,10 @@ SETTINGS = {
     ),
     "baselines": ("--layers", "0", "1", "--widths", "24"),
     "decomposition": (),
+    "diff": (
+        "--widths", "24", "--sae-seeds", "2", "--contexts", "6", "--tuning-steps", "3", "--rank", "2", "--causal-latents", "2",
+        "--spacing", "20", "--phrase", " explains", "--unique", "0.6",
+    ),
     "downstream": ("--contexts", "6"),
     "earlier-layers": ("--widths", "24", "--interval-groups", "3"),
     "error-saes": (
