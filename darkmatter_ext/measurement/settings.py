@@ -267,7 +267,7 @@ class Settings:
     """cpu or cuda"""
     page_megabytes: float = 8.0
     """keep held-out text, its tokens' errors and latents in so much, for the report page to explore; 0: nothing"""
-    page_kl_tokens: int = 4096
+    page_kl_tokens: int = 2048
     """of that text, tokens for whose contexts the page shows the model's loss and its KL with Sae(x) for x; 0: none"""
 
     def __post_init__(self) -> None:

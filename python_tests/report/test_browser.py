@@ -275,6 +275,19 @@ def test_it_prints_without_controls(small, tmp_path):
     seen.page.emulate_media(media="print")
     assert not seen.page.locator(".tokens form.controls").is_visible()
     assert seen.page.locator(".text").is_visible()
+    seen.page.set_viewport_size(
+        {"width": 720, "height": 1000}
+    )  # a sheet of paper; narrow, too, nothing covers what follows
+    bottoms = (
+        "['.details', '.text'].map(one => document.querySelector(`.tokens ${one}`).getBoundingClientRect().bottom)"
+    )
+    assert seen.page.evaluate(
+        f"Math.max(...{bottoms}) <= document.querySelector('h3[id$=latents]').offsetTop + scrollY"
+    )
+    assert seen.page.evaluate(
+        "[...document.querySelectorAll('.details')].every(one => one.scrollHeight <= one.clientHeight)"
+    )
+    assert seen.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert len(seen.page.pdf()) > 20_000
 
 

@@ -63,9 +63,10 @@ function largest(
   return [button, ` at ${shownNumber(first.value)}`];
 }
 
-/** In words: the share of the error that no linear map of x gives. */
+/** In words: what is left of the error without its linear part; above 1 where the map, fitted on other text, misses. */
 export function linearity(values: Values, sae: number, place: number): string {
   const share = values.of("nonlinear_share", sae)[place];
   if (Number.isNaN(share)) return "no error";
+  if (share > 1) return `not linear (without its linear part ${percent(share)} of it is left)`;
   return `${share > 0.5 ? "mostly nonlinear" : "mostly linear"} (${percent(share)} nonlinear)`;
 }

@@ -80,7 +80,7 @@ export class LatentBrowser {
       hozAlign: "right",
       headerHozAlign: "right",
       headerSortStartingDir: "desc",
-      minWidth: 84,
+      width: 118,
       headerWordWrap: true,
     };
     const explained: ColumnDefinition[] = [

@@ -166,7 +166,7 @@ export class TokenExplorer {
     const all = this.data.tokens.length;
     this.count.textContent =
       `${this.found.length} tokens of ${all} in the text here (${this.data.heldOut} were held out). ` +
-      `Tokens without a value were left out of the measurement${this.isOfSome ? ", or of these contexts" : ""}.`;
+      `Tokens without a value were left out of the measurement${this.isOfSome ? ", or stand in contexts where it was not computed" : ""}.`;
     this.page = 0;
     this.showText();
   }
@@ -415,7 +415,8 @@ export class TokenExplorer {
   private describe(place: number): void {
     const { data } = this;
     const count = data.counts[data.tokens[place]];
-    const facts = [`${whereabouts(data, place)}; occurs ${count} times in this text`];
+    const often = count === 1 ? "once" : `${count} times`;
+    const facts = [`${whereabouts(data, place)}; occurs ${often} in this text`];
     const isMeasured = !Number.isNaN(this.values.of("x", 0)[place]);
     if (isMeasured) facts.push(`norm of x ${shownNumber(this.values.of("x", 0)[place])}`);
     if (data.has("loss") && !Number.isNaN(data.column("loss")[place]))
