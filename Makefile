@@ -47,9 +47,11 @@ web/node_modules/.installed: web/package-lock.json
 	cd web && npm ci --no-audit --no-fund
 	touch $@
 
-# The documentation site in build/site; a warning or a dead link fails. In an environment of its own: the text that a run
-# measures by default is the documentation of what is installed beside the package.
-docs: build/docs-venv/.installed
+# The documentation site in build/site, with the page of every result file of docs/results; a warning or a dead link fails.
+# In an environment of its own: the text that a run measures by default is the documentation of what is installed beside
+# the package.
+docs: install build/docs-venv/.installed
+	$(BIN)/python docs/pages.py build/pages
 	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --quiet
 
 build/docs-venv/.installed:

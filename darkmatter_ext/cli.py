@@ -148,17 +148,19 @@ def _add_report(parser: _Parser, _arguments: Sequence[str]) -> None:
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT", help="result files")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
     parser.add_argument("--open", action="store_true", help="show the page in the browser")
+    about = (
+        "explanations of latents for the latent browser, as docs/page.md says; SAE=FILE where there are several SAEs"
+    )
+    parser.add_argument("--explanations", nargs="+", default=[], metavar="[SAE=]FILE", help=about)
 
 
 def _report(parsed: argparse.Namespace) -> None:
     from darkmatter_ext import experiments
-    from darkmatter_ext.report.page import write_page
     from darkmatter_ext.report.result import load_result
 
-    results = [(path, load_result(path)) for path in parsed.results]
+    results = [load_result(path, alone=True) for path in parsed.results]
     require_writable_folder("out", parsed.out.absolute().parent)
-    sections = [experiments.section(result, experiments.draw(result, path.parent)) for path, result in results]
-    print(write_page(sections, parsed.out))
+    print(experiments.write_report(results, parsed.out, parsed.explanations))
     if parsed.open:
         webbrowser.open(parsed.out.absolute().as_uri())
 

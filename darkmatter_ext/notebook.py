@@ -7,7 +7,6 @@ dm.page(dm.run("scaling", sae=["sae-16k", "sae-65k"]), open=True)
 
 from __future__ import annotations
 
-import tempfile
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 from darkmatter_ext import experiments
 from darkmatter_ext.measurement.run import Measurement, measured, prepare
 from darkmatter_ext.measurement.settings import Settings, replaced
-from darkmatter_ext.report.page import write_page
 from darkmatter_ext.report.result import Result, load_result
 from darkmatter_ext.runtime.inputs import require, require_one_of
 from darkmatter_ext.runtime.processes import processes
@@ -68,21 +66,26 @@ def run(experiment: str, *, sae: Specs = (), preset: str = "demo", progress: boo
         return module.run(wanted, stages)
 
 
-def page(*results: Result | str | Path, out: str | Path = "report.html", open: bool = False) -> Path:
+def page(
+    *results: Result | str | Path,
+    out: str | Path = "report.html",
+    open: bool = False,
+    explanations: Sequence[str] = (),
+) -> Path:
     """Write the page of one or several results, as `darkmatter report` does.
 
     Args:
         results: results, or their files.
         out: the page; a file of its own that needs no network.
         open: show it in the browser.
+        explanations: files of explanations of latents, FILE or SAE=FILE (see docs/page.md).
 
     Returns:
         Path: of the page. Raises InputError for no result, or a file that is none.
     """
     require(bool(results), "results", "must be at least one", "none")
-    found = [result if isinstance(result, Result) else load_result(result) for result in results]
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_page([experiments.section(one, experiments.draw(one, Path(folder))) for one in found], Path(out))
+    found = [result if isinstance(result, Result) else load_result(result, alone=True) for result in results]
+    path = experiments.write_report(found, Path(out), explanations)
     if open:
         webbrowser.open(path.absolute().as_uri())
     return path

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from cases.explored import explored_result
+from cases.explored import explored_result, packed_head
 from cases.models import flags, saved_sae
 
 import darkmatter_ext as dm
@@ -140,6 +140,26 @@ def test_report_opens_the_page_when_asked(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "other.html").read_text() == page.read_text()
     with pytest.raises(ValueError, match="results: must be at least one, got none"):
         dm.page()
+
+
+def test_report_takes_explanations_and_results_alone(tmp_path, capsys, refused):
+    result = explored_result(saes=1)
+    result.numbers.update(NUMBERS)
+    result.series["saes"] = [{"name": "sae-0", "d_sae": 64}]
+    path, page, said = result.save(tmp_path / "r.json"), tmp_path / "page.html", tmp_path / "said.json"
+    said.write_text('{"7": "rivers"}')
+    assert cli.main(["report", str(path), "--out", str(page), "--explanations", str(said)]) == 0
+    assert packed_head(page)["saes"][0]["explanations"] == {"7": ["rivers", None]}
+    said.write_text('{"99": "rivers"}')
+    refused(
+        ["report", str(path), "--out", str(page), "--explanations", f"sae-0={said}"],
+        "--explanations: must be of latents 0 to 63 of sae-0, got '99' in",
+    )
+    (tmp_path / "r.npz").unlink()
+    assert cli.main(["report", str(path), "--out", str(page)]) == 0
+    assert "r.npz, kept beside this result, was not there" in page.read_text()
+    assert 'class="packed"' not in page.read_text()
+    assert list(tmp_path.glob("*.png")) == []  # figures are inside
 
 
 def test_the_installed_command_has_no_traceback(tmp_path):

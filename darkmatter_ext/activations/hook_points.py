@@ -73,6 +73,17 @@ class HookPoint:
     kind: str  # one of KINDS
 
 
+def block_that_ends_at(name: str) -> int | None:
+    """The block whose output is this hook point: the residual stream after it, or before the one that follows.
+
+    None for what is inside a block or before the first. Raises ValueError as `parse_hook_point`.
+    """
+    point = parse_hook_point(name)
+    if point.kind == "hook_resid_post":
+        return point.layer
+    return point.layer - 1 if point.kind == "hook_resid_pre" and point.layer > 0 else None
+
+
 def translated_hook(name: str) -> str:
     """SAEs trained on Hugging Face's modules name the block itself (`model.layers.20`): its output as `blocks.20...`.
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from darkmatter_ext.activations.store import load_model, parse_hook, transformer_blocks
+from darkmatter_ext.activations.hook_points import block_that_ends_at
+from darkmatter_ext.activations.store import load_model, transformer_blocks
 from darkmatter_ext.runtime.inputs import InputError
 
 if TYPE_CHECKING:
@@ -61,8 +62,11 @@ class SplicedModel:
 
     @classmethod
     def load(cls, model: str, hook: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> SplicedModel:
-        """The whole model `model` (see `store.load_model`) with the site `hook`."""
-        return cls(load_model(model, device=device, dtype=dtype), parse_hook(hook))
+        """The whole model `model` (see `store.load_model`) with the site `hook`, which must be the output of a block."""
+        layer = block_that_ends_at(hook)
+        if layer is None:
+            raise InputError(f"hook: must be the output of a block to splice into the model, got {hook}")
+        return cls(load_model(model, device=device, dtype=dtype), layer)
 
     @torch.inference_mode()
     def activation(self, tokens: Tensor) -> Tensor:

@@ -14,14 +14,16 @@ import importlib
 import importlib.util
 import pkgutil
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from darkmatter_ext.report.explanations import explained_results
 from darkmatter_ext.report.figures import Drawn, save_figures
-from darkmatter_ext.report.page import Section
+from darkmatter_ext.report.page import Section, write_page
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.runtime.inputs import InputError
 
@@ -54,6 +56,13 @@ def section(result: Result, figures: Sequence[Drawn] = ()) -> Section:
     """A result as its experiment shows it. Raises ValueError for a result of an unknown experiment."""
     module = _of(result)
     return Section(result, module.table(result), module.reading(result), figures, command(result))
+
+
+def write_report(results: Sequence[Result], path: Path, explanations: Sequence[str] = ()) -> Path:
+    """Write the page of results, with explanations of latents from files. Raises as `section`, `explained_results`."""
+    results = explained_results(results, explanations)
+    with tempfile.TemporaryDirectory() as folder:
+        return write_page([section(result, draw(result, Path(folder))) for result in results], path)
 
 
 def command(result: Result) -> str:

@@ -32,16 +32,18 @@ from darkmatter_ext.measurement.detection import (
     score_latents,
 )
 from darkmatter_ext.measurement.error import sae_error
+from darkmatter_ext.measurement.exploration import explored
 from darkmatter_ext.measurement.judges import EndpointJudge, LocalJudge
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import DEMO
 from darkmatter_ext.measurement.resolved import resolve
-from darkmatter_ext.measurement.run import Inputs, prepare
+from darkmatter_ext.measurement.run import Inputs, measured, prepare
 from darkmatter_ext.measurement.settings import Settings, extended
 from darkmatter_ext.measurement.site_saes import ensure_trained
 from darkmatter_ext.measurement.stored_tokens import MeasuredBatches
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.encode import topk_encode
+from darkmatter_ext.report.explanations import Explanation, with_explanations
 from darkmatter_ext.report.measured import stored_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import (
@@ -234,7 +236,13 @@ def interpret(
         "deciles": deciles,
         "mean": mean,
         "latents": [
-            {"latent": score.latent, "explanation": score.explanation, "documents": score.documents} for score in scores
+            {
+                "latent": score.latent,
+                "explanation": score.explanation,
+                "score": None if math.isnan(score.accuracy) else score.accuracy,
+                "documents": score.documents,
+            }
+            for score in scores
         ],
         "unanswered": sum(score.unanswered for score in scores),
     }
@@ -341,7 +349,15 @@ def run(settings: ErrorSaesSettings, stages: Stages) -> Result:
     if settings.measure.released:
         notes.append("Released code: b* is fitted on the held-out tokens too.")
     series = {"saes": listed, "judged": judged, "about": JUDGED}
-    return stored_result("error-saes", inputs, stages, numbers, series=series, notes=notes)
+    exploration = explored(inputs, measured(inputs, stages), stages) if judged and settings.page_megabytes else None
+    result = stored_result("error-saes", inputs, stages, numbers, series=series, notes=notes, exploration=exploration)
+    if exploration is None:
+        return result
+    own = {
+        entry["latent"]: Explanation(entry["explanation"], entry["score"]) for entry in judged["activation"]["latents"]
+    }
+    by = f"this run ({_asked(settings)}); the score is the balanced accuracy of detection, 0.5 by chance"
+    return with_explanations(result, sae.name, own, by)
 
 
 PAPER = "FVU 0.54 on the linear and 0.59 on the nonlinear error"

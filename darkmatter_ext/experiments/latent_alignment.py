@@ -327,8 +327,10 @@ _ROWS = {
 }
 
 
-def scatter(result: Result) -> Figure:
+def scatter(result: Result) -> Figure | None:
     """W_dec . a* against the mean active value, a point a latent that fired, of the widest SAE."""
+    if not result.arrays:  # they are in a file of their own, which may not have been sent along
+        return None
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter

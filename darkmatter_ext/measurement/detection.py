@@ -12,6 +12,7 @@ are in `judges.py`.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,12 @@ class LatentScore:
     def accuracies(self) -> list[float]:
         """Balanced accuracy per decile: mean of hits and rejections."""
         return [(hit + self.rejections) / 2 for hit in self.hits]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean balanced accuracy of the deciles that were judged; NaN for none."""
+        known = [accuracy for accuracy in self.accuracies if not math.isnan(accuracy)]
+        return sum(known) / len(known) if known else math.nan
 
 
 @dataclass(frozen=True)

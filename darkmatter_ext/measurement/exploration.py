@@ -20,6 +20,7 @@ from darkmatter_ext.measurement.excerpt import token_texts
 from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.run import Inputs, Measurement
 from darkmatter_ext.measurement.site_saes import SiteSae
+from darkmatter_ext.measurement.spliced_text import SplicedText, spliced_text
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.runtime.progress import Stages
 
@@ -31,8 +32,8 @@ LATENT_CONTEXTS = 8  # m
 NEAREST = 5  # latents by cosine of their decoder rows
 MOST_LATENTS = 8192  # K of an SAE at most: the cosines are K^2 d
 TEXT_SHARE = 0.75  # of the budget; the rest is for the latents
-# In the page: a token's text and its loss; norm of x of a site; three parts, L0, and T latents (number, value) of an SAE.
-TOKEN_BYTES, SITE_BYTES, SAE_BYTES = 8, 4, 14 + 5 * TOKEN_LATENTS
+# In the page: a token's text and its loss; norm of x of a site; three parts, L0, KL, T latents (number, value) of an SAE.
+TOKEN_BYTES, SITE_BYTES, SAE_BYTES = 8, 4, 18 + 5 * TOKEN_LATENTS
 LATENT_BYTES = 20 + 6 * LATENT_CONTEXTS + 6 * NEAREST
 KEPT_BITS = 12  # of a float32's 23: four digits, and it compresses
 PARTS = ("error", "linear", "nonlinear")
@@ -51,14 +52,15 @@ class _Text(NamedTuple):
     contexts: list[int]  # numbers in the source, ascending
     tokens: Tensor  # [C, L] int64
     loss: Tensor | None  # [C, L]
+    x: dict[str, Tensor]  # hook point -> [C, L, d]
     places: dict[str, Tensor]  # hook point -> [n] where its measured tokens are in [C * L], ascending
 
 
 def explored(inputs: Inputs, found: Measurement, stages: Stages) -> Exploration | None:
     """Held-out text with what was measured at its tokens; None with page_megabytes 0, and in other processes than the first.
 
-    Cost: one more reading and encoding of the kept tokens; K^2 d multiply-adds an SAE. Memory: the
-    kept tokens' activations, 4 d bytes a token and site, and 20 bytes an active latent there.
+    Cost: one more reading and encoding of the kept tokens; K^2 d multiply-adds an SAE; `spliced_text`. Memory: the kept
+    tokens' activations, 4 d bytes a token and site, and 20 bytes an active latent there.
     """
     budget = inputs.settings.page_megabytes * 1e6
     saes = [inputs.sae(sae["name"]) for sae in found.saes if not sae.get("variant")]
@@ -70,7 +72,8 @@ def explored(inputs: Inputs, found: Measurement, stages: Stages) -> Exploration 
     chosen = _contexts(next(iter(tables.values())), inputs.source.documents, max(1, int(room / length)))
     text, active = _read(inputs, saes, tables, chosen, stages)
     most = min(MOST_LATENTS, max(1, int(budget * (1 - TEXT_SHARE) / (LATENT_BYTES * len(saes)))))
-    arrays = _text_arrays(inputs, text)
+    spliced = _spliced(inputs, saes, text, stages)
+    arrays = _text_arrays(inputs, text, spliced)
     for number, (hook, table) in enumerate(tables.items()):
         arrays[f"page/site{number}/x"] = _spread(text, hook, _rows(table, text, "x"))
     about = []
@@ -78,11 +81,14 @@ def explored(inputs: Inputs, found: Measurement, stages: Stages) -> Exploration 
         columns = {part: _rows(tables[sae.hook], text, f"{sae.name}/{part}") for part in (*PARTS, "l0")}
         latents = _latents(sae, found.sites[sae.hook], triples, columns["nonlinear"], text, most)
         own = {part: _spread(text, sae.hook, column) for part, column in columns.items()} | _strongest(triples, text)
+        if not isinstance(spliced, str):
+            own["kl"] = _rounded(spliced.kl[sae.name].numpy())
         arrays |= {f"page/sae{number}/{name}": array for name, array in (own | latents).items()}
         about.append(sae.listed | {"site": list(tables).index(sae.hook), "latents_kept": len(latents["latent/number"])})
     counts = {"contexts": len(chosen), "tokens": len(text.places[saes[0].hook])}
     counts["held_out"] = next(iter(found.sites.values())).n_held_out
-    return Exploration({"saes": about, **counts}, arrays)
+    kl = {"absent": spliced} if isinstance(spliced, str) else {"contexts": spliced.contexts}
+    return Exploration({"saes": about, **counts, "kl": kl}, arrays)
 
 
 def _contexts(table: pyarrow.Table, documents: Tensor, most: int) -> list[int]:
@@ -116,12 +122,19 @@ def _read(
             tokens.append(batch.tokens)
             losses.append(batch.loss)
             for hook, rows in kept.items():
-                rows.append(batch.activations[hook].flatten(0, 1).cpu())
+                rows.append(batch.activations[hook].cpu())
             advance(len(batch.numbers))
-    whole = {hook: torch.cat(rows) for hook, rows in kept.items()}
+    x = {hook: torch.cat(rows) for hook, rows in kept.items()}
     loss = torch.cat([part for part in losses if part is not None]) if losses[0] is not None else None
-    text = _Text(chosen, torch.cat(tokens), loss, places)
-    return text, [_active_latents(inputs, sae, whole[sae.reads], places[sae.hook]) for sae in saes]
+    text = _Text(chosen, torch.cat(tokens), loss, x, places)
+    return text, [_active_latents(inputs, sae, x[sae.reads].flatten(0, 1), places[sae.hook]) for sae in saes]
+
+
+def _spliced(inputs: Inputs, saes: Sequence[SiteSae], text: _Text, stages: Stages) -> SplicedText | str:
+    measured = {hook: torch.zeros(text.tokens.shape, dtype=torch.bool) for hook in text.places}
+    for hook, places in text.places.items():
+        measured[hook].view(-1)[places] = True
+    return spliced_text(inputs, saes, text.tokens, text.x, measured, stages)
 
 
 def _active_latents(inputs: Inputs, sae: SiteSae, x: Tensor, places: Tensor) -> _Active:
@@ -174,7 +187,7 @@ def _rounded(values: np.ndarray) -> np.ndarray:
     return (((bits + (1 << (low - 1))) >> low) << low).astype(np.uint32).view(np.float32)
 
 
-def _text_arrays(inputs: Inputs, text: _Text) -> dict[str, np.ndarray]:
+def _text_arrays(inputs: Inputs, text: _Text, spliced: SplicedText | str) -> dict[str, np.ndarray]:
     ids, numbers = text.tokens.unique(return_inverse=True)
     arrays = {
         "page/tokens": numbers.numpy().astype(np.int32),
@@ -183,8 +196,9 @@ def _text_arrays(inputs: Inputs, text: _Text) -> dict[str, np.ndarray]:
         "page/contexts": np.array(text.contexts, np.int32),
         "page/documents": inputs.source.documents[text.contexts].numpy().astype(np.int32),
     }
-    if text.loss is not None:
-        arrays["page/loss"] = _rounded(text.loss.numpy())
+    loss = text.loss if text.loss is not None or isinstance(spliced, str) else spliced.loss
+    if loss is not None:
+        arrays["page/loss"] = _rounded(loss.numpy())
     return arrays
 
 

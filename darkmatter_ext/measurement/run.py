@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 # Where a state is kept, how fast a run is and what its page shows changes no number.
 OPERATIONAL = (
     "checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens", "accept_terms",
-    "page_megabytes",
+    "page_megabytes", "page_kl_tokens",
 )  # fmt: skip
 
 

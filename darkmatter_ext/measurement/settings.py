@@ -267,9 +267,12 @@ class Settings:
     """cpu or cuda"""
     page_megabytes: float = 8.0
     """keep held-out text, its tokens' errors and latents in so much, for the report page to explore; 0: nothing"""
+    page_kl_tokens: int = 2048
+    """of that text, tokens for whose contexts the page shows the model's loss and its KL with Sae(x) for x; 0: none"""
 
     def __post_init__(self) -> None:
         require_at_least("page_megabytes", 0, self.page_megabytes)
+        require_at_least("page_kl_tokens", 0, self.page_kl_tokens)
         require(self.device.split(":")[0] in ("cpu", "cuda"), "device", "must be cpu or cuda", repr(self.device))
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise InputError(f"device: must be available, got {self.device!r} on a machine without a CUDA device")

@@ -30,7 +30,6 @@ def measured_result(
     exploration: Exploration | None = None,
 ) -> Result:
     """The result of a measurement: its numbers beside token counts, SAEs, notes, provenance and what the page explores."""
-    for_page = {} if exploration is None else {"explored": exploration.about}
     groups = found.config["interval_groups"]
     intervals = (
         f"Intervals: 95 %, leaving out one of {groups} groups of held-out contexts at a time; maps stay as fitted."
@@ -39,12 +38,16 @@ def measured_result(
         experiment=experiment,
         config=found.config,
         numbers=found.numbers | dict(numbers),
-        series={"saes": found.saes, **(series or {}), **for_page},
+        series={"saes": found.saes, **(series or {}), **_about(exploration)},
         arrays={**(arrays or {}), **({} if exploration is None else exploration.arrays)},
         notes=[*found.notes, *notes, *([intervals] if groups > 1 else [])],
         seconds=stages.seconds,
         provenance=provenance(found.config["device"]) | found.provenance,
     )
+
+
+def _about(exploration: Exploration | None) -> dict[str, Any]:
+    return {} if exploration is None else {"explored": exploration.about}
 
 
 def stored_result(
@@ -56,6 +59,7 @@ def stored_result(
     series: Mapping[str, Any] | None = None,
     arrays: Mapping[str, np.ndarray] | None = None,
     notes: Sequence[str] = (),
+    exploration: Exploration | None = None,
 ) -> Result:
     """The result of an experiment that reads stored tokens itself; of several sites, each is counted in a note."""
     one = len(inputs.stored) == 1
@@ -73,8 +77,8 @@ def stored_result(
         experiment=experiment,
         config=inputs.config(),
         numbers=(counts if one else {}) | dict(numbers),
-        series={"saes": [sae.listed for sae in inputs.saes], **(series or {})},
-        arrays=dict(arrays or {}),
+        series={"saes": [sae.listed for sae in inputs.saes], **(series or {}), **_about(exploration)},
+        arrays={**(arrays or {}), **({} if exploration is None else exploration.arrays)},
         notes=[*about, *notes],
         seconds=stages.seconds,
         provenance=provenance(inputs.settings.device) | {"text_sha256": inputs.text},

@@ -17,7 +17,7 @@ from darkmatter_ext.report.result import Result
 if TYPE_CHECKING:
     import numpy as np
 
-_TOKEN_COLUMNS = ("error", "linear", "nonlinear")
+_TOKEN_COLUMNS = ("error", "linear", "nonlinear", "kl")  # the last where the model could be spliced
 _LATENT_NUMBERS = ("rate", "mean_value", "decoder_norm", "nonlinear_share")
 _LATENT_WHOLE = ("number", "fired", "places", "nearest")
 
@@ -31,6 +31,7 @@ def packed(result: Result) -> str | None:
     head = {
         "saes": about["saes"],
         "held_out": about["held_out"],
+        "kl": about.get("kl", {"absent": "the result is of a version that made none"}),
         "length": arrays["page/tokens"].shape[1],
         "contexts": arrays["page/contexts"].tolist(),
         "documents": arrays["page/documents"].tolist(),
@@ -52,7 +53,8 @@ def _columns(arrays: dict[str, np.ndarray], n_saes: int) -> dict[str, tuple[str,
     found |= {name: _float(arrays[f"page/{name}"]) for name in floats if f"page/{name}" in arrays}
     for sae in range(n_saes):
         own = f"sae{sae}"
-        found |= {f"{own}/{name}": _float(arrays[f"page/{own}/{name}"]) for name in _TOKEN_COLUMNS}
+        kept = [name for name in _TOKEN_COLUMNS if f"page/{own}/{name}" in arrays]
+        found |= {f"{own}/{name}": _float(arrays[f"page/{own}/{name}"]) for name in kept}
         found[f"{own}/l0"] = _whole(arrays[f"page/{own}/l0"].clip(min=0))
         found[f"{own}/latents"] = _whole(arrays[f"page/{own}/latents"] + 1)  # 0 for none
         found[f"{own}/values"] = _half(arrays[f"page/{own}/values"])

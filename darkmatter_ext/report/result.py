@@ -123,8 +123,11 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"RESULT: must have its per-token arrays beside it, got {path} ({reason})") from None
 
 
-def load_result(path: str | Path) -> Result:
-    """Read a result file with its arrays. Raises ValueError when one is missing, not a result, or of another format."""
+def load_result(path: str | Path, *, alone: bool = False) -> Result:
+    """Read a result file with its arrays. Raises ValueError when one is missing, not a result, or of another format.
+
+    `alone`: a missing file of arrays is no error; a note says so, and what needs them is left out of pages and figures.
+    """
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -135,10 +138,19 @@ def load_result(path: str | Path) -> Result:
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise InputError(f"RESULT: must be a result of format {FORMAT}, got {path}")
     stored = content.pop("arrays", None)
-    arrays = _load_arrays(path.with_name(stored)) if stored else {}
+    without = alone and stored and not path.with_name(stored).exists()
+    arrays = _load_arrays(path.with_name(stored)) if stored and not without else {}
     try:
         result = Result(**content, arrays=arrays)
     except TypeError as error:
         raise InputError(f"RESULT: must be a result file, got {path} ({error})") from None
     numbers = {name: math.nan if number is None else number for name, number in result.numbers.items()}
-    return dataclasses.replace(result, numbers=numbers)
+    result = dataclasses.replace(result, numbers=numbers)
+    return _without_arrays(result, str(stored)) if without else result
+
+
+def _without_arrays(result: Result, stored: str) -> Result:
+    """As a reader has it who was sent the JSON file alone."""
+    series = {name: value for name, value in result.series.items() if name != "explored"}
+    note = f"{stored}, kept beside this result, was not there: what is told of single tokens and latents is left out."
+    return dataclasses.replace(result, series=series, notes=[*result.notes, note])

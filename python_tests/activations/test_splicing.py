@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases.models import small_model
 
+from darkmatter_ext.activations.hook_points import block_that_ends_at
 from darkmatter_ext.activations.splicing import SplicedModel, splice_losses
 from darkmatter_ext.measurement.opening import require_same_tokens
 
@@ -114,6 +115,13 @@ def test_no_measured_token_gives_no_losses(spliced):
         spliced, tokens, spliced.activation(tokens), torch.zeros(3, 12).bool(), {"zero": torch.zeros_like}
     )
     assert len(losses.cross_entropy) == len(losses.kl["zero"]) == 0
+
+
+def test_a_site_must_be_the_output_of_a_block():
+    ends = {"2.hook_resid_post": 2, "2.hook_resid_pre": 1, "0.hook_resid_pre": None, "1.hook_mlp_out": None}
+    assert {name: block_that_ends_at(f"blocks.{name}") for name in ends} == ends
+    with pytest.raises(ValueError, match="hook: must be the output of a block to splice into the model, got blocks"):
+        SplicedModel.load("no model is read", "blocks.1.hook_mlp_out")
 
 
 def test_what_does_not_match_is_named_in_one_line():

@@ -1,6 +1,9 @@
 """Results that a page explores, with planted tokens and numbers: small, hostile, or large."""
 
+import base64
+import gzip
 import json
+import re
 
 import numpy as np
 
@@ -25,6 +28,7 @@ def explored_result(*, contexts=6, length=16, words=(), vocabulary=40, saes=2, l
     tokens[0, : min(length, len(words))] = np.arange(min(length, len(words)))
     hardest = (contexts - 1, length - 1)
     unmeasured = np.broadcast_to(np.arange(length) < MARGIN, tokens.shape)
+    later = (np.arange(contexts) >= 2)[:, None]  # the model was spliced in the first two contexts
     arrays = {
         "page/tokens": tokens,
         "page/vocabulary": np.frombuffer(json.dumps(texts).encode(), np.uint8),
@@ -44,6 +48,9 @@ def explored_result(*, contexts=6, length=16, words=(), vocabulary=40, saes=2, l
             f"page/sae{sae}/error": np.where(unmeasured, np.nan, error).astype(np.float32),
             f"page/sae{sae}/linear": np.where(unmeasured, np.nan, 0.75 * error).astype(np.float32),
             f"page/sae{sae}/nonlinear": np.where(unmeasured, np.nan, nonlinear).astype(np.float32),
+            f"page/sae{sae}/kl": np.where(unmeasured | later, np.nan, random.uniform(0, 1, tokens.shape)).astype(
+                np.float32
+            ),
             f"page/sae{sae}/l0": np.where(unmeasured, -1, T).astype(np.int32),
             f"page/sae{sae}/latents": np.where(unmeasured[..., None], -1, active).astype(np.int32),
             f"page/sae{sae}/values": np.where(unmeasured[..., None], 0, strength).astype(np.float32),
@@ -59,12 +66,18 @@ def explored_result(*, contexts=6, length=16, words=(), vocabulary=40, saes=2, l
             "cosines": np.full((latents, 5), 0.5),
         }  # fmt: skip
         arrays |= {f"page/sae{sae}/latent/{name}": column for name, column in columns.items()}
-    listed = [
-        {"name": f"sae-{i}", "d_sae": latents, "hook": "h", "site": 0, "latents_kept": latents} for i in range(saes)
-    ]
+    common = {"d_sae": latents, "hook": "h", "site": 0, "latents_kept": latents}
+    listed = [{"name": f"sae-{i}", "folder": f"saes/{i}", **common} for i in range(saes)]
     about = {"saes": listed, "contexts": contexts, "tokens": int((~unmeasured).sum()), "held_out": 10 * tokens.size}
+    about["kl"] = {"contexts": 2}
     config = {"seed": seed, "model": "model", "hook": "h"}
     return Result("decomposition", config, {"sae-0/fvu": 0.25}, series={"explored": about}, arrays=arrays, **more)
+
+
+def packed_head(page):
+    """The JSON head of what the explorer of a page reads."""
+    block = gzip.decompress(base64.b64decode(re.search(r'class="packed">([^<]*)<', page.read_text())[1]))
+    return json.loads(block[4 : 4 + int.from_bytes(block[:4], "little")])
 
 
 def lines(result):

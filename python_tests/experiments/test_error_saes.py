@@ -99,6 +99,13 @@ def test_a_run_without_a_call_to_any_network(finished, monkeypatch):
         assert 0 <= numbers["dead"] < 1
         assert 0 <= result.numbers[f"{target}/detection_accuracy"] <= 1
         assert len(result.series["judged"][target]["deciles"]) == 10
+    (explored,) = result.series["explored"]["saes"]  # the SAE whose error it is, with what was said of its latents
+    judged = {str(one["latent"]): one for one in result.series["judged"]["activation"]["latents"]}
+    assert explored["name"] == "topk-64"
+    assert 0 < len(explored["explanations"]) <= len(judged) == 4
+    for latent, (text, score) in explored["explanations"].items():
+        assert (text, score) == (judged[latent]["explanation"], judged[latent]["score"])
+    assert all(0 <= one["score"] <= 1 for one in judged.values())
     assert {path.name for path in out.glob("*.png")} == {"error-saes_fvu.png", "error-saes_detection.png"}
     assert len({sae["folder"] for sae in result.series["saes"]}) == 4
     monkeypatch.setattr("darkmatter_ext.experiments.error_saes.train", None)  # training again would fail

@@ -167,6 +167,7 @@ def test_a_server_as_judge(server, monkeypatch):
     word, two, _ = _scores(judge)
     assert word.explanation == "w5"
     assert word.accuracies == [1.0] * 10
+    assert (word.accuracy, two.accuracy) == (1.0, pytest.approx(sum(two.accuracies) / 10))
     assert 0.5 < sum(two.accuracies) / 10 < 1  # half of it explained
     path, key, content = _Server.asked[-1]
     assert path == "/v1/chat/completions"
@@ -181,7 +182,7 @@ def test_unreadable_answers_are_left_out_and_counted(server):
     _Server.evasive = True
     (score, *_) = _scores(EndpointJudge(server, "m"))
     assert score.unanswered == 10 * SETTINGS.per_decile + SETTINGS.inactive
-    assert all(math.isnan(accuracy) for accuracy in score.accuracies)
+    assert all(math.isnan(accuracy) for accuracy in [*score.accuracies, score.accuracy])
 
 
 def test_a_server_that_does_not_answer_is_one_line(server):

@@ -3,9 +3,12 @@
 import csv
 import itertools
 
+import numpy as np
 import pytest
 from cases.browser import browser, seconds_to_filter, settled, visit
 from cases.explored import HOSTILE, explored_result, page_of
+
+from darkmatter_ext.report.explanations import Explanation, with_explanations
 
 pytestmark = pytest.mark.browser
 
@@ -30,13 +33,89 @@ def _first_row(seen, column=None):
 def test_three_questions_are_answered_by_what_is_seen_first(small):
     """Which token is hardest for every width, what the largest latent on it is, whether its error is linear."""
     seen = small()
-    assert _first_row(seen, "value") == "88 %"  # mean of 3/4 and 4/4, planted at the last place
+    hardest, latent, linear = seen.page.locator(".glance dd").all_inner_texts()
+    assert ": even sae-0, best on it, leaves 75 % of ‖x‖²." in hardest  # 3/4 of sae-0, 4/4 of sae-1: planted
+    assert " ".join(latent.split()) == "sae-0: 7 at 9 sae-1: 7 at 9"
+    told = "mostly linear (25 % nonlinear)"
+    assert " ".join(linear.split()) == f"sae-0: {told} sae-1: {told}"
+    assert seen.errors == []
+
+
+def test_three_questions_are_answered_by_clicking(small):
+    """The same path by hand: the first row of the table, the token's numbers in every SAE, its largest latent."""
+    seen = small()
+    page = seen.page
+    assert (
+        page.locator(".tokens form select").nth(1).evaluate("one => one.selectedOptions[0].text") == "every SAE (least)"
+    )
+    assert _first_row(seen, "value") == "75 %"
     assert (_first_row(seen, "position"), _first_row(seen, "context")) == ("15", "15")
+    page.locator(".text [data-place='5']").click()
+    page.locator(".token-table button.link").first.click()
     details = seen.text(".tokens .details")
     assert "context 15, position 15" in details
-    assert "error 75 % of ‖x‖² mostly linear: nonlinear 25 % of it" in details
+    assert "error 75 % of ‖x‖² mostly linear (25 % nonlinear)" in details
     assert "error 100 % of ‖x‖²" in details
-    assert seen.page.locator(".latents li").first.inner_text().split() == ["7", "9"]
+    largest = page.locator(".tokens .details .latents li").first
+    assert largest.inner_text().split() == ["7", "9"]
+    largest.locator("button").click()
+    assert seen.text(".latents-of .details h4") == "Latent 7 of sae-0"
+    page.locator(".glance dd").nth(1).locator("button").nth(1).click()  # the answer at the top leads there too
+    assert seen.text(".latents-of .details h4") == "Latent 7 of sae-1"
+    page.locator(".text [data-place='5']").click()
+    page.locator(".glance dd button").first.click()
+    assert "context 15, position 15" in seen.text(".tokens .details")
+    assert seen.errors == []
+
+
+def test_kl_is_a_control_where_the_model_was_spliced(small, chromium, tmp_path):
+    seen = small()
+    page = seen.page
+    assert "computed in 2 of the 6 contexts here" in seen.text(".tokens")
+    page.locator(".tokens form select").nth(0).select_option("kl")
+    page.locator(".tokens form select").nth(1).select_option("1")
+    settled(page, "document.querySelectorAll('.text [role=group]').length === 2")
+    kl = explored_result().arrays["page/sae1/kl"]
+    assert seen.text(".tokens output").startswith(f"{np.isfinite(kl).sum()} tokens of 96")
+    assert _first_row(seen, "value") == f"{np.nanmax(kl):.4g}"
+    page.locator(".token-table button.link").first.click()
+    assert f"KL {np.nanmax(kl):.4g} nats" in seen.text(".tokens .details")
+    page.get_by_label("Position from").fill("9")
+    settled(page, f"document.querySelector('.tokens output').textContent.startsWith('{np.isfinite(kl[:, 9:]).sum()} ')")
+    page.locator(".tokens form select").nth(0).select_option("loss")
+    settled(page, "document.querySelector('.tokens .legend').textContent.startsWith('loss of the model, nats')")
+    assert seen.errors == []
+    result = explored_result()
+    result.series["explored"]["kl"] = {"absent": "the model is <b>spread</b>"}
+    for sae in range(2):
+        del result.arrays[f"page/sae{sae}/kl"]
+    seen = visit(chromium, page_of(result, tmp_path))
+    assert "No KL here: the model is <b>spread</b>." in seen.text(".tokens")
+    assert "kl" not in seen.page.locator(".tokens form select").nth(0).evaluate(
+        "one => [...one.options].map(each => each.value)"
+    )
+
+
+def test_explanations_and_scores_of_latents(chromium, tmp_path):
+    said = {3: Explanation("dates"), 7: Explanation("<b>rivers</b>\u202e", 0.75), 9: Explanation("towns", 0.5)}
+    seen = visit(chromium, page_of(with_explanations(explored_result(), "sae-1", said, "a judge"), tmp_path))
+    page, table = seen.page, ".latent-table .tabulator-row"
+    assert page.locator(".latent-table [tabulator-field=score]").count() == 0  # sae-0 has none
+    page.locator(".latents-of form select").select_option("1")
+    assert "3 are explained by a judge." in seen.text(".latents-of")
+    page.locator(".latent-table .tabulator-col[tabulator-field=score]").click()
+    settled(page, f"document.querySelector('{table} [tabulator-field=score]').textContent === '0.75'")
+    assert page.locator(f"{table} button").all_inner_texts()[:2] == ["7", "9"]
+    page.get_by_label("Number, top token or explanation").fill("RIVERS")
+    settled(page, f"document.querySelectorAll('{table}').length === 1")
+    page.locator(f"{table} button").click()
+    assert "explanation <b>rivers</b>⟨U+202E⟩ score 0.75" in seen.text(".latents-of .details dl")
+    page.get_by_label("Number, top token or explanation").fill("3")
+    settled(page, f"document.querySelector('{table} button').textContent === '3'")
+    page.locator(f"{table} button").click()
+    assert "explanation dates" in seen.text(".latents-of .details dl")
+    assert "score" not in seen.text(".latents-of .details dl")
+    assert (seen.errors, seen.requests) == ([], [])
 
 
 def test_controls_of_the_tokens(small):
@@ -64,7 +143,7 @@ def test_controls_of_the_tokens(small):
                    ".every(cell => ['10', '11'].includes(cell.textContent))")  # fmt: skip
     page.get_by_role("button", name="Reset").click()
     settled(
-        seen.page, "document.querySelector('.tokens [tabulator-field=value].tabulator-cell')?.textContent === '88 %'"
+        seen.page, "document.querySelector('.tokens [tabulator-field=value].tabulator-cell')?.textContent === '75 %'"
     )
     assert seen.text(".tokens output") == total
     page.get_by_label("Token contains").fill("no such token")
@@ -196,6 +275,19 @@ def test_it_prints_without_controls(small, tmp_path):
     seen.page.emulate_media(media="print")
     assert not seen.page.locator(".tokens form.controls").is_visible()
     assert seen.page.locator(".text").is_visible()
+    seen.page.set_viewport_size(
+        {"width": 720, "height": 1000}
+    )  # a sheet of paper; narrow, too, nothing covers what follows
+    bottoms = (
+        "['.details', '.text'].map(one => document.querySelector(`.tokens ${one}`).getBoundingClientRect().bottom)"
+    )
+    assert seen.page.evaluate(
+        f"Math.max(...{bottoms}) <= document.querySelector('h3[id$=latents]').offsetTop + scrollY"
+    )
+    assert seen.page.evaluate(
+        "[...document.querySelectorAll('.details')].every(one => one.scrollHeight <= one.clientHeight)"
+    )
+    assert seen.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert len(seen.page.pdf()) > 20_000
 
 

@@ -72,6 +72,21 @@ def test_hostile_text_is_text(tmp_path):
     assert json.loads(figure)[0]["x"]["names"][1][1] == "<b>two</b>"
 
 
+def test_links_inside_the_page_lead_somewhere(tmp_path):
+    result = explored_result()
+    judged = {"latent": 7, "explanation": "<i>rivers</i>", "score": None, "documents": 3}
+    result.series.update({"judged": {"activation": {"latents": [judged, judged | {"score": 0.75}]}}})
+    result.series.update({"about": {"activation": "the SAE"}})
+    page = page_of(result, tmp_path).read_text()
+    elements = _Elements(page).found
+    ids = [own["id"] for _, own in elements if "id" in own]
+    targets = [own["href"][1:] for tag, own in elements if tag == "a" and own["href"].startswith("#")]
+    assert len(ids) == len(set(ids))
+    assert {"r1-tokens", "r1-judged"} <= set(targets) <= set(ids)
+    assert '<td class="words">&lt;i&gt;rivers&lt;/i&gt;</td><td>–</td>' in page
+    assert "<td>0.75</td>" in page
+
+
 def test_inert_names_what_hides():
     assert inert("plain\n\ttext é漢🙂") == "plain\n\ttext é漢🙂"
     assert inert("a\u202eb\x00\u200d") == "a⟨U+202E⟩b⟨U+0000⟩⟨U+200D⟩"

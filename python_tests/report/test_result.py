@@ -34,6 +34,12 @@ def test_arrays_go_beside_the_json_and_come_back(tmp_path):
         np.testing.assert_array_equal(loaded.arrays[name], column)
         assert loaded.arrays[name].dtype == column.dtype
     assert load_result(_result().save(tmp_path / "none.json")).arrays == {}
+    assert load_result(path, alone=True).arrays.keys() == loaded.arrays.keys()
+    (tmp_path / "r.npz").rename(tmp_path / "kept.npz")
+    alone = load_result(path, alone=True)
+    assert alone.arrays == {}
+    assert alone.notes[-1].startswith("r.npz, kept beside this result, was not there")
+    (tmp_path / "kept.npz").rename(tmp_path / "r.npz")
     for spoil in (lambda npz: npz.write_bytes(b"no"), lambda npz: npz.unlink()):
         spoil(tmp_path / "r.npz")
         with pytest.raises(ValueError, match="RESULT: must have its per-token arrays beside it") as caught:

@@ -6,11 +6,20 @@ export interface Sae {
   hook: string;
   site: number;
   latents_kept: number;
+  explained_by?: string;
+  explanations?: Record<string, [text: string, score: number | null]>; // latent -> what is said of it
+}
+
+/** In how many of the contexts the model was spliced, or why in none. */
+export interface Kl {
+  contexts?: number;
+  absent?: string;
 }
 
 interface Head {
   saes: Sae[];
   held_out: number;
+  kl: Kl;
   length: number; // L, tokens of a context
   contexts: number[];
   documents: number[];
@@ -43,6 +52,7 @@ export interface Latents {
 export class Explored {
   readonly saes: Sae[];
   readonly heldOut: number;
+  readonly kl: Kl;
   readonly length: number;
   readonly contexts: number[];
   readonly documents: number[];
@@ -61,6 +71,7 @@ export class Explored {
     }
     this.saes = head.saes;
     this.heldOut = head.held_out;
+    this.kl = head.kl;
     this.length = head.length;
     this.contexts = head.contexts;
     this.documents = head.documents;

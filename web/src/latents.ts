@@ -4,7 +4,7 @@ import { LATENT_CONTEXTS, NEAREST } from "./data.ts";
 import type { Explored } from "./data.ts";
 import { choice, element, field, later } from "./dom.ts";
 import { snippet, whereabouts } from "./snippet.ts";
-import { Tabulator, buttonCell } from "./tables.ts";
+import { Tabulator, buttonCell, textCell } from "./tables.ts";
 import type { CellComponent, ColumnDefinition, Options } from "./tables.ts";
 import { inline, percent, shownNumber, visible } from "./text.ts";
 
@@ -17,6 +17,13 @@ interface Row {
   norm: number;
   share: number;
   top: string;
+  explanation: string;
+  score: number | null;
+}
+
+function shownScore(cell: CellComponent): string {
+  const score: number | null = cell.getValue();
+  return score === null ? "" : shownNumber(score);
 }
 
 export class LatentBrowser {
@@ -35,7 +42,14 @@ export class LatentBrowser {
   ) {
     const saes = data.saes.map(({ name }, i): [string, string] => [String(i), visible(name)]);
     const [saeLabel, select] = choice("SAE", saes);
-    const [searchLabel, search] = field("Number or top token", { type: "search", size: "14" });
+    const isExplained = data.saes.some(({ explanations }) => explanations !== undefined);
+    const [searchLabel, search] = field(
+      isExplained ? "Number, top token or explanation" : "Number or top token",
+      {
+        type: "search",
+        size: "14",
+      },
+    );
     this.select = select;
     this.search = search;
     select.addEventListener("change", () => this.show(Number(select.value)));
@@ -52,20 +66,32 @@ export class LatentBrowser {
   private show(sae: number): void {
     this.sae = sae;
     this.select.value = String(sae);
-    const { name, d_sae, latents_kept } = this.data.saes[sae];
+    const { name, d_sae, latents_kept, explanations, explained_by } = this.data.saes[sae];
     this.note.textContent =
       `${latents_kept} of the ${d_sae} latents of ${visible(name)}: those that fire most often in the text here. ` +
       "Rate and mean value are of all measured tokens; contexts, and the share of the nonlinear error at a latent's tokens, " +
-      "of this text. One token counts for every latent active on it, so shares add up to more than one.";
+      "of this text. One token counts for every latent active on it, so shares add up to more than one." +
+      (explanations
+        ? ` ${Object.keys(explanations).length} are explained by ${visible(explained_by ?? "a file")}.`
+        : "");
     const rows = this.rows(sae);
     this.table?.destroy();
     const number: Partial<ColumnDefinition> = {
       hozAlign: "right",
       headerHozAlign: "right",
       headerSortStartingDir: "desc",
-      minWidth: 84,
+      width: 118,
       headerWordWrap: true,
     };
+    const explained: ColumnDefinition[] = [
+      {
+        title: "Explanation",
+        field: "explanation",
+        width: 220,
+        formatter: (cell: CellComponent) => textCell(cell.getValue()),
+      },
+      { title: "Score", field: "score", formatter: shownScore, sorter: "number", ...number },
+    ];
     const shown = (show: (value: number) => string) => (cell: CellComponent) => show(cell.getValue());
     this.table = new Tabulator(this.tableRoot, {
       data: rows,
@@ -91,6 +117,7 @@ export class LatentBrowser {
           width: 120,
           formatter: (cell: CellComponent) => element("bdi", {}, cell.getValue()),
         },
+        ...(explanations ? explained : []),
         { title: "Nonlinear error here", field: "share", formatter: shown(percent), ...number },
         { title: "Rate", field: "rate", formatter: shown(percent), ...number },
         { title: "Mean value", field: "mean", formatter: shown(shownNumber), ...number },
@@ -108,8 +135,11 @@ export class LatentBrowser {
 
   private rows(sae: number): Row[] {
     const own = this.data.latents(sae);
+    const said = this.data.saes[sae].explanations ?? {};
     return Array.from(own.number, (latent, row) => ({
       latent,
+      explanation: latent in said ? inline(said[latent][0]) : "",
+      score: latent in said ? said[latent][1] : null,
       rate: own.rate[row],
       mean: own.mean_value[row],
       norm: own.decoder_norm[row],
@@ -125,7 +155,12 @@ export class LatentBrowser {
     const wanted = this.search.value.trim().toLowerCase();
     if (wanted === "") this.table?.clearFilter(true);
     else if (/^\d+$/.test(wanted)) this.table?.setFilter("latent", "=", Number(wanted));
-    else this.table?.setFilter((row: Row) => row.top.toLowerCase().includes(wanted));
+    else {
+      this.table?.setFilter(
+        (row: Row) =>
+          row.top.toLowerCase().includes(wanted) || row.explanation.toLowerCase().includes(wanted),
+      );
+    }
   }
 
   /** Show a latent, from anywhere in the page. */
@@ -149,7 +184,10 @@ export class LatentBrowser {
       );
       return;
     }
+    const said = data.saes[sae].explanations?.[latent];
     const facts: [string, string][] = [
+      ...(said ? [["explanation", visible(said[0])] as [string, string]] : []),
+      ...(said && said[1] !== null ? [["score", shownNumber(said[1])] as [string, string]] : []),
       ["fires on", `${percent(own.rate[row])} of measured tokens, ${own.fired[row]} tokens of this text`],
       ["mean value", `${shownNumber(own.mean_value[row])} where active`],
       ["decoder norm", shownNumber(own.decoder_norm[row])],

@@ -16,14 +16,18 @@ const ALL: Quantity[] = [
   { key: "nonlinear_share", label: "nonlinear share of the error", ofSae: true, share: true },
   { key: "l0", label: "L0, active latents", ofSae: true, share: false },
   { key: "x", label: "norm of x", ofSae: false, share: false },
+  { key: "kl", label: "KL with Sae(x) for x, nats", ofSae: true, share: false },
   { key: "loss", label: "loss of the model, nats", ofSae: false, share: false },
 ];
 
 export function quantities(data: Explored): Quantity[] {
-  return ALL.filter(({ key }) => key !== "loss" || data.has("loss"));
+  const optional: Record<string, string> = { kl: "sae0/kl", loss: "loss" };
+  return ALL.filter(({ key }) => !(key in optional) || data.has(optional[key]));
 }
 
-export const EVERY = -1; // instead of an SAE: the mean over all
+/** Instead of an SAE: the mean over all, and the least of all. What is large at the least is large for every SAE. */
+export const EVERY = -1;
+export const LEAST = -2;
 
 /** Values of quantities at all places, made once each; NaN where a token was not measured. */
 export class Values {
@@ -35,17 +39,18 @@ export class Values {
     const key = `${quantity}/${sae}`;
     let found = this.made.get(key);
     if (found === undefined) {
-      found = sae === EVERY ? this.mean(quantity) : this.one(quantity, sae);
+      found = sae < 0 ? this.over(quantity, sae === LEAST) : this.one(quantity, sae);
       this.made.set(key, found);
     }
     return found;
   }
 
-  private mean(quantity: string): Float32Array {
+  private over(quantity: string, least: boolean): Float32Array {
     const columns = this.data.saes.map((_, sae) => this.of(quantity, sae));
-    return columns[0].map(
-      (_, place) => columns.reduce((sum, column) => sum + column[place], 0) / columns.length,
-    );
+    return columns[0].map((_, place) => {
+      const values = columns.map((column) => column[place]);
+      return least ? Math.min(...values) : values.reduce((sum, value) => sum + value, 0) / values.length;
+    });
   }
 
   private one(quantity: string, sae: number): Float32Array {
@@ -54,12 +59,19 @@ export class Values {
     const x = data.column(`site${data.saes[sae].site}/x`);
     if (quantity === "loss")
       return Float32Array.from(data.column("loss"), (loss, i) => (x[i] >= 0 ? loss : NaN));
+    if (quantity === "kl") return Float32Array.from(of("kl"));
     if (quantity === "x") return Float32Array.from(x, Math.sqrt);
     if (quantity === "l0") return Float32Array.from(of("l0"), (l0, i) => (x[i] >= 0 ? l0 : NaN));
     const over = quantity === "nonlinear_share" ? of("error") : x;
     const part = of(quantity === "nonlinear_share" ? "nonlinear" : quantity);
     return Float32Array.from(part, (value, i) => (over[i] > 0 ? value / over[i] : NaN));
   }
+}
+
+/** The place that every SAE fails on most: its least error is largest. -1 where nothing was measured. */
+export function hardest(values: Values): number {
+  const least = values.of("error", LEAST);
+  return least.reduce((best, error, place) => (error > (least[best] ?? -1) ? place : best), -1);
 }
 
 /** Where values are weak and where strong: the ends of the shading, few outliers beyond. */

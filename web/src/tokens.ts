@@ -2,7 +2,8 @@
 
 import type { Explored } from "./data.ts";
 import { choice, element, field, later } from "./dom.ts";
-import { EVERY, Values, matching, ordered, placeKeys, quantities, shadingEnds } from "./select.ts";
+import { glance, linearity } from "./glance.ts";
+import { EVERY, LEAST, Values, matching, ordered, placeKeys, quantities, shadingEnds } from "./select.ts";
 import type { Quantity } from "./select.ts";
 import { snippet, whereabouts } from "./snippet.ts";
 import { Tabulator, buttonCell, textCell } from "./tables.ts";
@@ -22,7 +23,7 @@ export class TokenExplorer {
   private readonly values: Values;
   private readonly quantities: Quantity[];
   private quantity: Quantity;
-  private sae = EVERY;
+  private sae: number;
   private found: Int32Array = new Int32Array();
   private readonly endsOf = new Map<Float32Array, [number, number]>();
   private page = 0;
@@ -48,6 +49,7 @@ export class TokenExplorer {
     this.values = new Values(data);
     this.quantities = quantities(data);
     this.quantity = this.quantities[0];
+    this.sae = this.firstSae;
     const tableRoot = element("div", { class: "token-table" });
     const left = element(
       "div",
@@ -61,7 +63,9 @@ export class TokenExplorer {
       this.text,
     );
     root.replaceChildren(
+      glance(data, this.values, (place) => this.choose(place, true), openLatent),
       this.controls(),
+      element("p", { class: "small" }, this.aboutKl()),
       element("div", { class: "beside" }, left, this.details),
       this.status,
     );
@@ -73,13 +77,32 @@ export class TokenExplorer {
 
   // ---- controls
 
+  /** What is large for every SAE comes first. */
+  private get firstSae(): number {
+    return this.data.saes.length > 1 ? LEAST : 0;
+  }
+
+  private aboutKl(): string {
+    const { contexts, absent } = this.data.kl;
+    if (absent !== undefined) return `No KL here: ${inline(absent)}.`;
+    return (
+      "KL: how far the model's next-token distribution moves when Sae(x) takes the place of x at every measured token " +
+      `of a context at once, as in the experiment downstream; computed in ${contexts} of the ` +
+      `${this.data.contexts.length} contexts here.`
+    );
+  }
+
   private controls(): HTMLElement {
     const [byLabel, by] = choice(
       "Shade and sort by",
       this.quantities.map(({ key, label }) => [key, label]),
     );
-    const [saeLabel, sae] = choice("of", [
+    const several: [string, string][] = [
+      [String(LEAST), "every SAE (least)"],
       [String(EVERY), "every SAE (mean)"],
+    ];
+    const [saeLabel, sae] = choice("of", [
+      ...(this.data.saes.length > 1 ? several : []),
       ...this.data.saes.map(({ name }, i): [string, string] => [String(i), visible(name)]),
     ]);
     by.addEventListener("change", () => {
@@ -120,7 +143,7 @@ export class TokenExplorer {
     form.addEventListener("submit", (event) => event.preventDefault());
     form.addEventListener("reset", () => {
       this.quantity = this.quantities[0];
-      this.sae = EVERY;
+      this.sae = this.firstSae;
       setTimeout(() => this.changed());
     });
     return form;
@@ -143,7 +166,7 @@ export class TokenExplorer {
     const all = this.data.tokens.length;
     this.count.textContent =
       `${this.found.length} tokens of ${all} in the text here (${this.data.heldOut} were held out). ` +
-      "Tokens without a value were left out of the measurement.";
+      `Tokens without a value were left out of the measurement${this.isOfSome ? ", or stand in contexts where it was not computed" : ""}.`;
     this.page = 0;
     this.showText();
   }
@@ -153,6 +176,11 @@ export class TokenExplorer {
     this.table?.setColumns(this.columns());
     void this.table?.setSort([{ column: "value", dir: "desc" }]);
     if (this.chosen >= 0) this.describe(this.chosen);
+  }
+
+  /** Whether the value was computed in some contexts only. */
+  private get isOfSome(): boolean {
+    return ["kl", "loss"].includes(this.quantity.key);
   }
 
   private get shading(): Float32Array {
@@ -191,6 +219,7 @@ export class TokenExplorer {
       headerSortStartingDir: "desc",
       width: 92, // long names of SAEs go on several lines
     };
+    const names: Record<number, string> = { [EVERY]: "mean", [LEAST]: "least" };
     const text = (field: string) => ({
       field,
       formatter: (cell: CellComponent) => textCell(cell.getValue()),
@@ -214,7 +243,7 @@ export class TokenExplorer {
         width: 330,
         formatter: (cell: CellComponent) => snippet(this.data, cell.getData().place, 5),
       },
-      { title: this.sae === EVERY && values.length ? "mean" : "value", ...text("value"), ...number },
+      { title: values.length ? (names[this.sae] ?? "value") : "value", ...text("value"), ...number },
       ...(values.length > 1
         ? values.map(({ name }, i) => ({ title: inline(name), ...text(`sae${i}`), ...number }))
         : []),
@@ -280,7 +309,7 @@ export class TokenExplorer {
     this.legend.replaceChildren(
       `${this.quantity.label}: `,
       element("span", { class: "scale" }, `${this.shown(low)} `, element("i", {}), ` ${this.shown(high)}`),
-      "; grey tokens were not measured",
+      "; grey tokens have no value",
       filtered ? "; tokens that pass the filter are underlined" : "",
     );
     const shown = contexts.slice(this.page * CONTEXTS_SHOWN, (this.page + 1) * CONTEXTS_SHOWN);
@@ -386,10 +415,12 @@ export class TokenExplorer {
   private describe(place: number): void {
     const { data } = this;
     const count = data.counts[data.tokens[place]];
-    const facts = [`${whereabouts(data, place)}; occurs ${count} times in this text`];
+    const often = count === 1 ? "once" : `${count} times`;
+    const facts = [`${whereabouts(data, place)}; occurs ${often} in this text`];
     const isMeasured = !Number.isNaN(this.values.of("x", 0)[place]);
     if (isMeasured) facts.push(`norm of x ${shownNumber(this.values.of("x", 0)[place])}`);
-    if (data.has("loss")) facts.push(`loss ${shownNumber(data.column("loss")[place])}`);
+    if (data.has("loss") && !Number.isNaN(data.column("loss")[place]))
+      facts.push(`loss ${shownNumber(data.column("loss")[place])}`);
     this.details.replaceChildren(
       element("h5", {}, "Token ", element("bdi", { class: "token" }, inline(data.token(place)))),
       element("p", { class: "small" }, facts.join("; ")),
@@ -402,8 +433,6 @@ export class TokenExplorer {
 
   private inSae(place: number, sae: number): HTMLElement {
     const of = (key: string): number => this.values.of(key, sae)[place];
-    const share = of("nonlinear_share");
-    const kind = share > 0.5 ? "mostly nonlinear" : "mostly linear";
     const latents = this.data.active(sae, place);
     const strongest = latents[0]?.value ?? 1;
     return element(
@@ -414,9 +443,12 @@ export class TokenExplorer {
         "ul",
         {},
         element("li", {}, "error ", element("b", {}, percent(of("error"))), " of ‖x‖²"),
-        element("li", {}, element("b", {}, kind), `: nonlinear ${percent(share)} of it`),
+        element("li", {}, element("b", {}, linearity(this.values, sae, place))),
         element("li", {}, `linear ${percent(of("linear"))}, nonlinear ${percent(of("nonlinear"))} of ‖x‖²`),
         element("li", {}, `L0 ${shownNumber(of("l0"))}`),
+        ...(this.data.has(`sae${sae}/kl`) && !Number.isNaN(of("kl"))
+          ? [element("li", {}, `KL ${shownNumber(of("kl"))} nats`)]
+          : []),
       ),
       element(
         "ol",

@@ -2,7 +2,17 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { gzipSync } from "node:zlib";
 import { Explored, unpacked } from "../src/data.ts";
-import { EVERY, Values, matching, ordered, placeKeys, quantities, shadingEnds } from "../src/select.ts";
+import {
+  EVERY,
+  LEAST,
+  Values,
+  hardest,
+  matching,
+  ordered,
+  placeKeys,
+  quantities,
+  shadingEnds,
+} from "../src/select.ts";
 
 /** Two contexts of three tokens, two SAEs; the first token of each context was not measured. */
 function block(): ArrayBuffer {
@@ -14,6 +24,8 @@ function block(): ArrayBuffer {
     ["sae0/nonlinear", "f4", [NaN, 0.5, 1, NaN, 1, 3]],
     ["sae0/l0", "u2", [0, 2, 2, 0, 1, 0]],
     ["sae1/error", "f4", [NaN, 3, 2, NaN, 0, 4]],
+    ["sae0/kl", "f4", [NaN, 0.25, 0.5, NaN, NaN, NaN]],
+    ["sae1/kl", "f4", [NaN, 0.75, 0.25, NaN, NaN, NaN]],
     ["sae0/latents", "u2", [...Array(8).fill(0), 6, 1, ...Array(38).fill(0)]],
     ["sae0/values", "b2", [...Array(8).fill(0), 0x4000, 0x3f80, ...Array(38).fill(0)]],
   ];
@@ -97,6 +109,27 @@ test("order is that of the numbers, ties by place", () => {
   const many = Float32Array.from({ length: 5000 }, (_, i) => Math.sin(i) * 10 ** (i % 7));
   const sorted = ordered(Int32Array.from(many.keys()), many, false);
   assert.ok(sorted.every((place, i) => i === 0 || many[sorted[i - 1]] <= many[place]));
+});
+
+test("the hardest token for every SAE is where the least error is largest", () => {
+  const values = new Values(new Explored(block()));
+  assert.deepEqual([...values.of("error", LEAST)], [NaN, 0.25, 0.5, NaN, 0, 0.25]);
+  assert.equal(hardest(values), 2);
+  const none = new Explored(block());
+  none.column("site0/x").fill(NaN);
+  assert.equal(hardest(new Values(none)), -1);
+});
+
+test("KL is of some contexts, and of the SAEs together too", () => {
+  const data = new Explored(block());
+  assert.deepEqual(
+    quantities(data).map(({ key }) => key),
+    ["error", "linear", "nonlinear", "nonlinear_share", "l0", "x", "kl"],
+  );
+  const values = new Values(data);
+  assert.deepEqual([...values.of("kl", EVERY)], [NaN, 0.5, 0.375, NaN, NaN, NaN]);
+  const filter = { token: "", context: "", minCount: 0, maxCount: 9, minPosition: 0, maxPosition: 9 };
+  assert.deepEqual([...matching(data, values.of("kl", 0), filter)], [1, 2]);
 });
 
 test("tokens are sorted by their letters", () => {
