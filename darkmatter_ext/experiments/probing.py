@@ -264,6 +264,8 @@ def run(settings: ProbingSettings, stages: Stages) -> Result:
     """
     if settings.tasks:  # a bad file is told before anything runs
         for task in read_tasks(settings.tasks):
+            taken = kind_of(task.name)[0] in (*REGIMES, VARIANTS[1])  # their numbers would be the task's
+            require(not taken, "tasks", "must not have the name of a regime", repr(task.name))
             draws(task, settings.drawn, seed=settings.seed)
     inputs = prepare(settings, stages)
     found = measured(inputs, stages)

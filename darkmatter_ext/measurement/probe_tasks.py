@@ -24,6 +24,7 @@ from darkmatter_ext.runtime.inputs import InputError, reason
 WORDS = 32  # of a built-in text
 PER_DOCUMENT = 8  # built-in texts
 FEWEST_OF_A_LABEL = 50  # a built-in task with fewer rows of a label is left out
+FEWEST_OF_A_DOMAIN = 8  # rows of a label: of fewer no shift is measured
 SHIFTED_FROM, SHIFTED_TO = ("numpy", "scipy"), ("torch", "pandas")  # libraries: the domains of built-in tasks
 COLUMNS = ("prompt", "target", "task", "document", "domain")  # of a file; the first two must be there
 _NUMBER, _QUOTATION = re.compile(r"\d"), re.compile(r"([`'\"])\w[^`'\"]*\1")
@@ -53,8 +54,9 @@ class Task:
 
     @property
     def shifts(self) -> bool:
-        """Whether both domains have both labels."""
-        return all(len(self.labels[self.domains == domain].unique()) == 2 for domain in (0, 1))
+        """Whether both domains have enough rows of both labels."""
+        counts = [int(((self.domains == domain) & (self.labels == kind)).sum()) for domain in (0, 1) for kind in (0, 1)]
+        return min(counts) >= FEWEST_OF_A_DOMAIN
 
 
 def _task(name: str, rows: Sequence[tuple[str, int, str, int]]) -> Task:

@@ -126,7 +126,10 @@ def test_bad_input_gives_one_line(workplace, tmp_path, refused):
     no_columns.write_text("text,label\na,1\n")
     few = tmp_path / "few.csv"
     few.write_text("prompt,target\n" + "\n".join(f"the code,{i % 2}" for i in range(12)))
+    named = tmp_path / "noise.csv"
+    named.write_text("\n".join(["prompt,target", *(f"the code {i},{i % 2}" for i in range(80))]))
     for more, message in (
+        (("--tasks", str(named)), "--tasks: must not have the name of a regime, got 'noise'"),
         (("--tasks", str(one_class)), "--tasks: must have two values of target in every task, got 0 in 'has sparse'"),
         (("--tasks", str(no_columns)), "--tasks: must have rows with the columns prompt and target"),
         (("--tasks", str(few)), "--tasks: must have at least 8 rows of each label on both sides"),
