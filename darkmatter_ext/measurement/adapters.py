@@ -142,5 +142,5 @@ def fit_contexts(
     def sample(count: int, some: torch.Tensor, argument: str) -> WholeContexts:
         return WholeContexts.sample(tokens, count, seed=seed, role=FIT, documents=some, argument=argument)
 
-    train = sample(count, order[split:], "adapt_tokens, in contexts")
+    train = sample(count, order[split:], "adapt_tokens")
     return train, sample(choose_contexts, order[:split], "choose_contexts")

@@ -164,7 +164,7 @@ class WholeContexts:
             own &= torch.isin(of, documents)
         numbers = own.nonzero().flatten()
         if count > len(numbers):
-            about = "held-out contexts" if role == HELD_OUT else "fit contexts of its documents"
+            about = "held-out contexts" if role == HELD_OUT else f"fit contexts of {tokens.cache.context_length} tokens"
             raise InputError(f"{argument}: must be at most the {len(numbers)} {about}, got {count}")
         order = numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))]
         turn = _turns(of[order])
