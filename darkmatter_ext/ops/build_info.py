@@ -6,6 +6,8 @@ import importlib.metadata
 import platform
 from typing import Any
 
+from darkmatter_ext.ops.facts import fact
+
 
 def package_version(package: str) -> str:
     """Of an installed package; a GPU machine may run the ops from the source folder, and without the other packages."""
@@ -26,22 +28,21 @@ def build_info() -> dict[str, Any]:
     """
     import torch
 
-    from darkmatter_ext import _C
     from darkmatter_ext.ops import _library
 
-    built = _C.build()
+    archs = fact("cuda_archs")
     return {
         "version": package_version("darkmatter_ext"),
-        "commit": built["commit"],
+        "commit": fact("commit"),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "compiler": built["compiler"],
-        "cuda_built": bool(built["cuda_archs"]),
-        "cuda_archs": [arch for arch in built["cuda_archs"].split(";") if arch],
-        "nvcc": built["nvcc"],
+        "compiler": fact("compiler"),
+        "cuda_built": bool(archs),
+        "cuda_archs": [arch for arch in archs.split(";") if arch],
+        "nvcc": fact("nvcc"),
         "cuda_loaded": _library.CUDA_LOADED,
         "cuda_ops": _library.cuda_ops(),
-        "cpu_isa": _C.cpu_isa(),
-        "cpu_isa_best": _C.cpu_isa_best(),
+        "cpu_isa": fact("cpu_isa"),
+        "cpu_isa_best": fact("cpu_isa_best"),
         "threads": torch.get_num_threads(),
     }

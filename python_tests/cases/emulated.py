@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from darkmatter_ext import _C
+from darkmatter_ext.ops.facts import fact
 
 TESTS = Path(__file__).resolve().parents[1]
 CSRC = TESTS.parent / "csrc"
@@ -116,7 +116,7 @@ def _build_cpu(out: Path) -> None:
 
 def needs_avx2() -> None:
     """Skips where the processor has no AVX2 for the emulator of AVX-512 to stand on."""
-    if _C.cpu_isa_best() == "scalar":
+    if fact("cpu_isa_best") == "scalar":
         pytest.skip("the emulator of AVX-512 needs AVX2, which this machine has not")
 
 

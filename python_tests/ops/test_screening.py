@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import darkmatter_ext as dm
-from darkmatter_ext import _C
 from darkmatter_ext.ops.encode import screen_intervals
+from darkmatter_ext.ops.facts import fact
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,7 +111,7 @@ def test_intervals_are_tight_enough_to_be_of_use():
     x, W_enc, b_enc, _ = make_data("gaussian", 64, 768, 2000, torch.float32, 0)
     found = screen_intervals(x, W_enc, b_enc)
     bound = (found.upper - found.lower).mean() / 2 / (x @ W_enc).std()
-    low, high = {"avx512_vnni": (0.2, 0.6), "scalar": (5e-4, 4e-3)}.get(_C.cpu_isa(), (0.005, 0.015))
+    low, high = {"avx512_vnni": (0.2, 0.6), "scalar": (5e-4, 4e-3)}.get(fact("cpu_isa"), (0.005, 0.015))
     assert low < bound < high
 
 
