@@ -266,11 +266,13 @@ def run(settings: ProbingSettings, stages: Stages) -> Result:
         for task in read_tasks(settings.tasks):
             taken = kind_of(task.name)[0] in (*REGIMES, VARIANTS[1])  # their numbers would be the task's
             require(not taken, "tasks", "must not have the name of a regime", repr(task.name))
-            draws(task, settings.drawn, seed=settings.seed)
+            _check_splits(task, settings)
     inputs = prepare(settings, stages)
     found = measured(inputs, stages)
     with stages.stage("make tasks"):
         tasks, notes = _tasks(inputs, settings)
+        for task in tasks:
+            _check_splits(task, settings)
     texts = list(dict.fromkeys(text for task in tasks for text in task.texts))
     own = _features(inputs, found, settings, texts, stages)
     number_of = {text: number for number, text in enumerate(texts)}
@@ -297,6 +299,12 @@ def run(settings: ProbingSettings, stages: Stages) -> Result:
     }
     notes += _notes(settings, tasks, regimes)
     return measured_result("probing", found, stages, numbers, series=series, arrays=arrays, notes=notes)
+
+
+def _check_splits(task: Task, settings: ProbingSettings) -> None:
+    """Raise InputError, before the model reads anything, for a task that cannot be divided."""
+    for split in range(settings.probe_seeds):
+        draws(task, settings.drawn, seed=settings.seed + split)
 
 
 def _features(

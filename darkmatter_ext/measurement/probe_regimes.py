@@ -87,11 +87,17 @@ def draws(task: Task, regimes: Regimes, *, seed: int) -> list[Draw]:
 
 
 def _sides(task: Task, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows of the training and of the test side."""
+    """Rows of the training and of the test side: documents whole, those of mostly one label divided on their own."""
     rule = f"must have at least {FEWEST_ROWS} rows of each label on both sides of a split by document"
-    if len(task.documents.unique()) < 2:
-        raise InputError(f"tasks: {rule}, got one document in {task.name!r}")
-    train = train_mask(task.documents, fraction=TRAIN_SHARE, seed=seed)
+    share = torch.zeros(int(task.documents.max()) + 1, dtype=torch.float64)
+    share.index_add_(0, task.documents, task.labels.double() - 0.5)
+    train = torch.zeros(len(task), dtype=torch.bool)
+    for mostly in (False, True):
+        rows = ((share[task.documents] > 0) == mostly).nonzero().flatten()
+        if len(task.documents[rows].unique()) > 1:
+            train[rows] = train_mask(task.documents[rows], fraction=TRAIN_SHARE, seed=seed)
+        else:  # one document, or none, of that kind
+            train[rows] = True
     sides = [train.nonzero().flatten(), (~train).nonzero().flatten()]
     for side, rows in zip(("training", "test"), sides, strict=True):
         fewest = min(int((task.labels[rows] == kind).sum()) for kind in (0, 1))

@@ -155,6 +155,16 @@ def test_documents_are_on_one_side_and_labels_as_asked(tmp_path):
     assert not torch.equal(draws(task, regimes, seed=1)[0].test, normal.test)
 
 
+def test_documents_of_a_rare_label_are_on_both_sides(tmp_path):
+    """Ten documents of label 1 among many of label 0: every split has about as many of either label on each side."""
+    rows = [f"text {i},{int(i < 80)},{i // 8 if i < 80 else i}" for i in range(160)]
+    (task,) = read_tasks(_file(tmp_path / "t.csv", *rows, header="prompt,target,document"))
+    for seed in range(20):
+        test = draws(task, Regimes(), seed=seed)[0].test
+        assert task.labels[test].sum() == 32  # 4 of 10 documents
+        assert len(test) == 32 + 29
+
+
 def test_too_few_rows_give_one_line(tmp_path):
     rows = [f"text {i},{int(i < 5)}" for i in range(50)]
     (task,) = read_tasks(_file(tmp_path / "few.csv", *rows, header="prompt,target"))
