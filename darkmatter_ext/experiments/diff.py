@@ -132,7 +132,7 @@ class DiffSettings(Settings):
         return [OTHER if self.other else TUNED, *self.controls]
 
 
-PRESETS = {"demo": extended(DEMO, DiffSettings, widths=(1024,), steps=250, sae_seeds=3, tokens=60_000)}
+PRESETS = {"demo": extended(DEMO, DiffSettings, widths=(1024,), steps=200, sae_seeds=3, tokens=60_000, contexts=6)}
 
 
 def plan(settings: DiffSettings) -> list[str]:
@@ -325,7 +325,7 @@ def _result(
         "one is trained; of shares and ratios by Fieller's theorem.",
         "R2 of errors: of energies, by a linear map fitted on fit tokens. dark_alone: errors of an SAE on each model alone, "
         "of two seeds; dark_seeds: of two SAEs on the model, which is as much as there is to share.",
-        "Latents unique by nu are those by rho whose nu is below (1 - unique) / unique.",
+        "Latents unique by nu: the larger half on that side, and nu below (1 - unique) / unique, whatever rho is.",
     ]
     result = stored_result("diff", inputs, stages, numbers, series=series, arrays=arrays, notes=notes)
     data = settings.data  # the text with markers in it follows from the settings
@@ -352,7 +352,7 @@ def table(result: Result) -> Table:
             cell("dark/r2_error"), cell("dark/r2_nonlinear"),
         ])  # fmt: skip
     headings = (
-        "pair", "FVU A", "FVU B", "latents", "A only, ρ", "B only, ρ", "B only, ρ and ν", "found again", "shared: cosine",
+        "pair", "FVU A", "FVU B", "latents", "A only, ρ", "B only, ρ", "B only, ν", "found again", "shared: cosine",
         "change explained", "R² errors", "R² nonlinear",
     )  # fmt: skip
     return Table(title=f"diff: {result.config['model']} (A), {result.config['hook']}", headings=headings, rows=rows)
@@ -368,11 +368,11 @@ def reading(result: Result) -> list[str]:
     count = "{:.1f}"
     lines = [
         f"{main}: {say('latents/b_only_by_rho', count)} of {say('latents/used', '{:.0f}')} latents are of the variant alone by "
-        f"relative norm, {say('latents/b_only_by_nu', count)} by latent scaling too, of which another seed has "
+        f"relative norm, {say('latents/b_only_by_nu', count)} by latent scaling, of which another seed has "
         f"{say('latents/b_only_found_again', '{:.0%}')}.",
         *(
             f"{name} ({PAIRS[name]}): {say('latents/b_only_by_rho', count, name)} by relative norm, "
-            f"{say('latents/b_only_by_nu', count, name)} by latent scaling too; "
+            f"{say('latents/b_only_by_nu', count, name)} by latent scaling; "
             f"{say('latents/shared', '{:.0f}', name)} shared."
             for name in controls
         ),
@@ -446,7 +446,7 @@ def scaling(result: Result) -> Figure | None:
         used = result.arrays[f"{name}/tokens"] >= LEAST_TOKENS
         rho, nu = (result.arrays[f"{name}/{key}"][used] for key in ("rho", "nu"))
         axes.scatter(rho, nu.clip(-0.5, 1.5), s=3, color=BLUE, alpha=0.4, linewidths=0, rasterized=True)
-        own = (rho > unique) & (nu < (1 - unique) / unique)
+        own = (rho > 0.5) & (nu < (1 - unique) / unique)
         axes.scatter(rho[own], nu[own].clip(-0.5, 1.5), s=9, color=ORANGE, linewidths=0)
         axes.axhline((1 - unique) / unique, color=GREY, linewidth=0.8, linestyle=":")
         axes.axvline(unique, color=GREY, linewidth=0.8, linestyle=":")

@@ -63,7 +63,7 @@ class Intervention:
         features = torch.stack([sums.count.clamp(min=1).log(), size.clamp(min=tiny).log()], dim=1)
         chosen = chosen[(sums.square[chosen] * halves(sums.W_dec)[1][chosen].square().sum(1)).argsort(descending=True)]
         taken = torch.isin(torch.arange(len(rho), device=chosen.device), chosen)
-        shared = kinds.shared & ~taken
+        shared = kinds.shared & ~taken & ~kinds.first_by_scaling
         others = (shared if bool(shared.any()) else kinds.used & ~taken).nonzero().flatten()
         require(len(others) > 0, "steps", "must be enough for latents to compare with", "none")
         matched = matched_latents(chosen, others, features, seed=seed)

@@ -94,7 +94,7 @@ class LatentKinds:
     shared: Tensor  # by relative norm
     first_by_norm: Tensor
     second_by_norm: Tensor
-    first_by_scaling: Tensor  # of those by norm, the ones that latent scaling confirms
+    first_by_scaling: Tensor  # of those with the larger half in one model, whatever their norms
     second_by_scaling: Tensor
 
     @classmethod
@@ -104,10 +104,10 @@ class LatentKinds:
         `least`: tokens at which a latent must be active to be counted at all.
         """
         rho, nu, used = relative_norm(sums.W_dec), sums.scaling_ratio(), sums.count >= least
-        confirmed = nu < (1 - unique) / unique
+        alone = used & (nu < (1 - unique) / unique)
         first, second = used & (rho < 1 - unique), used & (rho > unique)
         shared = used & (rho > SHARED[0]) & (rho < SHARED[1])
-        return cls(used, shared, first, second, first & confirmed, second & confirmed)
+        return cls(used, shared, first, second, alone & (rho < 0.5), alone & (rho > 0.5))
 
 
 def found_again(rows: Tensor, others: Sequence[Tensor]) -> float:
