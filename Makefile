@@ -52,7 +52,7 @@ web/node_modules/.installed: web/package-lock.json
 # the package.
 docs: install build/docs-venv/.installed
 	$(BIN)/python docs/pages.py build/pages
-	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build  # not --quiet: what it does not print it does not count
 
 build/docs-venv/.installed:
 	$(PYTHON) -m venv build/docs-venv

@@ -103,6 +103,7 @@ def test_where_there_is_none_the_page_says_why(runs, monkeypatch):
     cases = [
         ({"page_kl_tokens": 0}, "page_kl_tokens is 0"),
         ({"device_map": "auto"}, "the model is spread over devices"),
+        ({"text": "", "cache": ("folder",)}, "activations come from a cache, without their model"),
         ({"backend": "transformer-lens"}, "TransformerLens runs the model"),
         ({"split": "tokens"}, "only some tokens of each context are held out"),
     ]

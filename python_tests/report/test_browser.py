@@ -41,6 +41,16 @@ def test_three_questions_are_answered_by_what_is_seen_first(small):
     assert seen.errors == []
 
 
+def test_many_saes_are_answered_in_a_line(chromium, tmp_path):
+    seen = visit(chromium, page_of(explored_result(saes=5), tmp_path))
+    told = seen.page.locator(".glance dd").nth(2)
+    assert told.inner_text().startswith("mostly linear for 5 of 5 SAEs (25 % to 25 % nonlinear)")
+    assert "sae-4" not in told.inner_text()
+    told.locator("summary").click()
+    assert "sae-4: mostly linear (25 % nonlinear)" in told.inner_text()
+    assert seen.errors == []
+
+
 def test_three_questions_are_answered_by_clicking(small):
     """The same path by hand: the first row of the table, the token's numbers in every SAE, its largest latent."""
     seen = small()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,24 @@ def test_the_list_and_the_gallery_link_to_pages_that_exist(pages, results, tmp_p
     assert pages.linked(gallery, folder) == gallery.replace(
         "the split\n", "the split\n\n[Explore this result](results/decomposition.html)\n"
     )
+
+
+def test_links_of_the_documentation_lead_somewhere(pages):
+    """mkdocs checks them, too, with anchors, where `make docs` can be run; it counts no warning that it does not print."""
+    if not (PAGES.parents[1] / "Makefile").exists():
+        pytest.skip("Makefile: not in this checkout")
+    dead = [
+        f"{path.name}: {target}"
+        for path in PAGES.parent.glob("*.md")
+        for target in re.findall(r"\]\(([^)#]+)", path.read_text())
+        if "://" not in target and not (PAGES.parent / target).exists()
+    ]
+    assert dead == []
+    nav = (PAGES.parents[1] / "mkdocs.yml").read_text()
+    assert [path.name for path in PAGES.parent.glob("*.md") if f": {path.name}\n" not in nav] == []
+    commands = re.findall(r"^\t.*mkdocs build[^#\n]*", (PAGES.parents[1] / "Makefile").read_text(), re.MULTILINE)
+    assert len(commands) == 1
+    assert "quiet" not in commands[0]
 
 
 def test_the_site_names_the_list(pages):

@@ -33,7 +33,7 @@ export function glance(
       ],
     ],
     ["Largest latent on it", perSae(data, (sae) => largest(data, sae, place, openLatent))],
-    ["Is its error linear?", perSae(data, (sae) => [linearity(values, sae, place)])],
+    ["Is its error linear?", linearities(data, values, place)],
   ];
   return element(
     "dl",
@@ -61,6 +61,20 @@ function largest(
   const label = `latent ${first.latent} of ${visible(data.saes[sae].name)}`;
   const button = buttonCell(String(first.latent), label, () => openLatent(sae, first.latent));
   return [button, ` at ${shownNumber(first.value)}`];
+}
+
+const FEW = 3; // SAEs that are read one by one
+
+function linearities(data: Explored, values: Values, place: number): (string | Node)[] {
+  const each = perSae(data, (sae) => [linearity(values, sae, place)]);
+  if (data.saes.length <= FEW) return each;
+  const shares = data.saes.map((_, sae) => values.of("nonlinear_share", sae)[place]);
+  const linear = shares.filter((share) => share <= 0.5).length;
+  const range = `${percent(Math.min(...shares))} to ${percent(Math.max(...shares))} nonlinear`;
+  return [
+    `mostly linear for ${linear} of ${shares.length} SAEs (${range})`,
+    element("details", {}, element("summary", {}, "for each SAE"), ...each),
+  ];
 }
 
 /** In words: what is left of the error without its linear part; above 1 where the map, fitted on other text, misses. */
