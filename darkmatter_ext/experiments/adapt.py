@@ -55,7 +55,8 @@ from darkmatter_ext.runtime.inputs import require, require_at_least
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import fingerprint
 from darkmatter_ext.saes.encoders import as_encoder, random_directions, shuffled_sae
-from darkmatter_ext.training.adaptation import Adapter, Recipe, check_rank, linear_layers
+from darkmatter_ext.training.adaptation import Recipe
+from darkmatter_ext.training.low_rank import Adapter, check_rank, linear_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -69,7 +69,7 @@ from darkmatter_ext.report.table import Table, with_interval
 from darkmatter_ext.runtime.inputs import require, require_at_least, require_one_of
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.crosscoder import halves, relative_norm
-from darkmatter_ext.training.low_rank import TuningConfig
+from darkmatter_ext.training.tuning import TuningConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,8 @@ from darkmatter_ext.measurement.tokens import FIT
 from darkmatter_ext.runtime.inputs import require
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.runtime.storage import atomic_folder, cache_dir, fingerprint
-from darkmatter_ext.training.adaptation import Adapter, Arm, Recipe, train_adapters
+from darkmatter_ext.training.adaptation import Arm, Recipe, train_adapters
+from darkmatter_ext.training.low_rank import Adapter
 
 PILOT = 4  # every so many-th context: what each learning rate is tried on
 

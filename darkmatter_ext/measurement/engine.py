@@ -27,7 +27,7 @@ from darkmatter_ext.measurement import principal
 from darkmatter_ext.measurement.error import norm_targets, sae_error, varies
 from darkmatter_ext.measurement.measurement import WRITTEN, SiteMeasurement
 from darkmatter_ext.measurement.settings import Measure, Regressions
-from darkmatter_ext.measurement.site_sums import Piece, Scalars, SiteSums, transcodes, what_is_read
+from darkmatter_ext.measurement.site_sums import SUMS_VERSION, Piece, Scalars, SiteSums, transcodes, what_is_read
 from darkmatter_ext.measurement.sweeps import Sweep, sweeps
 from darkmatter_ext.measurement.token_table import TokenTable
 from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, NORM_FIT, UNUSED, LeftOut, TokenRoles
@@ -389,6 +389,7 @@ def measure(
     if regressions is None:
         regressions = roles.settings.regressions()
     everything = {
+        "sums_version": SUMS_VERSION,
         **dataclasses.asdict(roles.settings),
         "positions": roles.kept.nonzero().flatten().tolist(),
         "excluded_tokens": roles.excluded,

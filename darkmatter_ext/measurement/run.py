@@ -27,6 +27,7 @@ from darkmatter_ext.measurement.resolved import Resolved, resolve
 from darkmatter_ext.measurement.run_checks import RunChecks, measured_samples
 from darkmatter_ext.measurement.settings import SCALING_SCRIPT, Regressions, Settings, replaced
 from darkmatter_ext.measurement.site_saes import Make, SiteSae, given_saes, trained_saes
+from darkmatter_ext.measurement.site_sums import SUMS_VERSION
 from darkmatter_ext.measurement.stored_tokens import StoredTokens
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.measurement.tokens import TokenRoles, training_contexts
@@ -404,6 +405,7 @@ def deciding(
     local += [*data.cache, inputs.model, data.text, data.dataset, data.tokenised]
     return {
         **fields,
+        "sums_version": SUMS_VERSION,
         "measured": [[sae.name, sae.hook, sae.folder] for sae in saes],
         "variants": variants,
         "files": {path: stamp(Path(path)) for path in local if path and Path(path).exists()},

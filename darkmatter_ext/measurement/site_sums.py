@@ -25,6 +25,7 @@ from darkmatter_ext.measurement.sweeps import Sweep
 from darkmatter_ext.measurement.tokens import FIT, HELD_OUT
 from darkmatter_ext.saes.encoders import Encoder
 
+SUMS_VERSION = 2  # of what a state holds: one of an older version of the package is not gone on from
 TOKEN_MEANS = ("error", "linear", "nonlinear")
 
 

@@ -27,7 +27,8 @@ from darkmatter_ext.measurement.resolved import resolve
 from darkmatter_ext.measurement.settings import Changed, replaced
 from darkmatter_ext.runtime.inputs import InputError, require
 from darkmatter_ext.runtime.storage import atomic_file, atomic_folder, cache_dir, fingerprint
-from darkmatter_ext.training.low_rank import TuningConfig, tune
+from darkmatter_ext.training.low_rank import linear_layers
+from darkmatter_ext.training.tuning import TuningConfig, tune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,7 +144,7 @@ def tuned_variant(
 
     def change(network: PreTrainedModel) -> None:
         network.to(torch.device(device))  # type: ignore[arg-type]  (transformers wraps nn.Module.to)
-        tune(network, list(transformer_blocks(network)[: layer + 1]), rows, config, progress=progress)
+        tune(network, linear_layers(network, up_to=layer), rows, config, progress=progress)
 
     return _kept("tuned", model, change, layer=layer, rows=content, config=dataclasses.asdict(config))
 

@@ -1,132 +1,170 @@
-"""Low-rank adapters (LoRA, 2106.09685) around the linear maps of a language model, trained on rows of tokens, then merged.
+"""Low-rank adapters of a language model (Hu et al., 2106.09685: LoRA).
 
-A map W z becomes W z + (alpha / r) B A z with A drawn and B zero, so that training starts at the model itself. The model's
-own weights stay as they are.
+An adapter adds (alpha / r) B A z to what a linear layer makes of z, A [r, in] drawn, B [out, r] zero at first. It is a
+forward hook while it is on and nothing while it is off, so the model without it is the model to the bit, whichever kind
+its linear layers are. It may be merged into their weights. On disk it has peft's names and layout.
 
-Shapes: n rows of L tokens, r the rank.
+Shapes: r rank.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from darkmatter_ext.runtime.inputs import InputError, require, require_at_least
-from darkmatter_ext.training.seeds import generator
+from darkmatter_ext.activations.hook_points import transformer_blocks
+from darkmatter_ext.runtime.inputs import StateError, reason, require
+from darkmatter_ext.runtime.storage import atomic_folder
+
+_WEIGHTS, _CONFIG, _PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
 
-@dataclass(frozen=True)
-class TuningConfig:
-    """How adapters are trained on next tokens."""
-
-    rank: int = 16
-    """of every adapter"""
-    alpha: float = 32.0
-    """the adapters' output is multiplied by alpha / rank"""
-    steps: int = 50
-    """optimiser steps"""
-    batch_rows: int = 6
-    """rows of tokens a step"""
-    learning_rate: float = 2e-3
-    """of AdamW, falling to 0 linearly"""
-    seed: int = 0
-    """of the adapters' start and of the order of rows"""
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "steps", "batch_rows"):
-            require_at_least(name, 1, getattr(self, name))
-        for name in ("alpha", "learning_rate"):
-            require(getattr(self, name) > 0, name, "must be above 0", getattr(self, name))
+def _sides(layer: nn.Module) -> tuple[int, int]:
+    """What a linear layer reads and writes: torch's holds [out, in], transformers' Conv1D (GPT-2) [in, out]."""
+    rows, columns = layer.weight.shape  # type: ignore[union-attr]
+    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
 
 
-class LowRank(nn.Module):
-    """A linear map with an adapter beside it."""
+def linear_layers(network: Any, after: int = -1, *, up_to: int | None = None) -> dict[str, nn.Module]:
+    """The linear layers of the blocks after block `after`, up to block `up_to`, by their names in the network.
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, random: torch.Generator) -> None:
-        super().__init__()
-        self.linear, self.scale = linear, alpha / rank
-        down = (2 * torch.rand(rank, linear.in_features, generator=random) - 1) / math.sqrt(linear.in_features)
-        self.down = nn.Parameter(down.to(linear.weight))
-        self.up = nn.Parameter(torch.zeros(linear.out_features, rank).to(linear.weight))
+    Raises InputError when there is no such block.
+    """
+    blocks = list(transformer_blocks(network))[after + 1 : None if up_to is None else up_to + 1]
+    require(bool(blocks), "hook", "must have a block after it to adapt", f"block {after}, the last")
+    own = {id(module) for block in blocks for module in block.modules()}
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if id(module) in own and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    }
 
-    def forward(self, z: Tensor) -> Tensor:
-        """W z + bias + (alpha / r) B A z."""
-        return self.linear(z) + self.scale * functional.linear(functional.linear(z, self.down), self.up)
+
+def check_rank(layers: Mapping[str, nn.Module], rank: int, *, argument: str = "rank") -> None:
+    """Raise InputError for a rank that a layer cannot have, 0 being none."""
+    narrowest = min(layers, key=lambda name: min(_sides(layers[name])))
+    most = min(_sides(layers[narrowest]))
+    require(1 <= rank <= most, argument, f"must be from 1 to {most}, the width of {narrowest}", rank)
+
+
+class Adapter:
+    """What is added to some linear layers of a model; rank 0: a bias each, the control that reads nothing.
+
+    Memory: r (in + out) float32 numbers a layer.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        rank: int,
+        *,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        seed: int | torch.Generator = 0,
+    ) -> None:
+        self.layers, self.rank, self.alpha, self.dropout = dict(layers), rank, alpha, dropout
+        self.tensors: dict[str, Tensor] = {}
+        random = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+        for name, layer in self.layers.items():
+            n_in, n_out = _sides(layer)
+            device = layer.weight.device  # type: ignore[union-attr]
+            if rank:  # Kaiming's uniform for a = sqrt(5), as torch draws a linear layer and peft draws A
+                drawn = (2 * torch.rand(rank, n_in, generator=random) - 1) / math.sqrt(n_in)
+                own = {"lora_A.weight": drawn, "lora_B.weight": torch.zeros(n_out, rank)}
+            else:
+                own = {"bias": torch.zeros(n_out)}
+            for part, tensor in own.items():
+                self.tensors[f"{name}.{part}"] = tensor.to(device).requires_grad_()
+
+    @contextmanager
+    def on(self, *, training: bool = False) -> Iterator[None]:
+        """Inside this block the model has the adapter; `training`: with dropout of what A reads."""
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                stack.callback(layer.register_forward_hook(self._hook(name, training)).remove)
+            yield
+
+    def _hook(self, name: str, training: bool) -> Callable[..., Tensor]:
+        if not self.rank:
+            bias = self.tensors[f"{name}.bias"]
+            return lambda _layer, _inputs, output: output + bias.to(output.dtype)
+        down, up = self.tensors[f"{name}.lora_A.weight"], self.tensors[f"{name}.lora_B.weight"]
+        scale, dropout = self.alpha / self.rank, self.dropout if training else 0.0
+
+        def hook(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            z = functional.dropout(inputs[0].to(down.dtype), dropout) if dropout else inputs[0].to(down.dtype)
+            return output + (scale * functional.linear(functional.linear(z, down), up)).to(output.dtype)
+
+        return hook
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        """The linear map with the adapter added to its weight, in place."""
-        self.linear.weight += self.scale * self.up @ self.down
-        return self.linear
+    def merge(self) -> None:
+        """Add it to the weights of its layers, in place: the model then is what it was with the adapter on.
 
+        Raises InputError for biases alone, rank 0.
+        """
+        require(self.rank > 0, "rank", "must be at least 1 to be merged", self.rank)
+        for name, layer in self.layers.items():
+            own: Any = layer.weight
+            up, down = (self.tensors[f"{name}.lora_{part}.weight"] for part in "BA")
+            change = self.alpha / self.rank * up @ down
+            own += (change if isinstance(layer, nn.Linear) else change.mT).to(own.dtype)
 
-def adapted(parts: Iterable[nn.Module], config: TuningConfig) -> list[LowRank]:
-    """Put an adapter around every nn.Linear inside some modules, and let nothing else of them be trained.
+    def copied(self) -> Adapter:
+        """As it is now, not to be trained further."""
+        twin = copy.copy(self)
+        twin.tensors = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        return twin
 
-    Raises InputError when there is none (GPT-2's maps are no nn.Linear).
-    """
-    random, found = generator("adapters", config.seed), []
-    for part in parts:
-        part.requires_grad_(False)
-        linears = [(name, module) for name, module in part.named_modules() if isinstance(module, nn.Linear)]
-        for name, linear in linears:
-            path, _, last = name.rpartition(".")
-            found.append(LowRank(linear, config.rank, config.alpha, random))
-            setattr(part.get_submodule(path), last, found[-1])
-    if not found:
-        raise InputError("model: must have nn.Linear maps to adapt in its blocks, got none")
-    return found
+    def save(self, folder: Path, *, model: str = "") -> Path:
+        """Write it as peft does (`PeftModel.from_pretrained` reads it); biases alone have no configuration of peft's.
 
+        The folder appears only when complete, and is left as it is where it exists.
+        """
+        from safetensors.torch import save_file
 
-def merge(parts: Iterable[nn.Module]) -> None:
-    """Put back the linear maps, each with its adapter added to its weight."""
-    for part in parts:
-        for name, module in list(part.named_modules()):
-            if isinstance(module, LowRank):
-                path, _, last = name.rpartition(".")
-                setattr(part.get_submodule(path), last, module.merged())
+        with atomic_folder(folder) as part:
+            tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+            save_file(tensors, part / _WEIGHTS)
+            if self.rank:
+                (part / _CONFIG).write_text(json.dumps(self._peft_config(model), indent=1))
+        return folder
 
+    def _peft_config(self, model: str) -> dict[str, Any]:
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": model,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "bias": "none",
+            "fan_in_fan_out": any(not isinstance(layer, nn.Linear) for layer in self.layers.values()),
+            "target_modules": sorted(self.layers),
+            "inference_mode": True,
+        }
 
-def tune(
-    network: nn.Module,
-    parts: list[nn.Module],
-    rows: Tensor,
-    config: TuningConfig,
-    *,
-    progress: Callable[[int], None] | None = None,
-) -> list[float]:
-    """Train adapters in `parts` of a causal language model on the next tokens of rows [n, L] int64, and merge them.
+    def load(self, folder: Path) -> Adapter:
+        """The tensors of an adapter of this form, see `save`. Raises StateError for a damaged folder, or another form."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
 
-    Returns the loss of every step, nats. Raises InputError for fewer rows than a batch, nothing to adapt, or a loss that is
-    not finite. Cost: a step is a forward and a backward pass through the whole model without gradients of its weights.
-    """
-    require_at_least("rows", config.batch_rows, len(rows))
-    network.requires_grad_(False)
-    trained = [weight for own in adapted(parts, config) for weight in (own.down, own.up)]
-    optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
-    decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=config.steps)
-    random, losses = generator("rows", config.seed), []
-    order = torch.randperm(len(rows), generator=random)
-    for _ in range(config.steps):
-        if len(order) < config.batch_rows:
-            order = torch.randperm(len(rows), generator=random)
-        batch, order = rows[order[: config.batch_rows]], order[config.batch_rows :]
-        with torch.inference_mode(False), torch.enable_grad():
-            logits = network(batch.to(trained[0].device), use_cache=False).logits[:, :-1].float()
-            loss = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(logits.device))
-            optimiser.zero_grad()
-            loss.backward()
-        losses.append(loss.item())
-        require(math.isfinite(losses[-1]), "learning_rate", "must be lower, tuning diverged", config.learning_rate)
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        decay.step()
-        if progress is not None:
-            progress(1)
-    merge(parts)
-    return losses
+        try:
+            found = load_file(folder / _WEIGHTS)
+            stored = {name: found[_PREFIX + name] for name in self.tensors}
+        except (OSError, KeyError, SafetensorError) as error:
+            raise StateError(f"adapter: {folder} is damaged ({reason(error)}); delete it") from None
+        if any(stored[name].shape != tensor.shape for name, tensor in self.tensors.items()):
+            raise StateError(f"adapter: {folder} must be of rank {self.rank}, got another; delete it")
+        for name, tensor in self.tensors.items():
+            tensor.data.copy_(stored[name])
+        return self

@@ -10,7 +10,8 @@ from torch import nn
 from darkmatter_ext.activations.splicing import PlacesToSplice, SplicedModel, splice_losses
 from darkmatter_ext.estimators.intervals import ratio, sums_by
 from darkmatter_ext.runtime.inputs import InputError, StateError
-from darkmatter_ext.training.adaptation import Adapter, Arm, Recipe, check_rank, linear_layers, train_adapters
+from darkmatter_ext.training.adaptation import Arm, Recipe, train_adapters
+from darkmatter_ext.training.low_rank import Adapter, check_rank, linear_layers
 
 D, V = 8, 12
 SHAPES = (3.0, 2.0, 1.0)  # singular values of what the SAE takes away
