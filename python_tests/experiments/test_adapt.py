@@ -117,7 +117,7 @@ def test_more_than_there_are_gives_one_line(finished, workplace, tmp_path, refus
     for more, message in (
         (("--adapt-tokens", "31"), "--adapt-tokens: must be at least a context of 32, got 31"),
         (("--adapt-tokens", "16000"), " fit contexts of 32 tokens, got 500"),
-        (("--choose-contexts", "4000"), "--choose-contexts: must be at most the"),
+        (("--adapt-tokens", "512", "--choose-contexts", "4000"), "--choose-contexts: must be at most the"),
     ):
         own = ("--widths", "24", "--ranks", "1", "--out", str(tmp_path), *more)
         refused(flags(workplace, *own, experiment="adapt"), message)
