@@ -1,4 +1,4 @@
-"""A crosscoder between a model and its variant: what does only one of them have, and is their dark matter the same?
+"""A crosscoder between a model and its variant: what does only one have, and is their dark matter the same?
 
 An SAE on the activations of two models side by side (`saes/crosscoder.py`), for a variant whose difference is known and for
 controls that have none. Unique latents are counted by the relative norm of their decoder rows and by latent scaling; those
