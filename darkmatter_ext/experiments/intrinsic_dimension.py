@@ -173,9 +173,13 @@ def reading(result: Result) -> list[str]:
         if math.isnan(rho):
             lines.append(f"{name} and the dimension: too few layers to compare.")
             continue
-        verdict = "which of so few layers" if p <= 0.05 else "which cannot be told from chance with"
         lines.append(
-            f"{name} goes with the dimension at a rank correlation of {rho:+.2f} (p {p:.2f}), {verdict} {len(hooks)}."
+            f"{name} goes with the dimension at a rank correlation of {rho:+.2f} over {len(hooks)} layers (p {p:.3f} of all "
+            f"orders)" + ("." if p <= 0.05 else ": not to be told from chance.")
+        )
+    if dimensions in (sorted(dimensions), sorted(dimensions, reverse=True)):
+        lines.append(
+            "The dimension goes one way with depth at every step, so depth may be what it and the error share."
         )
     return lines
 
