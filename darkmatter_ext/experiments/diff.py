@@ -53,7 +53,7 @@ from darkmatter_ext.measurement.presets import DEMO
 from darkmatter_ext.measurement.resolved import resolve
 from darkmatter_ext.measurement.run import Inputs, prepare
 from darkmatter_ext.measurement.settings import Settings, extended
-from darkmatter_ext.measurement.stored_tokens import HeldOutContexts, check_whole_contexts
+from darkmatter_ext.measurement.stored_tokens import WholeContexts, check_whole_contexts
 from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, SAE_TRAINING
 from darkmatter_ext.measurement.variants import (
     Behaviour,
@@ -243,7 +243,7 @@ def _effects(
     """What the variant's own latents of the first crosscoder do."""
     seed, first = settings.seed, own.trained[0]
     intervention = Intervention.of(first, own.tokens, own.fit, single=settings.causal_latents, seed=seed)
-    contexts = HeldOutContexts.sample(own.tokens.second, settings.contexts, seed=seed)
+    contexts = WholeContexts.sample(own.tokens.second, settings.contexts, seed=seed)
     tokens = spliced(intervention, contexts, models, stages, device=settings.device)
     where = contexts.documents_of(tokens.context)
     numbers = effect_numbers(tokens, where, seed=seed) | {

@@ -237,14 +237,11 @@ def reading(result: Result) -> list[str]:
             key = "r2_from/x/nonlinear" if name == "x" else f"beyond_x/{name}"
             return with_interval(numbers, f"{own}/{key}", "{:.3f}")
 
-        best = max((name for name in real if not name.startswith("all")), key=lambda n, own=sae["name"]: numbers[
-            f"{own}/beyond_x/{n}"
-        ])  # fmt: skip
-        together = f", all together {score('all')}" if "all" in real else ""
-        without = f", all but the SAE's own output {score('all but res')}" if "all but res" in real else ""
-        lines.append(
-            f"{sae['name']}: of the nonlinear error, beyond x, {best} alone explains {score(best)}{together}{without}."
-        )
+        # The SAE's own output says everything beyond x by definition: x less it is the error.
+        others = [name for name in real if name != OWN and not name.startswith("all")]
+        best = max(others, key=lambda n, own=sae["name"]: numbers[f"{own}/beyond_x/{n}"])
+        together = f", all but the SAE's own output {score('all but res')}" if "all but res" in real else ""
+        lines.append(f"{sae['name']}: of the nonlinear error, beyond x, {best} alone explains {score(best)}{together}.")
         controls = [f"{name} {score(name)}" for name in predictors if name not in real]
         lines.append(f"{sae['name']}: the controls: {'; '.join(controls)}.")
     return [*lines, f"The paper, Gemma 2 9B: {PAPER}."]

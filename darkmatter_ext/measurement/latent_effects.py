@@ -17,7 +17,7 @@ from darkmatter_ext.activations.splicing import PlacesToSplice, SplicedModel, Sp
 from darkmatter_ext.estimators.intervals import bootstrap, ratio, sums_by
 from darkmatter_ext.measurement.model_pairs import PairModels, Trained
 from darkmatter_ext.measurement.paired_tokens import PairedTokens
-from darkmatter_ext.measurement.stored_tokens import HeldOutContexts
+from darkmatter_ext.measurement.stored_tokens import WholeContexts
 from darkmatter_ext.runtime.inputs import require
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.crosscoder import halves, matched_latents, relative_norm, written
@@ -94,7 +94,7 @@ class Intervention:
 
 @torch.no_grad()
 def spliced(
-    intervention: Intervention, contexts: HeldOutContexts, models: PairModels, stages: Stages, *, device: str
+    intervention: Intervention, contexts: WholeContexts, models: PairModels, stages: Stages, *, device: str
 ) -> SplicedTokens:
     """The second model with every splice, at the held-out tokens of some of its contexts."""
     pair = intervention.pair

@@ -108,7 +108,7 @@ def test_a_run_without_a_call_to_any_network(finished, monkeypatch):
     assert all(0 <= one["score"] <= 1 for one in judged.values())
     assert {path.name for path in out.glob("*.png")} == {"error-saes_fvu.png", "error-saes_detection.png"}
     assert len({sae["folder"] for sae in result.series["saes"]}) == 4
-    monkeypatch.setattr("darkmatter_ext.experiments.error_saes.train", None)  # training again would fail
+    monkeypatch.setattr("darkmatter_ext.measurement.site_saes.train", None)  # training again would fail
     assert finished("error-saes", "--seed", "0").result.numbers == result.numbers
 
 

@@ -109,7 +109,8 @@ def test_a_run_has_every_regime_and_control(finished):
         assert 0 <= value <= 1
         assert low <= value <= high
     assert numbers["normal/x/auc"] > 0.95  # the last token tells
-    assert abs(numbers["permuted/x/auc"] - 0.5) < 0.3
+    # Two tasks that one direction tells: a probe of permuted labels is along it or against it, chance is their mean only.
+    assert numbers["permuted/x/auc"] < numbers["normal/x/auc"] - 0.2
     assert numbers["noise/x/auc"] < numbers["normal/x/auc"]
     assert result.arrays["test/true/normal"].shape == (2, 1, len(series["arrows"]))
     assert "Logistic regression on x has a mean AUC of" in said

@@ -253,7 +253,7 @@ def test_a_budget_of_memory_loads_saes_again_and_changes_no_number(workplace, tm
         numbers.append((load_result(tmp_path / "out" / "scaling.json").numbers, len(loaded)))
     (free, once), (enough, kept), (tight, often) = numbers
     assert once == 2
-    assert kept == 8  # the controls load the widest for each of their own, the page each for its latents and its rows
+    assert kept == 10  # the controls load the widest for each of their own, the page each for latents, rows and KL
     assert often > 2 * 8000 / 32 / 32  # every block of both readings
     assert enough == free == tight
 

@@ -336,7 +336,7 @@ def test_refused_with_the_reason():
         pass
 
     assert dm.is_accelerated(dm.accelerate(Named(8, 16, 2)))
-    with pytest.raises(ValueError, match=r"^save_memory: must be False for an SAE of sparsify"):
+    with pytest.raises(ValueError, match=r"^save_memory: must be False for a SparseCoder"):
         dm.accelerate(make("SparseCoder"), save_memory=True)
 
 
