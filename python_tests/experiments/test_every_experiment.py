@@ -233,4 +233,4 @@ def test_one_file_is_an_experiment(tmp_path, capsys, refused):
 
 def test_without_the_file_it_is_none(refused):
     assert "count-tokens" not in experiments.names()
-    refused(["run", "count-tokens"], "EXPERIMENT: must be one of baselines, ")
+    refused(["run", "count-tokens"], "EXPERIMENT: must be one of adapt, ")
