@@ -200,11 +200,9 @@ def _measured(name: str, settings: DiffSettings, tokens: PairedTokens, models: P
         found = [sae.reconstruct(held_out) for sae in saes]
         numbers = latent_numbers(trained) | energy_numbers(held_out, found, tokens.scales, where, seed=seed)
         error = saes[0].reconstruct(fit).neg_().add_(fit), held_out - found[0]
-        sides = [
-            Errors(*parts)
-            for parts in zip(halves(fit), halves(error[0]), halves(held_out), halves(error[1]), strict=True)
-        ]
-        dark = dark_numbers(*sides, where, seed=seed)
+        parts = (halves(fit), halves(error[0]), halves(held_out), halves(error[1]))
+        first, second = (Errors(*own) for own in zip(*parts, strict=True))
+        dark = dark_numbers(first, second, where, seed=seed)
     return Measured(tokens, trained, fit, held_out, numbers | {f"dark/{key}": value for key, value in dark.items()})
 
 

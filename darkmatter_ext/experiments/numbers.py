@@ -316,7 +316,7 @@ def _patched(
         return numbers, f"{said}: too few to patch (at least {FEWEST_RIGHT})."
     order = torch.randperm(len(right), generator=torch.Generator().manual_seed(settings.seed))
     chosen = order[right[order]][: settings.pairs].sort().values
-    kept = Prompts(*(column if isinstance(column, int) else column[chosen] for column in prompts))
+    kept = Prompts(*(column if isinstance(column, int) else column[chosen] for column in prompts))  # type: ignore[arg-type]
     with stages.stage("patch numbers", len(settings.blocks)) as advance:
         for block in settings.blocks:
             if block < len(transformer_blocks(network)) - 1:  # after the last nothing reads another token's state
@@ -435,13 +435,14 @@ def power(result: Result) -> Figure:
     figure, axes = new_figure(2.8)
     blocks = [site for site in result.series["sites"] if site != EMBEDDING]
     chosen = dict.fromkeys([blocks[0], blocks[len(blocks) // 2], blocks[-1]])
+    longest = max(max(result.series["spectra"][site]["periods"]) for site in chosen)
     for site, colour in zip(chosen, SERIES, strict=False):
         own = result.series["spectra"][site]
         frequencies = [1 / period for period in own["periods"]]
         axes.plot(frequencies, own["shares"], color=colour, linewidth=1, label=site.replace("-", " "))
         axes.axhline(own["band"], color=colour, linewidth=0.7, linestyle="--")
     axes.set_yscale("log")
-    periods = [period for period in result.config["periods"] if period <= max(1 / f for f in frequencies)]
+    periods = [period for period in result.config["periods"] if period <= longest]
     axes.set_xticks([1 / period for period in periods], [f"{period:g}" for period in periods])
     axes.set_xlabel("period")
     axes.set_ylabel("share of energy")

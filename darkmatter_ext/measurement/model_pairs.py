@@ -105,7 +105,7 @@ def _trained(
     settings: Settings,
     own: ToTrain,
     tokens: StoredTokens,
-    key: dict[str, object],
+    key: Mapping[str, object],
     x: Callable[[], Tensor],
     stages: Stages,
 ) -> OwnSae:

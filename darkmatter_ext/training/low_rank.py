@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ _WEIGHTS, _CONFIG, _PREFIX = "adapter_model.safetensors", "adapter_config.json",
 
 def _sides(layer: nn.Module) -> tuple[int, int]:
     """What a linear layer reads and writes: torch's holds [out, in], transformers' Conv1D (GPT-2) [in, out]."""
-    rows, columns = layer.weight.shape  # type: ignore[union-attr]
+    weight: Any = layer.weight
+    rows, columns = weight.shape
     return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
 
 
@@ -75,15 +76,14 @@ class Adapter:
         self.tensors: dict[str, Tensor] = {}
         random = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
         for name, layer in self.layers.items():
-            n_in, n_out = _sides(layer)
-            device = layer.weight.device  # type: ignore[union-attr]
+            (n_in, n_out), weight = _sides(layer), cast("Tensor", layer.weight)
             if rank:  # Kaiming's uniform for a = sqrt(5), as torch draws a linear layer and peft draws A
                 drawn = (2 * torch.rand(rank, n_in, generator=random) - 1) / math.sqrt(n_in)
                 own = {"lora_A.weight": drawn, "lora_B.weight": torch.zeros(n_out, rank)}
             else:
                 own = {"bias": torch.zeros(n_out)}
             for part, tensor in own.items():
-                self.tensors[f"{name}.{part}"] = tensor.to(device).requires_grad_()
+                self.tensors[f"{name}.{part}"] = tensor.to(weight.device).requires_grad_()
 
     @contextmanager
     def on(self, *, training: bool = False) -> Iterator[None]:
