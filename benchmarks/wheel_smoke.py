@@ -32,11 +32,12 @@ def main() -> None:
     torch.manual_seed(0)
     same(TopKSAE(TopKSAEConfig(d_in=128, d_sae=4096, k=16)))
     jumprelu = JumpReLUSAE(JumpReLUSAEConfig(d_in=128, d_sae=4096))
-    jumprelu.threshold.data.fill_(0.3)
+    x = torch.randn(256, 128)
+    jumprelu.threshold.data.fill_((x @ jumprelu.W_enc).quantile(0.995).item())
     same(jumprelu)
     x = torch.randn(300, 128)
     dictionary = torch.nn.functional.normalize(torch.randn(512, 128), dim=1)
-    assert dm.pursuit(x, dictionary, 8).values.shape == (300, 8)
+    assert dm.pursuit(x, dictionary, 8).shape == (300, 512)
     assert 0 <= dm.decompose(x, 0.9 * x, groups=torch.arange(300) // 10).linear_share <= 1
     trained = dm.train(x, dm.TrainingConfig(d_sae=512, k=8, steps=3, batch_size=64))
     assert trained.report["train/fvu"] > 0

@@ -317,8 +317,8 @@ def run(settings: AdaptSettings, stages: Stages) -> Result:
         numbers |= _counts(held_out, spliced, contexts)  # the same of every SAE
     notes = [
         f"Adapters saw {numbers['adapted_tokens']:.0f} tokens of {numbers['adapt_documents']:.0f} fit documents (the paper's "
-        f"main runs 15 million); measured once on {numbers['spliced_tokens']:.0f} tokens of {len(held_out)} held-out contexts of "
-        f"{held_out.n_documents} documents. Intervals: 95 %, by document (shares by Fieller's theorem), for the adapters as "
+        f"main runs 15 million); measured once on {numbers['spliced_tokens']:.0f} tokens of {len(held_out)} held-out contexts "
+        f"of {held_out.n_documents} documents. Intervals: 95 %, by document (shares by Fieller's theorem), for the adapters as "
         "trained; over seeds Student's t.",
         "As the released code: dropout 0.1, KL summed over a context's tokens, learning rate 5e-5."
         if settings.measure.released

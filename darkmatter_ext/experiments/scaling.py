@@ -335,11 +335,16 @@ QUANTITIES = {
 }
 
 
+def _drawn(result: Result) -> list[dict[str, Any]]:
+    """The SAEs that figures over width and L0 show: no controls with a part that was not trained."""
+    return [sae for sae in result.series["saes"] if sae.get("frozen", "none") == "none"]
+
+
 def _lines(result: Result) -> list[tuple[float, list[dict[str, Any]]]]:
     """SAEs grouped by about the same L0, least first, each group by width."""
     l0 = {sae["name"]: result.numbers[f"{sae['name']}/l0"] for sae in result.series["saes"]}
     groups: list[list[dict[str, Any]]] = []
-    for sae in sorted(result.series["saes"], key=lambda sae: l0[sae["name"]]):
+    for sae in sorted(_drawn(result), key=lambda sae: l0[sae["name"]]):
         if groups and l0[sae["name"]] <= _L0_STEP * l0[groups[-1][0]["name"]]:
             groups[-1].append(sae)
         else:
@@ -389,7 +394,7 @@ def contours(result: Result) -> Figure:
     """FVU, FVU_nonlinear, R2 of the error vector and of its norm over width and L0."""
     from matplotlib.figure import Figure
 
-    saes = result.series["saes"]
+    saes = _drawn(result)
     x = [math.log2(sae["d_sae"]) for sae in saes]
     y = [math.log2(max(1e-3, result.numbers[f"{sae['name']}/l0"])) for sae in saes]
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")

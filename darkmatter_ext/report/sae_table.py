@@ -29,7 +29,7 @@ COLUMNS = (  # (key, heading, format)
     ("fvu_training_text", "FVU training text", "{:.3f}"),
     ("fvu_nonlinear", "FVU nonlin.", "{:.3f}"),
     ("linear_share", "linear share", "{:.0%}"),
-    ("without_top_8/linear_share", "without top 8", "{:.0%}"),
+    ("without_top_8/linear_share", "lin. share, top 8 out", "{:.0%}"),
     ("r2_vec", "R² error", "{:.3f}"),
     ("r2_norm/error", "R² error norm", "{:.3f}"),
     ("r2_norm/nonlinear", "R² nonlin. norm", "{:.3f}"),
