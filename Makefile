@@ -66,7 +66,7 @@ wheel: $(VENV)/.dependencies build/wheel-venv/.installed
 	rm -rf build/wheel build/bdist.* build/lib.* build/temp.*
 	export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) DARKMATTER_ANY_PYTHON=1; \
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .; \
-	build/wheel-venv/bin/auditwheel repair --plat $(WHEEL_PLATFORM) --wheel-dir dist \
+	PATH="$$PWD/build/wheel-venv/bin:$$PATH" build/wheel-venv/bin/auditwheel repair --plat $(WHEEL_PLATFORM) --wheel-dir dist \
 		$(foreach library,torch torch_cpu torch_cuda c10,--exclude lib$(library).so) build/wheel/*.whl
 	sha256sum dist/*.whl
 
