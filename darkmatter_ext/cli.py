@@ -126,7 +126,7 @@ def _list(_parsed: argparse.Namespace) -> None:
 
     for name in experiments.names():
         presets = ", ".join(experiments.experiment(name).PRESETS)
-        print(f"{name:18}{experiments.about(name)} presets: {presets}")
+        print(f"{name:20}{experiments.about(name)} presets: {presets}")
 
 
 def _add_figure(parser: _Parser, _arguments: Sequence[str]) -> None:
