@@ -24,6 +24,11 @@ def latent_sums(values: Tensor, acts: SparseActs) -> Tensor:
     return decoder_outer(replace(acts, values=values), ones)[:, 0]
 
 
+def token_sums(values: Tensor, acts: SparseActs) -> Tensor:
+    """Sum of the entries of each token of ragged acts, [N]; values [z]."""
+    return torch.segment_reduce(values, "sum", lengths=acts.crow_indices.diff())
+
+
 def kept(acts: SparseActs, keep: Tensor) -> SparseActs:
     """Some entries [z] bool of ragged acts."""
     before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])

@@ -26,7 +26,7 @@ from torch import Tensor
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.batch_topk import EncoderRows, batch_topk
 from darkmatter_ext.ops.decode import decoder_dot, sparse_decode, to_dense
-from darkmatter_ext.ops.ragged import by_spans
+from darkmatter_ext.ops.ragged import by_spans, token_sums
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes import stepping_aside
 from darkmatter_ext.saes.accelerated import Accelerated, plain_class
@@ -289,7 +289,7 @@ class JumpRelu(TopK):
         else:
             pre, threshold = self._about(step, acts)
             values = gate(pre, threshold, step.sae.bandwidth, cfg.jumprelu_ste_to_input)
-        each = step.x.new_zeros(len(step.x)).index_add(0, acts.token_numbers(), values)
+        each = token_sums(values, acts)
         if cfg.jumprelu_sparsity_loss_mode == "quadratic":
             each = 2 / cfg.target_l0 * (each - cfg.target_l0) ** 2
         losses = {"l0_loss": (given.coefficients["l0"] * each).mean()}
@@ -318,7 +318,7 @@ class AcceleratedTrainingSAE(Accelerated):
         if isinstance(found, str):
             state.count("training_forward_pass", found)
             output = super().training_forward_pass(step_input)  # type: ignore[misc]
-            if found == TOO_MANY:
+            if found == TOO_MANY:  # of JumpReLU alone, whose latents SAELens gives dense
                 self._remember(state, output.feature_acts.detach())
             return output
         state.count("training_forward_pass")
@@ -339,8 +339,6 @@ class AcceleratedTrainingSAE(Accelerated):
 
     def _remember(self, state: State, acts: Tensor) -> None:
         """Leave some steps to SAELens after one of too many latents."""
-        if acts.is_sparse:
-            acts = acts.to_dense()
         if state.back_off.left:
             state.back_off.after_dense(acts)
         else:

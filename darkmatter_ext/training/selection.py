@@ -23,18 +23,13 @@ from torch import Tensor
 
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.batch_topk import EncoderRows, Guess, batch_topk
-from darkmatter_ext.ops.ragged import latent_sums
+from darkmatter_ext.ops.ragged import latent_sums, token_sums
 from darkmatter_ext.runtime.processes import Processes
 from darkmatter_ext.training.config import TrainingConfig
 
 # Of the mean of the batches' thresholds, which BatchTopK uses outside of training. They fall as training goes on and vary
 # little between batches: a mean over 100 steps (0.99) was above the last ones, L0 29 for a k of 32.
 THRESHOLD_DECAY = 0.9
-
-
-def _token_sums(values: Tensor, acts: SparseActs) -> Tensor:
-    """Sum of the entries of each token of ragged acts, [N]."""
-    return torch.segment_reduce(values, "sum", lengths=acts.crow_indices.diff())
 
 
 @dataclass(frozen=True)
@@ -142,7 +137,7 @@ class JumpReLU:
         own = threshold[stored.stored_indices]
         active = stored.values > own
         inside = stored.values < own + width / 2
-        l0 = _token_sums(active.to(self.threshold.dtype), stored)
+        l0 = token_sums(active.to(self.threshold.dtype), stored)
         penalty, slope = self._penalty(l0)
 
         def backward(grad: Tensor) -> tuple[Tensor, Tensor]:
