@@ -93,6 +93,14 @@ def bootstrap(sums: Tensor, statistic: Statistic, *, seed: int, resamples: int =
     return [found[which] for which in range(len(found))]
 
 
+def share_by(documents: Tensor, part: Tensor, whole: Tensor, *, seed: int) -> Interval:
+    """Sum of `part` over the sum of `whole` [n], by document [n]; a mean where `whole` is ones.
+
+    For wholes that are not near 0; else `ratio`.
+    """
+    return bootstrap(sums_by(documents, part, whole), lambda s: s[..., :1] / s[..., 1:], seed=seed)[0]
+
+
 def _slopes(statistic: Statistic, totals: Tensor) -> tuple[Tensor, Tensor]:
     """Values [B, q] of totals [B, m] and their derivatives [B, q, m]."""
     with torch.inference_mode(False), torch.enable_grad():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from darkmatter_ext.activations.splicing import Splice, SplicedModel, SplicedTokens, splice_contexts
 from darkmatter_ext.activations.store import load_tokenizer
-from darkmatter_ext.estimators.intervals import Interval, bootstrap, ratio, sums_by
+from darkmatter_ext.estimators.intervals import Interval, bootstrap, ratio, share_by, sums_by
 from darkmatter_ext.measurement.nulls import NULLS, NullModels
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import DEMO
@@ -94,9 +94,7 @@ def ratio_numbers(tokens: SplicedTokens, documents: Tensor, *, seed: int) -> dic
     ce = {name: spliced - losses.cross_entropy for name, spliced in losses.spliced.items()}
     for quantity, columns in (("kl", kl), ("ce_increase", ce)):
         for name, column in columns.items():
-            (mean,) = bootstrap(
-                sums_by(documents, column, torch.ones_like(column)), lambda s: s[..., :1] / s[..., 1:], seed=seed
-            )
+            mean = share_by(documents, column, torch.ones_like(column), seed=seed)
             numbers |= mean.numbers(f"{name}/{quantity}")
             if name != "sae":
                 numbers |= ratio(sums_by(documents, columns["sae"], column)).numbers(f"{name}/{quantity}_ratio")

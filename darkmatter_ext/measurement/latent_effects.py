@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.activations.splicing import PlacesToSplice, SplicedModel, SplicedTokens, Splices, splice_contexts
-from darkmatter_ext.estimators.intervals import bootstrap, ratio, sums_by
+from darkmatter_ext.estimators.intervals import ratio, share_by, sums_by
 from darkmatter_ext.measurement.model_pairs import PairModels, Trained
 from darkmatter_ext.measurement.paired_tokens import PairedTokens
 from darkmatter_ext.measurement.stored_tokens import WholeContexts
@@ -120,7 +120,7 @@ def effect_numbers(tokens: SplicedTokens, names: Tensor, *, seed: int) -> dict[s
             kl[f"{effect}/{kind}"] = torch.stack(every).mean(0)
     numbers: dict[str, float] = {}
     for name, own in kl.items():
-        (mean,) = bootstrap(sums_by(names, own, ones), lambda s: s[..., :1] / s[..., 1:], seed=seed)
+        mean = share_by(names, own, ones, seed=seed)
         numbers |= mean.numbers(f"causal/{name}/kl")
     for effect in ("ablated", *EFFECTS):
         times = ratio(sums_by(names, kl[f"{effect}/b_only"], kl[f"{effect}/random"]))
@@ -139,6 +139,6 @@ def behaviour_numbers(tokens: SplicedTokens, triggers: Tensor, names: Tensor, *,
     numbers: dict[str, float] = {}
     for where, chosen in (("behaviour", triggers.double()), ("elsewhere", (~triggers).double())):
         for name, own in probability.items():
-            (mean,) = bootstrap(sums_by(names, own * chosen, chosen), lambda s: s[..., :1] / s[..., 1:], seed=seed)
+            mean = share_by(names, own * chosen, chosen, seed=seed)
             numbers |= mean.numbers(f"{where}/{name}")
     return numbers

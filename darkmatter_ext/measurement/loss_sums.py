@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.activations.splicing import TokenLosses
-from darkmatter_ext.estimators.intervals import bootstrap, ratio, sums_by
+from darkmatter_ext.estimators.intervals import ratio, share_by, sums_by
 
 
 class LossSums:
@@ -28,8 +28,7 @@ class LossSums:
 
     def mean(self, key: str, column: Tensor) -> dict[str, float]:
         """Mean over tokens with its interval by document."""
-        sums = sums_by(self.documents, column, torch.ones_like(column))
-        return bootstrap(sums, lambda s: s[..., :1] / s[..., 1:], seed=self.seed)[0].numbers(key)
+        return share_by(self.documents, column, torch.ones_like(column), seed=self.seed).numbers(key)
 
     def closed(self, key: str, before: Tensor, after: Tensor) -> dict[str, float]:
         """100 (before - after) / before, of sums over documents (Fieller); NaN where `before` may be 0."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from darkmatter_ext.activations.store import Contexts, activation_caches
-from darkmatter_ext.estimators.intervals import UNKNOWN, Interval, bootstrap, ratio, seed_interval, sums_by
+from darkmatter_ext.estimators.intervals import UNKNOWN, Interval, ratio, seed_interval, share_by, sums_by
 from darkmatter_ext.estimators.least_squares import LinearStatistics
 from darkmatter_ext.measurement.nulls import other_tokens
 from darkmatter_ext.measurement.paired_tokens import PairedTokens, usual_in_all
@@ -144,7 +144,7 @@ def paired(inputs: Inputs, models: Mapping[str, PairModels], stages: Stages) -> 
 
 def _ratio(missed: Tensor, total: Tensor, documents: Tensor, seed: int) -> Interval:
     """Missed over total energy [n] each, with its interval by document."""
-    (found,) = bootstrap(sums_by(documents, missed, total), lambda s: s[..., :1] / s[..., 1:], seed=seed)
+    found = share_by(documents, missed, total, seed=seed)
     return found
 
 
@@ -280,7 +280,5 @@ def covered_numbers(own: Trained, v: Tensor, covered: Tensor, names: Tensor, *, 
     sizes = torch.cat([activation_of(acts, chosen) for acts, _ in own.sae.batches(v)]).double().cpu()
     inside, ones = covered.double(), torch.ones(len(covered), dtype=torch.float64)
     found = {"behaviour/share_of_b_only": ratio(sums_by(names, sizes * inside, sizes))}
-    (found["behaviour/share_of_tokens"],) = bootstrap(
-        sums_by(names, inside, ones), lambda s: s[..., :1] / s[..., 1:], seed=seed
-    )
+    found["behaviour/share_of_tokens"] = share_by(names, inside, ones, seed=seed)
     return {key: value for name, interval in found.items() for key, value in interval.numbers(name).items()}
