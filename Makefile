@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc darkmatter_ext -type f -not -name '*.so' -not -path '*__pycache__*')
 
-.PHONY: install demo test test-slow test-browser web web-check docs wheel wheel-check bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
+.PHONY: install demo test test-slow test-browser web web-check docs wheel wheel-check sanitize fuzz bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
 
 install: $(VENV)/.installed
 
@@ -83,6 +83,23 @@ wheel-check:
 	rm -rf build/wheel-check; $$python -m venv build/wheel-check || exit 1; \
 	build/wheel-check/bin/pip install --quiet "$(TORCH)" dist/*.whl || exit 1; \
 	(cd build && env -i HOME="$$HOME" PATH=wheel-check/bin wheel-check/bin/python ../benchmarks/wheel_smoke.py) || exit 1; done
+
+# The CPU library built to watch itself (address and undefined behaviour; thread), and the tests of the ops run on it. With
+# gcc: the sanitizer's library has to be in the process before Python is. The pool would hide what is used after it was freed.
+SANITIZED := $(BIN)/python -m pytest -q --override-ini addopts= -p no:cacheprovider -n auto --maxprocesses 4 --dist loadgroup \
+	-m "not slow and not gpu" python_tests/ops --ignore-glob '*emulated*'
+sanitize: install
+	for kind in address thread; do \
+	DARKMATTER_CUDA=0 DARKMATTER_ANY_PYTHON=1 DARKMATTER_SANITIZE=$$kind $(BIN)/python setup.py --quiet build \
+		--build-base build/sanitize/$$kind --build-lib build/sanitize/$$kind/lib || exit 1; \
+	LD_PRELOAD="$$(c++ -print-file-name=lib$$(echo $$kind | cut -c1)san.so) $$(c++ -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
+	DARKMATTER_POOL_MB=0 PYTHONPATH=build/sanitize/$$kind/lib $(SANITIZED) || exit 1; done
+
+# A hundred thousand damaged files of every kind that is read, some hours; FUZZ_FILES=1000 takes minutes.
+FUZZ_FILES ?= 100000
+fuzz: install
+	DARKMATTER_FUZZ=$(FUZZ_FILES) $(BIN)/pytest -n auto --maxprocesses 4 python_tests/fuzz
 
 # Peers side by side on this machine's CPU, about 20 minutes; wants a quiet machine.
 bench: install

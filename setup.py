@@ -10,6 +10,7 @@ Environment:
   DARKMATTER_CUDA_ARCHS  architectures, default "80;90a"; PTX of the first is added for GPUs not listed
   CUDA_HOME              where the CUDA toolkit is; default: nvcc on PATH, then /usr/local/cuda
   DARKMATTER_ANY_PYTHON  1: leave out _C, so that a wheel serves every Python (`make wheel`)
+  DARKMATTER_SANITIZE    address (and undefined behaviour) or thread: a slow build that watches itself (`make sanitize`)
   MAX_JOBS               compilers at a time
 """
 
@@ -95,6 +96,21 @@ def for_every_python() -> bool:
     return wanted == "1"
 
 
+SANITIZERS = {
+    "": "-O3 -DNDEBUG",
+    "address": "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
+    "thread": "-O1 -g -fno-omit-frame-pointer -fsanitize=thread -DDARKMATTER_OWN_THREADS",
+}
+
+
+def optimisation() -> str:
+    """How the CPU library is compiled and linked: fast, or watched by a sanitizer."""
+    wanted = os.environ.get("DARKMATTER_SANITIZE", "")
+    if wanted not in SANITIZERS:
+        fail(f"DARKMATTER_SANITIZE: must be address or thread, got {wanted!r}")
+    return SANITIZERS[wanted]
+
+
 def find_ninja() -> str:
     """ninja from pip is in this environment's scripts folder, which is on PATH only when the environment is active."""
     try:
@@ -154,13 +170,13 @@ class Build:
 
     def flags(self) -> tuple[str, str]:
         system = " ".join(f"-isystem {shell(path)}" for path in self.torch_include)
-        common = f"-I{shell(self.own_include)} {system} -DTORCH_TARGET_VERSION={TARGET_TORCH} -DNDEBUG"
-        return common, f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi {common}"
+        common = f"-I{shell(self.own_include)} {system} -DTORCH_TARGET_VERSION={TARGET_TORCH}"
+        return common, f"-std=c++20 {optimisation()} -fPIC -fvisibility=hidden -Wall -Wno-psabi {common}"
 
     def nvcc_command(self, archs: list[str], extra: str = "") -> str:
         targets = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
         return (
-            f"{shell(self.nvcc or 'nvcc')} -O3 -lineinfo -std=c++20 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden "
+            f"{shell(self.nvcc or 'nvcc')} -O3 -DNDEBUG -lineinfo -std=c++20 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden "
             f"{self.flags()[0]} {targets} {extra} -MD -MF $out.d -c $in -o $out"
         )
 
@@ -169,7 +185,7 @@ class Build:
         csrc = ROOT / "csrc"
         _, cxx_flags = self.flags()
         self.rule("cxx", f"{self.cxx} {cxx_flags} -MMD -MF $out.d -c $in -o $out")
-        self.lines += ["rule link", f"  command = {self.cxx} -shared $in -o $out $libs"]
+        self.lines += ["rule link", f"  command = {self.cxx} -shared {optimisation()} $in -o $out $libs"]
         keep = "-Wl,--no-as-needed " if platform.system() == "Linux" else ""
         self.rule("facts", f"{self.cxx} {cxx_flags} {self._facts()} -MMD -MF $out.d -c $in -o $out")
         facts = self.objects("facts", [csrc / "facts.cpp"])

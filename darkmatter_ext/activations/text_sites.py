@@ -46,6 +46,18 @@ class TextSites:
         sums = values.new_zeros(len(self.tokens), values.shape[1]).index_add_(0, self.texts, values)
         return sums / torch.bincount(self.texts, minlength=len(self.tokens)).to(values)[:, None]
 
+    def sink_notes(self, hook: str, ratio: float) -> list[str]:
+        """A sentence for a result's notes where states have norms above `ratio` medians; 0: no norm is unusual.
+
+        The first tokens of a context often hold a few huge numbers, beside which no difference of words or texts counts.
+        """
+        norms = self.x[hook].norm(dim=1)
+        unusual = int((norms > ratio * norms.median()).sum()) if ratio else 0
+        return [
+            f"{hook}: {unusual} of {len(norms)} states of short texts have norms above {ratio:g} medians (attention sinks): "
+            "what is said of them there is said of these. Longer texts before them help."
+        ] if unusual else []  # fmt: skip
+
 
 def tokenised_texts(model: str, texts: Sequence[str], *, bos: bool) -> list[list[int]]:
     """Token ids of each text, with BOS in front if asked. Raises InputError for a text of no token."""

@@ -99,6 +99,19 @@ def lobe_numbers(
     return numbers, lobes
 
 
+def random_numbers(counts: CoOccurrence, rows: Tensor, clusters: Sequence[int], *, seed: int) -> dict[str, float]:
+    """`ami_random_directions/K`: the agreement of phi with rows [F, d] that nobody trained, in their own codes.
+
+    Two rows with a small angle fire on the same x, whatever they are: so much agreement is the encoder's doing.
+    """
+    together = spectral_clusters(_affinity(counts, "phi"), clusters, seed=seed)
+    by_rows = spectral_clusters(angles(rows), clusters, seed=seed)
+    return {
+        f"ami_random_directions/{k}": adjusted_mutual_information(together[k], by_rows[k][None]).item()
+        for k in clusters
+    }
+
+
 def dark_numbers(
     rows: Tensor, lobes: Tensor, frequency: Tensor, covariance: Tensor, *, draws: int, seed: int
 ) -> dict[str, float]:

@@ -10,6 +10,7 @@ Shapes: n rows, p features, m label vectors, q candidates.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,13 +21,17 @@ from darkmatter_ext.runtime.inputs import InputError
 
 PENALTIES = tuple(10.0**power for power in range(-5, 2))  # C: weight of the loss beside |w|^2 / 2 or |w|_1
 NEIGHBOURS = (5, 20, 50)
-STEPS = 300  # of a fit, at most
-TOLERANCE = 5e-3  # of a step relative to the weights: closer than that the AUC does not change by what matters
+STEPS = 200  # of a fit, at most
+TOLERANCE = {
+    "l2": 5e-3,
+    "l1": 1e-3,
+}  # of a step relative to the weights: closer than that no AUC changes by what matters
 LEAVE_TWO_OUT, FEW, VALIDATION_SHARE, VALIDATION_ROWS = 12, 128, 0.2, 100  # as the paper's code has them
 FOLDS = 4  # between the first two; the paper's code has six
 
 Score = Callable[[Tensor], dict[str, Tensor]]  # features [n, p] -> arrow's name -> scores [n, m, q]
-Make = Callable[[Tensor, Tensor], Score]  # fit features [n, p], labels [n, m] in {0, 1} -> Score
+# Features [n, p], labels [n, m] in {0, 1}, the rows of each of several fits [f, n] bool -> a Score of each fit.
+Make = Callable[[Tensor, Tensor, Tensor], list[Score]]
 
 
 def auc(scores: Tensor, labels: Tensor) -> Tensor:
@@ -69,7 +74,7 @@ class Coordinates(NamedTuple):
 
 
 def logistic_l2(
-    z: Tensor, labels: Tensor, penalties: Sequence[float] = PENALTIES, *, tolerance: float = TOLERANCE
+    z: Tensor, labels: Tensor, penalties: Sequence[float] = PENALTIES, *, tolerance: float = TOLERANCE["l2"]
 ) -> tuple[Tensor, Tensor]:
     """Weights [r, m, q] and biases [m, q] of min |w|^2 / 2 + C sum_i log(1 + exp(-t_i (w z_i + b))), t in {-1, 1}.
 
@@ -86,36 +91,49 @@ def logistic_l2(
     step_w = 1 / (c * z.square().sum(0)[:, None, None] / 4 + 1)  # [r, 1, q]
     step_b = 4 / (c * n)
 
-    def moved(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        rest = c * (torch.sigmoid((z @ w.flatten(1)).view(n, m, q) + b) - y)
-        return w - step_w * ((z.mT @ rest.flatten(1)).view_as(w) + w), b - step_b * rest.sum(0)
+    def moved(w: Tensor, b: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        rest = c[left] * (torch.sigmoid((z @ w.flatten(1)).view(n, m, len(left)) + b) - y)
+        return w - step_w[..., left] * ((z.mT @ rest.flatten(1)).view_as(w) + w), b - step_b[left] * rest.sum(0)
 
     return _accelerated(moved, z.new_zeros(z.shape[1], m, q), _log_odds(y).expand(m, q), 0, tolerance)
 
 
 def logistic_l1(
-    x: Tensor, labels: Tensor, penalties: Sequence[float] = PENALTIES, *, tolerance: float = TOLERANCE
+    x: Tensor,
+    labels: Tensor,
+    penalties: Sequence[float] = PENALTIES,
+    *,
+    rows: Tensor | None = None,
+    tolerance: float = TOLERANCE["l1"],
 ) -> tuple[Tensor, Tensor]:
     """Weights [m, p, q] and biases [m, q] of min |w|_1 + C sum_i log(1 + exp(-t_i (w x_i + b))).
 
     Args:
         x: [m, n, p], the features of each label vector.
+        labels: [n, m].
+        rows: [m, n] bool, those that a fit has; default all.
         tolerance: as of `logistic_l2`.
 
-    Cost: 4 n p m q multiply-adds a step. Method: proximal gradient, accelerated (Beck and Teboulle 2009).
+    Cost: 4 n p m q multiply-adds a step. Method: proximal gradient, accelerated (Beck and Teboulle 2009). The bias is free, so
+    features are centred for it: that parts weights and bias in the Hessian's bound, and takes out its largest direction.
     """
     y, c = labels.to(x).mT[:, :, None], torch.tensor(penalties).to(x)  # [m, n, 1]
-    largest = torch.linalg.matrix_norm(x, 2).square()[:, None, None]
-    step_w = 2 / (c * largest.clamp(min=1e-12))  # half of either block's bound holds for both together
-    step_b, x_t = 2 / (c * x.shape[1]), x.mT.contiguous()
+    own = torch.ones_like(y) if rows is None else rows.to(x)[:, :, None]
+    n = own.sum(1)  # [m, 1]
+    mean = (x * own).sum(1, keepdim=True) / n[:, None]
+    x = (x - mean) * own
+    step_w = 4 / (c * torch.linalg.matrix_norm(x, 2).square()[:, None, None].clamp(min=1e-12))
+    step_b, x_t, weight = 4 / (c * n), x.mT.contiguous(), c * own  # weight [m, n, q]
 
-    def moved(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        rest = c * (torch.sigmoid(x @ w + b[:, None]) - y)  # [m, n, q]
-        w = torch.addcmul(w, step_w, x_t @ rest, value=-1)
-        return w - w.clamp(min=-step_w, max=step_w), b - step_b * rest.sum(1)
+    def moved(w: Tensor, b: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        rest, step = weight[..., left] * (torch.sigmoid(x @ w + b[:, None]) - y), step_w[..., left]
+        w = torch.addcmul(w, step, x_t @ rest, value=-1)
+        return w - w.clamp(min=-step, max=step), b - step_b[:, left] * rest.sum(1)
 
-    start = _log_odds(y.transpose(0, 1)).expand(len(x), len(c))
-    return _accelerated(moved, x.new_zeros(len(x), x.shape[2], len(c)), start, 1, tolerance)
+    share = ((y * own).sum(1) / n).clamp(0.5 / n, 1 - 0.5 / n)
+    start = (share / (1 - share)).log().expand(len(x), len(c))
+    w, b = _accelerated(moved, x.new_zeros(len(x), x.shape[2], len(c)), start, 1, tolerance)
+    return w, b - (mean @ w)[:, 0]
 
 
 def _log_odds(y: Tensor) -> Tensor:
@@ -125,15 +143,17 @@ def _log_odds(y: Tensor) -> Tensor:
 
 
 def _accelerated(
-    moved: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], w: Tensor, b: Tensor, dim: int, tolerance: float
+    moved: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], w: Tensor, b: Tensor, dim: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """The fixed point of a step, by Nesterov's momentum that starts anew where it leads back (O'Donoghue, Candes 2015).
 
-    `dim` of w is its features; the problems of all others are apart.
+    `dim` of w is its features; the problems of all others are apart. Its last are the penalties: those at their fixed point
+    are done, and `moved` is told which are left.
     """
-    ahead, inertia = (w, b), torch.ones_like(b)
+    found = w.clone(), b.clone()
+    ahead, inertia, left = (w, b), torch.ones_like(b), torch.arange(b.shape[-1])
     for _ in range(STEPS):
-        new = moved(*ahead)
+        new = moved(*ahead, left)
         change = new[0] - w, new[1] - b
         back = ((ahead[0] - new[0]) * change[0]).sum(dim) + (ahead[1] - new[1]) * change[1] > 0  # [m, q]
         grown = (1 + (1 + 4 * inertia.square()).sqrt()) / 2
@@ -141,10 +161,21 @@ def _accelerated(
         inertia = torch.where(back, 1.0, grown)
         w, b = new
         size = w.square().sum(dim) + b.square()
-        if bool((change[0].square().sum(dim) + change[1].square() <= tolerance**2 * size).all()):
-            break
+        still = (change[0].square().sum(dim) + change[1].square() > tolerance**2 * size).any(0)  # [q]
         ahead = w + momentum.unsqueeze(dim) * change[0], b + momentum * change[1]
-    return w, b
+        if not bool(still.all()):
+            _put(found, (w, b), left, ~still)
+            left, (w, b), inertia = left[still], (w[..., still], b[..., still]), inertia[..., still]
+            ahead = ahead[0][..., still], ahead[1][..., still]
+            if not len(left):
+                break
+    _put(found, (w, b), left, torch.ones(len(left), dtype=torch.bool))
+    return found
+
+
+def _put(found: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], left: Tensor, done: Tensor) -> None:
+    for whole, part in zip(found, own, strict=True):
+        whole[..., left[done]] = part[..., done]
 
 
 # ---- the kinds of probes
@@ -153,7 +184,7 @@ def _accelerated(
 def dense(name: str, components: Mapping[str, int] | None = None, penalties: Sequence[float] = PENALTIES) -> Make:
     """Logistic regression (L2) on all features; and, by the names in `components`, on so many principal components."""
 
-    def make(x: Tensor, labels: Tensor) -> Score:
+    def fitted(x: Tensor, labels: Tensor) -> Score:
         own = Coordinates.of(x)
         z = own(x)
         widths = {name: z.shape[1], **(components or {})}
@@ -168,13 +199,18 @@ def dense(name: str, components: Mapping[str, int] | None = None, penalties: Seq
 
         return score
 
-    return make
+    return _one_by_one(fitted)
+
+
+def _one_by_one(fitted: Callable[[Tensor, Tensor], Score]) -> Make:
+    """What fits one after another."""
+    return lambda x, labels, rows: [fitted(x[own], labels[own]) for own in rows]
 
 
 def neighbours(name: str, counts: Sequence[int] = NEIGHBOURS) -> Make:
     """The share of positive labels among the nearest fit rows, features standardised; `counts` are the candidates."""
 
-    def make(x: Tensor, labels: Tensor) -> Score:
+    def fitted(x: Tensor, labels: Tensor) -> Score:
         mean, scale = x.float().mean(0), x.float().std(0, correction=0)
         scale = torch.where(scale > 0, scale, torch.inf)
         known, y = (x.float() - mean) / scale, labels.float()
@@ -186,7 +222,7 @@ def neighbours(name: str, counts: Sequence[int] = NEIGHBOURS) -> Make:
 
         return score
 
-    return make
+    return _one_by_one(fitted)
 
 
 def class_difference(acts: Tensor, labels: Tensor) -> Tensor:
@@ -200,28 +236,33 @@ def class_difference(acts: Tensor, labels: Tensor) -> Tensor:
 def latents(names: Mapping[str, int], *, rank: Callable[[Tensor, Tensor], Tensor] = class_difference) -> Make:
     """Logistic regression (L1) on the latents that `rank` puts first on the fit rows, as many as each name asks for.
 
-    Latents are divided by their standard deviation and not centred, so that silence stays 0.
+    Latents are divided by their standard deviation. All fits are made at once: their steps are many and small.
     """
 
-    def make(x: Tensor, labels: Tensor) -> Score:
-        order = rank(x, labels).sort(dim=0, descending=True, stable=True).indices  # [p, m]
-        fits = {}
+    def make(x: Tensor, labels: Tensor, rows: Tensor) -> list[Score]:
+        m = labels.shape[1]
+        orders = [rank(x[own], labels[own]).sort(dim=0, descending=True, stable=True).indices for own in rows]  # [p, m]
+        mine = rows.repeat_interleave(m, 0)  # [f m, n]
+        fits: dict[str, list[tuple[Tensor, ...]]] = {}
         for name, count in names.items():
-            chosen = order[:count].mT  # [m, k]
-            own = x[:, chosen].permute(1, 0, 2).float()  # [m, n, k]
-            scale = own.std(1, correction=0, keepdim=True)
-            scale = torch.where(scale > 0, scale, torch.inf)
-            fits[name] = (chosen, scale, *logistic_l1(own / scale, labels))
-
-        def score(x: Tensor) -> dict[str, Tensor]:
-            return {
-                name: torch.einsum("nmk,mkq->nmq", x[:, chosen].float() / scale[:, 0], weight) + bias
-                for name, (chosen, scale, weight, bias) in fits.items()
-            }
-
-        return score
+            chosen = torch.cat([order[:count].mT for order in orders])  # [f m, k]
+            own = x[:, chosen].permute(1, 0, 2).float()  # [f m, n, k]
+            inside = mine[:, :, None].to(own)
+            mean = (own * inside).sum(1, keepdim=True) / inside.sum(1, keepdim=True)
+            scale = (((own - mean) * inside).square().sum(1, keepdim=True) / inside.sum(1, keepdim=True)).sqrt()
+            scale = torch.where(scale > 1e-6 * own.abs().amax(1, keepdim=True), scale, torch.inf)
+            weight, bias = logistic_l1(own / scale, labels.repeat(1, len(rows)), rows=mine)
+            fits[name] = list(zip(*(part.split(m) for part in (chosen, scale[:, 0], weight, bias)), strict=True))
+        return [functools.partial(_scored, {name: own[fit] for name, own in fits.items()}) for fit in range(len(rows))]
 
     return make
+
+
+def _scored(fits: Mapping[str, tuple[Tensor, ...]], x: Tensor) -> dict[str, Tensor]:
+    return {
+        name: torch.einsum("nmk,mkq->nmq", x[:, chosen].float() / scale, weight) + bias
+        for name, (chosen, scale, weight, bias) in fits.items()
+    }
 
 
 def random_rank(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -280,14 +321,16 @@ def arrows(
 
     A fold that holds back one class of a label vector says nothing of it. Cost: a fit a fold, and one on all rows.
     """
+    rows = torch.ones(len(folds) + 1, len(x), dtype=torch.bool)  # the last fit has all
+    for fold, held_back in enumerate(folds):
+        rows[fold, held_back] = False
+    *by_fold, last = make(x, labels, rows)
     found: dict[str, list[Tensor]] = {}
-    for held_back in folds:
-        kept = torch.ones(len(x), dtype=torch.bool)
-        kept[held_back] = False
-        for name, scores in make(x[kept], labels[kept])(x[held_back]).items():
+    for score, held_back in zip(by_fold, folds, strict=True):
+        for name, scores in score(x[held_back]).items():
             found.setdefault(name, []).append(auc(scores, labels[held_back]))
     finished: dict[str, Arrow] = {}
-    for name, scores in make(x, labels)(x_test).items():
+    for name, scores in last(x_test).items():
         validation = torch.stack(found[name]).nanmean(0).nan_to_num(0.5)  # [m, q]
         best = validation.max(1)
         test = auc(scores, test_labels).gather(1, best.indices[:, None])[:, 0]

@@ -15,7 +15,8 @@ import importlib.util
 import pkgutil
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ from darkmatter_ext.report.explanations import explained_results
 from darkmatter_ext.report.figures import Drawn, save_figures
 from darkmatter_ext.report.page import Section, write_page
 from darkmatter_ext.report.result import Result
-from darkmatter_ext.runtime.inputs import InputError
+from darkmatter_ext.runtime.inputs import InputError, reason
 
 
 def names() -> list[str]:
@@ -59,10 +60,40 @@ def section(result: Result, figures: Sequence[Drawn] = ()) -> Section:
 
 
 def write_report(results: Sequence[Result], path: Path, explanations: Sequence[str] = ()) -> Path:
-    """Write the page of results, with explanations of latents from files. Raises as `section`, `explained_results`."""
+    """Write the page of results, with explanations of latents from files.
+
+    Raises as `section`, `explained_results`; InputError for a result without what its experiment shows: a damaged file, or one
+    of another version.
+    """
     results = explained_results(results, explanations)
+    sections = []
     with tempfile.TemporaryDirectory() as folder:
-        return write_page([section(result, draw(result, Path(folder))) for result in results], path)
+        for result in results:
+            with _shows(result):
+                sections.append(section(result, draw(result, Path(folder))))
+        return write_page(sections, path)
+
+
+def write_figures(result: Result, folder: Path, *, kind: str) -> list[Drawn]:
+    """Draw the figures of a result that was read from a file. Raises as `write_report`."""
+    with _shows(result):
+        return draw(result, folder, kind=kind)
+
+
+@contextmanager
+def _shows(result: Result) -> Iterator[None]:
+    """What an experiment misses in a result of a file is said in one line; the traceback stays with the exception."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        versions = result.provenance.get("versions")
+        version = versions.get("darkmatter_ext", "?") if isinstance(versions, dict) else "?"
+        raise InputError(
+            f"RESULT: must have all that {result.experiment} shows, got one of darkmatter_ext {version} that does not "
+            f"({reason(error)})"
+        ) from error
 
 
 def command(result: Result) -> str:
@@ -75,7 +106,7 @@ def command(result: Result) -> str:
     words = ["darkmatter", "run", result.experiment]
     for name, value in result.config.items():
         given = tuple(value) if isinstance(value, list) else value
-        if name not in usual or name in filled or given in (usual[name], (), ""):
+        if name not in usual or name in filled or given == usual[name]:
             continue
         flag = "--" + name.replace("_", "-")
         words += [flag, *(map(str, given) if isinstance(given, tuple) else [str(given)])]

@@ -459,7 +459,7 @@ def price(result: Result) -> Figure:
     """KL with the SAE in and without it, for every adapter: what is won, and what it costs the model itself."""
     name = _shown(result)
     rows = {"no adapter": "sae", **{f"rank {rank}": f"rank-{rank}" for rank in result.config["ranks"]}}
-    rows |= {own.replace("-", " "): f"controls/{own}" for own in ("biases", "next-token", "no-sae")}
+    rows |= {"biases": "controls/biases", "next token": "controls/next-token", "no SAE": "controls/no-sae"}
     figure, (axes,) = new_panels(0.9 + 0.36 * len(rows), 1)
     _bars(axes, result, [f"{name}/{key}/kl" for key in rows.values()], -0.2, BLUE, "with the SAE in")
     keys = [f"{name}/{key}/kl_without_sae" for key in rows.values() if key != "sae"]

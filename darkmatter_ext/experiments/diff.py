@@ -132,7 +132,7 @@ class DiffSettings(Settings):
         return [OTHER if self.other else TUNED, *self.controls]
 
 
-PRESETS = {"demo": extended(DEMO, DiffSettings, widths=(1024,), steps=200, sae_seeds=3, tokens=60_000, contexts=6)}
+PRESETS = {"demo": extended(DEMO, DiffSettings, widths=(1024,), steps=160, sae_seeds=3, tokens=50_000, contexts=6)}
 
 
 def plan(settings: DiffSettings) -> list[str]:

@@ -7,7 +7,7 @@ Three scales after Li, Michaud, Baek, Engels, Sun, Tegmark, "The Geometry of Con
 - *Lobes*: latents that are active in the same chunks of text (spectral clusters of phi) beside clusters of their decoder
   rows: adjusted mutual information, and how well a row tells its lobe. Nulls: labels permuted; labels permuted within
   deciles of frequency (rare latents share both small phi and their rows); Gaussian rows of the same covariance; chunks of
-  every latent dealt anew.
+  every latent dealt anew. Control: random directions with codes of their own, which agree because near rows fire together.
 - *Galaxy*: the slope alpha of the decoder rows' eigenvalues, how many directions they fill, their entropy beside that of a
   Gaussian cloud of the same covariance.
 - *Dark matter* (new): whether one lobe's directions hold more of the nonlinear error than as many latents of its frequency.
@@ -17,6 +17,7 @@ Shapes: n tokens, F latents, d width of the site, c chunks, B draws.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from darkmatter_ext.estimators.clusters import deciles
 from darkmatter_ext.estimators.co_occurrence import MEASURES, CoOccurrence, present, unrelated
 from darkmatter_ext.estimators.discriminant import discriminant_directions, parallelogram_quality, silhouette
 from darkmatter_ext.estimators.intervals import bootstrap
-from darkmatter_ext.estimators.lobes import LOBE_DIRECTIONS, angles, dark_numbers, lobe_numbers, middle
+from darkmatter_ext.estimators.lobes import LOBE_DIRECTIONS, angles, dark_numbers, lobe_numbers, middle, random_numbers
 from darkmatter_ext.estimators.spectrum import eigenvalues, galaxy_numbers
 from darkmatter_ext.measurement.error import sae_error
 from darkmatter_ext.measurement.plan import plan_lines
@@ -41,6 +42,7 @@ from darkmatter_ext.measurement.settings import Settings
 from darkmatter_ext.measurement.site_saes import SiteSae
 from darkmatter_ext.measurement.tokens import HELD_OUT, UNUSED
 from darkmatter_ext.measurement.word_pairs import WordPairs, read_pairs
+from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import (
@@ -57,6 +59,7 @@ from darkmatter_ext.report.style import (
 from darkmatter_ext.report.table import Table, shown, with_interval
 from darkmatter_ext.runtime.inputs import InputError, require, require_at_least, require_one_of
 from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.saes.encoders import random_directions, random_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,6 +86,8 @@ class GeometrySettings(Settings):
     """of co-occurrence: phi, jaccard, dice, overlap, simple"""
     pairs: str = ""
     """CSV file with columns relation, a and b; default: 12 relations of 20 English word pairs"""
+    frame: str = "Here is the next word on the list that I wrote:"
+    """text before every word of a pair, so that it stands beyond a context's first positions"""
     null_draws: int = 100
     """of every null that permutes labels"""
 
@@ -153,6 +158,7 @@ def atom_numbers(differences: Tensor, pairs: WordPairs, *, seed: int) -> dict[st
 class _Read(NamedTuple):
     counts: CoOccurrence
     dealt: CoOccurrence
+    random: CoOccurrence | None  # of random directions; None where the SAE has no decoder bias
     covariance: Tensor  # [d, d] of the nonlinear error on held-out tokens
 
 
@@ -171,35 +177,53 @@ def _blocks(inputs: Inputs, hook: str, chunk: int) -> Iterator[tuple[Tensor, Ten
 @torch.no_grad()
 def _read(inputs: Inputs, sae: SiteSae, found: Measurement, settings: GeometrySettings) -> _Read:
     """Co-occurrence over all measured text, and the nonlinear error's covariance."""
-    encode, b_star, device = sae.own, found.site_of(sae.name).maps[sae.name], inputs.processes.device
+    site, device = found.site_of(sae.name), inputs.processes.device
+    encode, b_star, loaded = sae.own, site.maps[sae.name], sae.load()
     counts, dealt = CoOccurrence.empty(sae.d_sae), CoOccurrence.empty(sae.d_sae)
+    control, random = None, None
+    if hasattr(loaded, "b_dec"):
+        control, random = random_directions(loaded, _l0(found, sae), seed=settings.seed), CoOccurrence.empty(sae.d_sae)
     generator = torch.Generator().manual_seed(settings.seed)
     total, n = torch.zeros(sae.d_in, sae.d_in, dtype=torch.float64), 0
     for x, held_out, chunks, n_chunks in _blocks(inputs, sae.hook, settings.chunk):
         encoded = encode(x.to(device))
-        acts = encoded.acts
-        active = acts.values.reshape(-1) != 0
-        token, latent = acts.token_numbers()[active].cpu(), acts.col_indices[active].cpu()
-        there = present(chunks[token], latent, n_chunks, sae.d_sae)
+        there = _present(encoded.acts, chunks, n_chunks)
         counts.add(there)
+        if control is not None and random is not None:
+            random.add(_present(control(x.to(device)).acts, chunks, n_chunks))
         dealt.add(unrelated(there, generator))
         rest = (sae_error(x, encoded.x_hat.cpu()).double() - b_star(x))[held_out]
         total += rest.mT @ rest
         n += len(rest)
-    return _Read(counts, dealt, total / max(1, n))
+    return _Read(counts, dealt, random, total / max(1, n))
 
 
-def _pairs_at(inputs: Inputs, hooks: Sequence[str], pairs: WordPairs, stages: Stages) -> Mapping[str, Tensor]:
-    """hook point -> [n, d] differences of the last tokens of each pair's words."""
-    usage, data = inputs.resolved.usage, inputs.settings.data
+def _l0(found: Measurement, sae: SiteSae) -> int:
+    return max(1, round(found.site_of(sae.name).decomposition(sae.name).l0))
+
+
+def _present(acts: SparseActs, chunks: Tensor, n_chunks: int) -> Tensor:
+    """[n_chunks, F] bool: which latents are active in which chunk; chunks [n] of the tokens."""
+    active = acts.values.reshape(-1) != 0
+    token, latent = acts.token_numbers()[active].cpu(), acts.col_indices[active].cpu()
+    return present(chunks[token], latent, n_chunks, acts.d_sae)
+
+
+def _pairs_at(
+    inputs: Inputs, hooks: Sequence[str], pairs: WordPairs, settings: GeometrySettings, stages: Stages
+) -> tuple[Mapping[str, Tensor], list[str]]:
+    """hook point -> [n, d] differences of the last tokens of each pair's words; and notes on attention sinks among them."""
+    usage, data = inputs.resolved.usage, settings.data
+    texts = [f"{settings.frame} {word}" for word in pairs.words]
     with stages.stage("read word pairs", len(pairs.words)) as advance:
         sites = text_sites(
-            inputs.model, hooks, [f" {word}" for word in pairs.words], bos=usage.bos, device=inputs.processes.device,
-            dtype=getattr(torch, data.dtype), processing=usage.processing, progress=advance,
+            inputs.model, hooks, texts, bos=usage.bos, device=inputs.processes.device, dtype=getattr(torch, data.dtype),
+            processing=usage.processing, progress=advance,
         )  # fmt: skip
     number = {word: place for place, word in enumerate(pairs.words)}
     a, b = (torch.tensor([number[word] for word in words]) for words in (pairs.first, pairs.second))
-    return {hook: x[b] - x[a] for hook, x in sites.x.items()}
+    notes = [note for hook in hooks for note in sites.sink_notes(hook, settings.measure.max_norm_ratio)]
+    return {hook: x[b] - x[a] for hook, x in sites.x.items()}, notes
 
 
 def run(settings: GeometrySettings, stages: Stages) -> Result:
@@ -214,7 +238,8 @@ def run(settings: GeometrySettings, stages: Stages) -> Result:
     found = measured(inputs, stages)
     hooks = list(dict.fromkeys(sae.hook for sae in inputs.saes))
     numbers: dict[str, float] = {}
-    for hook, differences in _pairs_at(inputs, hooks, pairs, stages).items():
+    differences_at, sinks = _pairs_at(inputs, hooks, pairs, settings, stages)
+    for hook, differences in differences_at.items():
         own = atom_numbers(differences, pairs, seed=settings.seed)
         numbers |= {f"{hook}/{key}": value for key, value in own.items()}
     arrays: dict[str, np.ndarray] = {}
@@ -227,6 +252,7 @@ def run(settings: GeometrySettings, stages: Stages) -> Result:
         f"Lobes are of measured text, in chunks of {settings.chunk} tokens. A null has mean and sd of its draws; phi is what "
         "the nulls are of. Quality of parallelograms: on pairs that discriminants were not fitted on, intervals 95 % drawing "
         "relations again; alpha: leaving out one of ten groups of rows at a time.",
+        *sinks,
     ]
     series: dict[str, Any] = {"relations": pairs.relations, "hooks": hooks, "nulls": NULLS}
     return measured_result("geometry", found, stages, numbers, series=series, arrays=arrays, notes=notes)
@@ -242,20 +268,33 @@ def _of_sae(
     read = _read(inputs, sae, found, settings)
     chosen = (read.counts.counts >= settings.least_chunks) & (read.counts.counts < read.counts.chunks)
     latents = chosen.nonzero().flatten()
+    seed = settings.seed
     fewest = 2 * max(settings.clusters)
     if len(latents) < fewest:
         raise InputError(
             f"least_chunks: must leave at least twice as many latents as clusters ({fewest}), got {len(latents)} in {sae.name}"
         )
     rows = rows.detach().float().cpu()
-    counts, kept, draws, seed = read.counts.of(latents), rows[latents], settings.null_draws, settings.seed
+    counts, kept, draws = read.counts.of(latents), rows[latents], settings.null_draws
     numbers, lobes = lobe_numbers(
         counts, read.dealt.of(latents), kept, settings.clusters, settings.measures, draws=draws, seed=seed
     )
+    numbers |= _random_numbers(read.random, sae, settings)
     numbers |= galaxy_numbers(rows, seed=seed)
     numbers |= dark_numbers(kept, lobes, deciles(counts.counts), read.covariance, draws=draws, seed=seed)
     numbers |= {"chunks": read.counts.chunks, "latents_used": len(latents)}
     return numbers, _drawn(counts, kept, lobes, rows, seed=seed)
+
+
+def _random_numbers(read: CoOccurrence | None, sae: SiteSae, settings: GeometrySettings) -> dict[str, float]:
+    """Lobes of random directions, of those that are active in enough chunks; none where too few are."""
+    if read is None:
+        return {}
+    latents = ((read.counts >= settings.least_chunks) & (read.counts < read.chunks)).nonzero().flatten()
+    if len(latents) < 2 * max(settings.clusters):
+        return {}
+    rows = random_rows((sae.d_sae, sae.d_in), settings.seed)[latents]
+    return random_numbers(read.of(latents), rows, settings.clusters, seed=settings.seed)
 
 
 def _drawn(counts: CoOccurrence, kept: Tensor, lobes: Tensor, rows: Tensor, *, seed: int) -> dict[str, np.ndarray]:
@@ -288,11 +327,15 @@ def table(result: Result) -> Table:
             _with_sd(numbers, f"{name}/dark/largest_lobe_null"),
         ]
         alpha = with_interval(numbers, f"{name}/alpha", "{:.2f}")
-        rows.append([name, shown(numbers[ami], "{:.3f}"), *nulls, alpha, *atoms, *dark])
+        random = numbers.get(f"{name}/ami_random_directions/{k}")
+        rows.append([
+            name, shown(numbers[ami], "{:.3f}"), *nulls, "" if random is None else shown(random, "{:.3f}"), alpha, *atoms, *dark
+        ])  # fmt: skip
     return Table(
         title=f"geometry: {result.config['model']}, {result.config['hook']}, {k} lobes",
         headings=(
-            "SAE", "AMI", *(f"null: {about}" for about in result.series["nulls"].values()), "alpha", "quality",
+            "SAE", "AMI", *(f"null: {about}" for about in result.series["nulls"].values()), "random directions",
+            "alpha", "quality",
             "after discriminants", "dark matter in a lobe", "null",
         ),
         rows=rows,
@@ -319,12 +362,14 @@ def reading(result: Result) -> list[str]:
             for null in result.series["nulls"]
         }
         verdict = "beyond frequency" if z["frequency"] > 3 else "no further than frequency tells"
+        random = [numbers[key] for key in [f"{name}/ami_random_directions/{k}"] if key in numbers]
         where = deviations(numbers, f"{name}/dark/largest_lobe", f"{name}/dark/largest_lobe_null")
         lines.append(
             f"{name}: latents that fire together are near each other {verdict}: AMI {numbers[f'{name}/ami/phi/{k}']:.3f} of "
             f"{k} lobes is {z['permuted']:.1f} sd above permuted labels, {z['frequency']:.1f} above labels permuted within "
             f"frequency deciles, {z['gaussian']:.1f} above Gaussian rows ({numbers[f'{name}/latents_used']:.0f} latents, "
             f"{numbers[f'{name}/chunks']:.0f} chunks)."
+            + "".join(f" Random directions in codes of their own have {value:.3f}." for value in random)
         )
         lines.append(
             f"{name}: alpha {with_interval(numbers, f'{name}/alpha', '{:.2f}')} (Gaussian rows "
@@ -382,6 +427,10 @@ def agreement(result: Result) -> Figure:
             mean, sd = ([result.numbers[f"{name}/ami_null/{null}/{k}/{key}"] for k in counts] for key in ("mean", "sd"))
             axes.errorbar(range(len(counts)), mean, yerr=[2 * own for own in sd], fmt=f"{marker}-", color=colour,
                           markersize=3.5, linewidth=1, label=f"null: {about}")  # fmt: skip
+        random = [result.numbers.get(f"{name}/ami_random_directions/{k}", math.nan) for k in counts]
+        axes.plot(
+            range(len(counts)), random, "d--", color=SERIES[3], markersize=3.5, linewidth=1, label="random directions"
+        )
         axes.set_xticks(range(len(counts)), counts)
         axes.set_title(_short(name).replace(", ", ",\n"), fontsize=8)
         axes.set_xlabel("clusters")

@@ -7,15 +7,18 @@ sums of functions of its digits: a model that only knows digits fits such a heli
 
 Every R2 is of values held out of the fit (folds by value: the templates of a value never on both sides), weighted by
 variance, over all templates; the ceiling is another template's state of the same value. Patches move a state by what a fit
-says lies between two values, in prompts that count on ("23, 24, 25, 2"); scores are in units of putting in the other
-value's own state, less the mean state's, which is what a fit that knows nothing puts in.
+says lies between two values, in sums without a carry ("23 + 4 = 2"); scores are in units of putting in the other
+value's own state, less the mean state's, which is what a fit that knows nothing puts in. After the equals sign the question
+is the same: is there more of the sum than digits of each addend, and is it a helix of the sum (the "Clock")?
 
 Shapes: v values, t templates, d width of the site, p columns of a fit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,31 +28,28 @@ from torch import Tensor
 
 from darkmatter_ext.activations.hook_points import transformer_blocks
 from darkmatter_ext.activations.number_prompts import (
+    TEMPLATES,
     Ids,
-    Prompts,
-    continued_rightly,
-    counting_prompts,
+    last_states,
     number_states,
     patch_logits,
     patch_numbers,
+    sum_prompts,
+    summed_rightly,
     tokens_of,
 )
 from darkmatter_ext.activations.splicing import SplicedModel
 from darkmatter_ext.activations.store import load_model, load_tokenizer
-from darkmatter_ext.estimators.intervals import bootstrap, ratio
-from darkmatter_ext.estimators.ridge import dealt_folds, held_out
-from darkmatter_ext.estimators.value_fits import (
-    beyond,
-    ceiling_sums,
-    digit_columns,
-    fit_sums,
-    helix_columns,
-    null_r2,
-    polynomial_columns,
-    r2,
-    spectrum,
-    states_of,
+from darkmatter_ext.estimators.number_fits import (
+    BAND,
+    FITS,
+    ValueFits,
+    fit_numbers,
+    moves_between,
+    part_numbers,
+    sum_numbers,
 )
+from darkmatter_ext.estimators.value_fits import spectrum, states_of
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import presets
 from darkmatter_ext.measurement.resolved import resolve
@@ -61,29 +61,14 @@ from darkmatter_ext.report.style import BLUE, GREY, ORANGE, SERIES, interval_bar
 from darkmatter_ext.report.table import Table, shown, with_interval
 from darkmatter_ext.runtime.inputs import require, require_at_least
 from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.runtime.threads import one_thread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TEMPLATES = (  # long enough that the number stands beyond a context's first positions, which SAEs do not see
-    "The meeting took place in the year 19{a}",
-    "You will find more about it in chapter {a}",
-    "The answer is printed at the end of page {a}",
-    "At the market this morning she bought {a}",
-    "By now her grandfather must be at least {a}",
-    "He always wore a shirt with the number {a}",
-    "The value of the variable x was set to {a}",
-    "We took the bus to the station, line {a}",
-)
 LARGEST, FEWEST_VALUES = 999, 20
-FEWEST_RIGHT = 30  # prompts that the model continues rightly; with fewer nothing is patched
-BAND = 0.95
-FITS = {
-    "helix": "linear term, cosine and sine of every period",
-    "circle": "the helix without its linear term",
-    "digits": "a free state for every digit at every place: the control that decides",
-    "polynomial": "as many powers of the value as the helix has columns",
-}
+FEWEST_RIGHT = 30  # sums that the model has right; with fewer they are not looked at
+LETTERS = string.ascii_uppercase  # control: a row of things that are no numbers
 PATCHES = {
     "value_mean": "the mean states of the two values (the most a fit by value can do)",
     "digits": "the digits-only model",
@@ -114,7 +99,7 @@ class NumbersSettings(Settings):
     train_fraction: float = 0.75
     """share of the values in a fit; every value is held out once"""
     pairs: int = 40
-    """prompts that are patched, at most"""
+    """sums that are patched, at most"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,6 +125,12 @@ class NumbersSettings(Settings):
         """[v]"""
         return torch.arange(self.low, self.high + 1)
 
+    @property
+    def fits(self) -> ValueFits:
+        """What the states of the values are fitted by."""
+        count = max(2, round(1 / (1 - self.train_fraction)))
+        return ValueFits(self.values, self.periods, count, self.draws, self.seed)
+
 
 PRESETS = presets(NumbersSettings, {"widths": (2048,)})
 
@@ -153,91 +144,6 @@ def plan(settings: NumbersSettings) -> list[str]:
         *(f"fit       {name}: {about}" for name, about in FITS.items()),
         *(f"patch     {name}: {about}" for name, about in PATCHES.items()),
     ]
-
-
-# ---- fits
-
-
-def fit_numbers(h: Tensor, settings: NumbersSettings) -> dict[str, float]:
-    """All fits of states h [v, t, d] with their nulls; intervals by value."""
-    states, folds, seed, columns = states_of(h), _folds(settings), settings.seed, _columns(settings)
-    helix, digits = columns["helix"], columns["digits"]
-    sums = {name: fit_sums(states, own, folds) for name, own in columns.items()}
-    numbers = bootstrap(ceiling_sums(h), r2, seed=seed)[0].numbers("r2/ceiling")
-    for name, own in sums.items():
-        numbers |= bootstrap(own, r2, seed=seed)[0].numbers(f"r2/{name}")
-    both = fit_sums(states, torch.cat([digits, beyond(helix, digits)], dim=1), folds)
-    more = torch.stack([both[:, 0], sums["digits"][:, 0]], dim=1)  # of what digits leave
-    numbers |= bootstrap(more, r2, seed=seed)[0].numbers("r2/beyond_digits")
-    explained = [sums[name][:, 1] - sums[name][:, 0] for name in ("helix", "digits")]
-    numbers |= ratio(torch.stack(explained, dim=1)).numbers("share_of_digits")
-    for period in settings.periods:
-        rest = helix_columns(settings.values, [other for other in settings.periods if other != period])
-        drop = torch.cat([fit_sums(states, rest, folds)[:, :1], sums["helix"]], dim=1)
-        (lost,) = bootstrap(drop, lambda s: (s[..., :1] - s[..., 1:2]) / s[..., 2:], seed=seed)
-        numbers |= lost.numbers(f"drop/{period:g}")
-    draws = null_r2(states, folds, helix, digits, draws=settings.draws, seed=seed + 11)
-    for null, drawn in draws.items():
-        own = numbers["r2/beyond_digits" if null == "beyond_digits" else "r2/helix"]
-        numbers[f"null/{null}"] = drawn.median().item()
-        numbers[f"null/{null}/high"] = drawn.quantile(BAND).item()
-        numbers[f"rank/{null}"] = (1 + int((drawn >= own).sum())) / (1 + len(drawn))
-    return numbers
-
-
-def _columns(settings: NumbersSettings) -> dict[str, Tensor]:
-    """The columns of each of FITS."""
-    values, helix = settings.values, helix_columns(settings.values, settings.periods)
-    return {
-        "helix": helix,
-        "circle": helix_columns(values, settings.periods, line=False),
-        "digits": digit_columns(values),
-        "polynomial": polynomial_columns(values, helix.shape[1]),
-    }
-
-
-def _folds(settings: NumbersSettings) -> Tensor:
-    count = max(2, round(1 / (1 - settings.train_fraction)))
-    return dealt_folds(len(settings.values), min(count, len(settings.values)), seed=settings.seed)
-
-
-# ---- what of it is in the SAE's error
-
-
-def part_numbers(h: Tensor, parts: Mapping[str, Tensor], settings: NumbersSettings) -> dict[str, float]:
-    """Helix and digits fitted to Sae(h), b* h and the nonlinear error [v, t, d], and the share of the helix in each.
-
-    `share/helix`: of the energy of what the helix predicts of h, what it predicts of the part (they add up to 1);
-    `share/all`: the same of the states by value, helix or not.
-    """
-    folds, seed, columns = _folds(settings), settings.seed, _columns(settings)
-    centred = {name: (x.double() - x.double().mean(0)).mean(1) for name, x in {"h": h, **parts}.items()}
-    d = h.shape[-1]
-    joint = held_out(columns["helix"], torch.cat(list(centred.values()), dim=1), folds)
-    moves = dict(zip(centred, (joint.predicted - joint.mean).split(d, dim=1), strict=True))
-    numbers: dict[str, float] = {}
-    for name, part in parts.items():
-        for fit in ("helix", "digits"):
-            sums = fit_sums(states_of(part), columns[fit], folds)
-            numbers |= bootstrap(sums, r2, seed=seed)[0].numbers(f"r2/{fit}_in_{name}")
-        for key, of in (("helix", moves), ("all", centred)):
-            sums = torch.stack([(of[name] * of["h"]).sum(1), of["h"].square().sum(1)], dim=1)
-            numbers |= ratio(sums).numbers(f"share/{key}_in_{name}")
-    return numbers
-
-
-# ---- patches
-
-
-def moves_of(h: Tensor, settings: NumbersSettings, prompts: Prompts) -> dict[str, Tensor]:
-    """What each fit of states h [v, t, d], made without either value, says lies between a prompt's two numbers: [n, d]."""
-    folds = _folds(settings)
-    means = (h.double() - h.double().mean(0)).mean(1)
-    points = {"value_mean": means}
-    for name, columns in _columns(settings).items():
-        points[name] = held_out(columns, means, folds).predicted
-    start, end = prompts.value - settings.low, prompts.to - settings.low
-    return {name: own[end] - own[start] for name, own in points.items()}
 
 
 # ---- the run
@@ -261,33 +167,52 @@ def run(settings: NumbersSettings, stages: Stages) -> Result:
     sites = {EMBEDDING: "blocks.0.hook_resid_pre"}
     sites |= {f"block-{block}": f"blocks.{block}.hook_resid_post" for block in settings.blocks}
     hooks = list(dict.fromkeys([*sites.values(), *(sae.hook for sae in inputs.saes)]))
-    rows = [[ids(f"{text}{value}") for value in settings.values.tolist()] for text in settings.texts]
-    with stages.stage("states of numbers", len(rows)) as advance:
-        h = number_states(network, hooks, rows, advance)
+
+    def read(name: str, words: Sequence[Any]) -> dict[str, Tensor]:
+        rows = [[ids(f"{text}{word}") for word in words] for text in settings.texts]
+        with stages.stage(f"states of {name}", len(rows)) as advance:
+            return number_states(network, hooks, rows, advance)
+
+    h = read("numbers", settings.values.tolist())
+    alphabet = (
+        LETTERS if len({tuple(ids(f"{settings.texts[0]}{letter}")) for letter in LETTERS}) == len(LETTERS) else ""
+    )
+    letters = read("letters", alphabet) if alphabet else {}
     numbers: dict[str, float] = {}
     spectra: dict[str, Any] = {}
-    with stages.stage("fit numbers", len(sites)) as advance:
+    with stages.stage("fit numbers", len(sites)) as advance, one_thread():
         for name, hook in sites.items():
-            numbers |= {f"{name}/{key}": value for key, value in fit_numbers(h[hook], settings).items()}
-            powers, band = spectrum(
-                states_of(h[hook]).means, settings.values, draws=settings.draws, level=BAND, seed=settings.seed
-            )
-            on_grid = {f"power/{period:g}": powers[period] for period in settings.periods if period in powers}
-            numbers |= {f"{name}/{key}": share for key, share in (on_grid | {"power/band": band}).items()}
-            spectra[name] = {"periods": list(powers), "shares": list(powers.values()), "band": band}
+            own, spectra[name] = _fitted(h[hook], letters.get(hook), settings)
+            numbers |= {f"{name}/{key}": value for key, value in own.items()}
             advance(1)
     for sae in inputs.saes:
         parts = _parts(h[sae.hook].to(settings.device), sae.own, found.site_of(sae.name).maps[sae.name])
-        numbers |= {f"{sae.name}/{key}": value for key, value in part_numbers(h[sae.hook], parts, settings).items()}
-    patched, note = _patched(network, ids, settings, h, stages)
+        numbers |= {
+            f"{sae.name}/{key}": value for key, value in part_numbers(h[sae.hook], parts, settings.fits).items()
+        }
+    summed, note = _summed(network, ids, settings, h, sites, stages)
     notes = [
-        f"Numbers {settings.low} to {settings.high} in {len(rows)} templates, the state at the last token; intervals: 95 %, by "
-        f"value. Nulls: {settings.draws} draws, their {BAND:.0%} quantile; ranks are p-values, at least "
-        f"{1 / (1 + settings.draws):.2g}.",
+        f"Numbers {settings.low} to {settings.high} in {len(settings.texts)} templates, the state at the last token; "
+        f"intervals: 95 %, by value (of sums: by their first number). Nulls: {settings.draws} draws, their {BAND:.0%} "
+        f"quantile; ranks are p-values, at least {1 / (1 + settings.draws):.2g}.",
         note,
     ]
     series = {"sites": sites, "spectra": spectra, "fits": FITS, "patches": PATCHES}
-    return measured_result("numbers", found, stages, numbers | patched, series=series, notes=notes)
+    return measured_result("numbers", found, stages, numbers | summed, series=series, notes=notes)
+
+
+def _fitted(h: Tensor, letters: Tensor | None, settings: NumbersSettings) -> tuple[dict[str, float], dict[str, Any]]:
+    """Fits of one site's numbers and letters, and the spectrum of its numbers."""
+    fits = settings.fits
+    numbers = fit_numbers(h, fits)
+    if letters is not None:
+        control = fit_numbers(letters, dataclasses.replace(fits, values=torch.arange(len(letters))))
+        numbers |= {f"letters/{key}": value for key, value in control.items() if "digit" not in key}
+    means = states_of(h).means
+    powers, band = spectrum(means, settings.values, draws=settings.draws, level=BAND, seed=settings.seed)
+    on_grid = {f"power/{period:g}": powers[period] for period in settings.periods if period in powers}
+    shape = {"periods": list(powers), "shares": list(powers.values()), "band": band}
+    return numbers | on_grid | {"power/band": band}, shape
 
 
 @torch.no_grad()
@@ -298,34 +223,43 @@ def _parts(h: Tensor, encode: Any, b_star: Any) -> dict[str, Tensor]:
     return {name: part.cpu().unflatten(0, h.shape[:2]) for name, part in parts.items()}
 
 
-def _patched(
+def _summed(
     network: Any,
     ids: Ids,
     settings: NumbersSettings,
     h: Mapping[str, Tensor],
+    sites: Mapping[str, str],
     stages: Stages,
 ) -> tuple[dict[str, float], str]:
-    """Patches after every block but the last, where the model counts on rightly often enough; and what was done."""
-    prompts = counting_prompts(ids, settings.values.tolist(), seed=settings.seed)
+    """Sums that the model gets right: what its last state holds of them, and patches of their first number."""
+    prompts = sum_prompts(ids, settings.values.tolist(), seed=settings.seed)
     if prompts is None:
-        return {"patch/prompts": 0}, "Nothing was patched: the tokenizer does not write numbers in digits."
-    right = continued_rightly(network, prompts)
-    numbers: dict[str, float] = {"patch/prompts": len(right), "patch/right": int(right.sum())}
-    said = f'The model goes on counting ("23, 24, 25, 2") rightly in {int(right.sum())} of {len(right)} prompts'
+        return {"sums/prompts": 0}, "No sums: the tokenizer does not write numbers in digits, or no value has two."
+    right = summed_rightly(network, prompts)
+    numbers: dict[str, float] = {"sums/prompts": len(right), "sums/right": int(right.sum())}
+    said = f'The model has the last digit of "23 + 4 = 2" right in {int(right.sum())} of {len(right)} prompts'
     if int(right.sum()) < FEWEST_RIGHT:
-        return numbers, f"{said}: too few to patch (at least {FEWEST_RIGHT})."
-    order = torch.randperm(len(right), generator=torch.Generator().manual_seed(settings.seed))
-    chosen = order[right[order]][: settings.pairs].sort().values
-    kept = Prompts(*(column if isinstance(column, int) else column[chosen] for column in prompts))  # type: ignore[arg-type]
+        return numbers, f"{said}: too few to look at (at least {FEWEST_RIGHT})."
+    known = prompts.those(right.nonzero().flatten())
+    with stages.stage("states of sums"):
+        after = last_states(network, list(sites.values()), known.tokens)
+    with stages.stage("fit sums", len(sites)) as advance, one_thread():
+        for name, hook in sites.items():
+            own = sum_numbers(after[hook], known.value, known.added, settings.fits)
+            numbers |= {f"{name}/{key}": value for key, value in own.items()}
+            advance(1)
+    order = torch.randperm(len(known.value), generator=torch.Generator().manual_seed(settings.seed))
+    kept = known.those(order[: settings.pairs].sort().values)
+    start, end = kept.value - settings.low, kept.to - settings.low
     with stages.stage("patch numbers", len(settings.blocks)) as advance:
         for block in settings.blocks:
             if block < len(transformer_blocks(network)) - 1:  # after the last nothing reads another token's state
-                moves = moves_of(h[f"blocks.{block}.hook_resid_post"], settings, kept)
+                moves = moves_between(h[f"blocks.{block}.hook_resid_post"], settings.fits, start, end)
                 logits = patch_logits(SplicedModel(network, block), kept, moves, seed=settings.seed)
                 own = patch_numbers(logits, seed=settings.seed)
                 numbers |= {f"block-{block}/{key}": value for key, value in own.items()}
             advance(1)
-    return numbers | {"patch/patched": len(chosen)}, f"{said}; {len(chosen)} of them were patched."
+    return numbers | {"sums/patched": len(kept.value)}, f"{said}; {len(kept.value)} of them were patched."
 
 
 # ---- what is shown
@@ -338,16 +272,20 @@ def table(result: Result) -> Table:
         own = {key.partition("/")[2]: value for key, value in result.numbers.items() if key.startswith(f"{name}/")}
         fits = [with_interval(own, f"r2/{fit}", "{:.2f}") for fit in ("ceiling", "digits", "helix", "polynomial")]
         band = shown(own["null/beyond_digits/high"], "{:.3f}")
+        clock = "sum_digits", "sum_helix"
+        sums = [with_interval(own, f"r2/{key}", "{:.2f}") if f"r2/{key}" in own else "" for key in clock]
         rows.append(
             [
                 name.replace("-", " "),
                 *fits,
-                f"{with_interval(own, 'r2/beyond_digits', '{:.3f}')}, band {band}",
+                f"{with_interval(own, 'r2/beyond_digits', '{:.3f}')}, band {band}, smooth {own['r2/smooth_beyond_digits']:.3f}",
                 f"{own['null/digit_columns']:.2f}, p {own['rank/digit_columns']:.2f}",
                 f"p {own['rank/periods']:.2f}",
+                *sums,
             ]
         )
-    headings = ("state after", "ceiling", "digits", "helix", "polynomial", "beyond digits", "digit columns", "periods")
+    headings = ("state after", "ceiling", "digits", "helix", "polynomial", "beyond digits", "digit columns", "periods",
+                "digits of a sum", "its helix")  # fmt: skip
     title = f"states of {result.config['low']} to {result.config['high']}, R2 on held-out values"
     return Table(title=f"numbers: {result.config['model']}, {title}", headings=headings, rows=rows)
 
@@ -369,12 +307,25 @@ def reading(result: Result) -> list[str]:
     beyond = where(
         lambda site: numbers[f"{site}/r2/beyond_digits"] > 0 and numbers[f"{site}/rank/beyond_digits"] <= level
     )
+    most = max(sites, key=lambda name: numbers[f"{name}/r2/beyond_digits"])
+
+    def low(null: str) -> Callable[[str], bool]:
+        return lambda site: numbers[f"{site}/rank/{null}"] <= level
+
     lines = [
         f"The helix explains most after {best.replace('-', ' ')}: R2 {of('r2/helix')} on held-out values, digits alone "
         f"{of('r2/digits')}, another template {of('r2/ceiling')}.",
-        f"Beyond digits the helix says more than permuted values do (p at most {level:.2f}) {beyond}; as many random columns "
-        f"out of the digits' do worse than it {where(lambda site: numbers[f'{site}/rank/digit_columns'] <= level)}, random "
-        f"periods {where(lambda site: numbers[f'{site}/rank/periods'] <= level)}.",
+        f"Beyond digits the helix says more than permuted values do (p at most {level:.2f}) {beyond}: at most "
+        f"{of('r2/beyond_digits', '{:.3f}', most)} of what digits leave, where as many low powers of the value, which have no "
+        f"period, say {of('r2/smooth_beyond_digits', '{:.3f}', most)}.",
+        f"As many random columns out of the digits' do worse than the helix {where(low('digit_columns'))}, random periods "
+        f"{where(low('periods'))}.",
+        *(
+            f"Control: for letters by their place in the alphabet the helix has R2 {of('letters/r2/helix')} after the same "
+            f"block; random periods do worse {where(lambda site: numbers[f'{site}/letters/rank/periods'] <= level)}."
+            for _ in range(f"{best}/letters/r2/helix" in numbers)
+        ),
+        *_sum_lines(result, sites, of),
     ]
     patched = [site for site in sites if f"{site}/patch/helix" in numbers]
     told = [site for site in patched if not math.isnan(numbers[f"{site}/patch/helix"])]
@@ -399,6 +350,26 @@ def reading(result: Result) -> list[str]:
     return lines
 
 
+def _sum_lines(result: Result, sites: Sequence[str], of: Callable[..., str]) -> list[str]:
+    """Where the sum is told beyond its addends, and whether by a helix."""
+    told = [site for site in sites if f"{site}/r2/sum_helix" in result.numbers]
+    if not told:
+        return []
+    best = max(told, key=lambda site: result.numbers[f"{site}/r2/sum_digits"])
+    rank = result.numbers[f"{best}/rank/sum_permuted"]
+    line = (
+        f"After the equals sign of a sum the state tells most of it after {best.replace('-', ' ')}: of what digits of the "
+        f"addends leave (R2 {of('r2/addends', site=best)}), digits of the sum explain {of('r2/sum_digits', site=best)}, its "
+        f"helix {of('r2/sum_helix', site=best)} (p {rank:.2f} against permuted sums)"
+    )
+    if f"{best}/rank/sum_digit_columns" not in result.numbers:
+        return [f"{line}."]
+    return [
+        f"{line}; the waves of it that digits can say {of('r2/sum_waves', site=best)}, as many random columns out of the "
+        f"sum's digits {of('null/sum_digit_columns', site=best)} (p {of('rank/sum_digit_columns', site=best)})."
+    ]
+
+
 _LINES = {
     "ceiling": ("another template (ceiling)", "black"),
     "digits": ("digits", BLUE),
@@ -421,6 +392,31 @@ def fits(result: Result) -> Figure:
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_ylabel("R² on held-out values")
     axes.set_title("What says the state of a number")
+    legend_beside(axes)
+    return figure
+
+
+def sums(result: Result) -> Figure | None:
+    """What the state after a sum's equals sign holds of the sum beyond its addends' digits; none where none was right."""
+    sites = [site for site in result.series["sites"] if f"{site}/r2/sum_helix" in result.numbers]
+    if not sites:
+        return None
+    figure, axes = new_figure(2.8)
+    for number, (key, label, colour) in enumerate((
+        ("sum_digits", "digits of the sum", BLUE), ("sum_helix", "helix of the sum", ORANGE)
+    )):  # fmt: skip
+        values, errors = interval_bars(result, [f"{site}/r2/{key}" for site in sites])
+        places = [place + 0.06 * (number - 0.5) for place in range(len(sites))]
+        axes.errorbar(places, values, yerr=errors, fmt="o-", markersize=3.5, linewidth=1, color=colour, label=label)
+    for null, label, colour in (
+        ("sum_digit_columns", "random columns\nof its digits", BLUE), ("sum_permuted", "helix of\nanother sum", GREY)
+    ):  # fmt: skip
+        middle, high = ([result.numbers[f"{site}/null/{null}{end}"] for site in sites] for end in ("", "/high"))
+        axes.fill_between(range(len(sites)), middle, high, color=colour, alpha=0.15, label=label)
+    _site_axis(axes, sites)
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_ylabel("share of what the addends leave")
+    axes.set_title("The sum, after its equals sign")
     legend_beside(axes)
     return figure
 
@@ -495,4 +491,4 @@ def shares(result: Result) -> Figure:
     return figure
 
 
-FIGURES = {"fits": fits, "power": power, "patches": patches, "shares": shares}
+FIGURES = {"fits": fits, "power": power, "sums": sums, "patches": patches, "shares": shares}

@@ -45,6 +45,7 @@ from darkmatter_ext.report.style import BLUE, GREEN, GREY, ORANGE, SKY, interval
 from darkmatter_ext.report.table import Table, shown, with_interval
 from darkmatter_ext.runtime.inputs import require, require_at_least, require_one_of
 from darkmatter_ext.runtime.progress import Stages
+from darkmatter_ext.runtime.threads import one_thread
 from darkmatter_ext.saes.encoders import random_directions
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class ProbingSettings(Settings):
     """shares of training labels that are flipped, regime noise"""
     probe_seeds: int = 3
     """splits of each task into training and test documents"""
-    rows: int = 400
+    rows: int = 300
     """texts of a built-in task, at most"""
     pool: str = "last"
     """what stands for a text: last (its last token) or mean (over its tokens)"""
@@ -155,6 +156,7 @@ def kind_of(arrow: str) -> tuple[str, str]:
     return name, k
 
 
+@one_thread()
 def probe(
     tasks: Sequence[Task],
     places: Sequence[Tensor],
@@ -274,7 +276,7 @@ def run(settings: ProbingSettings, stages: Stages) -> Result:
         for task in tasks:
             _check_splits(task, settings)
     texts = list(dict.fromkeys(text for task in tasks for text in task.texts))
-    own = _features(inputs, found, settings, texts, stages)
+    own, sinks = _features(inputs, found, settings, texts, stages)
     number_of = {text: number for number, text in enumerate(texts)}
     places = [torch.tensor([number_of[text] for text in task.texts]) for task in tasks]
     with stages.stage("fit probes", len(tasks) * settings.probe_seeds) as advance:
@@ -297,7 +299,7 @@ def run(settings: ProbingSettings, stages: Stages) -> Result:
         for side in ("validation", "test")
         for point, values in getattr(scores, side).items()
     }
-    notes += _notes(settings, tasks, regimes)
+    notes += [*_notes(settings, tasks, regimes), *sinks]
     return measured_result("probing", found, stages, numbers, series=series, arrays=arrays, notes=notes)
 
 
@@ -309,8 +311,8 @@ def _check_splits(task: Task, settings: ProbingSettings) -> None:
 
 def _features(
     inputs: Inputs, found: Measurement, settings: ProbingSettings, texts: Sequence[str], stages: Stages
-) -> dict[str, Tensor]:
-    """What probes read of every text, controls included."""
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What probes read of every text, controls included; and a note on texts that end on an attention sink."""
     sae, frozen = _measured_sae(inputs)
     site, usage, device = found.site_of(sae.name), inputs.resolved.usage, inputs.processes.device
     with stages.stage("read the texts", len(texts)) as advance:
@@ -328,7 +330,7 @@ def _features(
             own["random_directions"] = codes(sites, sae.reads, control, device)
         if frozen is not None:
             own["frozen"] = codes(sites, frozen.reads, frozen.own, device)
-    return own
+    return own, sites.sink_notes(sae.reads, settings.measure.max_norm_ratio)
 
 
 def _notes(settings: ProbingSettings, tasks: Sequence[Task], regimes: Sequence[str]) -> list[str]:

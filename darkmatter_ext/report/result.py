@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.runtime.html import html_table
-from darkmatter_ext.runtime.inputs import InputError
+from darkmatter_ext.runtime.inputs import InputError, told
 from darkmatter_ext.runtime.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -111,16 +111,34 @@ def _save_arrays(arrays: dict[str, np.ndarray], path: Path) -> str | None:
 
 
 def _load_arrays(path: Path) -> dict[str, np.ndarray]:
-    import zipfile
-
     import numpy as np
 
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or "not an .npz file"
-        raise InputError(f"RESULT: must have its per-token arrays beside it, got {path} ({reason})") from None
+    if not path.is_file():
+        raise InputError(f"RESULT: must have its per-token arrays beside it, got no file {path}")
+    with (
+        told("RESULT", "must have its per-token arrays beside it in an .npz file", path),
+        np.load(path, allow_pickle=False) as file,
+    ):
+        return dict(file)
+
+
+_KINDS = {
+    "experiment": str, "config": dict, "numbers": dict, "series": dict, "notes": list, "seconds": dict, "provenance": dict,
+}  # fmt: skip
+
+
+def _check_kinds(content: dict[str, Any], path: Path) -> None:
+    """Raise InputError unless a result's fields are of their kinds, and its numbers are numbers."""
+    for name, kind in _KINDS.items():
+        value = content.get(name, kind())
+        if not isinstance(value, kind):
+            raise InputError(f"RESULT: must have {name} as a {kind.__name__}, got {type(value).__name__} in {path}")
+    for name, value in content.get("numbers", {}).items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputError(f"RESULT: must have numbers that are numbers, got {value!r} as {name} in {path}")
+    for note in content.get("notes", []):
+        if not isinstance(note, str):
+            raise InputError(f"RESULT: must have notes that are texts, got {note!r} in {path}")
 
 
 def load_result(path: str | Path, *, alone: bool = False) -> Result:
@@ -137,7 +155,10 @@ def load_result(path: str | Path, *, alone: bool = False) -> Result:
         raise InputError(f"RESULT: must be a JSON result file, got {path} (not JSON)") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise InputError(f"RESULT: must be a result of format {FORMAT}, got {path}")
+    _check_kinds(content, path)
     stored = content.pop("arrays", None)
+    if stored is not None and (not isinstance(stored, str) or Path(stored).name != stored):
+        raise InputError(f"RESULT: must name a file beside it for its arrays, got {stored!r} in {path}")
     without = alone and stored and not path.with_name(stored).exists()
     arrays = _load_arrays(path.with_name(stored)) if stored and not without else {}
     try:

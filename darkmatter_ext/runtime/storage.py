@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -51,13 +52,34 @@ def _temporary_sibling(target: Path) -> str:
     return tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
 
 
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+@contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """A disk that is full is told as an OSError that names the file, whichever library was writing."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if "serializ" not in str(error):  # a file that was read
+            raise
+        raise OSError(f"{target}: cannot be written ({' '.join(str(error).split())})") from None
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        raise OSError(f"{target}: cannot be written ({error.strerror})") from None
+
+
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path to write to; it becomes `target` in one rename, or disappears if the block fails."""
     folder = Path(_temporary_sibling(target))
     try:
         part = folder / target.name
-        yield part
+        with _named(target):
+            yield part
         part.replace(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -70,7 +92,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         part = folder / target.name
         part.mkdir()
-        yield part
+        with _named(target):
+            yield part
         if not target.exists():
             part.replace(target)
     finally:

@@ -192,7 +192,7 @@ def random_dictionary(mean: Tensor, n_latents: int, l0: int, *, seed: int) -> En
     Gradient pursuit chooses the codes: an encoder for directions nobody trained would have to be invented. It runs on
     the CPU, wherever x is. Cost: see `ops.pursuit.pursuit`. Raises InputError as it does.
     """
-    rows = _random_rows((n_latents, len(mean)), seed)
+    rows = random_rows((n_latents, len(mean)), seed)
     dictionary, bias = prepare_dictionary(rows), mean.float().cpu()
 
     def encode(x: Tensor) -> Encoded:
@@ -203,7 +203,7 @@ def random_dictionary(mean: Tensor, n_latents: int, l0: int, *, seed: int) -> En
     return encode
 
 
-def _random_rows(shape: tuple[int, int], seed: int) -> Tensor:
+def random_rows(shape: tuple[int, int], seed: int) -> Tensor:
     """Unit rows [F, d] in random directions."""
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return rows / rows.norm(dim=1, keepdim=True)
@@ -214,7 +214,7 @@ def random_directions(sae: SAE, l0: int, *, seed: int) -> Encode:
 
     Its codes are as cheap as an SAE's, and poorer than those of `random_dictionary`. Raises ValueError as `topk_encode`.
     """
-    rows = _random_rows((len(sae.W_dec), sae.W_dec.shape[1]), seed).to(sae.W_dec)
+    rows = random_rows((len(sae.W_dec), sae.W_dec.shape[1]), seed).to(sae.W_dec)
     columns, center, no_bias = rows.mT.contiguous(), sae.b_dec.detach(), rows.new_zeros(len(rows))
     prepared = prepare_encoder(columns, no_bias, b_dec=center)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from darkmatter_ext.runtime.inputs import InputError, told
-from darkmatter_ext.saes.flat_activations import SCALED, WHITENED
+from darkmatter_ext.saes.flat_activations import SCALED, WHITENED, for_flat_activations, why_not_usable
 from darkmatter_ext.saes.formats import FORMATS, found_at, on_disk
 from darkmatter_ext.saes.formats.layout import Format, Place
 
@@ -167,8 +167,11 @@ def load_sae(
             found = "NaN" if bool(parameter.isnan().any()) else "infinity"
             raise InputError(f"sae: weights must be finite, got {found} in {name} of {spec}")
     _fold_scaling(sae, None if place is None else place.folder, activation_scale)
-    sae = sae if dtype is None else sae.to(getattr(torch, dtype))
-    return sae.eval().requires_grad_(False)
+    sae = (sae if dtype is None else sae.to(getattr(torch, dtype))).eval().requires_grad_(False)
+    if not why_not_usable(sae):
+        with told("sae", "must have a configuration that its weights can be used with", spec), torch.inference_mode():
+            for_flat_activations(sae)(torch.zeros(1, 1, sae.cfg.d_in, dtype=sae.dtype, device=sae.device))
+    return sae
 
 
 def _from_disk(layout: Format, place: Place, device: str) -> SAE:

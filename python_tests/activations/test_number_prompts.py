@@ -1,4 +1,4 @@
-"""States of numbers against forward passes by hand, counting prompts, and patches of a planted clock."""
+"""States of numbers against forward passes by hand, sums, and patches of a planted clock."""
 
 import math
 from types import SimpleNamespace
@@ -8,12 +8,14 @@ import torch
 from cases.models import small_model, word_tokenizer
 
 from darkmatter_ext.activations.number_prompts import (
+    EXAMPLES,
     Prompts,
-    continued_rightly,
-    counting_prompts,
+    last_states,
     number_states,
     patch_logits,
     patch_numbers,
+    sum_prompts,
+    summed_rightly,
     tokens_of,
 )
 from darkmatter_ext.activations.splicing import SplicedModel
@@ -46,26 +48,41 @@ def test_values_that_are_one_token_give_one_line():
         number_states(small_model("llama"), HOOKS, rows, lambda _: None)
 
 
-def test_prompts_count_on():
+def test_prompts_are_sums_without_a_carry():
     tokenizer = word_tokenizer()
-    prompts = counting_prompts(tokens_of(tokenizer, bos=True), range(10, 100), seed=0)
-    one = prompts.value.tolist().index(23)
-    assert tokenizer.decode(prompts.tokens[one]).split()[1:] == [*"21,22,23,2"]
-    assert tokenizer.decode([int(prompts.own[one])]) == "4"
+    ids = tokens_of(tokenizer, bos=True)
+    prompts = sum_prompts(ids, range(10, 100), seed=0)
+    pairs = list(zip(prompts.value.tolist(), prompts.added.tolist(), strict=True))
+    assert (
+        len(set(pairs)) == len(pairs) == 9 * 44
+    )  # in every ten 9 + 8 + ... + 1, less the one where no other number has room
+    assert all(a % 10 + b < 10 for a, b in pairs)
+    one = pairs.index((23, 4))
     to = int(prompts.to[one])
     assert to // 10 == 2
     assert to != 23
-    assert tokenizer.decode([int(prompts.answer[one])]) == str(to % 10 + 1)
-    assert tokenizer.decode(prompts.other[one]).split()[1:] == [*f"21,22,{to},2"]
-    assert tokenizer.decode([int(prompts.tokens[one, prompts.place])]) == "3"
-    assert not any(value % 10 == 9 for value in prompts.value.tolist())
-    words = counting_prompts(lambda text: [hash(text) % 1000], range(10, 100), seed=0)  # whole texts as tokens
+    assert to % 10 + 4 < 10
+    assert prompts.tokens[one].tolist() == ids(f"{EXAMPLES}23 + 4 = 2")
+    assert prompts.other[one].tolist() == ids(f"{EXAMPLES}{to} + 4 = 2")
+    assert [tokenizer.decode([int(column[one])]) for column in (prompts.own, prompts.answer)] == ["7", str(to % 10 + 4)]
+    assert prompts.tokens[one, : prompts.place + 1].tolist() == ids(f"{EXAMPLES}23")
+    assert len(sum_prompts(ids, range(10, 100), seed=0, most=50).value) == 50
+    words = sum_prompts(lambda text: [hash(text) % 1000], range(10, 100), seed=0)  # whole texts as tokens
     assert words is None
+
+
+def test_the_last_state_is_that_of_the_last_token():
+    network = small_model("llama").eval()
+    tokens = torch.randint(0, 30, (70, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hidden = network(tokens, output_hidden_states=True).hidden_states
+    for hook, at in zip(HOOKS, (0, 2), strict=True):
+        torch.testing.assert_close(last_states(network, HOOKS, tokens)[hook], hidden[at][:, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_patch_is_the_network_with_a_hook():
     network = small_model("llama").eval()
-    prompts = counting_prompts(tokens_of(word_tokenizer(), bos=True), range(10, 40), seed=0)
+    prompts = sum_prompts(tokens_of(word_tokenizer(), bos=True), range(10, 40), seed=0)
     moves = {"helix": torch.ones(len(prompts.tokens), 16)}
     found = patch_logits(SplicedModel(network, 0), prompts, moves, seed=0)
     with torch.no_grad():
@@ -82,7 +99,7 @@ def test_a_patch_is_the_network_with_a_hook():
     torch.testing.assert_close(found["original"], plain[rows, prompts.answer], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["full"], patched[rows, prompts.answer], rtol=1e-4, atol=1e-5)
     assert set(found) == {"original", "full", "mean", "helix", "random_move"}
-    assert continued_rightly(network, prompts).equal(plain.argmax(-1) == prompts.own)
+    assert summed_rightly(network, prompts).equal(plain.argmax(-1) == prompts.own)
 
 
 class Clock:
@@ -115,7 +132,7 @@ def _clock():
         return torch.cat([angle.cos()[:, None], angle.sin()[:, None], noise], 1)[:, None]
 
     tokens, other = torch.zeros(80, 1).long(), torch.zeros(80, 1).long()
-    prompts = Prompts(tokens, other, 0, value, to, (value + 1) % 10, (to + 1) % 10)
+    prompts = Prompts(tokens, other, 0, value, to, torch.ones_like(value), (value + 1) % 10, (to + 1) % 10)
     x, y = states(value % 10), states(to % 10)
     return Clock((tokens, x), (other, y)), prompts, (y - x)[:, 0]
 

@@ -84,3 +84,68 @@ def write_gemma_scope(root, path, **changed):
     } | changed
     np.savez(folder / "params.npz", **{name: value.numpy() for name, value in weights.items()})
     return folder, weights
+
+
+def write_dictionary(folder, kind, weights, **trainer):
+    """config.json and ae.pt of dictionary_learning -> the folder."""
+    folder.mkdir(parents=True)
+    own = {"dict_class": kind, "activation_dim": D, "dict_size": F, "layer": 1, "lm_name": "EleutherAI/pythia-70m"}
+    own |= {"submodule_name": "resid_post_layer_1"} | trainer
+    (folder / "config.json").write_text(json.dumps({"trainer": own, "buffer": {"ctx_len": 128, "io": "out"}}))
+    torch.save(weights, folder / "ae.pt")
+    return str(folder)
+
+
+def dictionary_weights(bias=True):
+    """Encoder and decoder as torch's linear layers hold them."""
+    weights = {"encoder.weight": unit(F, D), "decoder.weight": unit(F, D).T.contiguous()}
+    return weights | ({"encoder.bias": noise(F)} if bias else {})
+
+
+def write_llama_scope(folder, *, file="checkpoints/final.safetensors", dtype=torch.float32, **hyperparams):
+    """hyperparams.json and the weights -> folder, weights in float32, the configuration."""
+    (folder / file).parent.mkdir(parents=True)
+    weights = {
+        "encoder.weight": unit(F, D),
+        "encoder.bias": noise(F) - 0.3,
+        "decoder.weight": (unit(F, D) * torch.linspace(0.5, 2, F)[:, None]).T.contiguous(),
+        "decoder.bias": noise(D, seed=2),
+    }
+    save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / file)
+    site = "blocks.19.hook_resid_post"
+    full = {
+        "hook_point_in": site, "hook_point_out": site, "d_model": D, "d_sae": F, "expansion_factor": F // D,
+        "act_fn": "jumprelu", "jump_relu_threshold": 0.7, "norm_activation": "dataset-wise", "top_k": K,
+        "dataset_average_activation_norm": {"in": 2.5, "out": 2.5}, "use_decoder_bias": True,
+        "apply_decoder_bias_to_pre_encoder": False, "sparsity_include_decoder_norm": True, "use_glu_encoder": False,
+    } | hyperparams  # fmt: skip
+    (folder / "hyperparams.json").write_text(json.dumps(full))
+    return folder, {name: tensor.to(dtype).float() for name, tensor in weights.items()}, full
+
+
+def write_qwen_scope(root, *, repository="SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", layers=(0,), **changed):
+    """layerN.sae.pt in a snapshot of a repository whose name says the rest -> folder, weights."""
+    folder = root / f"models--Qwen--{repository}" / "snapshots" / "ab"
+    folder.mkdir(parents=True)
+    weights = {"W_enc": unit(F, D), "W_dec": unit(F, D).T.contiguous(), "b_enc": noise(F), "b_dec": noise(D, seed=2)}
+    weights |= changed
+    for layer in layers:
+        torch.save(weights, folder / f"layer{layer}.sae.pt")
+    return folder, weights
+
+
+def write_openai(path, *, activation="TopK", **changed):
+    """A file of OpenAI's -> its weights. A None leaves one out."""
+    path.parent.mkdir(parents=True)
+    weights = {
+        "pre_bias": noise(D, seed=2),
+        "latent_bias": noise(F),
+        "stats_last_nonzero": torch.zeros(F, dtype=torch.long),
+        "encoder.weight": unit(F, D),
+        "decoder.weight": unit(F, D).T.contiguous(),
+        "activation": activation,
+    }
+    weights |= {"activation_state_dict": {"k": K, "postact_fn": "ReLU"}} if activation == "TopK" else {}
+    weights |= changed
+    torch.save({name: value for name, value in weights.items() if value is not None}, path)
+    return weights

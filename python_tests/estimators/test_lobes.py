@@ -6,7 +6,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 
 from darkmatter_ext.estimators.clusters import adjusted_mutual_information, deciles, permuted, spectral_clusters
 from darkmatter_ext.estimators.co_occurrence import MEASURES, CoOccurrence, present, unrelated
-from darkmatter_ext.estimators.lobes import angles, dark_numbers, lobe_numbers
+from darkmatter_ext.estimators.lobes import angles, dark_numbers, lobe_numbers, random_numbers
 from darkmatter_ext.runtime.inputs import InputError
 
 F, D, CHUNKS = 120, 24, 800
@@ -181,3 +181,14 @@ def test_an_error_in_one_lobes_directions_is_found_there():
     assert even["dark/largest_lobe"] == pytest.approx(16 / d)
     assert even["dark/largest_lobe_null/mean"] == pytest.approx(16 / d)
     assert even["dark/rows_in_top_random"] == pytest.approx(10 / d)
+
+
+def test_random_rows_agree_with_what_they_fire_on_and_rows_dealt_anew_do_not():
+    """Tied codes of random directions: near rows fire together, which is no learning; with other rows nothing agrees."""
+    rows = torch.nn.functional.normalize(torch.randn(F, 6, generator=_generator(2)), dim=1)
+    x = torch.randn(CHUNKS, 6, generator=_generator(3))
+    there = torch.zeros(CHUNKS, F, dtype=torch.bool).scatter_(1, (x @ rows.T).topk(12).indices, True)
+    own = random_numbers(_counted(there), rows, (4,), seed=0)["ami_random_directions/4"]
+    other = random_numbers(_counted(there), rows[torch.randperm(F, generator=_generator(4))], (4,), seed=0)
+    assert own > 0.3
+    assert abs(other["ami_random_directions/4"]) < 0.05

@@ -99,6 +99,19 @@ def test_the_tolerance_of_probes_changes_no_auc():
         torch.testing.assert_close(*found, atol=0.01, rtol=0)
 
 
+def test_fits_made_at_once_are_those_made_alone():
+    """Of latents: rows that a fit does not have change neither its choice of latents nor its weights."""
+    x = (_normal(90, 40) - 0.5).relu()
+    labels = torch.stack([x[:, 3] + 0.2 * _normal(90, seed=1) > 0.1, x[:, 7] > 0.2], dim=1).long()
+    rows = torch.ones(3, 90, dtype=torch.bool)
+    rows[0, ::4], rows[1, 1::3] = False, False
+    make = latents({"few": 2, "more": 12})
+    for own, score in zip(rows, make(x, labels, rows), strict=True):
+        (alone,) = make(x[own], labels[own], torch.ones(1, int(own.sum()), dtype=torch.bool))
+        for name, scores in score(x).items():
+            torch.testing.assert_close(scores, alone(x)[name], atol=0.02, rtol=0.03)  # C = 10 stops early
+
+
 def test_coordinates_leave_out_what_does_not_vary():
     x = _normal(40, 6)
     x[:, 2], x[:, 3] = 4.0, x[:, 0]
@@ -114,7 +127,8 @@ def test_coordinates_leave_out_what_does_not_vary():
 def test_neighbours_vote():
     x = torch.tensor([[0.0], [1], [2], [10], [11], [12]]).repeat(10, 1)
     y = (x[:, 0] > 5).long()
-    scores = neighbours("near")(x, torch.stack([y, 1 - y], dim=1))(torch.tensor([[0.5], [11.5]]))["near"]
+    every = torch.ones(1, len(x), dtype=torch.bool)
+    scores = neighbours("near")(x, torch.stack([y, 1 - y], dim=1), every)[0](torch.tensor([[0.5], [11.5]]))["near"]
     assert scores.shape == (2, 2, len(NEIGHBOURS))
     assert scores[:, 0, 0].tolist() == [0, 1]
     assert scores[:, 1, 0].tolist() == [1, 0]

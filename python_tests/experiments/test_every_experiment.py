@@ -15,7 +15,7 @@ from cases.runs import SETTINGS, command
 
 import darkmatter_ext
 from darkmatter_ext import cli, experiments
-from darkmatter_ext.report.result import load_result
+from darkmatter_ext.report.result import Result, load_result
 from darkmatter_ext.report.table import Table
 
 NAMES = experiments.names()
@@ -139,6 +139,17 @@ def test_the_page_says_the_command_that_makes_the_result_again(name, finished):
     assert {key: again[key] for key in again if key not in filled} == {
         key: config[key] for key in again if key not in filled
     }
+
+
+def test_a_setting_given_empty_is_in_the_command():
+    """What a preset has and a run was told to leave out: without the flag the command would make another result."""
+    preset = experiments.experiment("probing").PRESETS["demo"]
+    settings = dataclasses.asdict(preset.saes).items()
+    usual = {name: list(value) if isinstance(value, tuple) else value for name, value in settings}
+    assert usual["frozen"] == ["decoder"]
+    result = Result("probing", usual | {"frozen": [], "seed": 0}, {})
+    words = shlex.split(experiments.command(result))
+    assert words == ["darkmatter", "run", "probing", "--frozen"]
 
 
 # ---- an experiment that a user adds

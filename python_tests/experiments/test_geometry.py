@@ -40,6 +40,7 @@ def test_a_run_has_every_scale_and_null(finished):
             assert f"{name}/ami_null/{null}/4/sd" in numbers
         assert numbers[f"{name}/alpha/low"] <= numbers[f"{name}/alpha"] <= numbers[f"{name}/alpha/high"]
         assert 0 < numbers[f"{name}/dark/largest_lobe"] <= 1 + 1e-9
+        assert -1 <= numbers[f"{name}/ami_random_directions/4"] <= 1
     assert numbers["blocks.1.hook_resid_post/the/quality/before"] >= 0
     assert "AMI" in said
     assert {path.name for path in out.glob("*.png")} == {

@@ -133,6 +133,10 @@ def test_the_command_measures_a_family_as_the_decomposition_does(finished):
         assert found.numbers[f"topk-{width}-k4/fvu_training_text"] == pytest.approx(rest.item(), rel=1e-4)
         assert f"topk-{width}-k4-seed1/fvu" in found.numbers
         assert found.numbers[f"topk-{width}-k4-seed1/fvu"] != found.numbers[f"topk-{width}-k4/fvu"]
+    figures = scaling._lines(found)
+    assert {sae["name"] for _, own in figures for sae in own} == {
+        sae["name"] for sae in found.series["saes"] if sae["frozen"] == "none"
+    }  # no control in a figure over width
     assert {sae["frozen"] for sae in found.series["saes"] if sae["d_sae"] == 32} == {"none", "decoder", "soft-decoder"}
     assert found.numbers["topk-32-k4-frozen-decoder/fvu"] > found.numbers["topk-32-k4/fvu"]
     assert found.numbers["law/widths"] == 8  # two seeds of four widths, no control

@@ -16,6 +16,7 @@ from cases.interrupted_run import SETTINGS
 from cases.measured import HOOKS, measure, numbers, open_caches, saes, write_caches
 
 import darkmatter_ext
+from darkmatter_ext.measurement import engine
 from darkmatter_ext.measurement.token_table import TokenTable, read_tokens
 from darkmatter_ext.runtime.checkpoint import CheckpointFolder
 
@@ -104,6 +105,16 @@ def test_a_changed_configuration_is_refused_by_name(stopped):
     measure(
         source, saes(), dataclasses.replace(SETTINGS, checkpoint_seconds=9.0), folder=folder
     )  # not part of the result
+
+
+def test_sums_of_an_older_version_are_not_gone_on_from(stopped, monkeypatch):
+    """What a state holds has changed since: its sums would be read as others."""
+    source, folder = stopped
+    monkeypatch.setattr(engine, "SUMS_VERSION", engine.SUMS_VERSION + 1)
+    with pytest.raises(
+        ValueError, match=r"checkpoint: must hold a run of this configuration.* sums_version \d there, \d here"
+    ):
+        measure(source, saes(), SETTINGS, folder=folder)
 
 
 def test_another_number_of_processes_is_refused(stopped):

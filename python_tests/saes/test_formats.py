@@ -1,12 +1,22 @@
 """SAEs in the layouts of other libraries, written here as those libraries write them: the same codes, the same output."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from cases import saes  # noqa: F401  (small SAEs may be fast)
-from cases.formats import D, F, K, activations, noise, top, unit, write_gemma_scope, write_sparsify
+from cases.formats import (
+    D,
+    F,
+    K,
+    activations,
+    dictionary_weights,
+    noise,
+    top,
+    unit,
+    write_dictionary,
+    write_gemma_scope,
+    write_sparsify,
+)
 
 from darkmatter_ext import accelerate, stats
 from darkmatter_ext.saes.formats.sparsify import module_hook
@@ -100,20 +110,6 @@ def test_sparsify_beside_the_library(tmp_path):
 # ---- dictionary_learning: ae.pt and config.json
 
 
-def write_dictionary(folder, kind, weights, **trainer):
-    folder.mkdir(parents=True)
-    own = {"dict_class": kind, "activation_dim": D, "dict_size": F, "layer": 1, "lm_name": "EleutherAI/pythia-70m"}
-    own |= {"submodule_name": "resid_post_layer_1"} | trainer
-    (folder / "config.json").write_text(json.dumps({"trainer": own, "buffer": {"ctx_len": 128, "io": "out"}}))
-    torch.save(weights, folder / "ae.pt")
-    return str(folder)
-
-
-def _linear(bias=True):
-    weights = {"encoder.weight": unit(F, D), "decoder.weight": unit(F, D).T.contiguous()}
-    return weights | ({"encoder.bias": noise(F)} if bias else {})
-
-
 def _auto_encoder(x, w):
     return torch.relu((x - w["bias"]) @ w["encoder.weight"].T + w["encoder.bias"]), w["decoder.weight"].T, w["bias"]
 
@@ -147,11 +143,11 @@ _K = {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(1.2)}
 _GATES = {name: noise(F, seed=seed) for seed, name in enumerate(("r_mag", "gate_bias", "mag_bias"))}
 _JUMP = {"W_enc": unit(F, D).T.contiguous(), "W_dec": unit(F, D), "threshold": 1 + noise(F).abs()}
 DICTIONARIES = {
-    "AutoEncoder": (_auto_encoder, _linear() | {"bias": noise(D, seed=3)}),
-    "AutoEncoderNew": (_auto_encoder_new, _linear() | {"decoder.bias": noise(D, seed=3)}),
-    "GatedAutoEncoder": (_gated, _linear(bias=False) | {"decoder_bias": noise(D, seed=3)} | _GATES),
-    "AutoEncoderTopK": (_top_k, _linear() | {"b_dec": noise(D, seed=3)} | _K),
-    "BatchTopKSAE": (_batch_top_k, _linear() | {"b_dec": noise(D, seed=3)} | _K),
+    "AutoEncoder": (_auto_encoder, dictionary_weights() | {"bias": noise(D, seed=3)}),
+    "AutoEncoderNew": (_auto_encoder_new, dictionary_weights() | {"decoder.bias": noise(D, seed=3)}),
+    "GatedAutoEncoder": (_gated, dictionary_weights(bias=False) | {"decoder_bias": noise(D, seed=3)} | _GATES),
+    "AutoEncoderTopK": (_top_k, dictionary_weights() | {"b_dec": noise(D, seed=3)} | _K),
+    "BatchTopKSAE": (_batch_top_k, dictionary_weights() | {"b_dec": noise(D, seed=3)} | _K),
     "JumpReluAutoEncoder": (_jump_relu, _JUMP | {"b_enc": noise(F), "b_dec": noise(D, seed=3)}),
 }
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from cases import saes  # noqa: F401  (small SAEs may be fast)
-from cases.formats import D, F, K, activations, noise, top, unit
+from cases.formats import D, F, K, activations, top, unit, write_llama_scope, write_openai, write_qwen_scope
 from safetensors.torch import save_file
 
 from darkmatter_ext import accelerate, stats
@@ -19,26 +19,6 @@ def _close(found, expected):
 
 
 # ---- Llama Scope: hyperparams.json and checkpoints/final.safetensors
-
-
-def write_llama_scope(folder, *, file="checkpoints/final.safetensors", dtype=torch.float32, **hyperparams):
-    (folder / file).parent.mkdir(parents=True)
-    weights = {
-        "encoder.weight": unit(F, D),
-        "encoder.bias": noise(F) - 0.3,
-        "decoder.weight": (unit(F, D) * torch.linspace(0.5, 2, F)[:, None]).T.contiguous(),
-        "decoder.bias": noise(D, seed=2),
-    }
-    save_file({name: tensor.to(dtype) for name, tensor in weights.items()}, folder / file)
-    site = "blocks.19.hook_resid_post"
-    full = {
-        "hook_point_in": site, "hook_point_out": site, "d_model": D, "d_sae": F, "expansion_factor": F // D,
-        "act_fn": "jumprelu", "jump_relu_threshold": 0.7, "norm_activation": "dataset-wise", "top_k": K,
-        "dataset_average_activation_norm": {"in": 2.5, "out": 2.5}, "use_decoder_bias": True,
-        "apply_decoder_bias_to_pre_encoder": False, "sparsity_include_decoder_norm": True, "use_glu_encoder": False,
-    } | hyperparams  # fmt: skip
-    (folder / "hyperparams.json").write_text(json.dumps(full))
-    return folder, {name: tensor.to(dtype).float() for name, tensor in weights.items()}, full
 
 
 def llama_scope(x, w, own):
@@ -159,16 +139,6 @@ def test_llama_scope_that_is_not_understood_is_refused(tmp_path, changed, messag
 # ---- Qwen Scope: layerN.sae.pt in a repository whose name says the rest
 
 
-def write_qwen_scope(root, *, repository="SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", layers=(0,), **changed):
-    folder = root / f"models--Qwen--{repository}" / "snapshots" / "ab"
-    folder.mkdir(parents=True)
-    weights = {"W_enc": unit(F, D), "W_dec": unit(F, D).T.contiguous(), "b_enc": noise(F), "b_dec": noise(D, seed=2)}
-    weights |= changed
-    for layer in layers:
-        torch.save(weights, folder / f"layer{layer}.sae.pt")
-    return folder, weights
-
-
 def _small_qwen(monkeypatch):
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
@@ -212,22 +182,6 @@ def test_qwen_scope_says_which_sae_is_wanted(tmp_path, monkeypatch):
 
 
 # ---- OpenAI: a state_dict with its activation
-
-
-def write_openai(path, *, activation="TopK", **changed):
-    path.parent.mkdir(parents=True)
-    weights = {
-        "pre_bias": noise(D, seed=2),
-        "latent_bias": noise(F),
-        "stats_last_nonzero": torch.zeros(F, dtype=torch.long),
-        "encoder.weight": unit(F, D),
-        "decoder.weight": unit(F, D).T.contiguous(),
-        "activation": activation,
-    }
-    weights |= {"activation_state_dict": {"k": K, "postact_fn": "ReLU"}} if activation == "TopK" else {}
-    weights |= changed
-    torch.save({name: value for name, value in weights.items() if value is not None}, path)
-    return weights
 
 
 @pytest.mark.parametrize("activation", ["TopK", "ReLU"])

@@ -7,6 +7,9 @@
 
 #include "checks.h"
 #include "cpu/kernels/kernels.h"
+#ifdef DARKMATTER_OWN_THREADS
+#include "cpu/kernels/own_threads.h"
+#endif
 #include "host_device.h"
 #include "tensors.h"
 
@@ -39,20 +42,24 @@ inline double rounded<double>(double value) {
   return value;
 }
 
-// Runs body(i) for i in [0, n) on torch's threads.
+// Runs body(begin, end) over parts of [0, n), at least `grain` items each, on torch's threads.
+template <typename Body>
+void parallel_ranges(int64_t n, int64_t grain, const Body& body) {
+#ifdef DARKMATTER_OWN_THREADS
+  on_own_threads(n, grain, body);
+#else
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end); });
+#endif
+}
+
+// Runs body(i) for i in [0, n).
 template <typename Body>
 void parallel_tasks(int64_t n, const Body& body) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       body(i);
     }
   });
-}
-
-// Runs body(begin, end) over parts of [0, n), at least `grain` items each.
-template <typename Body>
-void parallel_ranges(int64_t n, int64_t grain, const Body& body) {
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end); });
 }
 
 }  // namespace darkmatter::cpu
