@@ -86,20 +86,22 @@ wheel-check:
 
 # The CPU library built to watch itself (address and undefined behaviour; thread), and the tests of the ops run on it. With
 # gcc: the sanitizer's library has to be in the process before Python is. The pool would hide what is used after it was freed.
-SANITIZED := $(BIN)/python -m pytest -q --override-ini addopts= -p no:cacheprovider -n auto --maxprocesses 4 --dist loadgroup \
-	-m "not slow and not gpu" python_tests/ops --ignore-glob '*emulated*'
+SANITIZED := $(BIN)/pytest -p no:cacheprovider $(PROCESSES) -m "not slow and not gpu" python_tests/ops python_tests/fuzz/test_ops.py \
+	--ignore-glob '*emulated*'
 sanitize: install
 	for kind in address thread; do \
 	DARKMATTER_CUDA=0 DARKMATTER_ANY_PYTHON=1 DARKMATTER_SANITIZE=$$kind $(BIN)/python setup.py --quiet build \
 		--build-base build/sanitize/$$kind --build-lib build/sanitize/$$kind/lib || exit 1; \
 	LD_PRELOAD="$$(c++ -print-file-name=lib$$(echo $$kind | cut -c1)san.so) $$(c++ -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
-	DARKMATTER_POOL_MB=0 PYTHONPATH=build/sanitize/$$kind/lib $(SANITIZED) || exit 1; done
+	DARKMATTER_POOL_MB=0 DARKMATTER_SANITIZE=$$kind PYTHONPATH=build/sanitize/$$kind/lib $(SANITIZED) || exit 1; done
 
-# A hundred thousand damaged files of every kind that is read, some hours; FUZZ_FILES=1000 takes minutes.
+# A hundred thousand damaged files of every kind that is read, and a million calls of the ops: hours. FUZZ_FILES=1000 and
+# FUZZ_CALLS=10000 take minutes.
 FUZZ_FILES ?= 100000
+FUZZ_CALLS ?= 1000000
 fuzz: install
-	DARKMATTER_FUZZ=$(FUZZ_FILES) $(BIN)/pytest -n auto --maxprocesses 4 python_tests/fuzz
+	DARKMATTER_FUZZ=$(FUZZ_FILES) DARKMATTER_FUZZ_OPS=$(FUZZ_CALLS) $(BIN)/pytest -n auto --maxprocesses 4 python_tests/fuzz
 
 # Peers side by side on this machine's CPU, about 20 minutes; wants a quiet machine.
 bench: install

@@ -23,6 +23,8 @@ def pytest_configure() -> None:
             "run `pytest`, not `python -m pytest`, after `make install`",
             returncode=2,
         )
+    if (wanted := os.environ.get("DARKMATTER_SANITIZE")) and f"sanitize/{wanted}" not in str(package):
+        pytest.exit(f"darkmatter_ext: the tests need the build with the {wanted} sanitizer, got {package}", returncode=2)
 
 
 os.environ.setdefault("DARKMATTER_PROGRESS", "0")  # tests read what a command says

@@ -1,7 +1,7 @@
 // to_dense: active latents as dense acts [N, F]. One write of the array; memory-bound.
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
+#include <algorithm>
 
 #include "cpu/active.h"
 #include "cpu/kernels/pool.h"
@@ -20,7 +20,7 @@ static Tensor to_dense(Tensor values, Tensor indices, OptionalTensor crow, int64
     parallel_ranges(active.n_tokens, 4, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token) {
         T* row = mutable_data<T>(out) + token * n_latents;
-        std::memset(static_cast<void*>(row), 0, n_latents * sizeof(T));
+        std::fill_n(row, n_latents, T(0));
         for (int64_t a = active.begin(token); a < active.begin(token + 1); ++a) {
           T& place = row[active.index()[a]];  // a latent stored twice adds up, as in sparse_decode
           place = rounded<T>(static_cast<double>(place) + static_cast<double>(data<T>(given)[a]));

@@ -77,6 +77,7 @@ PATCHES = {
     "random_move": "control: a random direction, as long as the helix's move",
 }
 EMBEDDING = "embedding"
+SHOWN_SCORE = 4  # of a patch: an interval that reaches further is cut off in the figure
 _PARTS = ("sae", "linear", "nonlinear")
 
 
@@ -366,7 +367,8 @@ def _sum_lines(result: Result, sites: Sequence[str], of: Callable[..., str]) -> 
         return [f"{line}."]
     return [
         f"{line}; the waves of it that digits can say {of('r2/sum_waves', site=best)}, as many random columns out of the "
-        f"sum's digits {of('null/sum_digit_columns', site=best)} (p {of('rank/sum_digit_columns', site=best)})."
+        f"sum's digits {result.numbers[f'{best}/null/sum_digit_columns']:.2f} "
+        f"(p {result.numbers[f'{best}/rank/sum_digit_columns']:.2f})."
     ]
 
 
@@ -468,6 +470,7 @@ def patches(result: Result) -> Figure | None:
         )
     for height in (0, 1):
         axes.axhline(height, color="black", linewidth=0.6)
+    axes.set_ylim(max(axes.get_ylim()[0], -SHOWN_SCORE), min(axes.get_ylim()[1], SHOWN_SCORE))
     _site_axis(axes, sites)
     axes.set_ylabel("logit won / by the other's own state")
     axes.set_title("Patching a number by what lies between two values")

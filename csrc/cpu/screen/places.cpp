@@ -50,7 +50,9 @@ uint64_t hash_of(const T* row, int64_t d) {
     lanes[lane] = mixed(lanes[lane], word);
   }
   uint64_t rest = 0;
-  std::memcpy(&rest, row + e, (d - e) * sizeof(T));
+  if (e < d) {  // the rows of a weight without rows are at no address, which no memcpy may be given
+    std::memcpy(&rest, row + e, (d - e) * sizeof(T));
+  }
   return mixed(mixed(mixed(mixed(lanes[0], lanes[1]), lanes[2]), lanes[3]), rest);
 }
 
@@ -86,7 +88,7 @@ std::vector<int32_t> first_equals(
   }
   std::sort(order.begin(), order.end());
   const auto equal = [&](int64_t a, int64_t b) {
-    return std::memcmp(weight + a * d, weight + b * d, d * sizeof(T)) == 0 &&
+    return (d == 0 || std::memcmp(weight + a * d, weight + b * d, d * sizeof(T)) == 0) &&
            std::memcmp(bias + a, bias + b, sizeof(double)) == 0 &&
            (gain == nullptr || std::memcmp(gain + a, gain + b, sizeof(T)) == 0);
   };
