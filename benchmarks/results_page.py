@@ -101,6 +101,8 @@ def _names(value: Any) -> Any:
     """Paths, however nested, as their last names."""
     if isinstance(value, dict):
         return {key: _names(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_names(own) for own in value]
     return Path(value).name if isinstance(value, str) else value
 
 

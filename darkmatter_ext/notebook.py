@@ -85,7 +85,8 @@ def page(
     """
     require(bool(results), "results", "must be at least one", "none")
     found = [result if isinstance(result, Result) else load_result(result, alone=True) for result in results]
-    path = experiments.write_report(found, Path(out), explanations)
+    of_files = not any(isinstance(result, Result) for result in results)
+    path = experiments.write_report(found, Path(out), explanations, of_files=of_files)
     if open:
         webbrowser.open(path.absolute().as_uri())
     return path

@@ -24,7 +24,9 @@ def pytest_configure() -> None:
             returncode=2,
         )
     if (wanted := os.environ.get("DARKMATTER_SANITIZE")) and f"sanitize/{wanted}" not in str(package):
-        pytest.exit(f"darkmatter_ext: the tests need the build with the {wanted} sanitizer, got {package}", returncode=2)
+        pytest.exit(
+            f"darkmatter_ext: the tests need the build with the {wanted} sanitizer, got {package}", returncode=2
+        )
 
 
 os.environ.setdefault("DARKMATTER_PROGRESS", "0")  # tests read what a command says

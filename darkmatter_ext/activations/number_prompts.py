@@ -26,7 +26,8 @@ TEMPLATES = (  # long enough that the number stands beyond a context's first pos
     "The value of the variable x was set to {a}",
     "We took the bus to the station, line {a}",
 )
-EXAMPLES = "31 + 4 = 35\n54 + 2 = 56\n"  # with none the embedded model adds no two numbers
+SHOWN = ((31, 4), (54, 2))
+EXAMPLES = "".join(f"{a} + {b} = {a + b}\n" for a, b in SHOWN)  # with none the embedded model adds no two numbers
 MOST_PROMPTS, READ_PROMPTS = 400, 64  # in all, and in one pass
 Ids = Callable[[str], list[int]]  # the tokens of a text, BOS before them where the model is used with it
 
@@ -98,6 +99,8 @@ def sum_prompts(ids: Ids, values: Sequence[int], *, seed: int, most: int = MOST_
             continue
         leading, first = str(a)[:-1], a - a % 10
         for added in range(1, 10 - a % 10):
+            if (a, added) in SHOWN:  # its answer stands there
+                continue
             others = [b for b in range(max(low, first), min(high, first + 9 - added) + 1) if b != a]
             if not others:
                 continue
@@ -174,8 +177,10 @@ def patch_logits(model: SplicedModel, prompts: Prompts, moves: Mapping[str, Tens
 
 
 def patch_numbers(logits: Mapping[str, Tensor], *, seed: int) -> dict[str, float]:
-    """Scores of patches, 0 for the mean state's and 1 for the other number's own, with intervals by prompt, each of another
-    value (Fieller); NaN where the two cannot be told apart."""
+    """Scores of patches, 0 for the mean state's and 1 for the other number's own; NaN where the two cannot be told apart.
+
+    Intervals are by prompt (Fieller): give one prompt a value.
+    """
     base = logits["mean"]
     numbers = {}
     for name, logit in logits.items():

@@ -38,7 +38,7 @@ from darkmatter_ext.activations.store import (
     load_model,
     site_activations,
 )
-from darkmatter_ext.runtime.inputs import InputError, StateError, require, told
+from darkmatter_ext.runtime.inputs import InputError, StateError, told
 from darkmatter_ext.runtime.storage import atomic_file, cache_dir, fingerprint
 
 if TYPE_CHECKING:
@@ -245,7 +245,8 @@ class CacheSource:
             with told("cache", "must be a folder of activations", folder):
                 cache = ActivationCache(folder, json.loads((folder / "meta.json").read_text()))
                 for name, kind in _META.items():
-                    require(type(cache.meta[name]) is kind, name, f"must be {kind.__name__}", repr(cache.meta[name]))
+                    if type(cache.meta[name]) is not kind:
+                        raise TypeError(f"{name} must be {kind.__name__}, got {cache.meta[name]!r}")  # told in one line
                 caches[cache.meta["hook"]] = cache
         if len({cache.meta["tokens_sha256"] for cache in caches.values()}) > 1:
             raise InputError(f"cache: must be of the same tokens, got different ones in {', '.join(map(str, folders))}")

@@ -34,7 +34,8 @@ FITS = {
     "digits": "a free state for every digit at every place: the control that decides",
     "polynomial": "as many powers of the value as the helix has columns",
 }
-BAND = 0.95
+BAND, FEWEST_PAIRS, SMOOTH_DEGREE = 0.95, 2, 5
+_NOTHING = 1e-9  # of the squares: less is rounding
 
 
 @dataclass(frozen=True)
@@ -142,32 +143,47 @@ def part_numbers(h: Tensor, parts: Mapping[str, Tensor], fits: ValueFits) -> dic
 
 
 def moves_between(h: Tensor, fits: ValueFits, start: Tensor, end: Tensor) -> dict[str, Tensor]:
-    """What each fit of states h [v, t, d], made without either value, says lies between two values: [n, d].
+    """What each fit of states h [v, t, d] says lies between two values: [n, d]. What a fit says of a value it has not seen.
 
     Args:
         start, end: [n] places among the values.
     """
     means = (h.double() - h.double().mean(0)).mean(1)
     points = {"value_mean": means}
-    for name, columns in fits.columns.items():
-        points[name] = held_out(columns, means, fits.folds).predicted
+    for name in ("helix", "digits", "polynomial"):
+        points[name] = held_out(fits.columns[name], means, fits.folds).predicted
     return {name: own[end] - own[start] for name, own in points.items()}
 
 
 def sum_numbers(h: Tensor, a: Tensor, b: Tensor, fits: ValueFits) -> dict[str, float]:
-    """What states h [n, d] after "a + b =" hold of the sum that digits of a and b, each by itself, do not.
+    """What states h [n, d] at the last token of "a + b = ", its last digit not yet written, hold of the sum a + b.
 
     Args:
-        a, b: [n] int64.
+        a, b: [n] int64, b of one digit, no carry.
 
-    `r2/addends`: by digits of a and of b. Of what these leave: `r2/sum_digits`, by digits of the sum; `r2/sum_helix`, by its
-    helix (the "Clock" of 2502.00873), beside the helix of permuted sums; `r2/sum_waves`, by those waves of the helix that
-    are functions of the sum's digits, beside as many random columns out of these digits, where there are fewer waves than
-    columns. On prompts held out of the fit, intervals by a.
+    `r2/addends`: by digits of a, its helix and its low powers, and by digits of b, added. Of what these leave:
+    `r2/sum_digits`, by digits of the sum; `r2/sum_helix`, by its helix (the "Clock" of 2502.00873); `r2/sum_waves`, by the
+    waves of the helix that are functions of the sum's digits, beside as many random columns out of these digits
+    (`sum_digit_columns`), where there are fewer waves than columns. Null of the first two: the same of the "sum" of digits
+    that were dealt other values, since every function of the pair (last digit of a, b) has something of the sum's. Folds and
+    intervals are by that pair: none is on both sides, so pairs are left out whose digits, or whose sum, hardly any other has
+    (`_often`). Nothing but `r2/addends` where the addends leave nothing.
     """
+    kept = _often(a % 10, b)
+    h, a, b = h[kept], a[kept], b[kept]
     states, total, seed = states_of(h[:, None]), a + b, fits.seed
-    folds = dealt_folds(len(a), fits.n_folds, seed=seed)
-    known = torch.cat([digit_columns(a), digit_columns(b)], dim=1)
+    pairs, pair = (10 * (a % 10) + b).unique(return_inverse=True)
+    folds = dealt_folds(len(pairs), min(fits.n_folds, len(pairs)), seed=seed)[pair]
+    of_a = digit_columns(a), helix_columns(a, fits.periods), polynomial_columns(a, SMOOTH_DEGREE)
+    known = torch.cat([*of_a, digit_columns(b)], dim=1)
+    addends = fit_sums(states, known, folds)
+    numbers = bootstrap(sums_by(pair, *addends.unbind(1)), r2, seed=seed)[0].numbers("r2/addends")
+    if addends[:, 0].sum() < _NOTHING * addends[:, 1].sum():
+        return numbers
+
+    def share(new: Tensor) -> Tensor:
+        return torch.stack([fit_sums(states, torch.cat([known, new], dim=1), folds)[:, 0], addends[:, 0]], dim=1)
+
     every = torch.cat([known, digit_columns(total)], dim=1)
     inside = [period for period in fits.periods if not beyond(waves(total, period), every).shape[1]]
     columns = {
@@ -175,21 +191,39 @@ def sum_numbers(h: Tensor, a: Tensor, b: Tensor, fits: ValueFits) -> dict[str, f
         "sum_helix": beyond(helix_columns(total, fits.periods), known),
         "sum_waves": beyond(torch.cat([known[:, :1], *(waves(total, period) for period in inside)], dim=1), known),
     }
-    addends = fit_sums(states, known, folds)
-    numbers = bootstrap(sums_by(a, *addends.unbind(1)), r2, seed=seed)[0].numbers("r2/addends")
-
-    def share(new: Tensor) -> Tensor:
-        return torch.stack([fit_sums(states, torch.cat([known, new], dim=1), folds)[:, 0], addends[:, 0]], dim=1)
-
     for name, new in columns.items():
-        numbers |= bootstrap(sums_by(a, *share(new).unbind(1)), r2, seed=seed)[0].numbers(f"r2/{name}")
-    generator, digits, helix = torch.Generator().manual_seed(seed + 13), columns["sum_digits"], columns["sum_helix"]
-    orders = [torch.randperm(len(a), generator=generator) for _ in range(fits.draws)]
-    permuted = torch.tensor([r2(share(helix[order]).sum(0)).item() for order in orders])
-    numbers |= _null("sum_permuted", permuted, numbers["r2/sum_helix"])
+        numbers |= bootstrap(sums_by(pair, *share(new).unbind(1)), r2, seed=seed)[0].numbers(f"r2/{name}")
+    generator, digits = torch.Generator().manual_seed(seed + 13), columns["sum_digits"]
+
+    others: dict[str, list[Tensor]] = {"sum_digits": [], "sum_helix": []}
+    for _ in range(fits.draws):
+        other = a - a % 10 + (_dealt(a % 10, generator) + _dealt(b, generator)) % 10
+        others["sum_digits"].append(r2(share(beyond(digit_columns(other), known)).sum(0))[0])
+        others["sum_helix"].append(r2(share(beyond(helix_columns(other, fits.periods), known)).sum(0))[0])
+    for name, own in others.items():
+        numbers |= _null(name, torch.stack(own), numbers[f"r2/{name}"])
     shape = digits.shape[1], columns["sum_waves"].shape[1]
     if 0 < shape[1] < shape[0]:
         mixes = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(fits.draws)]
-        mixed = torch.tensor([r2(share(digits @ mix).sum(0)).item() for mix in mixes])
+        mixed = torch.stack([r2(share(digits @ mix).sum(0))[0] for mix in mixes])
         numbers |= _null("sum_digit_columns", mixed, numbers["r2/sum_waves"])
     return numbers
+
+
+def _dealt(values: Tensor, generator: torch.Generator) -> Tensor:
+    """The values with their levels dealt anew."""
+    levels, place = values.unique(return_inverse=True)
+    return levels[torch.randperm(len(levels), generator=generator)][place]
+
+
+def _often(u: Tensor, b: Tensor) -> Tensor:
+    """[n] bool: pairs of digits whose u, b and u + b each occur in FEWEST_PAIRS pairs or more that are kept."""
+    kept, pair = torch.ones_like(u, dtype=torch.bool), 10 * u + b
+    while True:
+        before = int(kept.sum())
+        for level in (u, b, u + b):
+            for value in level[kept].unique().tolist():
+                if len(pair[kept & (level == value)].unique()) < FEWEST_PAIRS:
+                    kept &= level != value
+        if int(kept.sum()) == before:
+            return kept

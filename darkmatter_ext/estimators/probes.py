@@ -21,7 +21,7 @@ from darkmatter_ext.runtime.inputs import InputError
 
 PENALTIES = tuple(10.0**power for power in range(-5, 2))  # C: weight of the loss beside |w|^2 / 2 or |w|_1
 NEIGHBOURS = (5, 20, 50)
-STEPS = 200  # of a fit, at most
+STEPS = 200  # of a fit, at most: with the weakest penalty, separable rows would take thousands
 TOLERANCE = {
     "l2": 5e-3,
     "l1": 1e-3,
@@ -151,7 +151,7 @@ def _accelerated(
     are done, and `moved` is told which are left.
     """
     found = w.clone(), b.clone()
-    ahead, inertia, left = (w, b), torch.ones_like(b), torch.arange(b.shape[-1])
+    ahead, inertia, left = (w, b), torch.ones_like(b), torch.arange(b.shape[-1], device=b.device)
     for _ in range(STEPS):
         new = moved(*ahead, left)
         change = new[0] - w, new[1] - b
@@ -169,7 +169,7 @@ def _accelerated(
             ahead = ahead[0][..., still], ahead[1][..., still]
             if not len(left):
                 break
-    _put(found, (w, b), left, torch.ones(len(left), dtype=torch.bool))
+    _put(found, (w, b), left, torch.ones_like(left, dtype=torch.bool))
     return found
 
 

@@ -16,7 +16,7 @@ import pkgutil
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -59,40 +59,38 @@ def section(result: Result, figures: Sequence[Drawn] = ()) -> Section:
     return Section(result, module.table(result), module.reading(result), figures, command(result))
 
 
-def write_report(results: Sequence[Result], path: Path, explanations: Sequence[str] = ()) -> Path:
+def write_report(
+    results: Sequence[Result], path: Path, explanations: Sequence[str] = (), *, of_files: bool = True
+) -> Path:
     """Write the page of results, with explanations of latents from files.
 
-    Raises as `section`, `explained_results`; InputError for a result without what its experiment shows: a damaged file, or one
-    of another version.
+    Raises as `section`, `explained_results`. Where the results are read from files, InputError for one without what its
+    experiment shows: a damaged file, or one of another version.
     """
     results = explained_results(results, explanations)
-    sections = []
-    with tempfile.TemporaryDirectory() as folder:
-        for result in results:
-            with _shows(result):
-                sections.append(section(result, draw(result, Path(folder))))
-        return write_page(sections, path)
+    with tempfile.TemporaryDirectory() as folder, _shows(results) if of_files else nullcontext():
+        return write_page([section(result, draw(result, Path(folder))) for result in results], path)
 
 
 def write_figures(result: Result, folder: Path, *, kind: str) -> list[Drawn]:
     """Draw the figures of a result that was read from a file. Raises as `write_report`."""
-    with _shows(result):
+    with _shows([result]):
         return draw(result, folder, kind=kind)
 
 
 @contextmanager
-def _shows(result: Result) -> Iterator[None]:
+def _shows(results: Sequence[Result]) -> Iterator[None]:
     """What an experiment misses in a result of a file is said in one line; the traceback stays with the exception."""
     try:
         yield
-    except InputError:
+    except (InputError, OSError, MemoryError):
         raise
     except Exception as error:
-        versions = result.provenance.get("versions")
-        version = versions.get("darkmatter_ext", "?") if isinstance(versions, dict) else "?"
+        versions = [own for result in results if isinstance(own := result.provenance.get("versions"), dict)]
+        names = ", ".join(f"{result.experiment} file" for result in results)
+        made = ", ".join(sorted({str(own.get("darkmatter_ext")) for own in versions})) or "another version"
         raise InputError(
-            f"RESULT: must have all that {result.experiment} shows, got one of darkmatter_ext {version} that does not "
-            f"({reason(error)})"
+            f"RESULT: must have all that its experiment shows, got {names} of darkmatter_ext {made} without ({reason(error)})"
         ) from error
 
 

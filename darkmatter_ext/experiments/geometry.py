@@ -7,7 +7,7 @@ Three scales after Li, Michaud, Baek, Engels, Sun, Tegmark, "The Geometry of Con
 - *Lobes*: latents that are active in the same chunks of text (spectral clusters of phi) beside clusters of their decoder
   rows: adjusted mutual information, and how well a row tells its lobe. Nulls: labels permuted; labels permuted within
   deciles of frequency (rare latents share both small phi and their rows); Gaussian rows of the same covariance; chunks of
-  every latent dealt anew. Control: random directions with codes of their own, which agree because near rows fire together.
+  every latent dealt anew. Control: random directions with codes of their own; near rows fire together, whoever made them.
 - *Galaxy*: the slope alpha of the decoder rows' eigenvalues, how many directions they fill, their entropy beside that of a
   Gaussian cloud of the same covariance.
 - *Dark matter* (new): whether one lobe's directions hold more of the nonlinear error than as many latents of its frequency.
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
 READ_CONTEXTS = 16  # at a time
 SPLITS = 5  # of word pairs into halves
-MOST_LATENTS = 16_384  # of an SAE: two tables of counts take 8 F^2 bytes
+MOST_LATENTS = 16_384  # of an SAE: three tables of counts take 12 F^2 bytes
 MOST_PANELS = 4
 DRAWN_BINS = 128  # of latents, in the picture of an affinity
 NULLS = {"permuted": "labels permuted", "frequency": "within frequency deciles", "gaussian": "Gaussian rows"}

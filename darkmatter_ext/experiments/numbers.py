@@ -8,8 +8,9 @@ sums of functions of its digits: a model that only knows digits fits such a heli
 Every R2 is of values held out of the fit (folds by value: the templates of a value never on both sides), weighted by
 variance, over all templates; the ceiling is another template's state of the same value. Patches move a state by what a fit
 says lies between two values, in sums without a carry ("23 + 4 = 2"); scores are in units of putting in the other
-value's own state, less the mean state's, which is what a fit that knows nothing puts in. After the equals sign the question
-is the same: is there more of the sum than digits of each addend, and is it a helix of the sum (the "Clock")?
+value's own state, less the mean state's, which is what a fit that knows nothing puts in. At the last token of such a sum the
+question is the same: is there more of it than functions of each addend, and is it a helix of the sum (the "Clock")? There
+folds are by the pair of digits that are added.
 
 Shapes: v values, t templates, d width of the site, p columns of a fit.
 """
@@ -194,7 +195,7 @@ def run(settings: NumbersSettings, stages: Stages) -> Result:
     summed, note = _summed(network, ids, settings, h, sites, stages)
     notes = [
         f"Numbers {settings.low} to {settings.high} in {len(settings.texts)} templates, the state at the last token; "
-        f"intervals: 95 %, by value (of sums: by their first number). Nulls: {settings.draws} draws, their {BAND:.0%} "
+        f"intervals: 95 %, by value (of sums: by the pair of digits added). Nulls: {settings.draws} draws, their {BAND:.0%} "
         f"quantile; ranks are p-values, at least {1 / (1 + settings.draws):.2g}.",
         note,
     ]
@@ -206,9 +207,11 @@ def _fitted(h: Tensor, letters: Tensor | None, settings: NumbersSettings) -> tup
     """Fits of one site's numbers and letters, and the spectrum of its numbers."""
     fits = settings.fits
     numbers = fit_numbers(h, fits)
-    if letters is not None:
-        control = fit_numbers(letters, dataclasses.replace(fits, values=torch.arange(len(letters))))
-        numbers |= {f"letters/{key}": value for key, value in control.items() if "digit" not in key}
+    few = settings.values[: len(LETTERS)]
+    for name, states, values in (("letters", letters, torch.arange(len(LETTERS))), ("few", h[: len(few)], few)):
+        if states is not None:  # `few`: as many numbers as there are letters
+            control = fit_numbers(states, dataclasses.replace(fits, values=values))
+            numbers |= {f"{name}/{key}": value for key, value in control.items() if "digit" not in key}
     means = states_of(h).means
     powers, band = spectrum(means, settings.values, draws=settings.draws, level=BAND, seed=settings.seed)
     on_grid = {f"power/{period:g}": powers[period] for period in settings.periods if period in powers}
@@ -250,7 +253,8 @@ def _summed(
             numbers |= {f"{name}/{key}": value for key, value in own.items()}
             advance(1)
     order = torch.randperm(len(known.value), generator=torch.Generator().manual_seed(settings.seed))
-    kept = known.those(order[: settings.pairs].sort().values)
+    first = dict(zip(known.value[order].tolist(), order.tolist(), strict=True))  # one prompt a value
+    kept = known.those(torch.tensor(sorted(list(first.values())[: settings.pairs])))
     start, end = kept.value - settings.low, kept.to - settings.low
     with stages.stage("patch numbers", len(settings.blocks)) as advance:
         for block in settings.blocks:
@@ -323,7 +327,9 @@ def reading(result: Result) -> list[str]:
         f"{where(low('periods'))}.",
         *(
             f"Control: for letters by their place in the alphabet the helix has R2 {of('letters/r2/helix')} after the same "
-            f"block; random periods do worse {where(lambda site: numbers[f'{site}/letters/rank/periods'] <= level)}."
+            f"block (for as many numbers {of('few/r2/helix')}); random periods do worse "
+            f"{where(lambda site: numbers[f'{site}/letters/rank/periods'] <= level)} "
+            f"({where(lambda site: numbers[f'{site}/few/rank/periods'] <= level)})."
             for _ in range(f"{best}/letters/r2/helix" in numbers)
         ),
         *_sum_lines(result, sites, of),
@@ -352,32 +358,31 @@ def reading(result: Result) -> list[str]:
 
 
 def _sum_lines(result: Result, sites: Sequence[str], of: Callable[..., str]) -> list[str]:
-    """Where the sum is told beyond its addends, and whether by a helix."""
     told = [site for site in sites if f"{site}/r2/sum_helix" in result.numbers]
     if not told:
         return []
     best = max(told, key=lambda site: result.numbers[f"{site}/r2/sum_digits"])
-    rank = result.numbers[f"{best}/rank/sum_permuted"]
+
+    def p(null: str) -> str:
+        return f"{result.numbers[f'{best}/rank/{null}']:.2f}"
+
     line = (
-        f"After the equals sign of a sum the state tells most of it after {best.replace('-', ' ')}: of what digits of the "
-        f"addends leave (R2 {of('r2/addends', site=best)}), digits of the sum explain {of('r2/sum_digits', site=best)}, its "
-        f"helix {of('r2/sum_helix', site=best)} (p {rank:.2f} against permuted sums)"
+        f"The last token of a sum tells most of it after {best.replace('-', ' ')}: of what functions of each addend leave "
+        f"(R2 {of('r2/addends', site=best)}), digits of the sum explain {of('r2/sum_digits', site=best)} (p {p('sum_digits')} "
+        f"against digits dealt other values), its helix {of('r2/sum_helix', site=best)} (p {p('sum_helix')})"
     )
     if f"{best}/rank/sum_digit_columns" not in result.numbers:
         return [f"{line}."]
     return [
         f"{line}; the waves of it that digits can say {of('r2/sum_waves', site=best)}, as many random columns out of the "
-        f"sum's digits {result.numbers[f'{best}/null/sum_digit_columns']:.2f} "
-        f"(p {result.numbers[f'{best}/rank/sum_digit_columns']:.2f})."
+        f"sum's digits {result.numbers[f'{best}/null/sum_digit_columns']:.2f} (p {p('sum_digit_columns')})."
     ]
 
 
 _LINES = {
-    "ceiling": ("another template (ceiling)", "black"),
-    "digits": ("digits", BLUE),
-    "helix": ("helix", ORANGE),
+    "ceiling": ("another template (ceiling)", "black"), "digits": ("digits", BLUE), "helix": ("helix", ORANGE),
     "polynomial": ("polynomial", GREY),
-}
+}  # fmt: skip
 
 
 def fits(result: Result) -> Figure:
@@ -399,7 +404,7 @@ def fits(result: Result) -> Figure:
 
 
 def sums(result: Result) -> Figure | None:
-    """What the state after a sum's equals sign holds of the sum beyond its addends' digits; none where none was right."""
+    """What the state at a sum's last token holds of the sum beyond functions of its addends; none where none was right."""
     sites = [site for site in result.series["sites"] if f"{site}/r2/sum_helix" in result.numbers]
     if not sites:
         return None
@@ -411,14 +416,14 @@ def sums(result: Result) -> Figure | None:
         places = [place + 0.06 * (number - 0.5) for place in range(len(sites))]
         axes.errorbar(places, values, yerr=errors, fmt="o-", markersize=3.5, linewidth=1, color=colour, label=label)
     for null, label, colour in (
-        ("sum_digit_columns", "random columns\nof its digits", BLUE), ("sum_permuted", "helix of\nanother sum", GREY)
+        ("sum_digit_columns", "random columns\nof its digits", BLUE), ("sum_digits", "sum of digits\ndealt anew", GREY)
     ):  # fmt: skip
         middle, high = ([result.numbers[f"{site}/null/{null}{end}"] for site in sites] for end in ("", "/high"))
         axes.fill_between(range(len(sites)), middle, high, color=colour, alpha=0.15, label=label)
     _site_axis(axes, sites)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_ylabel("share of what the addends leave")
-    axes.set_title("The sum, after its equals sign")
+    axes.set_title("The sum, before its last digit")
     legend_beside(axes)
     return figure
 
@@ -458,16 +463,8 @@ def patches(result: Result) -> Figure | None:
     for number, (name, colour) in enumerate(zip(result.series["patches"], SERIES, strict=False)):
         values, errors = interval_bars(result, [f"{site}/patch/{name}" for site in sites])
         places = [place + 0.08 * (number - 2) for place in range(len(sites))]
-        axes.errorbar(
-            places,
-            values,
-            yerr=errors,
-            fmt="o",
-            markersize=3.5,
-            linewidth=1,
-            color=colour,
-            label=name.replace("_", " "),
-        )
+        label = name.replace("_", " ")
+        axes.errorbar(places, values, yerr=errors, fmt="o", markersize=3.5, linewidth=1, color=colour, label=label)
     for height in (0, 1):
         axes.axhline(height, color="black", linewidth=0.6)
     axes.set_ylim(max(axes.get_ylim()[0], -SHOWN_SCORE), min(axes.get_ylim()[1], SHOWN_SCORE))

@@ -56,7 +56,7 @@ def told(argument: str, rule: str, given: object) -> Iterator[None]:
     """Turn the errors of other libraries, each with its own kinds, into one line: `argument: rule, got given (reason)`."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:
         raise InputError(f"{argument}: {rule}, got {given} ({reason(error)})") from None

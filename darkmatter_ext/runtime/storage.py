@@ -63,7 +63,7 @@ def _named(target: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        if "serializ" not in str(error):  # a file that was read
+        if not str(error).startswith("Error while serializing"):  # a file that was read
             raise
         raise OSError(f"{target}: cannot be written ({' '.join(str(error).split())})") from None
     except OSError as error:
@@ -74,7 +74,12 @@ def _named(target: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a path to write to; it becomes `target` in one rename, or disappears if the block fails."""
+    """Yield a path to write to; it becomes `target` in one rename, or disappears if the block fails.
+
+    Raises InputError for a target that is there and no file: a rename would put a file in the place of /dev/null.
+    """
+    if target.exists() and not target.is_file():
+        raise InputError(f"out: must be a file that can be replaced, got {target}")
     folder = Path(_temporary_sibling(target))
     try:
         part = folder / target.name

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cases import formats, measured, models
-from darkmatter_ext.experiments import section
+from darkmatter_ext.experiments import write_report
 from darkmatter_ext.measurement.probe_tasks import read_tasks
 from darkmatter_ext.measurement.word_pairs import read_pairs
-from darkmatter_ext.report.page import write_page
 from darkmatter_ext.report.result import load_result
 from darkmatter_ext.saes.loading import describe_sae, load_sae
 
@@ -27,7 +26,8 @@ def _read_sae(spec: Path) -> None:
 
 def _read_result(folder: Path) -> None:
     result = load_result(folder / "decomposition.json")
-    write_page([section(result)], Path(os.devnull))
+    with tempfile.TemporaryDirectory() as own:
+        write_report([result], Path(own) / "page.html")
 
 
 def _make_result(folder: Path) -> None:
@@ -40,12 +40,6 @@ def _read_caches(folder: Path) -> None:
     source = measured.open_caches(folder)
     for number in range(source.n_contexts):
         source.read([number])
-
-
-def _read_checkpoint(folder: Path) -> None:
-    from cases import interrupted_training
-
-    interrupted_training.run(folder, "topk")
 
 
 READERS = {

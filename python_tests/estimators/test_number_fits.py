@@ -56,16 +56,20 @@ def test_shares_of_the_helix_add_up_and_are_where_it_was_put():
     assert part_numbers(sum(nothing.values()), nothing, own)["share/helix_in_nonlinear"] == pytest.approx(0, abs=1e-9)
 
 
-def test_moves_are_made_without_the_values_they_lie_between():
-    """Value 50 is wrong in the states: a fit that has seen it would move there."""
-    h = _states(waves(FITS.values, 10), 0.0)
+def test_what_a_fit_says_of_a_value_it_has_not_seen():
+    """Two values of one fold are wrong in the states: the helix, which saw neither, says the same of them as before."""
+    h = _states(waves(FITS.values, 10), 0.1)
+    one, other = (FITS.folds == 0).nonzero().flatten()[:2].tolist()
     wrong = h.clone()
-    wrong[40] += 100
-    start, end = torch.tensor([40]), torch.tensor([43])
+    wrong[[one, other]] += torch.tensor([100.0, -50.0]).double()[:, None, None]
+    start, end = torch.tensor([one]), torch.tensor([other])
     move = moves_between(h, FITS, start, end)["helix"]
-    torch.testing.assert_close(move[0], (h[43] - h[40]).mean(0), rtol=0.05, atol=0.05)
-    assert moves_between(wrong, FITS, start, end)["value_mean"].norm() > 100
-    assert moves_between(wrong, FITS, start, end)["helix"].norm() < 100
+    torch.testing.assert_close(move[0], (h[other] - h[one]).mean(0), rtol=0.1, atol=0.3)
+    found = moves_between(wrong, FITS, start, end)
+    torch.testing.assert_close(
+        found["helix"] - move, torch.zeros_like(move), atol=1.0, rtol=0
+    )  # templates' means moved
+    assert found["value_mean"].norm() > 100
 
 
 def test_what_is_smooth_in_the_value_is_no_helix_beyond_digits():
@@ -83,29 +87,42 @@ def _sums():
     return torch.tensor(pairs).unbind(1)
 
 
-@pytest.mark.parametrize("truth", ["clock", "digits", "addends"])
-def test_a_clock_is_told_from_digits_of_the_sum_and_these_from_digits_of_the_addends(truth):
+@pytest.mark.parametrize("truth", ["clock", "digits", "addends", "size of a", "pair"])
+def test_a_clock_is_told_from_digits_of_the_sum_and_these_from_functions_of_the_addends_and_of_the_pair(truth):
     a, b = _sums()
+    generator = torch.Generator().manual_seed(2)
     columns = {
         "clock": helix_columns(a + b, (10.0, 5.0), line=False),
         "digits": digit_columns(a + b)[:, :10],
         "addends": torch.cat([digit_columns(a), digit_columns(b)], 1),
-    }[truth]
-    generator = torch.Generator().manual_seed(2)
-    signal = columns.double() @ torch.randn(columns.shape[1], D, generator=generator).double()
+        "size of a": torch.stack([a**2, (a / 15.0).sin()], 1),  # what a wave of period 100 of the sum has much of
+        "pair": torch.randn(100, 6, generator=generator)[10 * (a % 10) + b],  # an answer learned by heart, pair by pair
+    }[truth].double()
+    signal = (columns - columns.mean(0)) @ torch.randn(columns.shape[1], D, generator=generator).double()
     h = signal / signal.var(0).mean().sqrt() + 0.1 * torch.randn(len(a), D, generator=generator).double()
     numbers = sum_numbers(h, a, b, FITS)
-    if truth == "addends":
-        assert numbers["r2/addends"] > 0.95
+    if truth in ("addends", "size of a"):
+        assert numbers["r2/addends"] > 0.9
         assert numbers["r2/sum_digits"] < 0.05
-        assert numbers["r2/sum_helix"] <= numbers["null/sum_permuted/high"] + 0.01
-        return
-    assert numbers["r2/addends"] < 0.6
-    assert numbers["r2/sum_digits/low"] > 0.8
-    assert numbers["rank/sum_permuted"] == 0.05
-    if truth == "clock":
-        assert numbers["r2/sum_waves/low"] > 0.8
-        assert numbers["rank/sum_digit_columns"] == 0.05
+        assert numbers["r2/sum_helix"] < 0.05
+    elif truth == "pair":
+        assert numbers["r2/addends"] < 0.5
+        assert numbers["rank/sum_digits"] > 0.05
+        assert numbers["rank/sum_helix"] > 0.05
     else:
+        assert numbers["r2/addends"] < 0.6
+        assert numbers["r2/sum_digits"] > 0.8
+        assert numbers["rank/sum_digits"] == numbers["rank/sum_helix"] == 0.05
+    if truth == "clock":
+        assert numbers["r2/sum_waves"] > 0.8
+        assert numbers["rank/sum_digit_columns"] == 0.05
+    if truth == "digits":
         assert numbers["r2/sum_waves"] < 0.8
         assert numbers["rank/sum_digit_columns"] > 0.05
+
+
+def test_where_the_addends_say_all_nothing_is_said_of_the_sum():
+    a, b = _sums()
+    numbers = sum_numbers(torch.cat([digit_columns(a), digit_columns(b)], 1), a, b, FITS)
+    assert numbers["r2/addends"] > 1 - 1e-6
+    assert not any("sum" in name for name in numbers)

@@ -1,8 +1,11 @@
 """`numbers`: the command on a small model."""
 
+import dataclasses
+
 from cases.models import flags
 
 from darkmatter_ext.estimators.number_fits import FITS
+from darkmatter_ext.experiments.numbers import patches, reading, sums, table
 
 
 def test_a_run_has_every_fit_and_says_what_was_not_patched(finished):
@@ -33,3 +36,26 @@ def test_bad_settings_give_one_line(workplace, tmp_path, refused):
         (("--blocks", "1", "3"), "--blocks: must be from 0 to 2 of"),
     ):
         refused(flags(workplace, "--widths", "24", "--out", str(tmp_path), *more, experiment="numbers"), message)
+
+
+def test_sums_letters_and_patches_are_shown_where_there_are_any(finished):
+    """What the tests' model does not reach: it adds no numbers, and its tokenizer has no letters."""
+    result, more = finished("numbers").result, {}
+    names = [f"r2/{name}" for name in ("addends", "sum_digits", "sum_helix", "sum_waves")]
+    names += [f"patch/{name}" for name in result.series["patches"]]
+    names += ["letters/r2/helix"]
+    for site in ("block-0", "block-1"):
+        more |= {f"{site}/{name}{end}": 0.25 for name in names for end in ("", "/low", "/high")}
+        nulls = ("sum_digits", "sum_helix", "sum_digit_columns")
+        more |= {f"{site}/{key}{null}{end}": 0.04 for null in nulls for key, end in (("null/", ""), ("null/", "/high"))}
+        more |= {f"{site}/rank/{null}": 0.01 for null in nulls} | {f"{site}/letters/rank/periods": 0.9}
+    filled = dataclasses.replace(result, numbers=result.numbers | more)
+    said = " ".join(reading(filled))
+    assert "digits of the sum explain 0.25 (0.25 to 0.25) (p 0.01 against digits dealt other values)" in said
+    assert "as many random columns out of the sum's digits 0.04 (p 0.01)" in said
+    assert "for letters by their place in the alphabet the helix has R2 0.25" in said
+    assert "Patched after block 0" in said
+    assert table(filled).rows[1][-2:] == ["0.25 (0.25 to 0.25)"] * 2
+    assert sums(filled) is not None
+    assert patches(filled) is not None
+    assert sums(result) is None

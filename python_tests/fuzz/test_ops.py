@@ -1,8 +1,9 @@
-"""Calls of the ops with random shapes, strides, dtypes and values at every limit, against the float64 definition, bit by bit.
+"""Calls of the ops with random shapes, strides, dtypes and values at every limit: equal to the float64 definition.
 
 All numbers of a case are small integers times one power of two, so that float64 sums are exact in any order: what the twin
-says is the only right answer. The powers reach from the smallest denormal of a dtype to where sums overflow it; infinities
-and NaN are put among the numbers. `DARKMATTER_FUZZ_OPS=1000000` (`make fuzz`) is how many calls; without it some hundred.
+says is the only right answer, but for the sign of a zero. The powers reach from the smallest denormal of a dtype to where
+sums overflow it; infinities and NaN are put among the numbers. `DARKMATTER_FUZZ_OPS=1000000` (`make fuzz`) is how many calls;
+without it some hundred.
 """
 
 import os
