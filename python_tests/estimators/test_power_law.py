@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darkmatter_ext.estimators.power_law import fit_power_law
@@ -13,6 +13,7 @@ from darkmatter_ext.estimators.power_law import fit_power_law
 WIDTHS = [512, 1024, 2048, 4096, 8192, 16384]
 
 
+@settings(max_examples=15)  # a third of a second each
 @given(c=st.floats(0, 0.3), a=st.floats(0.5, 20), m=st.floats(-1.2, -0.15))
 def test_a_planted_law_is_found(c, a, m):
     law = fit_power_law(WIDTHS, [c + a * width**m for width in WIDTHS])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cases.readers import READERS
 
-FEW = 12  # of each kind, in the everyday tests
+FEW = 12  # of each kind, where no number is asked for
 TESTS = Path(__file__).parents[1]
 
 
@@ -21,7 +21,10 @@ def _count():
     return max(FEW, -(-wanted // len(READERS)))
 
 
-@pytest.mark.parametrize("reader", READERS)
+# A process that imports every library takes seconds: one kind is enough for the everyday tests.
+@pytest.mark.parametrize(
+    "reader", [pytest.param(name, marks=() if name == "saelens" else pytest.mark.slow) for name in READERS]
+)
 def test_a_damaged_file_is_read_or_told_in_one_line(reader, tmp_path):
     command = [sys.executable, "-m", "cases.damage", reader, "0", str(_count())]
     environment = os.environ | {
