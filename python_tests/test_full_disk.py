@@ -28,6 +28,7 @@ def _run(workplace, cache, out, limit):
     return subprocess.run(
         [sys.executable, "-c", LIMITED, str(limit), *command],
         env=environment,
+        cwd=workplace,  # at the root a child would import the sources
         capture_output=True,
         text=True,
         check=False,

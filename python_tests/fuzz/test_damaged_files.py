@@ -13,7 +13,7 @@ import pytest
 from cases.readers import READERS
 
 FEW = 12  # of each kind, where no number is asked for
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1]  # children start there: at the root they would import the sources
 
 
 def _count():
@@ -31,7 +31,7 @@ def test_a_damaged_file_is_read_or_told_in_one_line(reader, tmp_path):
         "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1",
         "DARKMATTER_CACHE": str(tmp_path),
     }  # fmt: skip
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]  # a crash has no report
     wrong = json.loads(done.stdout)
     assert wrong == [], json.dumps(wrong[:5], indent=1)
