@@ -88,7 +88,7 @@ def fit_numbers(h: Tensor, fits: ValueFits) -> dict[str, float]:
     for name, own in sums.items():
         numbers |= bootstrap(own, r2, seed=seed)[0].numbers(f"r2/{name}")
     for name, new in (("beyond_digits", beyond(helix, digits)), ("smooth_beyond_digits", fits.smooth)):
-        more = more_sums(states, digits, new, fits.folds)
+        more = more_sums(states, digits, sums["digits"], new, fits.folds)
         numbers |= bootstrap(more, r2, seed=seed)[0].numbers(f"r2/{name}")
     explained = [sums[name][:, 1] - sums[name][:, 0] for name in ("helix", "digits")]
     numbers |= ratio(torch.stack(explained, dim=1)).numbers("share_of_digits")
@@ -104,10 +104,10 @@ def fit_numbers(h: Tensor, fits: ValueFits) -> dict[str, float]:
     return numbers
 
 
-def more_sums(states: States, known: Tensor, new: Tensor, folds: Tensor) -> Tensor:
-    """[v, 2]: squared error with known and new columns, and with the known ones alone, on values held out."""
+def more_sums(states: States, known: Tensor, alone: Tensor, new: Tensor, folds: Tensor) -> Tensor:
+    """[v, 2]: squared error with known and new columns, and with the known ones `alone` (their `fit_sums`), held out."""
     both = fit_sums(states, torch.cat([known, new], dim=1), folds)[:, 0]
-    return torch.stack([both, fit_sums(states, known, folds)[:, 0]], dim=1)
+    return torch.stack([both, alone[:, 0]], dim=1)
 
 
 def _null(name: str, drawn: Tensor, own: float) -> dict[str, float]:
@@ -182,7 +182,7 @@ def sum_numbers(h: Tensor, a: Tensor, b: Tensor, fits: ValueFits) -> dict[str, f
         return numbers
 
     def share(new: Tensor) -> Tensor:
-        return torch.stack([fit_sums(states, torch.cat([known, new], dim=1), folds)[:, 0], addends[:, 0]], dim=1)
+        return more_sums(states, known, addends, new, folds)
 
     every = torch.cat([known, digit_columns(total)], dim=1)
     inside = [period for period in fits.periods if not beyond(waves(total, period), every).shape[1]]

@@ -95,7 +95,7 @@ def logistic_l2(
         rest = c[left] * (torch.sigmoid((z @ w.flatten(1)).view(n, m, len(left)) + b) - y)
         return w - step_w[..., left] * ((z.mT @ rest.flatten(1)).view_as(w) + w), b - step_b[left] * rest.sum(0)
 
-    return _accelerated(moved, z.new_zeros(z.shape[1], m, q), _log_odds(y).expand(m, q), 0, tolerance)
+    return _accelerated(moved, z.new_zeros(z.shape[1], m, q), _log_odds(y.sum(0), n).expand(m, q), 0, tolerance)
 
 
 def logistic_l1(
@@ -130,16 +130,15 @@ def logistic_l1(
         w = torch.addcmul(w, step, x_t @ rest, value=-1)
         return w - w.clamp(min=-step, max=step), b - step_b[:, left] * rest.sum(1)
 
-    share = ((y * own).sum(1) / n).clamp(0.5 / n, 1 - 0.5 / n)
-    start = (share / (1 - share)).log().expand(len(x), len(c))
+    start = _log_odds((y * own).sum(1), n).expand(len(x), len(c))
     w, b = _accelerated(moved, x.new_zeros(len(x), x.shape[2], len(c)), start, 1, tolerance)
     return w, b - (mean @ w)[:, 0]
 
 
-def _log_odds(y: Tensor) -> Tensor:
-    """[m, 1] where the biases start: what is best without features."""
-    share = y.mean(0).clamp(0.5 / len(y), 1 - 0.5 / len(y))
-    return (share / (1 - share)).log()
+def _log_odds(positive: Tensor, n: Tensor | int) -> Tensor:
+    """[m, 1] where the biases start, with so many positive of n rows: what is best without features."""
+    known = positive.clamp(min=0.5).minimum(torch.as_tensor(n).to(positive) - 0.5)
+    return (known / (n - known)).log()
 
 
 def _accelerated(

@@ -176,10 +176,8 @@ def run(settings: NumbersSettings, stages: Stages) -> Result:
             return number_states(network, hooks, rows, advance)
 
     h = read("numbers", settings.values.tolist())
-    alphabet = (
-        LETTERS if len({tuple(ids(f"{settings.texts[0]}{letter}")) for letter in LETTERS}) == len(LETTERS) else ""
-    )
-    letters = read("letters", alphabet) if alphabet else {}
+    told = [len({tuple(ids(f"{text}{letter}")) for letter in LETTERS}) == len(LETTERS) for text in settings.texts]
+    letters = read("letters", LETTERS) if all(told) else {}
     numbers: dict[str, float] = {}
     spectra: dict[str, Any] = {}
     with stages.stage("fit numbers", len(sites)) as advance, one_thread():
@@ -389,13 +387,8 @@ def fits(result: Result) -> Figure:
     """R2 on held-out values by site: ceiling, digits, helix, polynomial; shaded, as many random columns of the digits."""
     figure, axes = new_figure(3.0)
     sites = list(result.series["sites"])
-    for number, (key, (label, colour)) in enumerate(_LINES.items()):
-        values, errors = interval_bars(result, [f"{site}/r2/{key}" for site in sites])
-        places = [place + 0.06 * (number - 1.5) for place in range(len(sites))]
-        axes.errorbar(places, values, yerr=errors, fmt="o-", markersize=3.5, linewidth=1, color=colour, label=label)
-    middle, high = ([result.numbers[f"{site}/null/digit_columns{end}"] for site in sites] for end in ("", "/high"))
-    axes.fill_between(range(len(sites)), middle, high, color=BLUE, alpha=0.15, label="random columns\nof the digits")
-    _site_axis(axes, sites)
+    _over_sites(axes, result, sites, {f"r2/{key}": line for key, line in _LINES.items()})
+    _null_band(axes, result, sites, "digit_columns", "random columns\nof the digits", BLUE)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_ylabel("R² on held-out values")
     axes.set_title("What says the state of a number")
@@ -409,18 +402,11 @@ def sums(result: Result) -> Figure | None:
     if not sites:
         return None
     figure, axes = new_figure(2.8)
-    for number, (key, label, colour) in enumerate((
-        ("sum_digits", "digits of the sum", BLUE), ("sum_helix", "helix of the sum", ORANGE)
-    )):  # fmt: skip
-        values, errors = interval_bars(result, [f"{site}/r2/{key}" for site in sites])
-        places = [place + 0.06 * (number - 0.5) for place in range(len(sites))]
-        axes.errorbar(places, values, yerr=errors, fmt="o-", markersize=3.5, linewidth=1, color=colour, label=label)
-    for null, label, colour in (
-        ("sum_digit_columns", "random columns\nof its digits", BLUE), ("sum_digits", "sum of digits\ndealt anew", GREY)
-    ):  # fmt: skip
-        middle, high = ([result.numbers[f"{site}/null/{null}{end}"] for site in sites] for end in ("", "/high"))
-        axes.fill_between(range(len(sites)), middle, high, color=colour, alpha=0.15, label=label)
-    _site_axis(axes, sites)
+    lines = {"r2/sum_digits": ("digits of the sum", BLUE), "r2/sum_helix": ("helix of the sum", ORANGE)}
+    _over_sites(axes, result, sites, lines)
+    if f"{sites[0]}/null/sum_digit_columns" in result.numbers:
+        _null_band(axes, result, sites, "sum_digit_columns", "random columns\nof its digits", BLUE)
+    _null_band(axes, result, sites, "sum_digits", "sum of digits\ndealt anew", GREY)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_ylabel("share of what the addends leave")
     axes.set_title("The sum, before its last digit")
@@ -428,9 +414,28 @@ def sums(result: Result) -> Figure | None:
     return figure
 
 
-def _site_axis(axes: Any, sites: Sequence[str]) -> None:
+def _over_sites(
+    axes: Any,
+    result: Result,
+    sites: Sequence[str],
+    lines: Mapping[str, tuple[str, str]],
+    *,
+    step: float = 0.06,
+    fmt: str = "o-",
+) -> None:
+    """Numbers with intervals over sites: name -> label and colour, side by side."""
+    for number, (name, (label, colour)) in enumerate(lines.items()):
+        values, errors = interval_bars(result, [f"{site}/{name}" for site in sites])
+        places = [place + step * (number - (len(lines) - 1) / 2) for place in range(len(sites))]
+        axes.errorbar(places, values, yerr=errors, fmt=fmt, markersize=3.5, linewidth=1, color=colour, label=label)
     axes.set_xticks(range(len(sites)), [site.removeprefix("block-") for site in sites])
     axes.set_xlabel("state after block")
+
+
+def _null_band(axes: Any, result: Result, sites: Sequence[str], null: str, label: str, colour: str) -> None:
+    """From a null's median to its upper quantile."""
+    middle, high = ([result.numbers[f"{site}/null/{null}{end}"] for site in sites] for end in ("", "/high"))
+    axes.fill_between(range(len(sites)), middle, high, color=colour, alpha=0.15, label=label)
 
 
 def power(result: Result) -> Figure:
@@ -460,15 +465,12 @@ def patches(result: Result) -> Figure | None:
     if not sites:
         return None
     figure, axes = new_figure(3.0)
-    for number, (name, colour) in enumerate(zip(result.series["patches"], SERIES, strict=False)):
-        values, errors = interval_bars(result, [f"{site}/patch/{name}" for site in sites])
-        places = [place + 0.08 * (number - 2) for place in range(len(sites))]
-        label = name.replace("_", " ")
-        axes.errorbar(places, values, yerr=errors, fmt="o", markersize=3.5, linewidth=1, color=colour, label=label)
+    named = zip(result.series["patches"], SERIES, strict=False)
+    lines = {f"patch/{name}": (name.replace("_", " "), colour) for name, colour in named}
+    _over_sites(axes, result, sites, lines, step=0.08, fmt="o")
     for height in (0, 1):
         axes.axhline(height, color="black", linewidth=0.6)
     axes.set_ylim(max(axes.get_ylim()[0], -SHOWN_SCORE), min(axes.get_ylim()[1], SHOWN_SCORE))
-    _site_axis(axes, sites)
     axes.set_ylabel("logit won / by the other's own state")
     axes.set_title("Patching a number by what lies between two values")
     legend_beside(axes)
