@@ -48,6 +48,10 @@ class CoOccurrence:
         """[F] chunks in which each latent is active."""
         return self.both.diagonal()
 
+    def often(self, least: int) -> Tensor:
+        """Latents [n] that are present in `least` chunks or more, and not in all."""
+        return ((self.counts >= least) & (self.counts < self.chunks)).nonzero().flatten()
+
     def of(self, latents: Tensor) -> CoOccurrence:
         """The same chunks, some latents."""
         return CoOccurrence(self.both[latents][:, latents], self.chunks)

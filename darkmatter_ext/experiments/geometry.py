@@ -266,8 +266,7 @@ def _of_sae(
     if rows is None or rows.shape[1] != sae.d_in:
         raise InputError(f"sae: must have decoder rows W_dec of shape [latents, {sae.d_in}], got none in {sae.folder}")
     read = _read(inputs, sae, found, settings)
-    chosen = (read.counts.counts >= settings.least_chunks) & (read.counts.counts < read.counts.chunks)
-    latents = chosen.nonzero().flatten()
+    latents = read.counts.often(settings.least_chunks)
     seed = settings.seed
     fewest = 2 * max(settings.clusters)
     if len(latents) < fewest:
@@ -290,7 +289,7 @@ def _random_numbers(read: CoOccurrence | None, sae: SiteSae, settings: GeometryS
     """Lobes of random directions, of those that are active in enough chunks; none where too few are."""
     if read is None:
         return {}
-    latents = ((read.counts >= settings.least_chunks) & (read.counts < read.chunks)).nonzero().flatten()
+    latents = read.often(settings.least_chunks)
     if len(latents) < 2 * max(settings.clusters):
         return {}
     rows = random_rows((sae.d_sae, sae.d_in), settings.seed)[latents]
