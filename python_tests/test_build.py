@@ -44,6 +44,7 @@ def test_build_info():
     assert info["compiler"].split()[0] in ("g++", "clang")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_set_override(isa):
     program = "import darkmatter_ext as dm\ntry: print(dm.build_info()['cpu_isa'])\nexcept RuntimeError as e: print(e)"
@@ -161,6 +162,7 @@ def test_old_torch_is_refused(setup_module, monkeypatch):
         setup_module.torch_folder()
 
 
+@pytest.mark.slow
 def test_missing_ops_are_one_line(tmp_path):
     """A source folder without compiled ops in front of the installed package."""
     shutil.copytree(PACKAGE, tmp_path / "darkmatter_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))

@@ -37,6 +37,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(workplace, capsys, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.runs
 def test_list_env_and_help(capsys):
     assert cli.main(["list"]) == 0
     assert "decomposition" in capsys.readouterr().out
@@ -88,6 +89,7 @@ def test_bad_arguments_give_one_line_and_exit_code_2(arguments, message, refused
     assert not list(tmp_path.rglob("*.json"))
 
 
+@pytest.mark.runs
 def test_bad_files_are_told_before_or_without_a_result(workplace, tmp_path, refused):
     binary = tmp_path / "tokens.bin"
     binary.write_bytes(bytes(range(256)))
@@ -121,6 +123,7 @@ def test_an_sae_of_another_site_is_refused(workplace, tmp_path, refused):
         refused(flags(workplace, "--sae", sae, "--out", str(tmp_path / "out")), message)
 
 
+@pytest.mark.runs
 def test_report_opens_the_page_when_asked(tmp_path, monkeypatch, capsys):
     opened = []
     monkeypatch.setattr(cli.webbrowser, "open", opened.append)
@@ -142,6 +145,7 @@ def test_report_opens_the_page_when_asked(tmp_path, monkeypatch, capsys):
         dm.page()
 
 
+@pytest.mark.runs
 def test_report_takes_explanations_and_results_alone(tmp_path, capsys, refused):
     result = explored_result(saes=1)
     result.numbers.update(NUMBERS)
@@ -162,6 +166,7 @@ def test_report_takes_explanations_and_results_alone(tmp_path, capsys, refused):
     assert list(tmp_path.glob("*.png")) == []  # figures are inside
 
 
+@pytest.mark.runs
 def test_the_installed_command_has_no_traceback(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "darkmatter_ext", "run", "nonsense"],

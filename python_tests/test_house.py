@@ -1,6 +1,7 @@
 """The rules of the house, read from the source: who may import whom, sizes, nothing heavy at import."""
 
 import ast
+import functools
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -29,8 +30,13 @@ def _name(path):
 MODULES = {_name(path) for path in SOURCES}
 
 
+@functools.cache
 def _imports(path):
     """The modules of the package that a file names in its imports."""
+    return list(_imported(path))
+
+
+def _imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "darkmatter_ext":
             inside = node.module.partition(".")[2]
@@ -77,6 +83,7 @@ def test_files_stay_under_500_lines(pattern):
     assert {str(path): n for path in ROOT.glob(pattern) if (n := len(path.read_text().splitlines())) > 500} == {}
 
 
+@pytest.mark.runs
 def test_importing_the_package_starts_no_heavy_library():
     code = (
         "import sys, darkmatter_ext; "

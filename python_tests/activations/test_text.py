@@ -16,6 +16,7 @@ def test_prose_is_running_english_only():
     assert not text.is_prose("averyveryverylongidentifier" * 20)
 
 
+@pytest.mark.slow
 def test_installed_documentation_is_english_deduplicated_and_in_a_fixed_order():
     first = list(itertools.islice(text.installed_documents(), 40))
     assert first == list(itertools.islice(text.installed_documents(), 40))

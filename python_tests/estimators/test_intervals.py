@@ -54,6 +54,7 @@ def _coverage(n, shared, sigma, repeats):
     return (held / repeats).tolist()
 
 
+@pytest.mark.runs
 def test_intervals_cover_as_often_as_they_say():
     """20 documents whose contexts share 60 % of their variance (binomial error of 400: 1.1 %)."""
     mean, of_two = _coverage(20, 0.6, 0.3, 400)

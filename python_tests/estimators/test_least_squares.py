@@ -48,6 +48,7 @@ def test_float32_input_is_accumulated_in_float64():
     assert _relative(fit.map.weight, solution[:-1]) < 1e-8
 
 
+@pytest.mark.runs
 @settings(max_examples=25, deadline=None)
 @given(cuts=st.lists(st.integers(0, 300), min_size=0, max_size=6), seed=st.integers(0, 1000))
 def test_merging_parts_equals_one_pass(cuts, seed):

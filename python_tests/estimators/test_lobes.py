@@ -113,6 +113,7 @@ def test_spectral_clusters_find_blocks_whatever_the_solver():
 # ---- planted truths
 
 
+@pytest.mark.runs
 def test_blocks_in_two_cones_are_lobes():
     numbers, lobes = _numbers(_blocks_fire(), _cones())
     assert numbers["ami/phi/2"] == pytest.approx(1, abs=0.05)
@@ -137,6 +138,7 @@ def test_rows_that_know_nothing_of_the_blocks_are_within_every_null():
     )
 
 
+@pytest.mark.runs
 def test_frequency_alone_fools_permuted_labels_and_not_permutation_within_deciles():
     """A few dense chunks have all latents, the more the more frequent they are: phi groups latents by frequency, and so do
     rows; given its frequency, neither knows anything of the other."""

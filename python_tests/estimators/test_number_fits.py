@@ -19,6 +19,7 @@ def _states(columns, noise=0.3, seed=0):
     return signal[:, None] + noise * torch.randn(90, T, D, generator=generator).double()
 
 
+@pytest.mark.runs
 def test_a_number_that_is_its_digits_has_no_helix_beyond_them():
     numbers = fit_numbers(_states(digit_columns(FITS.values)), FITS)
     assert numbers["r2/digits"] > 0.85 * numbers["r2/ceiling"]
@@ -28,6 +29,7 @@ def test_a_number_that_is_its_digits_has_no_helix_beyond_them():
     assert abs(numbers["null/permuted"]) < 0.05
 
 
+@pytest.mark.runs
 def test_a_helix_with_a_period_that_digits_do_not_have_is_told():
     own = dataclasses.replace(FITS, periods=(7.0, 10.0))
     numbers = fit_numbers(_states(waves(own.values, 7)), own)
@@ -72,6 +74,7 @@ def test_what_a_fit_says_of_a_value_it_has_not_seen():
     assert found["value_mean"].norm() > 100
 
 
+@pytest.mark.runs
 def test_what_is_smooth_in_the_value_is_no_helix_beyond_digits():
     """Squares are no sum over digits: a wave of period 100 says much of what they leave, and so do low powers."""
     numbers = fit_numbers(_states(FITS.values.double()[:, None] ** 2, 0.02), FITS)
@@ -87,6 +90,7 @@ def _sums():
     return torch.tensor(pairs).unbind(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truth", ["clock", "digits", "addends", "size of a", "pair"])
 def test_a_clock_is_told_from_digits_of_the_sum_and_these_from_functions_of_the_addends_and_of_the_pair(truth):
     a, b = _sums()

@@ -13,6 +13,7 @@ from darkmatter_ext.estimators.power_law import fit_power_law
 WIDTHS = [512, 1024, 2048, 4096, 8192, 16384]
 
 
+@pytest.mark.runs
 @settings(max_examples=15)  # a third of a second each
 @given(c=st.floats(0, 0.3), a=st.floats(0.5, 20), m=st.floats(-1.2, -0.15))
 def test_a_planted_law_is_found(c, a, m):
@@ -24,6 +25,7 @@ def test_a_planted_law_is_found(c, a, m):
     assert law.r2 > 1 - 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draws", "low", "high"), [(30, 0.8, 1), pytest.param(300, 0.91, 0.985, marks=pytest.mark.slow)]
 )

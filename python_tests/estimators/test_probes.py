@@ -88,6 +88,7 @@ def test_logistic_l1_is_scikit_learns():
         np.testing.assert_allclose(own, w, atol=0.05)  # saga stops early in the intercept
 
 
+@pytest.mark.runs
 def test_tolerance_and_the_most_steps_change_no_auc(monkeypatch):
     x = _normal(200, 60) * torch.linspace(0.1, 3, 60)
     y = (x[:, 50] + 2 * _normal(200, seed=1) > 0).long()

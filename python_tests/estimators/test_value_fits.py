@@ -56,6 +56,7 @@ def test_a_period_is_found_by_leaving_it_out():
     assert abs(every - _r2(h, helix_columns(VALUES, (2, 7)))) < 0.01
 
 
+@pytest.mark.runs
 def test_digits_alone_make_a_helix_that_holds_nothing_beyond_them():
     h = _planted(digit_columns(VALUES)[:, digit_columns(VALUES).std(0) > 0], 0.8)
     helix, digits = helix_columns(VALUES, PERIODS), digit_columns(VALUES)
@@ -70,6 +71,7 @@ def test_digits_alone_make_a_helix_that_holds_nothing_beyond_them():
     assert _r2(h, helix) > null["periods"].max()
 
 
+@pytest.mark.runs
 def test_what_is_beyond_digits_is_found():
     generator = torch.Generator().manual_seed(4)
     tens_and_units = digit_columns(VALUES)[:, digit_columns(VALUES).std(0) > 0]

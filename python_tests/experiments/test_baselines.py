@@ -47,6 +47,7 @@ def planted(tmp_path_factory):
     return site, {name: sae_numbers(site, name, seed=0) for name in ("token", "loss", "l0")}
 
 
+@pytest.mark.runs
 def test_each_planted_cause_is_found_by_its_predictor_and_no_other(planted):
     _, numbers = planted
     own = {"token": ("token_mean", 1), "loss": ("loss", FROM_LOSS**2), "l0": ("l0", 1)}
@@ -70,6 +71,7 @@ def test_each_planted_cause_is_found_by_its_predictor_and_no_other(planted):
     assert numbers["loss"]["error/probe"] > 0.999  # x itself has the loss and the rest
 
 
+@pytest.mark.runs
 def test_token_means_equal_those_of_the_sums_and_random_ones_know_nothing(planted):
     site, numbers = planted
     exact = site.token_mean_r2()
@@ -125,6 +127,7 @@ def test_a_run_at_two_layers_equals_plain_regressions(finished, workplace):
         assert abs(result.numbers[f"{sae['name']}/error/random_mean"]) < 0.1
 
 
+@pytest.mark.slow
 def test_given_saes_are_measured_at_the_site_each_names(finished, workplace, tmp_path):
     folders = [sae["folder"] for sae in finished("baselines").result.series["saes"]]
     assert cli.main(flags(workplace, "--sae", *folders, "--out", str(tmp_path), experiment="baselines", hook="")) == 0

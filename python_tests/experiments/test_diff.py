@@ -26,6 +26,7 @@ def test_a_run_has_every_pair_and_every_control(finished):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_model_against_itself_is_one_model(finished):
     """Nothing changed, so nothing of it is explained; both halves have one scale."""
     numbers = finished("diff").result.numbers
@@ -57,7 +58,7 @@ def _other(workplace, tmp_path, *more):
     return flags(workplace, *own, experiment="diff")
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_another_model_is_compared_on_the_text_as_it_is(workplace, tmp_path, capsys):
     from darkmatter_ext import cli
     from darkmatter_ext.report.result import load_result

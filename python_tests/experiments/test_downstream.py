@@ -139,6 +139,7 @@ def test_contexts_of_one_document_make_no_interval_narrower():
     assert numbers["s/kl/high"] - numbers["s/kl"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.runs
 def test_controls_reconstruct_badly_and_sparsely():
     from darkmatter_ext.training.config import TrainingConfig
     from darkmatter_ext.training.train import train

@@ -41,6 +41,7 @@ def _planted_predictor(x_hat):
     return _Planted("p", BEFORE, "", D, 1, "planted", None, None, lambda: encode, 0)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_the_planted_share_of_the_nonlinear_error_comes_back(tmp_path, share):
     """error = 0.7 x + a Q y + noise, y = (x^2 - 1) / sqrt 2: uncorrelated with x, of unit variance, and the SAE output at
@@ -172,6 +173,7 @@ def _predictors(folders):
     return {"res", *named, "all", "all but res", "x", "shuffled", "random"}
 
 
+@pytest.mark.slow
 def test_saes_that_exist_are_taken_instead(finished, workplace, tmp_path):
     """--sae and --predictor, with the SAEs that the demo trains."""
     finished("earlier-layers")

@@ -146,6 +146,7 @@ def test_bad_settings_give_one_line(workplace, more, message, refused, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.runs
 def test_sparse_structure_is_told_from_noise_of_the_same_covariance():
     """What the experiment asks of an error: an SAE explains one made of sparse features, and not its Gaussian twin."""
     d, latents, k, n = 24, 48, 2, 12_000

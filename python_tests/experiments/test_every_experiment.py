@@ -49,6 +49,7 @@ def test_it_has_what_the_contract_names(name):
         assert not isinstance(settings, type)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("name", "preset"), [(name, preset) for name in NAMES for preset in experiments.experiment(name).PRESETS]
 )
@@ -125,7 +126,7 @@ def test_table_reading_and_figures_are_made_from_the_file_alone(name, finished, 
     assert {figure.path.stem for figure in section.figures} == {path.stem for path in folder.glob("*.png")}
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_the_page_says_the_command_that_makes_the_result_again(name, finished):
     """Parsed again it gives the settings of the run, but for where they came from."""
     _, result, _ = finished(name)
@@ -220,6 +221,7 @@ def dummy(tmp_path, monkeypatch):
     vars(experiments).pop("count_tokens", None)
 
 
+@pytest.mark.runs
 @pytest.mark.usefixtures("dummy")
 def test_one_file_is_an_experiment(tmp_path, capsys, refused):
     assert cli.main(["list"]) == 0

@@ -10,6 +10,7 @@ from darkmatter_ext import cli
 from darkmatter_ext.experiments.intrinsic_dimension import dimension_numbers, rank_correlation, reading
 
 
+@pytest.mark.runs
 def test_a_planted_sheet_is_two_dimensional_at_every_scale_and_its_control_is_not():
     """A sheet wound through 12 dimensions."""
     u = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -29,6 +29,7 @@ HOOK = "blocks.1.hook_resid_post"
 N, F, SILENT = 40_000, 100, 5
 
 
+@pytest.mark.runs
 def test_the_planted_proportion_of_alignment_and_value_comes_back(tmp_path):
     """x = z W with orthonormal rows W and sparse z of mean active value m_i; ||e||^2 = 1 + sum_i m_i z_i: a* = sum_i m_i w_i,
     so W . a* is m. Five more latents, whose rows are copies, never fire."""
@@ -95,6 +96,7 @@ def test_figure_14_is_found_where_it_is_planted(offset):
     assert numbers["identity_r2"] == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.runs
 def test_a_relation_of_the_error_is_not_taken_for_figure_14(tmp_path):
     """Latents of one value, so figure 14 has nothing to show; the error's norm grows with some latents more than others."""
     generator = torch.Generator().manual_seed(0)
@@ -203,6 +205,7 @@ def test_a_run_equals_plain_least_squares(finished, more):
     }  # fmt: skip
 
 
+@pytest.mark.runs
 def test_bad_input_gives_one_line(workplace, tmp_path, refused):
     narrow = small_sae("topk", 12, 24, 0)
     narrow.save_model(tmp_path / "narrow")

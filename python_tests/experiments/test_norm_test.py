@@ -17,6 +17,7 @@ HOOK = "blocks.1.hook_resid_post"
 N, D = 60_000, 8
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("noise", [0.0, 0.5, 2.0])
 def test_the_planted_share_of_the_squared_norm_comes_back(tmp_path, noise):
     """||e||^2 = 30 + 3 x_0 + noise of known variance, e in a direction x says nothing about: R2 = 1 / (1 + noise^2)."""

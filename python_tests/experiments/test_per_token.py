@@ -122,6 +122,7 @@ def test_streamed_saes_are_in_order_of_width(finished, workplace, tmp_path):
     assert [sae["d_sae"] for sae in streamed.series["saes"]] == [24, 48]
 
 
+@pytest.mark.runs
 def test_saes_that_cannot_be_compared_are_refused_in_one_line(workplace, tmp_path, refused):
     one, other = (saved_sae(tmp_path / f"sae-{layer}", hook_name=f"blocks.{layer}.hook_resid_post") for layer in (0, 1))
     many = ["run", "per-token", "--preset", "one-pass", "--model", str(workplace / "model")]

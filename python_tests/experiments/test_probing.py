@@ -38,6 +38,7 @@ def _numbers(label_of, regimes=("normal",), **more):
     return numbers, true, permuted
 
 
+@pytest.mark.runs
 def test_a_label_of_one_latent_is_the_latents_gain():
     numbers, _, permuted = _numbers(lambda z, error, _: z[:, 7] > 0, ("normal", "scarcity"))
     assert numbers["normal/latents-1/auc"] > 0.99
@@ -51,6 +52,7 @@ def test_a_label_of_one_latent_is_the_latents_gain():
     assert numbers["normal/latents-1/win_rate"] == 1
 
 
+@pytest.mark.runs
 def test_a_label_of_the_error_is_the_dark_matters_gain():
     """x holds it under all latents; the error alone holds nothing else."""
     numbers, _, _ = _numbers(lambda z, error, _: error[:, 0] > 0)
@@ -61,6 +63,7 @@ def test_a_label_of_the_error_is_the_dark_matters_gain():
     assert numbers["normal/dark_matter_share"] != numbers["normal/dark_matter_share"]  # one task: no interval, no ratio
 
 
+@pytest.mark.runs
 def test_a_label_of_nothing_is_at_chance():
     numbers, true, _ = _numbers(lambda z, error, g: torch.rand(N, generator=g) < 0.5, ("normal", "noise"))
     assert abs(true.test["normal"].mean() - 0.5) < 0.08

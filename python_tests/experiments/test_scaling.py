@@ -47,6 +47,7 @@ def _planted_encoder(width):
     return encode
 
 
+@pytest.mark.runs
 def test_a_planted_law_and_its_parts_are_recovered_from_activations(tmp_path):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 64, D, generator=generator)
@@ -156,6 +157,7 @@ def test_the_command_measures_a_family_as_the_decomposition_does(finished):
     assert {path.name for path in out.iterdir()} == names
 
 
+@pytest.mark.slow
 def test_too_few_widths_at_one_l0_give_no_law_and_say_so(finished):
     _, result, said = finished("scaling", "--widths", "24", "48", "--ks", "4", "--with-pursuit", "false")
     assert "No power law: it needs 4 widths at L0 about 4, there are 2" in said
@@ -187,6 +189,7 @@ def test_bad_settings_give_one_line(workplace, tmp_path, refused, more, message)
     refused(flags(workplace, "--ks", "4", *more, "--out", str(tmp_path), experiment="scaling"), message)
 
 
+@pytest.mark.runs
 def test_given_saes_must_be_of_two_widths_and_of_the_site(workplace, tmp_path, refused):
     for name, width, hook in (("a", 24, "blocks.1.hook_resid_post"), ("b", 24, "blocks.1.hook_resid_post"),
                               ("c", 48, "blocks.0.hook_resid_post")):  # fmt: skip
@@ -217,7 +220,7 @@ def _counted(monkeypatch, module, name):
     return calls
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 @pytest.mark.parametrize("store", [False, True])
 def test_three_measurements_load_every_sae_once_and_tokenise_once(workplace, tmp_path, monkeypatch, store):
     """SAEs, pursuit and controls are measured of inputs made once; a checkpoint has a folder for each set of encoders."""
@@ -242,7 +245,7 @@ def test_three_measurements_load_every_sae_once_and_tokenise_once(workplace, tmp
     assert len(tokenised) == (2 if store else 1)  # streamed: the contexts are kept with the states
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_a_budget_of_memory_loads_saes_again_and_changes_no_number(workplace, tmp_path, monkeypatch):
     from darkmatter_ext.measurement import site_saes
 
@@ -262,6 +265,7 @@ def test_a_budget_of_memory_loads_saes_again_and_changes_no_number(workplace, tm
     assert enough == free == tight
 
 
+@pytest.mark.runs
 def test_saes_of_several_sites_are_told_before_the_model_runs(workplace, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(scaling, "prepare", None)
     saes = [*_saved(tmp_path, (24,)), *_saved(tmp_path, (48,), "blocks.0.hook_resid_post")]

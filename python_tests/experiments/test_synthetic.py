@@ -119,6 +119,7 @@ def _orthogonal_sae(d=64):
     return sae, rows
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("ablate", ["latents", "tokens"])
 def test_absent_orthogonal_features_are_all_linear_and_thresholded_ones_are_not(ablate):
     """Every feature is linear in x. One that is missing everywhere stays so; one that is missing where it is weak does not."""
@@ -184,6 +185,7 @@ def test_a_run_writes_grid_and_intervals(finished, more):
     assert {path.name for path in out.glob("*.png")} == {"synthetic_noise.png", "synthetic_ablation.png"}
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -21,10 +21,8 @@ def _count():
     return max(FEW, -(-wanted // len(READERS)))
 
 
-# A process that imports every library takes seconds: one kind is enough for the everyday tests.
-@pytest.mark.parametrize(
-    "reader", [pytest.param(name, marks=() if name == "saelens" else pytest.mark.slow) for name in READERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", READERS)
 def test_a_damaged_file_is_read_or_told_in_one_line(reader, tmp_path):
     command = [sys.executable, "-m", "cases.damage", reader, "0", str(_count())]
     environment = os.environ | {

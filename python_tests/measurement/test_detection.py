@@ -178,6 +178,7 @@ def test_a_server_as_judge(server, monkeypatch):
     assert _Server.asked[-1][1] is None
 
 
+@pytest.mark.runs
 def test_unreadable_answers_are_left_out_and_counted(server):
     _Server.evasive = True
     (score, *_) = _scores(EndpointJudge(server, "m"))

@@ -216,6 +216,7 @@ def _shares_without(count, x, held_out, error, nonlinear, fit):
     return [fvu, fvu_nonlinear, 1 - fvu_nonlinear / fvu]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("products", ["float64", "float32"])
 def test_shares_without_the_top_directions_equal_those_of_projected_tokens(source, tmp_path, products):
     settings = dataclasses.replace(SETTINGS, interval_groups=4, products=products)
@@ -252,6 +253,7 @@ def test_groups_keep_documents_whole_and_one_group_has_no_interval(source, tmp_p
     assert str(interval.low) == str(interval.high) == "nan"
 
 
+@pytest.mark.runs
 def test_the_released_codes_regressions_have_no_bias_and_see_held_out_tokens(source, tmp_path):
     """b* of the vector test on fit tokens, of the norm tests on all, FVU on all, nowhere a bias: against torch.linalg.lstsq."""
     settings = dataclasses.replace(SETTINGS, parity="released-code")
@@ -318,6 +320,7 @@ def test_outputs_of_other_saes_predict_every_part_of_the_error(source, tmp_path)
         found.part_fit(["mlp"], "large", "odd")
 
 
+@pytest.mark.runs
 def test_float32_products_and_small_budgets_change_nothing_that_matters(source, tmp_path):
     exact = numbers(measure(source, saes(), SETTINGS, folder=tmp_path / "a"))
     fast = dataclasses.replace(SETTINGS, products="float32", sae_memory_gb=1e-9, batch_tokens=1000, block_contexts=60)

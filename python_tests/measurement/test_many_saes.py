@@ -214,6 +214,7 @@ def test_the_presets_name_the_saes_of_the_paper_and_of_saelens_list():
     assert sizes == [768 * 2**i for i in range(8)]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", [*GIVEN])
 def test_every_preset_has_a_plan(name, capsys):
     assert cli.main(["run", "decomposition", "--preset", name, "--dry-run"]) == 0
@@ -282,6 +283,7 @@ def test_bad_settings_give_one_line(more, message, refused, tmp_path, monkeypatc
     refused(["run", "decomposition", "--preset", "one-pass", *more], message)
 
 
+@pytest.mark.runs
 def test_saes_that_do_not_fit_are_refused(site, tmp_path, refused):
     nowhere = saved_sae(tmp_path / "nowhere", hook_name="")
     saved_sae(tmp_path / "wide", d_in=20, hook_name=HOOK)

@@ -158,6 +158,7 @@ def scaled_sae(folder, kind=SCALED):
     return sae
 
 
+@pytest.mark.runs
 def test_a_missing_factor_is_given_or_found_beside_the_weights_or_refused(tmp_path):
     sae, x = scaled_sae(tmp_path / "sae"), torch.randn(50, 16)
     for call in (as_encoder, lambda own: decompose(x, own)):

@@ -38,8 +38,12 @@ def _environment(**more):
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 
-def _killed_and_resumed(caches, folder, moments):
-    command = [sys.executable, *SCRIPT, "many", str(caches), str(folder), "none:0", *moments]
+@pytest.mark.slow
+def test_killed_at_every_read_and_every_write(caches, tmp_path):
+    moments = ["after:27", *(f"read:{i}" for i in range(1, 22))]
+    moments += [f"{kind}:{i}" for kind in ("before", "after") for i in range(1, 52, 3)]
+    moments += [f"flush:{i}" for i in range(1, 34, 3)]
+    command = [sys.executable, *SCRIPT, "many", str(caches), str(tmp_path), "none:0", *moments]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=TESTS, env=_environment(), timeout=600
     )
@@ -50,17 +54,6 @@ def _killed_and_resumed(caches, folder, moments):
     for run in killed:
         assert run["status"] == -signal.SIGKILL, run["moment"]  # it was killed, where it was meant to be
         assert run["result"] == undisturbed["result"], run["moment"]  # to the last bit, the table included
-
-
-def test_killed_at_any_moment_and_started_again_gives_the_same(caches, tmp_path):
-    _killed_and_resumed(caches, tmp_path, ["read:15", "before:4", "flush:6"])
-
-
-@pytest.mark.slow
-def test_killed_at_every_read_and_every_write(caches, tmp_path):
-    moments = ["after:27", *(f"read:{i}" for i in range(1, 22))]
-    moments += [f"{kind}:{i}" for kind in ("before", "after") for i in range(1, 52, 3)]
-    _killed_and_resumed(caches, tmp_path, [*moments, *(f"flush:{i}" for i in range(1, 34, 3))])
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +85,7 @@ def stopped(stopped_once, tmp_path):
     return source, Path(shutil.copytree(folder, tmp_path / "run"))
 
 
+@pytest.mark.runs
 def test_a_changed_configuration_is_refused_by_name(stopped):
     source, folder = stopped
     changed = dataclasses.replace(SETTINGS, fit_fraction=0.5)
@@ -147,6 +141,7 @@ def test_a_damaged_checkpoint_is_told_and_nothing_is_deleted(stopped, damage):
     assert sorted(p.name for p in folder.rglob("*")) == before
 
 
+@pytest.mark.runs
 def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(stopped, tmp_path):
     """A limit on file sizes stands in for the disk: the system refuses the write with the same kind of error."""
     source, folder = stopped

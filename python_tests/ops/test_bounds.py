@@ -29,6 +29,7 @@ def random_problem(draw, n=3, n_latents=256):
     return Problem(x, weights.mT.contiguous(), b_enc, b_dec, gain)
 
 
+@pytest.mark.runs
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_intervals_hold_every_pre_activation(data):
@@ -36,6 +37,7 @@ def test_intervals_hold_every_pre_activation(data):
     assert outside == 0
 
 
+@pytest.mark.runs
 @settings(max_examples=80, deadline=None)
 @given(st.data(), st.integers(1, 30))
 def test_encoders_give_the_exact_answer(data, k):
@@ -93,8 +95,9 @@ def test_scores_that_overflow_float32(dtype):
     assert count_outside(_bare(x, weights, b_enc))[0] == 0
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", ["constant", "equal_signs", "half_codes", "one_huge", "two_equal"])
-@pytest.mark.parametrize("d", [32_400, 32_768])
+@pytest.mark.parametrize("d", [pytest.param(32_400, marks=pytest.mark.slow), 32_768])
 def test_sums_of_products_of_the_largest_rows_fit(kind, d):
     """A token that is its own latent, at the largest d there is: the products of codes add up to just below 2^31."""
     weights = rows_of(kind, 256, d, torch.float32, torch.Generator().manual_seed(0)).float()

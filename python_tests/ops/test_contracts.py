@@ -28,6 +28,7 @@ def tuple_of(results):
 # Fakes
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 def test_fakes_have_the_shapes_dtypes_and_strides_of_the_results(case, dtype):
@@ -127,6 +128,7 @@ def test_relu_stops_any_gradient_and_nan_latents_pass_it(kind, value):
 # compile and vmap
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", ["topk", "threshold"])
 def test_compile_forward_and_backward(kind):
     def loss(x, W_enc, b_enc, b_dec, W_dec):

@@ -66,6 +66,7 @@ def test_gradient_pursuit_never_waits():
 TRACED = {case.op: case for case in ON_CUDA if case.op != "screen_intervals"}  # which is for tests
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("op", TRACED)
 def test_ops_can_be_traced(on_cuda, op):
     """Sizes that are known only when an op has run are given to its results, each of them: else torch cannot compile it."""

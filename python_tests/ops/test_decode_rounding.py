@@ -50,6 +50,7 @@ def test_tokens_of_any_number_of_latents():
         assert torch.equal(_bits(x_hat[token : token + 1]), _bits(defined)), f"token {token} of {end - start} latents"
 
 
+@pytest.mark.slow
 def test_the_same_on_plain_cpp():
     code = "from cases.digests import digest_of_decode; print(digest_of_decode())"
     assert run_python(code, DARKMATTER_CPU_ISA="scalar").stdout.split()[-1] == digest_of_decode()

@@ -250,6 +250,7 @@ def test_bad_indices_behind_torch_ops_do_not_read_foreign_memory(op, indices, cr
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.slow
 def test_unknown_instruction_set():
     program = "import darkmatter_ext as dm\ntry: dm.build_info()\nexcept RuntimeError as e: print(e)"
     run = run_python(program, DARKMATTER_CPU_ISA="sse9")

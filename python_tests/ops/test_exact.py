@@ -157,6 +157,7 @@ def test_identical_for_any_number_of_threads():
     assert len(digests) == 1
 
 
+@pytest.mark.slow
 def test_identical_for_every_instruction_set():
     best = dm.build_info()["cpu_isa_best"]
     digests = {isa: digest_in_subprocess(isa) for isa in {"scalar", "avx2", "avx512", best}}

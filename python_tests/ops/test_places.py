@@ -36,6 +36,7 @@ def _assert_reference(x, W_enc, b_enc, *, k=7, threshold=3.0, b_dec=None, gain=N
     return prepared
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", EDITS)
 @settings(max_examples=25, deadline=None)
 @given(

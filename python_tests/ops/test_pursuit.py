@@ -20,7 +20,15 @@ VARIANTS = {
     "orthogonal": {"method": "orthogonal"},
     "orthogonal-nonnegative": {"method": "orthogonal", "nonnegative": True},
 }
-each_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+SIXTEEN_BITS = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16)]
+# A large dictionary is read by screened products; a small one has a Gram form, in gradient pursuit alone.
+FORMS = [(name, form) for name in VARIANTS for form in ("products", "gram") if form == "products" or "gradient" in name]
+each_variant = pytest.mark.parametrize(
+    ("options", "form"),
+    [(VARIANTS[name], form) for name, form in FORMS],
+    ids=[f"{name}-{form}" for name, form in FORMS],
+    indirect=["form"],
+)
 
 
 def assert_same_support(acts, twin):
@@ -44,11 +52,12 @@ def form(request, monkeypatch):
     """Every test with the screened products of a large dictionary, and with the Gram form of a small one."""
     if request.param == "products":
         monkeypatch.setattr(pursuit_steps, "GRAM_ATOMS", 0)
+    return request.param
 
 
 @each_variant
 @pytest.mark.parametrize("make", DICTIONARIES, ids=lambda make: make.__name__.strip("_"))
-@pytest.mark.parametrize(("n_atoms", "d"), [(40, 8), (300, 40)])
+@pytest.mark.parametrize(("n_atoms", "d"), [(40, 8), pytest.param(300, 40, marks=pytest.mark.runs)])
 def test_every_step_is_that_of_the_twin(options, make, n_atoms, d):
     D = make(n_atoms, d)
     x = targets(12, d)
@@ -73,9 +82,10 @@ def test_as_many_steps_as_atoms(options):
     torch.testing.assert_close(ours.to_dense(), reference.pursuit(x, D, 12, **options), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.runs
 @each_variant
 @pytest.mark.parametrize("make", DICTIONARIES, ids=lambda make: make.__name__.strip("_"))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS], ids=str)
 def test_every_step_has_the_support_of_the_twin_in_lower_precision(options, make, dtype):
     D = make(300, 40).to(dtype)
     x = torch.cat([targets(6, 40), made_of(make(300, 40), 6)]).to(dtype)
@@ -88,8 +98,6 @@ def test_every_step_has_the_support_of_the_twin_in_lower_precision(options, make
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_thousand_rows_have_the_supports_of_the_twin(options, make, dtype, form):
     """A cosine of about 0.8 between atoms; targets of noise, of a few atoms, and of many."""
-    if form == "gram" and options.get("method", "gradient") != "gradient":
-        pytest.skip("only gradient pursuit has a Gram form")
     D, n = make(1100, 64).to(dtype) if form == "products" else make(300, 64).to(dtype), 2000
     parts = targets(n // 2, 64), made_of(D.double(), n // 4), made_of(D.double(), n // 4, active=40)
     x = torch.cat(parts).to(dtype)
@@ -232,7 +240,8 @@ def test_orthogonal_refits():
 # Properties
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])  # the fixture is a constant
+@pytest.mark.runs
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])  # the fixture is a constant
 @given(
     st.integers(0, 10_000),
     st.sampled_from(["matching", "orthogonal", "nonnegative"]),

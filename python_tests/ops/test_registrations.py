@@ -41,18 +41,21 @@ def test_every_op_has_a_case():
     assert {case.op for case in CASES} == registered_ops()
 
 
+@pytest.mark.runs
 @each_case()
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
 def test_opcheck(case, dtype):
     torch.library.opcheck(case.call(), tuple(with_gradients(case, dtype)))
 
 
+@pytest.mark.runs
 @each_case(lambda case: case.differentiable)
 def test_gradients(case):
     function, variables = outputs_of(case)
     assert torch.autograd.gradcheck(function, variables, atol=1e-8, rtol=1e-6)
 
 
+@pytest.mark.slow
 @each_case(lambda case: case.differentiable)
 def test_second_gradients(case):
     function, variables = outputs_of(case)
@@ -178,6 +181,7 @@ def test_gradients_through_vmap():
         torch.testing.assert_close(one.grad, other.grad)
 
 
+@pytest.mark.runs
 def test_compile_without_graph_breaks():
     x, W_enc, b_enc, b_dec, W_dec = public_arguments(requires_grad=False)
 

@@ -131,6 +131,7 @@ sys.exit(cli.main(["run", "synthetic", "--out", sys.argv[1]]))
 """
 
 
+@pytest.mark.runs
 def test_a_bug_keeps_its_traceback_and_a_non_zero_exit(tmp_path):
     """In a process of its own, as a user sees it."""
     done = subprocess.run(

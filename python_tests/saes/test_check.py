@@ -15,6 +15,7 @@ from darkmatter_ext.saes.check import check_sae
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_sae_is_the_same_accelerated(architecture, dtype):

@@ -129,6 +129,7 @@ def _matches(rows, planted_rows):
     return torch.where(best.values > 0.9, best.indices, -1)
 
 
+@pytest.mark.runs
 def test_a_trained_crosscoder_finds_the_latents_of_each_model_alone():
     """Recall and precision of both families by norm and scaling at least 0.9; a shrunken one is of neither."""
     data, sums, kinds, _ = _trained()
@@ -144,12 +145,14 @@ def test_a_trained_crosscoder_finds_the_latents_of_each_model_alone():
     assert again >= 0.9
 
 
+@pytest.mark.slow
 def test_without_the_family_nothing_is_of_the_second_model_alone():
     _, _, kinds, _ = _trained(second_alone=False)
     assert int(kinds.second_by_scaling.sum()) == 0
     assert int(kinds.first_by_scaling.sum()) >= 9
 
 
+@pytest.mark.slow
 def test_a_rotated_second_model_shares_its_latents_at_any_cosine():
     """rho stays at 0.5 and the FVU is the same; the cosine is of the basis alone."""
     _, plain, kinds, error = _trained()

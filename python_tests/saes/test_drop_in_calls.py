@@ -176,6 +176,7 @@ for architecture in ("topk", "jumprelu"):
 """
 
 
+@pytest.mark.slow
 def test_while_torch_multiplies_in_less_than_float32_saelens_answers():
     run_python(LOWERED, DARKMATTER_CPU_ISA="scalar")
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 # Transforms
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("architecture", SAES)
 @pytest.mark.parametrize(
     "transform",
@@ -40,6 +41,7 @@ def test_transforms(architecture, transform):
     assert_close(transform(plain, x), transform(fast, x), scale=10)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("architecture", SAES)
 @pytest.mark.parametrize("route", ["forward", "encode", "decode"])
 def test_jacobian_by_batched_gradients(architecture, route):
@@ -298,6 +300,7 @@ def model():
 HOOK = "blocks.0.hook_resid_post"
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("architecture", SAES)
 @pytest.mark.parametrize("use_error_term", [False, True])
 def test_in_a_hooked_transformer(model, architecture, use_error_term):

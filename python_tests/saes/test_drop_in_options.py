@@ -14,6 +14,7 @@ def _without_counts(text):
     return re.sub(r" · \d+|sae_lens [\d.]+|the \d+ SAEs|\| all .*\n", "", text)
 
 
+@pytest.mark.runs
 @pytest.mark.skipif(not lives.SCREENS, reason="the page is that of a processor with vector kernels")
 def test_the_page_is_what_is_measured():
     written = PAGE.read_text().partition("\n# Options of sparsify")[0]
@@ -23,6 +24,7 @@ def test_the_page_is_what_is_measured():
         assert _without_counts(written) == _without_counts(page())
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("architecture", SAE_CLASS_REGISTRY)
 def test_every_cell_answers_as_saelens(architecture):
     """Cells are compared with the plain twin while they are tried; an accelerated architecture is fast by default."""

@@ -9,10 +9,12 @@ from cases.peers import DICTIONARIES
 pytestmark = pytest.mark.skipif(not lives.SCREENS, reason="the page is that of a processor with vector kernels")
 
 
+@pytest.mark.runs
 def test_the_page_is_what_is_measured():
     assert HEADING + PAGE.read_text().partition(HEADING)[2] == section()
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", ["SparseCoder", *DICTIONARIES])
 def test_every_cell_answers_as_the_library(kind):
     """Cells are compared with the plain twin while they are tried; a class is fast by default."""

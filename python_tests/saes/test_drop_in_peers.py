@@ -34,6 +34,9 @@ import darkmatter_ext as dm
 pytestmark = pytest.mark.skipif(not lives.SCREENS, reason="no fast path on this processor")
 
 
+SIXTEEN_BITS = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16)]
+
+
 def only_fast(sae, *methods):
     """Every call so far was fast, of these methods; no token was handed over."""
     stats = dm.stats(sae)
@@ -41,8 +44,9 @@ def only_fast(sae, *methods):
     assert stats.fast.keys() == set(methods), str(stats)
 
 
+@pytest.mark.runs
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *SIXTEEN_BITS], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thousand_tokens_as_the_library(kind, dtype):
     if (kind, dtype) == ("JumpReluAutoEncoder", torch.float16):
@@ -352,6 +356,7 @@ def test_another_version_is_refused(monkeypatch):
         dm.accelerate(Newer(8, 16, 2))
 
 
+@pytest.mark.slow
 def test_the_libraries_are_not_imported():
     code = (
         "import sys, torch, darkmatter_ext as dm\n"
@@ -361,6 +366,7 @@ def test_the_libraries_are_not_imported():
     run_python(code)
 
 
+@pytest.mark.slow
 def test_a_sparse_coder_needs_no_other_library():
     code = (
         "import sys, sparsify, darkmatter_ext as dm, torch\n"

@@ -40,6 +40,7 @@ def _config(architecture, options):
     return Config(architecture, 32, 256, ({"k": 8} if "topk" in architecture else {}) | options)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("architecture", "options", "edits"), SHORT_LIVES)
 def test_short_lives(architecture, options, edits):
     replay(_config(architecture, options), edits)
@@ -90,6 +91,7 @@ def test_what_is_hard_to_screen():
     assert not is_hard_to_screen(sae, x)  # equal latents are one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(16))
 def test_some_lives(seed):
     live(seed, N_EDITS)

@@ -16,11 +16,13 @@ pytestmark = pytest.mark.skipif(not lives.SCREENS, reason="no fast path on this 
 N_EDITS = 15
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_edit_once(kind):
     replay(kind, [(name, 5) for name in EDITS])
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("seed", range(12))
 def test_some_lives(seed):
     live(seed, N_EDITS)

@@ -16,6 +16,7 @@ import darkmatter_ext as dm
 from darkmatter_ext.saes.stepping_aside import TOO_MANY
 
 D, F, N = 48, 4096, 128
+LATER = [pytest.param(name, marks=pytest.mark.slow) for name in ("topk sparse", "batchtopk", "matryoshka")]
 CLASSES = {
     "topk": (topk_sae.TopKTrainingSAE, topk_sae.TopKTrainingSAEConfig),
     "batchtopk": (batchtopk_sae.BatchTopKTrainingSAE, batchtopk_sae.BatchTopKTrainingSAEConfig),
@@ -150,7 +151,8 @@ def _trained(sae, steps, lr=3e-3, **options):
     return losses, logged, trainer.fit(), trainer
 
 
-@pytest.mark.parametrize("name", ["topk", "topk sparse", "batchtopk", "matryoshka", "jumprelu"])
+@pytest.mark.runs
+@pytest.mark.parametrize("name", ["topk", "jumprelu", *LATER])
 def test_sae_lens_own_trainer_gets_the_same_losses_over_50_steps(name):
     lr = 3e-4 if name == "jumprelu" else 3e-3
     expected, expected_log, _, plain_trainer = _trained(_sae(name), 50, lr)

@@ -60,6 +60,7 @@ def _closed(model, splice, rank, *, steps=600, rate=1e-2, recipe=None):
     return ratio(sums_by(torch.arange(len(before)) // 49, 100 * (before - after), before)).value
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(("rank", "expected"), [(1, 100 * 9 / 14), (2, 100 * 13 / 14), (3, 100.0)])
 def test_an_adapter_closes_what_the_best_matrix_of_its_rank_does(rank, expected):
     """Sae(x) = (I - P/2) x: W P is needed, of rank 3; Eckart and Young say what fewer give."""
@@ -67,16 +68,19 @@ def test_an_adapter_closes_what_the_best_matrix_of_its_rank_does(rank, expected)
     assert _closed(model, model.shrunk(0.5), rank) == pytest.approx(expected, abs=3)
 
 
+@pytest.mark.runs
 def test_a_loss_of_some_tokens_trains_the_same():
     model = HeadOnly()
     assert _closed(model, model.shrunk(0.5), 3, recipe=Recipe(loss_share=0.25)) == pytest.approx(100, abs=4)
 
 
+@pytest.mark.runs
 def test_biases_alone_close_nothing_here():
     model = HeadOnly()
     assert abs(_closed(model, model.shrunk(0.5), 0, rate=1e-3)) < 3
 
 
+@pytest.mark.runs
 def test_what_is_gone_is_not_won_back():
     """Sae(x) = (I - P) x: the rest of x knows nothing of P x. Training that read x itself would close it."""
     model = HeadOnly()

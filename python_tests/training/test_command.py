@@ -23,6 +23,7 @@ def _arguments(workplace, out, *more):
     ]  # fmt: skip
 
 
+@pytest.mark.runs
 def test_saes_of_several_widths_from_one_stream_load_and_measure(workplace, tmp_path, capsys):
     from sae_lens import SAE
 
@@ -49,6 +50,7 @@ def test_saes_of_several_widths_from_one_stream_load_and_measure(workplace, tmp_
     assert "batchtopk-48" in (tmp_path / "measured" / "decomposition.json").read_text()
 
 
+@pytest.mark.runs
 def test_a_cache_a_store_and_a_stream_give_the_same_sae(workplace, tmp_path):
     stored, streamed, cached = (tmp_path / name for name in ("stored", "streamed", "cached"))
     assert cli.main(_arguments(workplace, stored, "--store")) == 0

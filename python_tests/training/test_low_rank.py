@@ -42,6 +42,7 @@ def test_an_adapter_starts_at_the_model_itself_and_merging_changes_no_answer(kin
         Adapter(linear_layers(network), 0).merge()
 
 
+@pytest.mark.runs
 def test_a_tuned_model_says_the_phrase_by_a_change_of_low_rank_in_some_blocks():
     network = small_model("llama").eval()
     with torch.no_grad():

@@ -12,6 +12,7 @@ from darkmatter_ext.saes.loading import load_sae
 from darkmatter_ext.training.config import ARCHITECTURES, StreamConfig, TrainingConfig
 from darkmatter_ext.training.train import train
 
+pytestmark = pytest.mark.runs  # all read a training
 OPTIONS = {"d_sae": 24, "k": 3, "steps": 400, "batch_size": 256, "learning_rate": 3e-3, "dead_after_tokens": 5000}
 METADATA = {"model_name": "planted", "hook_name": "blocks.0.hook_resid_post", "prepend_bos": True, "context_size": 32}
 

@@ -22,6 +22,7 @@ from darkmatter_ext.training.config import ARCHITECTURES, StreamConfig, Training
 from darkmatter_ext.training.train import Checkpoint, train
 
 SMALL = TrainingConfig(d_sae=24, k=3, steps=20, batch_size=64)
+LATER = [("batchtopk", 13), ("matryoshka", 29)]  # steps at which to kill; with the slow tests
 STREAM = StreamConfig(drop_positions=2, buffer_tokens=400, held_out_share=0.2)
 
 
@@ -130,8 +131,10 @@ def test_large_norms_and_given_tokens_are_left_out(source, x):
 # ---- stopped runs
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
-    ("architecture", "step"), [("topk", 1), ("batchtopk", 13), ("jumprelu", 22), ("matryoshka", 29)]
+    ("architecture", "step"),
+    [("topk", 1), ("jumprelu", 22), *(pytest.param(*own, marks=pytest.mark.slow) for own in LATER)],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(architecture, step, tmp_path):
     arguments = [sys.executable, "-m", "cases.interrupted_training", str(tmp_path / "run"), architecture, str(step)]
@@ -193,6 +196,7 @@ def test_training_that_diverges_is_one_line_and_leaves_the_last_good_state(x, tm
         assert all(tensor.isfinite().all() for tensor in load_file(state).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2])
 def test_processes_that_share_each_batch_agree_with_one(n, tmp_path):
     from safetensors.torch import load_file

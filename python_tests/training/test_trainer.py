@@ -32,6 +32,7 @@ def _losses(config, steps):
     return max(differences), ours, dense, dead
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_losses_of_200_steps_are_those_of_a_dense_float64_trainer(architecture):
     worst, ours, *_ = _losses(dataclasses.replace(SMALL, architecture=architecture), 200)
@@ -49,6 +50,7 @@ RULES = {
 }
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_rule_gives_the_weights_of_a_dense_trainer(architecture, rule):
