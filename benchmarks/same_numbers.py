@@ -4,7 +4,7 @@
     PYTHONPATH=AFTER python benchmarks/same_numbers.py run --python PYTHON --out after --inputs before/inputs
     python benchmarks/same_numbers.py compare before after
 
-Every run is one `darkmatter run`: the twelve experiments, SAEs trained or given, activations stored,
+Every run is one `darkmatter run`: the experiments, SAEs trained or given, activations stored,
 streamed or cached, on a small random language model. It has a folder, a cache and a log of its own.
 One machine and one thread for both sides: after training, sums of another order are other numbers.
 Compared: numbers, series and columns by token of the results; not seconds, provenance, config, notes.

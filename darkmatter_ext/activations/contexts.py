@@ -22,7 +22,7 @@ from torch import Tensor
 
 from darkmatter_ext.activations.text import Document, context_rows
 from darkmatter_ext.runtime.inputs import InputError, StateError, reason, told
-from darkmatter_ext.runtime.storage import atomic_folder
+from darkmatter_ext.runtime.storage import atomic_folder, parsed_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,10 +44,10 @@ class ContextStore:
     def open(cls, folder: Path) -> ContextStore:
         """Raises RuntimeError, one line, when the folder is damaged."""
         try:
-            meta = json.loads((folder / "contexts.json").read_text())
+            meta = parsed_json((folder / "contexts.json").read_text())
             store = cls(folder, meta["n_contexts"], meta["context_length"], meta["sha256"])
             store.tokens([0])
-        except (OSError, ValueError, KeyError, IndexError) as error:
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise StateError(f"contexts: {folder} is damaged ({reason(error)}); delete it") from None
         return store
 

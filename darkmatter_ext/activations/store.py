@@ -83,7 +83,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with told("model", "must be a causal language model", repr(model)):
-        return AutoTokenizer.from_pretrained(model_location(model))
+        return AutoTokenizer.from_pretrained(model_location(model), trust_remote_code=False)
 
 
 def load_model(
@@ -106,6 +106,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     options = {"device_map": device_map} if device_map else {}
+    options["trust_remote_code"] = False  # not given, transformers asks at a prompt, and waits
     with told("model", "must be a causal language model", repr(model)):
         network = AutoModelForCausalLM.from_pretrained(model_location(model), dtype=dtype, **options)
     blocks = transformer_blocks(network)
@@ -128,7 +129,7 @@ def check_fits(model: str, *, context_length: int = 0, tokens: tuple[int, int] |
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model_location(model)).get_text_config()
+        config = AutoConfig.from_pretrained(model_location(model), trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError):
         return
     positions, vocabulary = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))

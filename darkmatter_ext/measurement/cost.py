@@ -5,7 +5,6 @@ Shapes: d width of the site, F latents, S SAEs.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ import torch
 
 from darkmatter_ext.ops._library import has_kernels
 from darkmatter_ext.ops.encode import prepare_encoder, threshold_encode
+from darkmatter_ext.runtime.inputs import told
+from darkmatter_ext.runtime.storage import parsed_json
 from darkmatter_ext.saes.catalogue import KNOWN_MODELS, KnownModel
 
 PROBE_TOKENS, PROBE_LATENTS = 512, 4096
@@ -48,13 +49,17 @@ def known_model(model: str) -> KnownModel | None:
     path = Path(model) / "config.json"
     if not path.is_file():
         return KNOWN_MODELS.get(model)
-    config = json.loads(path.read_text())
-    d = config.get("hidden_size", config.get("n_embd"))
-    layers = config.get("num_hidden_layers", config.get("n_layer"))
-    inner = config.get("intermediate_size", 4 * d)
-    attention = 4 * d * d
-    per_layer = attention + (2 if config["model_type"] == "gpt2" else 3) * d * inner
-    return KnownModel(d, layers, per_layer, config["vocab_size"] * d, 0)
+    with told("model", "must have a config.json that can be read", path):
+        config = dict(parsed_json(path.read_text()))
+        config |= config.get("text_config") or {}
+        d = config.get("hidden_size", config.get("n_embd"))
+        layers = config.get("num_hidden_layers", config.get("n_layer"))
+        if None in (d, layers, config.get("vocab_size")):
+            return None
+        inner = config.get("intermediate_size") or 4 * d
+        attention = 4 * d * d
+        per_layer = attention + (2 if config.get("model_type") == "gpt2" else 3) * d * inner
+        return KnownModel(d, layers, per_layer, config["vocab_size"] * d, 0)
 
 
 def cost(

@@ -19,6 +19,7 @@ import torch
 from darkmatter_ext.activations.store import load_model, load_tokenizer
 from darkmatter_ext.measurement.detection import Snippet
 from darkmatter_ext.runtime.inputs import InputError, StateError
+from darkmatter_ext.runtime.storage import parsed_json
 
 TIMEOUT_SECONDS = 120
 SNIPPETS_PER_QUESTION = 5  # more at once and answers lose track of the numbers
@@ -100,7 +101,7 @@ class EndpointJudge:
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(content).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-                return json.load(response)["choices"][0]["message"]["content"] or ""
+                return parsed_json(response.read())["choices"][0]["message"]["content"] or ""
         except urllib.error.HTTPError as error:
             reason = f"status {error.code} {error.reason}"
         except (OSError, http.client.HTTPException) as error:

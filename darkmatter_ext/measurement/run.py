@@ -32,6 +32,7 @@ from darkmatter_ext.measurement.stored_tokens import StoredTokens
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.measurement.tokens import TokenRoles, training_contexts
 from darkmatter_ext.measurement.training_text import fvu_on, training_sample
+from darkmatter_ext.runtime.checkpoint import FORMAT
 from darkmatter_ext.runtime.html import html_table
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.processes import Processes, processes
@@ -419,7 +420,7 @@ def run_folder(inputs: Inputs, decided: Mapping[str, Any]) -> Path:
     """
     if checkpoint := inputs.settings.measure.checkpoint:
         return Path(checkpoint) / "-".join(decided["variants"])
-    return cache_dir("runs") / fingerprint(**decided, identity=inputs.text)
+    return cache_dir("runs") / fingerprint(**decided, identity=inputs.text, checkpoint_format=FORMAT)
 
 
 def contexts_folder(found: Resolved) -> Path:

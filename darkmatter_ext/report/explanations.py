@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import json
 import math
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from darkmatter_ext.report.result import Result
-from darkmatter_ext.runtime.inputs import InputError
+from darkmatter_ext.runtime.inputs import InputError, told
+from darkmatter_ext.runtime.storage import ALWAYS_UNPACKED, MOST_UNPACKED, parsed_json, require_bounded
 
 
 class Explanation(NamedTuple):
@@ -97,14 +98,14 @@ def read_explanations(path: Path, sae: str, d_sae: int) -> dict[int, Explanation
 def _entries(path: Path) -> Iterable[tuple[Any, Any]]:
     """(latent, what is said of it), as they stand in a file."""
     try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    except OSError as error:
-        raise InputError(f"explanations: must be a file, got {path} ({error.strerror or 'not gzip'})") from None
+        text = (_unpacked(path) if path.suffix == ".gz" else path.read_bytes()).decode()
+    except (OSError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or "not gzip"
+        raise InputError(f"explanations: must be a file, got {path} ({why})") from None
     except (EOFError, UnicodeDecodeError):
         raise InputError(f"explanations: must be UTF-8 text, got {path}") from None
     try:
-        found = json.loads(text)
+        found = parsed_json(text)
     except ValueError:
         found = _lines(text, path)
     if isinstance(found, dict) and not {"index", "description"} <= set(found):
@@ -117,9 +118,19 @@ def _entries(path: Path) -> Iterable[tuple[Any, Any]]:
     )
 
 
+def _unpacked(path: Path) -> bytes:
+    """The content of a gzip file, read no further than `require_bounded` allows."""
+    packed = path.stat().st_size
+    with gzip.open(path) as file:
+        content = file.read(max(ALWAYS_UNPACKED, MOST_UNPACKED * packed) + 1)
+    with told("explanations", "must be a gzip file of texts", path):
+        require_bounded(path, len(content), packed)
+    return content
+
+
 def _lines(text: str, path: Path) -> list[Any]:
     try:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [parsed_json(line) for line in text.splitlines() if line.strip()]
     except ValueError:
         raise InputError(f"explanations: must be JSON, got {path}") from None
 

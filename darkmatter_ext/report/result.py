@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from darkmatter_ext.runtime.html import html_table
 from darkmatter_ext.runtime.inputs import InputError, told
-from darkmatter_ext.runtime.storage import atomic_file
+from darkmatter_ext.runtime.storage import atomic_file, parsed_json, require_bounded_archive
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,11 +115,10 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
 
     if not path.is_file():
         raise InputError(f"RESULT: must have its per-token arrays beside it, got no file {path}")
-    with (
-        told("RESULT", "must have its per-token arrays beside it in an .npz file", path),
-        np.load(path, allow_pickle=False) as file,
-    ):
-        return dict(file)
+    with told("RESULT", "must have its per-token arrays beside it in an .npz file", path):
+        require_bounded_archive(path)
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
 
 
 _KINDS = {
@@ -148,7 +147,7 @@ def load_result(path: str | Path, *, alone: bool = False) -> Result:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"RESULT: must be a result file, got {path} ({error.strerror})") from None
     except ValueError:

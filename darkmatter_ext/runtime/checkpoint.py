@@ -7,6 +7,7 @@ replaced in one rename, then the older tensors go: whatever the moment of a kill
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,9 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from darkmatter_ext.runtime.inputs import InputError, StateError
-from darkmatter_ext.runtime.storage import atomic_file, fingerprint, sha256_of_file
+from darkmatter_ext.runtime.storage import atomic_file, fingerprint, parsed_json, sha256_of_file
 
-FORMAT = 1  # raised when a reader of the old one would misread the new one
+FORMAT = 2  # raised when a reader of the old one would misread the new one
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class CheckpointFolder:
                 _flush(part)
                 digest = sha256_of_file(part)
             with atomic_file(self._pointer) as part:
-                content = {"format": FORMAT, "number": number, "tensors": path.name, "sha256": digest, "state": state}
-                part.write_text(json.dumps(content))
+                content = {"number": number, "tensors": path.name, "sha256": digest, "state": state}
+                part.write_text(json.dumps(content | {"own": _digest(content)}))
                 _flush(part)
         except (OSError, SafetensorError) as error:
             path.unlink(missing_ok=True)
@@ -107,8 +108,13 @@ class CheckpointFolder:
         if not self._pointer.exists():
             return None
         pointer = _read_json(self._pointer)
-        path = self.folder / str(pointer.get("tensors"))
-        if not path.is_file() or sha256_of_file(path) != pointer.get("sha256"):
+        if pointer.pop("own", None) != _digest(pointer):
+            raise StateError(
+                f"checkpoint: {self._pointer} is damaged (its content is not the one recorded); nothing was deleted, "
+                "restore it, or remove it to start this process anew"
+            )
+        path = self.folder / pointer["tensors"]
+        if not path.is_file() or sha256_of_file(path) != pointer["sha256"]:
             raise StateError(
                 f"checkpoint: {path} is damaged (its sha256 is not the one recorded); nothing was deleted, "
                 f"restore it or remove {self._pointer.name} to start this process anew"
@@ -124,9 +130,14 @@ class CheckpointFolder:
                 path.unlink()
 
 
+def _digest(content: dict[str, Any]) -> str:
+    """Of a state as it is read again: a number that a disk has changed is no other number, but damage."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = parsed_json(path.read_text())
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise StateError(

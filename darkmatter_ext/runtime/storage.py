@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,31 @@ def fingerprint(**fields: Any) -> str:
     """Sixteen hex digits that name a set of JSON-serialisable fields: the key of a cache entry."""
     text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises ValueError for one that is none, or is nested deeper than Python follows."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+MOST_UNPACKED = 64  # times the size of its file; weights and tables unpack to a few times it
+ALWAYS_UNPACKED = 64 << 20  # bytes: arrays of zeros pack a thousandfold
+
+
+def require_bounded(path: Path, unpacked: int, packed: int) -> None:
+    """Raise ValueError for a file that unpacks to far more than its size, as files made to fill a memory do."""
+    if unpacked > max(ALWAYS_UNPACKED, MOST_UNPACKED * packed):
+        raise ValueError(f"{path.name} must unpack to at most {MOST_UNPACKED} times its size, got {unpacked} bytes")
+
+
+def require_bounded_archive(path: Path) -> None:
+    """`require_bounded` of a zip file (.npz, what torch saves), by its table of contents; other files pass."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            require_bounded(path, sum(member.file_size for member in archive.infolist()), path.stat().st_size)
 
 
 def sha256_of_file(path: Path) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from darkmatter_ext.runtime.inputs import InputError, told
 from darkmatter_ext.saes.architectures import architecture_of, weight
 from darkmatter_ext.saes.drop_in import Stats, accelerate, deaccelerate, stats
+from darkmatter_ext.saes.formats.layout import unpickled
 from darkmatter_ext.saes.loading import load_sae
 from darkmatter_ext.saes.sanity import signs
 
@@ -88,7 +89,7 @@ def read_activations(path: Path, d_in: int) -> Tensor:
 
             x = torch.from_numpy(np.load(path, allow_pickle=False))
         else:
-            x = torch.load(path, weights_only=True)
+            x = unpickled(path)
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1 or x.shape[-1] != d_in or x.numel() == 0:
         given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"activations: must be floating point of shape [..., {d_in}], got {given} in {path}")

@@ -9,6 +9,7 @@ what went wrong: case, kind of exception, text. `fuzz/test_damaged_files.py` sta
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import random
@@ -81,7 +82,7 @@ def damaged_json(data: bytes, chance: random.Random) -> bytes:
         elif kind == 1 and isinstance(parent, dict):
             parent[f"{last}{chance.choice(('', '_', '/', '..'))}x"] = parent.pop(last)
         else:
-            parent[last] = chance.choice(VALUES)
+            parent[last] = copy.deepcopy(chance.choice(VALUES))
     return json.dumps(content).encode()
 
 

@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darkmatter_ext.ops.encode import topk_encode
+from darkmatter_ext.ops.facts import fact
+
+CODES = fact("cpu_isa") != "scalar"  # else torch's own float32 product screens: where it overflows, nothing is
 
 
 def random_problem(draw, n=3, n_latents=256):
@@ -65,7 +68,7 @@ def test_a_scale_that_its_gain_makes_subnormal():
     x, weights = torch.full((2, 32), 1e28), torch.full((256, 32), 1e-26)
     problem = _bare(x, weights * torch.linspace(1, 2, 256)[:, None], torch.zeros(256), torch.full((256,), 1e-10))
     outside, looked_at = count_outside(problem)
-    assert (outside, looked_at) == (0, 512)
+    assert (outside, looked_at) == (0, 512 if CODES else 0)
 
 
 def test_a_pre_activation_that_overflows_before_its_gain():
@@ -90,7 +93,7 @@ def test_scores_that_overflow_float32(dtype):
     problem = _bare(x, weights, torch.zeros(400, dtype=dtype))
     outside, looked_at = count_outside(problem)
     assert outside == 0
-    assert looked_at > 0
+    assert (looked_at > 0) == CODES
     b_enc = scaled(torch.randn(400, generator=g).double(), 39, dtype)
     assert count_outside(_bare(x, weights, b_enc))[0] == 0
 

@@ -139,7 +139,7 @@ def test_dense_tokens_are_left_undecided_and_the_others_are_not():
 def test_top_k_of_near_equal_latents_is_left_undecided():
     """Latents that differ by less than any bound, but differ: only exact sums of all can tell."""
     x, W_enc, b_enc = _mixed()
-    W_enc[:, :3000] = W_enc[:, :1] + 1e-5 * torch.randn(64, 3000, generator=torch.Generator().manual_seed(1))
+    W_enc[:, :3000] = W_enc[:, :1] + 1e-6 * torch.randn(64, 3000, generator=torch.Generator().manual_seed(1))
     x[10:20] = 5 * W_enc[:, 0]
     prepared = dm.prepare_encoder(W_enc, b_enc)
     acts, undecided = try_topk_encode(x, W_enc, b_enc, 8, prepared=prepared)

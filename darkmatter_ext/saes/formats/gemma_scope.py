@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from darkmatter_ext.runtime.storage import require_bounded_archive
 from darkmatter_ext.saes.formats.layout import Config, Format, Place, Weights, dtype_name, said
 
 _REPOSITORY = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)(?![a-z])")
@@ -24,6 +25,7 @@ _TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Of the arrays of a .npz, by their headers alone: the file may have gigabytes."""
+    require_bounded_archive(path)
     shapes = {}
     with zipfile.ZipFile(path) as archive:
         for member in archive.namelist():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from darkmatter_ext.runtime.storage import parsed_json, require_bounded_archive
 
 Config = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -86,11 +87,12 @@ def _by_number(path: Path) -> tuple[list[int], str]:
 
 def read_json(path: Path) -> Config:
     """A configuration as it is written."""
-    return json.loads(path.read_text())
+    return parsed_json(path.read_text())
 
 
 def unpickled(path: Path) -> Any:
     """What torch saved, tensors and plain containers alone: no code in a file is run. Mapped, not read, where it can be."""
+    require_bounded_archive(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 

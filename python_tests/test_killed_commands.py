@@ -1,0 +1,42 @@
+"""Every long command, ended by SIGKILL at random times and started again, gives what it gives undisturbed.
+
+`DARKMATTER_KILLS=200` (`make nightly`) is how many kills in all; without it a few of two commands. Kills at chosen moments
+(each read, rename and flush of a measurement, each step of a training) are in measurement/test_resume.py and
+training/test_train.py.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases.models import make_workplace
+from cases.runs import SETTINGS
+
+TESTS = Path(__file__).parent  # children start there: at the root they would import the sources
+KILLS = int(os.environ.get("DARKMATTER_KILLS", "0"))
+COMMANDS = ("train", *SETTINGS)
+FEW = {"train": 2, "decomposition": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS if KILLS else FEW)
+def test_a_killed_command_started_again_gives_the_same(name, tmp_path):
+    count = -(-KILLS // len(COMMANDS)) if KILLS else FEW[name]
+    workplace = tmp_path / "work"
+    workplace.mkdir()
+    command = [sys.executable, "-m", "cases.interrupted_command", str(make_workplace(workplace)), str(tmp_path)]
+    path = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DARKMATTER_PROGRESS": "0"}
+    done = subprocess.run(
+        [*command, f"{name}:{count}"], env=environment, cwd=TESTS, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == count
+    assert [own for own in found if not own["same"] or own["started_again"] != 0] == []
+    killed = [own for own in found if own["status"] == -signal.SIGKILL]
+    assert len(killed) >= count / 2  # the others had ended before: a machine is not always as fast
