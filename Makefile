@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc darkmatter_ext -type f -not -name '*.so' -not -path '*__pycache__*')
 
-.PHONY: install demo test test-slow test-browser web web-check docs wheel wheel-check sanitize fuzz bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
+.PHONY: install demo test test-slow test-browser web web-check docs wheel wheel-check sanitize fuzz nightly bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
 
 install: $(VENV)/.installed
 
@@ -102,6 +102,13 @@ FUZZ_FILES ?= 100000
 FUZZ_CALLS ?= 1000000
 fuzz: install
 	DARKMATTER_FUZZ=$(FUZZ_FILES) DARKMATTER_FUZZ_OPS=$(FUZZ_CALLS) $(BIN)/pytest -n auto --maxprocesses 4 python_tests/fuzz
+
+# What takes hours, for a night: the sanitizers, the fuzzers, 200 kills of the long commands, and the ops' and the drop-in's
+# tests on the instruction sets below this machine's own.
+NIGHTLY = $(BIN)/pytest $(PROCESSES) -m "not gpu and not browser" python_tests/ops python_tests/saes
+nightly: install sanitize fuzz
+	DARKMATTER_KILLS=200 $(BIN)/pytest $(PROCESSES) python_tests/test_killed_commands.py
+	for isa in scalar avx2; do DARKMATTER_CPU_ISA=$$isa $(NIGHTLY) || exit 1; done
 
 # Peers side by side on this machine's CPU, about 20 minutes; wants a quiet machine.
 bench: install

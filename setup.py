@@ -10,6 +10,7 @@ Environment:
   DARKMATTER_CUDA_ARCHS  architectures, default "80;90a"; PTX of the first is added for GPUs not listed
   CUDA_HOME              where the CUDA toolkit is; default: nvcc on PATH, then /usr/local/cuda
   DARKMATTER_ANY_PYTHON  1: leave out _C, so that a wheel serves every Python (`make wheel`)
+  DARKMATTER_TORCH       the folder of another torch to build against, of another processor with CXX a cross compiler
   DARKMATTER_SANITIZE    address (and undefined behaviour) or thread: a slow build that watches itself (`make sanitize`)
   MAX_JOBS               compilers at a time
 """
@@ -47,6 +48,10 @@ def fail(message: str) -> NoReturn:
 
 def torch_folder() -> Path:
     """Where torch is installed. An isolated build does not see it: then look where this interpreter keeps packages."""
+    if given := os.environ.get("DARKMATTER_TORCH"):
+        if not (Path(given) / "include").is_dir():
+            fail(f"DARKMATTER_TORCH: must be a folder with torch's include and lib, got {given}")
+        return Path(given)
     try:
         import torch
     except ModuleNotFoundError:

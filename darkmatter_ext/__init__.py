@@ -1,9 +1,9 @@
-"""darkmatter_ext: exact sparse-autoencoder kernels for PyTorch, and the dark matter of SAEs measured with them.
+"""darkmatter_ext: exact sparse-autoencoder kernels for PyTorch, and measurements of SAE dark matter made with them.
 
 Ops: topk_encode, threshold_encode, prepare_encoder, sparse_decode, SparseActs; pursuit, refit. Drop-in for SAELens:
 accelerate, stats, load_sae. Training: train, TrainingConfig. Measurements: measure, run, load_result; fit_linear, decompose.
-The public names are listed once, in `__init__.pyi`. They are loaded when first used, so importing the package is cheap
-and starts no other library than torch's own.
+The public names are listed once, in `__init__.pyi`. They are loaded on first use, so importing the package is cheap
+and starts no library other than torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line `darkmatter`: parses, runs an experiment, writes result, figures and page, prints a table."""
+"""The command line `darkmatter`: parse arguments, run an experiment, write result, figures and page, print a table."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from darkmatter_ext.runtime.inputs import InputError, require_one_of
 from darkmatter_ext.runtime.storage import require_writable_folder
 
 DEBUG_ENVIRONMENT_VARIABLE = "DARKMATTER_DEBUG"
-PROGRESS_ENVIRONMENT_VARIABLE = "DARKMATTER_PROGRESS"  # 0: none is shown
+PROGRESS_ENVIRONMENT_VARIABLE = "DARKMATTER_PROGRESS"  # 0: no progress is shown
 DESCRIPTION = "Measure the dark matter of sparse autoencoders: the part of a model's activations they do not explain."
 
 
 class _Parser(ArgumentParser):
-    """An argument parser whose errors are one line: what was wrong, not the whole usage again."""
+    """An argument parser whose errors are one line: what was wrong, without the usage text."""
 
     def __init__(self, **options: Any) -> None:
         options |= {"argument_generation_mode": ArgumentGenerationMode.FLAT, "allow_abbrev": False}
@@ -34,7 +34,7 @@ class _Parser(ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def named(self, argument: str) -> str:
-        """An argument of a library function as this command's user gives it: `sae_dtype` -> `--sae-dtype`."""
+        """The name under which this command's user gives a library argument: `sae_dtype` -> `--sae-dtype`."""
         flag = "--" + argument.replace("_", "-")
         known = {flag for action in self._actions for flag in action.option_strings}
         positional = {action.dest: str(action.metavar or action.dest) for action in self._actions}
@@ -42,7 +42,7 @@ class _Parser(ArgumentParser):
 
 
 def _quiet_libraries() -> None:
-    """Progress bars and advice of the libraries below would land between ours; their errors still show."""
+    """Silence the progress bars and advice of other libraries, which would mix with ours; their errors still show."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
@@ -73,11 +73,11 @@ def _run_experiment(name: str, settings: Any, out: Path, *, brief: bool = False)
     show_result(section, written, time.perf_counter() - start, brief=brief)
 
 
-# ---- the commands: each adds its arguments to a parser, and is called with what was parsed
+# ---- the commands: each adds its arguments to a parser and is called with the parsed arguments
 
 
 def _add_run(parser: _Parser, arguments: Sequence[str]) -> None:
-    """One parser for all experiments cannot be: each has its own settings, with the values of a preset."""
+    """Add the arguments of one experiment: each has its own settings, with a preset's values, so no parser fits all."""
     from darkmatter_ext import experiments
 
     known = ", ".join(experiments.names())
@@ -240,11 +240,11 @@ def _check_sae(parsed: argparse.Namespace) -> int:
 
 
 def _add_nothing(_parser: _Parser, _arguments: Sequence[str]) -> None:
-    """A command without arguments."""
+    """For a command without arguments."""
 
 
 class Command(NamedTuple):
-    """Adds its arguments to a parser, and runs on what was parsed."""
+    """A command: it adds its arguments to a parser and runs on the parsed arguments."""
 
     add: Callable[[_Parser, Sequence[str]], None]
     run: Callable[[argparse.Namespace], int | None]
@@ -273,7 +273,7 @@ def _usage() -> str:
 
 
 def _process_label() -> str:
-    """Which of several processes speaks, or nothing."""
+    """Which of several processes is printing; empty if there is only one."""
     from darkmatter_ext.runtime.processes import under_torchrun
 
     return f" [process {os.environ['RANK']}]" if under_torchrun() else ""
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point.
 
     Returns the exit code: 0, 1 for a failed check, 2 for bad input (one line on stderr), 130 if interrupted.
-    Anything but InputError and OSError is a bug of ours and keeps its traceback.
+    Anything but InputError and OSError is our bug and keeps its traceback.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -1,4 +1,4 @@
-"""The notebook's way in: `dm.measure` for SAEs in a line, `dm.run` for an experiment.
+"""Entry points for notebooks: `dm.measure` measures SAEs in one line, `dm.run` runs an experiment.
 
 found = dm.measure(sae=["sae-16k", "sae-65k"], model="google/gemma-2-2b", text="text.txt")
 found["sae-16k"].fvu, found["sae-16k"].interval("fvu"), found.tokens(["sae-16k/nonlinear"])
@@ -24,11 +24,11 @@ Specs = str | Path | Sequence[str | Path]
 
 
 def measure(*, sae: Specs = (), progress: bool = True, **settings: Any) -> Measurement:
-    """Measure the dark matter of SAEs: FVU, its linear and nonlinear part, prediction tests, every token.
+    """Measure the dark matter of SAEs: FVU, its linear and nonlinear parts, prediction tests, every token.
 
     Args:
-        sae: one or several: a folder of a known format, or RELEASE:ID of SAELens' list; none: SAEs are trained here.
-        progress: show what is being done.
+        sae: one or several SAEs, each a folder in a known format or RELEASE:ID from SAELens' list; none: train SAEs here.
+        progress: show progress.
         settings: any setting of `darkmatter run`, by name: model, text, dataset, tokens, hook, passes, seed, ...
 
     Returns:
@@ -36,9 +36,9 @@ def measure(*, sae: Specs = (), progress: bool = True, **settings: Any) -> Measu
 
     Raises:
         InputError: one line naming the setting, the rule and the value given.
-        StateError: a damaged cache or checkpoint; the same call goes on from what is whole.
+        StateError: a damaged cache or checkpoint; the same call resumes from what is intact.
 
-    Cost: two readings of every token by the model and each SAE; nothing grows with the tokens but the table of them.
+    Cost: the model and each SAE read every token twice. Only the per-token table grows with the number of tokens.
     """
     wanted = replaced(Settings(), **_given(sae), **settings)
     stages = Stages(show=progress)
@@ -51,12 +51,12 @@ def run(experiment: str, *, sae: Specs = (), preset: str = "demo", progress: boo
 
     Args:
         experiment: one of `darkmatter list`.
-        sae: as `measure`; none: as the preset says.
+        sae: as in `measure`; none: the preset's.
         preset: settings to start from.
-        progress: show what is being done.
+        progress: show progress.
         settings: any setting of the experiment, by name.
 
-    Raises as `measure`, and InputError for an unknown experiment or preset.
+    Raises as `measure` does, and InputError for an unknown experiment or preset.
     """
     module = experiments.experiment(experiment)
     require_one_of("preset", tuple(module.PRESETS), preset)
@@ -72,16 +72,16 @@ def page(
     open: bool = False,
     explanations: Sequence[str] = (),
 ) -> Path:
-    """Write the page of one or several results, as `darkmatter report` does.
+    """Write one page for one or several results, as `darkmatter report` does.
 
     Args:
-        results: results, or their files.
-        out: the page; a file of its own that needs no network.
-        open: show it in the browser.
-        explanations: files of explanations of latents, FILE or SAE=FILE (see docs/page.md).
+        results: results, or their file paths.
+        out: the page, a single file that needs no network.
+        open: open it in the browser.
+        explanations: files with explanations of latents, FILE or SAE=FILE (see docs/page.md).
 
     Returns:
-        Path: of the page. Raises InputError for no result, or a file that is none.
+        Path: where the page is. Raises InputError if there is no result, or a file is not one.
     """
     require(bool(results), "results", "must be at least one", "none")
     found = [result if isinstance(result, Result) else load_result(result, alone=True) for result in results]

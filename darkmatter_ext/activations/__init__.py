@@ -1,1 +1,1 @@
-"""Text to tokens to activations, and a model run on from changed ones."""
+"""From text to tokens to activations, and running a model on from changed activations."""

@@ -1,10 +1,10 @@
 """Contexts of tokens kept on disk: read by number, never all in memory.
 
 A folder with `tokens.npy` [C, L] int32, `documents.npy` [C] int32 and `contexts.json`, readable with numpy alone. At 4
-bytes a token it is a thousandth of the activations, and it makes runs resumable: context number 17 is the same text in
-every process and after every restart.
+bytes per token it is a thousandth of the size of the activations. It makes runs resumable, because context number 17 is the
+same text in every process and after every restart.
 
-Shapes: C contexts, L tokens a context.
+Shapes: C contexts, L tokens per context.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ContextStore:
 
     @classmethod
     def open(cls, folder: Path) -> ContextStore:
-        """Raises RuntimeError, one line, when the folder is damaged."""
+        """Open a folder. Raises RuntimeError (one line) if it is damaged."""
         try:
             meta = parsed_json((folder / "contexts.json").read_text())
             store = cls(folder, meta["n_contexts"], meta["context_length"], meta["sha256"])
@@ -52,13 +52,13 @@ class ContextStore:
         return store
 
     def tokens(self, numbers: Iterable[int]) -> Tensor:
-        """[c, L] int64: the contexts with these numbers. Opened anew: mapped pages are not counted as ours for long."""
+        """[c, L] int64: the contexts with these numbers. Reopens the file, so mapped pages do not count as ours for long."""
         mapped = np.load(self.folder / "tokens.npy", mmap_mode="r")
         return torch.from_numpy(mapped[list(numbers)].astype(np.int64))
 
     @property
     def token_range(self) -> tuple[int, int]:
-        """The least and the largest token id."""
+        """The smallest and the largest token id."""
         mapped = np.load(self.folder / "tokens.npy", mmap_mode="r")
         return int(mapped.min()), int(mapped.max())
 
@@ -76,7 +76,7 @@ def text_rows(
     prepend_bos: bool,
     per_document: int = 0,
 ) -> Rows:
-    """Contexts of text, see `text.context_rows`."""
+    """Contexts from text, see `text.context_rows`."""
     pieces = context_rows(
         tokenizer, documents, context_length=context_length, prepend_bos=prepend_bos, per_document=per_document
     )
@@ -86,11 +86,11 @@ def text_rows(
 
 
 def tokenised_rows(name: str, *, context_length: int, split: str = "train") -> Rows:
-    """Contexts of a pre-tokenised dataset: a folder saved by `datasets`, a hub id or a local path it can load.
+    """Contexts from a pre-tokenised dataset: a folder saved by `datasets`, a hub id or a local path it can load.
 
-    Rows are used as they are, cut to `context_length`; shorter rows are skipped. No BOS is added: who tokenised decided.
+    Rows are used unchanged, cut to `context_length`; shorter rows are skipped. No BOS is added: tokenisation decided that.
 
-    Raises ValueError when the dataset cannot be loaded or has neither column `input_ids` nor `tokens`.
+    Raises ValueError if the dataset cannot be loaded or has neither column `input_ids` nor `tokens`.
     """
     for number, row in enumerate(_dataset_rows(name, split)):
         column = next((column for column in TOKEN_COLUMNS if column in row), None)
@@ -115,7 +115,7 @@ def _dataset_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
 def write_contexts(folder: Path, rows: Rows, *, n_contexts: int, context_length: int) -> ContextStore:
     """Write the first `n_contexts` rows; the folder appears only when complete. Memory: one row.
 
-    Raises ValueError when there are fewer rows.
+    Raises ValueError if there are fewer rows.
     """
     digest = hashlib.sha256()
     with atomic_folder(folder) as part:

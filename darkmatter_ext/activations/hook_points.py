@@ -1,12 +1,12 @@
-"""Where in a language model activations are read: TransformerLens' names, found on Hugging Face's own modules.
+"""Where activations are read in a language model: TransformerLens' names, located on Hugging Face's own modules.
 
 A name such as `blocks.20.hook_resid_post` means the same tensor here as in TransformerLens without weight processing, and
-SAEs carry these names in their metadata. Residual stream before and after a block is found in every model with a list of
-blocks; the places inside a block need to know the model's family, and an unknown family is refused.
+SAEs carry these names in their metadata. The residual stream before and after a block is found in every model with a list
+of blocks. Places inside a block depend on the model's family, and an unknown family is rejected.
 
-Transcoders read the MLP's input: with the gain of the norm before it (`mlp.hook_in`) or without (`ln2.hook_normalized`).
+Transcoders read the MLP's input, with the gain of the preceding norm (`mlp.hook_in`) or without it (`ln2.hook_normalized`).
 
-Shapes: c contexts, L tokens a context, d width of the hook point (hook_z: heads times head width, heads flattened).
+Shapes: c contexts, L tokens per context, d width of the hook point (hook_z: heads times head width, heads flattened).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _NAME = re.compile(rf"blocks\.(\d+)\.({'|'.join(re.escape(kind) for kind in KIND
 
 _BLOCK = re.compile(r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)")
 
-# kind -> (module inside the block, its input, what a norm makes of its input before its gain, or its output). Gemma 2
-# and 3 norm what a sublayer writes before it is added, and TransformerLens reads attn_out and mlp_out after that norm.
+# kind -> (module inside the block, its input, a norm's output before its gain, or its output). Gemma 2
+# and 3 norm a sublayer's output before adding it, and TransformerLens reads attn_out and mlp_out after that norm.
 _MLP = {"mlp.hook_in": ("mlp", "input"), "mlp.hook_out": ("mlp", "output")}
 _LLAMA = _MLP | {
     "ln2.hook_normalized": ("post_attention_layernorm", "normalised"),
@@ -74,9 +74,9 @@ class HookPoint:
 
 
 def block_that_ends_at(name: str) -> int | None:
-    """The block whose output is this hook point: the residual stream after it, or before the one that follows.
+    """The block whose output is this hook point: the residual stream after it, or before the next block.
 
-    None for what is inside a block or before the first. Raises ValueError as `parse_hook_point`.
+    None for hook points inside a block or before the first. Raises ValueError as `parse_hook_point`.
     """
     point = parse_hook_point(name)
     if point.kind == "hook_resid_post":
@@ -85,9 +85,9 @@ def block_that_ends_at(name: str) -> int | None:
 
 
 def translated_hook(name: str) -> str:
-    """SAEs trained on Hugging Face's modules name the block itself (`model.layers.20`): its output as `blocks.20...`.
+    """The `blocks.20...` name for a block's output; SAEs trained on Hugging Face's modules name it `model.layers.20`.
 
-    Any other name is given back.
+    Any other name is returned unchanged.
     """
     match = _BLOCK.fullmatch(name)
     return f"blocks.{match.group(1)}.hook_resid_post" if match else name
@@ -104,7 +104,7 @@ def parse_hook_point(name: str) -> HookPoint:
 def transformer_blocks(network: nn.Module) -> nn.ModuleList:
     """The list of transformer blocks, found by its length (names differ: `model.layers`, `transformer.h`, ...).
 
-    Raises ValueError when no module list has `config.num_hidden_layers` entries.
+    Raises ValueError if no module list has `config.num_hidden_layers` entries.
     """
     n_layers: Any = network.config.num_hidden_layers  # type: ignore[union-attr]
     for module in network.modules():
@@ -131,7 +131,7 @@ def _place(network: nn.Module, point: HookPoint) -> tuple[nn.Module, str]:
 
 
 def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
-    """What a LayerNorm or RMSNorm makes of x before its gain and bias, in the dtype of x."""
+    """The output of a LayerNorm or RMSNorm for x, before its gain and bias, in the dtype of x."""
     eps = next(
         (value for name in ("eps", "variance_epsilon") if (value := getattr(norm, name, None)) is not None), None
     )
@@ -150,12 +150,12 @@ class _Captured(Exception):
 def capture(
     network: nn.Module, names: Sequence[str], run: Callable[[], Any], *, stop: bool = True
 ) -> Mapping[str, Tensor]:
-    """The activations [c, L, d] at some hook points during one forward pass.
+    """The activations [c, L, d] at the given hook points during one forward pass.
 
     Args:
         network: a Hugging Face causal model.
         names: hook points, see `parse_hook_point`.
-        run: the forward pass; left as soon as every hook point has been passed, unless `stop` is False.
+        run: the forward pass; stopped once every hook point has been reached, unless `stop` is False.
 
     Raises ValueError for a hook point this model does not have.
     """

@@ -1,4 +1,4 @@
-"""Texts with numbers in them: a model's states at a number, and what patching that state does to a sum.
+"""Texts containing numbers: a model's states at a number, and what patching that state does to a sum.
 
 Shapes: v values, t templates, n prompts, L tokens, d width of the site.
 """
@@ -16,7 +16,7 @@ from darkmatter_ext.activations.splicing import SplicedModel
 from darkmatter_ext.estimators.intervals import bootstrap, ratio
 from darkmatter_ext.runtime.inputs import require
 
-TEMPLATES = (  # long enough that the number stands beyond a context's first positions, which SAEs do not see
+TEMPLATES = (  # long enough to place the number beyond a context's first positions, which SAEs do not see
     "The meeting took place in the year 19{a}",
     "You will find more about it in chapter {a}",
     "The answer is printed at the end of page {a}",
@@ -27,13 +27,13 @@ TEMPLATES = (  # long enough that the number stands beyond a context's first pos
     "We took the bus to the station, line {a}",
 )
 SHOWN = ((31, 4), (54, 2))
-EXAMPLES = "".join(f"{a} + {b} = {a + b}\n" for a, b in SHOWN)  # with none the embedded model adds no two numbers
-MOST_PROMPTS, READ_PROMPTS = 400, 64  # in all, and in one pass
-Ids = Callable[[str], list[int]]  # the tokens of a text, BOS before them where the model is used with it
+EXAMPLES = "".join(f"{a} + {b} = {a + b}\n" for a, b in SHOWN)  # without them the embedded model cannot add
+MOST_PROMPTS, READ_PROMPTS = 400, 64  # in total, and per pass
+Ids = Callable[[str], list[int]]  # the tokens of a text, with BOS in front if the model is used with it
 
 
 def tokens_of(tokenizer: Any, *, bos: bool) -> Ids:
-    """What makes the tokens of a text."""
+    """The function that tokenises a text."""
     first = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
     return lambda text: [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]]
 
@@ -44,7 +44,7 @@ def number_states(
 ) -> dict[str, Tensor]:
     """Hook point -> [v, t, d] float32 on the CPU: the state at the last token of every row.
 
-    Raises InputError when the model reads two values as the same tokens.
+    Raises InputError if the model reads two values as the same tokens.
     """
     found: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
     for template in rows:
@@ -71,16 +71,16 @@ def number_states(
 
 
 class Prompts(NamedTuple):
-    """Sums up to their last digit ("23 + 4 = 2" after two examples), all of one length; the same with another number first."""
+    """Sums up to their last digit ("23 + 4 = 2" after two examples), all of one length; also with another first number."""
 
     tokens: Tensor  # [n, L]
-    other: Tensor  # [n, L] the first number is another
+    other: Tensor  # [n, L] with another first number
     place: int  # where that number ends
     value: Tensor  # [n] int64, the first number
-    to: Tensor  # [n] int64, the other
+    to: Tensor  # [n] int64, the other first number
     added: Tensor  # [n] int64, the second number
-    own: Tensor  # [n] the token that is right
-    answer: Tensor  # [n] the token that would be right for the other
+    own: Tensor  # [n] the correct token
+    answer: Tensor  # [n] the token that would be correct for the other number
 
     def those(self, chosen: Tensor) -> Prompts:
         """The prompts at some places, [m] int64."""
@@ -88,9 +88,9 @@ class Prompts(NamedTuple):
 
 
 def sum_prompts(ids: Ids, values: Sequence[int], *, seed: int, most: int = MOST_PROMPTS) -> Prompts | None:
-    """Sums of a value and one digit without a carry, at most `most` of them; None where tokens are not digits.
+    """At most `most` sums of a value and one digit without a carry; None if tokens are not digits.
 
-    The other number differs from the value in its last digit alone, so that the digits shown of the sum are right for both.
+    The other number differs from the value only in its last digit, so the digits shown of the sum are right for both.
     """
     generator, low, high = torch.Generator().manual_seed(seed), min(values), max(values)
     rows = []
@@ -99,7 +99,7 @@ def sum_prompts(ids: Ids, values: Sequence[int], *, seed: int, most: int = MOST_
             continue
         leading, first = str(a)[:-1], a - a % 10
         for added in range(1, 10 - a % 10):
-            if (a, added) in SHOWN:  # its answer stands there
+            if (a, added) in SHOWN:  # its answer is shown there
                 continue
             others = [b for b in range(max(low, first), min(high, first + 9 - added) + 1) if b != a]
             if not others:
@@ -117,7 +117,7 @@ def sum_prompts(ids: Ids, values: Sequence[int], *, seed: int, most: int = MOST_
 
 
 def _sum_prompt(ids: Ids, leading: str, a: int, b: int, added: int) -> tuple[Any, ...] | None:
-    """One row of Prompts; None where the last digit of the sum is no token of its own."""
+    """One row of Prompts; None if the last digit of the sum is not a token of its own."""
     texts = [f"{EXAMPLES}{value} + {added} = {leading}" for value in (a, b)]
     text, other = map(ids, texts)
     goes_on = [ids(f"{begun}{value % 10 + added}") for begun, value in zip(texts, (a, b), strict=True)]
@@ -147,11 +147,11 @@ def last_states(network: Any, hooks: Sequence[str], tokens: Tensor) -> dict[str,
 
 
 def patch_logits(model: SplicedModel, prompts: Prompts, moves: Mapping[str, Tensor], *, seed: int) -> dict[str, Tensor]:
-    """The logit [n] of the other sum's last digit, as it is and with the state at the number's end replaced.
+    """The logit [n] of the other sum's last digit, unpatched and with the state at the number's end replaced.
 
     Args:
         model: from the site on.
-        moves: name -> [n, d] that are added to the state; `random_move` is made of the helix's.
+        moves: name -> [n, d] to add to the state; `random_move` is derived from the helix's.
 
     Returns:
         "original", "full" (the state of the other number in the same place), "mean" (the mean state of all prompts) and
@@ -177,9 +177,9 @@ def patch_logits(model: SplicedModel, prompts: Prompts, moves: Mapping[str, Tens
 
 
 def patch_numbers(logits: Mapping[str, Tensor], *, seed: int) -> dict[str, float]:
-    """Scores of patches, 0 for the mean state's and 1 for the other number's own; NaN where the two cannot be told apart.
+    """Scores of patches: 0 for the mean state, 1 for the other number's own; NaN if the two cannot be distinguished.
 
-    Intervals are by prompt (Fieller): give one prompt a value.
+    Intervals are by prompt (Fieller): give one prompt per value.
     """
     base = logits["mean"]
     numbers = {}

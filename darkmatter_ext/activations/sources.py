@@ -1,16 +1,16 @@
 """Where activations come from, behind one small interface: a model run on the fly, or a cache on disk.
 
-A source is a numbered sequence of contexts; `read` gives the activations of any of them at all its hook points, from one
+A source is a numbered sequence of contexts. `read` returns the activations of any of them at all its hook points, from one
 forward pass no deeper than needed. Because context 17 is the same in every process and after every restart, runs can be
-divided among processes and taken up again.
+divided among processes and resumed.
 
 - `ModelSource`: a Hugging Face causal model, hooks on its own modules; optionally the model's loss at every token.
-- `LensSource`: TransformerLens, for SAEs whose metadata asks for processed weights (centred, LayerNorm folded): these
-  change the activations, so the SAE would see inputs it was not trained on.
-- `CacheSource`: our own safetensors caches, one a hook point.
+- `LensSource`: TransformerLens, for SAEs whose metadata asks for processed weights (centred, LayerNorm folded). Processing
+  changes the activations, so without it the SAE would see inputs it was not trained on.
+- `CacheSource`: our own safetensors caches, one per hook point.
 - `DatasetSource`: a cached-activation dataset written by SAELens' CacheActivationsRunner.
 
-Shapes: C contexts, c contexts of a batch, L tokens a context, d width of a hook point.
+Shapes: C contexts, c contexts in a batch, L tokens per context, d width of a hook point.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from darkmatter_ext.runtime.storage import atomic_file, cache_dir, fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORWARD_TOKENS = 4096  # through the model at a time: bounds the memory of attention and logits
+FORWARD_TOKENS = 4096  # per forward pass: bounds the memory for attention and logits
 
 
 class ContextBatch(NamedTuple):
@@ -57,7 +57,7 @@ class ContextBatch(NamedTuple):
 
 
 class Source(Protocol):
-    """What a measurement reads."""
+    """Where a measurement reads activations."""
 
     @property
     def widths(self) -> dict[str, int]:
@@ -72,12 +72,12 @@ class Source(Protocol):
 
     @property
     def identity(self) -> str:
-        """A hash of the tokens: two sources of the same name with other text must not be mixed."""
+        """A hash of the tokens: two sources of the same name with different text must not be mixed."""
         ...
 
     @property
     def documents(self) -> Tensor:
-        """[C] int64: the document each context comes from (its own number where that is not known)."""
+        """[C] int64: the document each context comes from (the context's own number if unknown)."""
         ...
 
     @property
@@ -92,7 +92,7 @@ class Source(Protocol):
 
 @dataclass
 class _StoredContexts:
-    """What the sources that run a model share: the contexts are in a ContextStore, widths are seen on the first."""
+    """Common part of sources that run a model: contexts come from a ContextStore, widths are seen on the first one."""
 
     hooks: tuple[str, ...]
     store: ContextStore
@@ -132,9 +132,9 @@ class _StoredContexts:
 
 @dataclass
 class ModelSource(_StoredContexts):
-    """A Hugging Face causal model on stored contexts; hooks on its own modules, left after the deepest.
+    """A Hugging Face causal model on stored contexts, with hooks on its own modules; stops after the deepest hook.
 
-    With `loss` the whole model runs, because the loss needs its end.
+    With `loss` the whole model runs, because the loss needs its output.
     """
 
     network: PreTrainedModel
@@ -154,9 +154,9 @@ class ModelSource(_StoredContexts):
         loss: bool = False,
         forward_tokens: int = FORWARD_TOKENS,
     ) -> ModelSource:
-        """Load the model no deeper than needed. `device_map` as in transformers ("auto"), instead of `device`.
+        """Load the model no deeper than needed. `device_map` works as in transformers ("auto") and replaces `device`.
 
-        Raises ValueError when the model cannot be loaded or has no such hook point.
+        Raises ValueError if the model cannot be loaded or has no such hook point.
         """
         depth = 1 + max(parse_hook_point(hook).layer for hook in hooks)
         network = load_model(model, device=device, dtype=dtype, n_layers=depth, cut=not loss, device_map=device_map)
@@ -183,7 +183,7 @@ class ModelSource(_StoredContexts):
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """[c, L] float32: -log p(tokens[:, i + 1]) at position i, in nats; NaN at the last. One context at a time in float32."""
+    """[c, L] float32: -log p(tokens[:, i + 1]) at position i, in nats; NaN at the last. Converts one context at a time."""
     loss = torch.full(tokens.shape, torch.nan, device=logits.device)
     for row, (scores, ids) in enumerate(zip(logits, tokens, strict=True)):
         targets = ids[1:].to(scores.device)
@@ -192,14 +192,14 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def asked_processing(model_from_pretrained_kwargs: Mapping[str, Any] | None) -> dict[str, bool]:
-    """The weight processing an SAE's metadata asks for: the options of WEIGHT_PROCESSING that are on."""
+    """The weight processing that an SAE's metadata asks for: the options of WEIGHT_PROCESSING that are on."""
     given = model_from_pretrained_kwargs or {}
     return {option: True for option in WEIGHT_PROCESSING if given.get(option)}
 
 
 @dataclass
 class LensSource(_StoredContexts):
-    """TransformerLens on stored contexts, weights processed as asked (see `asked_processing`)."""
+    """TransformerLens on stored contexts, with weights processed as requested (see `asked_processing`)."""
 
     forward: Forward
 
@@ -214,7 +214,7 @@ class LensSource(_StoredContexts):
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> LensSource:
-        """Raises ValueError when TransformerLens cannot load the model, or it has no such hook point."""
+        """Load the model. Raises ValueError if TransformerLens cannot load it, or it has no such hook point."""
         return cls(tuple(hooks), store, load_lens(model, hooks, processing=processing, device=device, dtype=dtype))
 
     def read(self, numbers: Sequence[int]) -> ContextBatch:
@@ -233,13 +233,13 @@ class _Shard(NamedTuple):
 
 @dataclass
 class CacheSource:
-    """Our own caches (`store.activation_caches`), one folder a hook point, all of the same contexts."""
+    """Our own caches (`store.activation_caches`), one folder per hook point, all with the same contexts."""
 
     caches: dict[str, ActivationCache]
 
     @classmethod
     def open(cls, folders: Sequence[str | Path]) -> CacheSource:
-        """Raises ValueError when a folder is not a cache or they hold different contexts."""
+        """Open caches. Raises ValueError if a folder is not a cache or they hold different contexts."""
         caches: dict[str, ActivationCache] = {}
         for folder in map(Path, folders):
             with told("cache", "must be a folder of activations", folder):
@@ -288,7 +288,7 @@ class CacheSource:
         return ContextBatch(list(numbers), tokens, found)
 
     def _rows(self, hook: str, name: str, numbers: Sequence[int]) -> Tensor:
-        """Rows of one tensor: runs of consecutive numbers within a shard are read at once, nothing else is read."""
+        """Rows of one tensor: reads runs of consecutive numbers within a shard at once, and nothing else."""
         from safetensors import SafetensorError, safe_open
 
         parts = []
@@ -304,7 +304,7 @@ class CacheSource:
 
 
 def _shards(cache: ActivationCache) -> list[_Shard]:
-    """Raises StateError unless the files hold what the cache says, whole contexts of its length and width."""
+    """The shards of a cache. Raises StateError unless the files hold what it states: whole contexts of its length and width."""
     from safetensors import SafetensorError, safe_open
 
     shards, first, folder = [], 0, cache.folder
@@ -328,7 +328,7 @@ def _shards(cache: ActivationCache) -> list[_Shard]:
 
 
 def _runs(shards: Sequence[_Shard], numbers: Sequence[int]) -> list[tuple[_Shard, list[tuple[int, int]]]]:
-    """The shards that hold `numbers`, in their order, with runs (start, stop) of rows; neighbours share a shard."""
+    """The shards that hold `numbers`, in that order, with runs (start, stop) of rows; neighbours share a shard."""
     runs: list[tuple[_Shard, list[tuple[int, int]]]] = []
     firsts = [shard.first for shard in shards]
     for number in numbers:
@@ -346,9 +346,9 @@ def _runs(shards: Sequence[_Shard], numbers: Sequence[int]) -> list[tuple[_Shard
 
 @dataclass
 class DatasetSource:
-    """A dataset of cached activations as SAELens' CacheActivationsRunner saves it: one column a hook point, `token_ids`.
+    """A dataset of cached activations as saved by SAELens' CacheActivationsRunner: one column per hook point, and `token_ids`.
 
-    It does not say which document a context is from, so every context counts as its own.
+    It does not say which document a context is from, so every context counts as its own document.
     """
 
     folder: Path
@@ -392,7 +392,7 @@ class DatasetSource:
 
 @dataclass(frozen=True)
 class SelectedContexts:
-    """Some contexts of a source, numbered from 0, with the model's loss at their tokens where it is known."""
+    """Some contexts of a source, numbered from 0, with the model's loss at their tokens if known."""
 
     source: Source
     chosen: Tensor  # [m] int64, numbers in the source
@@ -432,7 +432,7 @@ class SelectedContexts:
 def stored_losses(
     model: str, tokens: Tensor, *, device: str = "cpu", progress: Callable[[int], None] | None = None
 ) -> Tensor:
-    """`next_token_loss` [C, L] of a model in float32 at tokens [C, L], computed once and kept in the cache folder.
+    """`next_token_loss` [C, L] of a model in float32 at tokens [C, L], computed once and stored in the cache folder.
 
     Raises ValueError for a model that cannot be loaded. Cost: one whole forward pass.
     """
@@ -454,9 +454,9 @@ def stored_losses(
 
 
 def open_cache(folders: Sequence[str | Path]) -> Source:
-    """The source of `cache`: our caches (one a hook point), or one SAELens dataset.
+    """The source for `cache`: our caches (one per hook point), or one SAELens dataset.
 
-    Raises ValueError when a folder is neither.
+    Raises ValueError if a folder is neither.
     """
     if len(folders) == 1 and (Path(folders[0]) / "dataset_info.json").exists():
         return DatasetSource(Path(folders[0]))

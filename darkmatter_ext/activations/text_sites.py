@@ -1,6 +1,6 @@
-"""Activations of short texts, each a forward pass of its own: at its last token, or at all its tokens.
+"""Activations of short texts, each run as its own context: at its last token, or at all its tokens.
 
-Texts are padded on the right, so that in a causal model no token sees what is not its text's.
+Texts are padded on the right, so that in a causal model no token sees anything outside its own text.
 
 Shapes: N texts, T kept tokens, d width of a site.
 """
@@ -39,17 +39,17 @@ class TextSites:
 
     x: Mapping[str, Tensor]  # hook point -> [T, d]
     texts: Tensor  # [T] int64, the text of each token
-    tokens: list[list[int]]  # of each text, BOS included
+    tokens: list[list[int]]  # of each text, including BOS
 
     def pooled(self, values: Tensor) -> Tensor:
-        """Means over each text's kept tokens [N, p] of values [T, p]."""
+        """Means [N, p] of values [T, p] over each text's kept tokens."""
         sums = values.new_zeros(len(self.tokens), values.shape[1]).index_add_(0, self.texts, values)
         return sums / torch.bincount(self.texts, minlength=len(self.tokens)).to(values)[:, None]
 
     def sink_notes(self, hook: str, ratio: float) -> list[str]:
-        """A sentence for a result's notes where states have norms above `ratio` medians; 0: no norm is unusual.
+        """A sentence for a result's notes if states have norms above `ratio` medians; 0: no norm is unusual.
 
-        The first tokens of a context often hold a few huge numbers, beside which no difference of words or texts counts.
+        The first tokens of a context often hold a few huge numbers that drown out any difference between words or texts.
         """
         norms = self.x[hook].norm(dim=1)
         unusual = int((norms > ratio * norms.median()).sum()) if ratio else 0
@@ -60,7 +60,7 @@ class TextSites:
 
 
 def tokenised_texts(model: str, texts: Sequence[str], *, bos: bool) -> list[list[int]]:
-    """Token ids of each text, with BOS in front if asked. Raises InputError for a text of no token."""
+    """Token ids of each text, with BOS in front if requested. Raises InputError for a text without tokens."""
     tokenizer = load_tokenizer(model)
     first = bos_id(tokenizer) if bos else None
     rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -83,14 +83,14 @@ def text_sites(
     processing: Mapping[str, bool] | None = None,
     progress: Progress | None = None,
 ) -> TextSites:
-    """The activations of texts at hook points, computed once and kept in the cache folder.
+    """The activations of texts at hook points, computed once and stored in the cache folder.
 
     Args:
-        pool: "last": the last token of each text; "mean": all from position `first` on (of shorter texts the last).
-        processing: of weights, by TransformerLens (see `store.load_lens`).
+        pool: "last": the last token of each text; "mean": all from position `first` on (the last one of shorter texts).
+        processing: weight processing by TransformerLens (see `store.load_lens`).
         progress: called with the number of texts done.
 
-    Raises InputError for a model, hook point or text that does not fit. Cost: one forward pass as deep as the deepest.
+    Raises InputError for a model, hook point or text that does not fit. Cost: one forward pass up to the deepest hook point.
     """
     from safetensors.torch import load_file, save_file
 

@@ -1,1 +1,1 @@
-"""Mathematics only: least squares, sums, intervals, correlations, power law. Knows no SAE, no model and no file."""
+"""Mathematics only: least squares, sums, intervals, correlations, power law. Knows nothing about SAEs, models or files."""

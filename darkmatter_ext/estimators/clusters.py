@@ -1,4 +1,4 @@
-"""Clusters of points from an affinity, and how well two clusterings agree, beside nulls that know of sizes.
+"""Cluster points by an affinity, and measure how well two clusterings agree, with nulls that preserve cluster sizes.
 
 Shapes: F points, k clusters, B draws.
 """
@@ -16,9 +16,9 @@ DECILES = 10
 
 
 def spectral_clusters(affinity: Tensor, counts: Sequence[int], *, seed: int) -> dict[int, Tensor]:
-    """Clusters [F] int64 for each number of clusters, of a symmetric affinity [F, F] of at least 0.
+    """Clusters [F] int64 for each number of clusters, from a symmetric non-negative affinity [F, F].
 
-    k-means on the rows, of unit norm, of the top eigenvectors of D^-1/2 A D^-1/2. Source: Ng, Jordan, Weiss 2001.
+    k-means on the normalised rows of the top eigenvectors of D^-1/2 A D^-1/2. Source: Ng, Jordan, Weiss 2001.
     Cost: an iterative eigensolver for the largest number of clusters.
     """
     from scipy.sparse.linalg import eigsh
@@ -42,7 +42,7 @@ def spectral_clusters(affinity: Tensor, counts: Sequence[int], *, seed: int) -> 
 
 
 def _k_means(x: Tensor, k: int, generator: torch.Generator) -> tuple[float, Tensor]:
-    """Sum of squared distances to the centres, and clusters [F], of points [F, d]; starts as k-means++ does."""
+    """Sum of squared distances to the centres, and clusters [F], for points [F, d]; started with k-means++."""
     centres = x[torch.randint(len(x), (1,), generator=generator)]
     while len(centres) < k:
         nearest = torch.cdist(x, centres).amin(1).square() + 1e-12
@@ -51,15 +51,15 @@ def _k_means(x: Tensor, k: int, generator: torch.Generator) -> tuple[float, Tens
         labels = torch.cdist(x, centres).argmin(1)
         counts = torch.bincount(labels, minlength=k)[:, None]
         means = torch.zeros_like(centres).index_add_(0, labels, x) / counts.clamp(min=1)
-        centres = torch.where(counts > 0, means, centres)  # an empty cluster stays where it is
+        centres = torch.where(counts > 0, means, centres)  # an empty cluster keeps its centre
     distance = torch.cdist(x, centres)
     return distance.amin(1).square().sum().item(), distance.argmin(1)
 
 
 def adjusted_mutual_information(labels: Tensor, others: Tensor) -> Tensor:
-    """[B] of clusters [F] and others [B, F] that all have the same sizes: 0 expected of independent ones, 1 if the same.
+    """[B]: agreement of clusters [F] with others [B, F], all of the same sizes; 0 is expected if independent, 1 if equal.
 
-    The mean of both entropies normalises. Source: Vinh, Epps, Bailey 2010. Cost: k^2 F for the expectation, F a draw.
+    Normalised by the mean of both entropies. Source: Vinh, Epps, Bailey 2010. Cost: k^2 F for the expectation, F per draw.
     """
     a, first = torch.bincount(labels), torch.bincount(others[0])
     n = float(len(labels))
@@ -80,7 +80,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def _expected_information(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean mutual information of two clusterings of sizes a and b whose points are dealt at random."""
+    """Mean mutual information of two clusterings with sizes a and b whose points are assigned at random."""
     from scipy.special import gammaln
 
     n, total = int(a.sum()), 0.0
@@ -96,7 +96,7 @@ def _expected_information(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def permuted(labels: Tensor, draws: int, *, seed: int, groups: Tensor | None = None) -> Tensor:
-    """[B, F] the labels [F] dealt anew, within each of `groups` [F] where they are given."""
+    """[B, F]: the labels [F] permuted, within each of `groups` [F] if given."""
     generator = torch.Generator().manual_seed(seed)
     groups = torch.zeros_like(labels) if groups is None else groups
     found = labels.repeat(draws, 1)
@@ -108,7 +108,7 @@ def permuted(labels: Tensor, draws: int, *, seed: int, groups: Tensor | None = N
 
 
 def deciles(values: Tensor) -> Tensor:
-    """[F] the decile of each value by rank: equal values are dealt in their order."""
+    """[F]: the decile of each value by rank; equal values are ranked in their order."""
     rank = torch.empty(len(values), dtype=torch.int64)
     rank[values.cpu().argsort(stable=True)] = torch.arange(len(values))
     return rank * DECILES // len(values)

@@ -1,4 +1,4 @@
-"""Which latents are active in the same chunks of text: streamed counts, and the affinities made of them.
+"""Which latents are active in the same chunks of text: streamed counts, and affinities computed from them.
 
 Shapes: c chunks, F latents, z active entries.
 """
@@ -18,7 +18,7 @@ MEASURES = ("phi", "jaccard", "dice", "overlap", "simple")
 
 @dataclass
 class CoOccurrence:
-    """In how many chunks latents are active together. Memory: 4 F^2 bytes, whatever the text; counts are exact to 2^24."""
+    """Number of chunks in which latents are active together. Memory: 4 F^2 bytes, for any text; counts are exact to 2^24."""
 
     both: Tensor  # [F, F] float32; the diagonal counts each latent's chunks
     chunks: int = 0
@@ -28,13 +28,13 @@ class CoOccurrence:
         return cls(torch.zeros(d_sae, d_sae, device=device))
 
     def add(self, present: Tensor) -> None:
-        """Some chunks, each whole: present [c, F] bool. Cost: c F^2 multiply-adds."""
+        """Add complete chunks: present [c, F] bool. Cost: c F^2 multiply-adds."""
         own = present.to(self.both)
         self.both += own.mT @ own
         self.chunks += len(present)
 
     def merge(self, other: CoOccurrence) -> None:
-        """The chunks of another part."""
+        """Add the chunks of another part."""
         self.both += other.both
         self.chunks += other.chunks
 
@@ -45,21 +45,21 @@ class CoOccurrence:
 
     @property
     def counts(self) -> Tensor:
-        """[F] chunks in which each latent is active."""
+        """[F]: number of chunks in which each latent is active."""
         return self.both.diagonal()
 
     def often(self, least: int) -> Tensor:
-        """Latents [n] that are present in `least` chunks or more, and not in all."""
+        """Latents [n] that are present in at least `least` chunks, but not in all."""
         return ((self.counts >= least) & (self.counts < self.chunks)).nonzero().flatten()
 
     def of(self, latents: Tensor) -> CoOccurrence:
-        """The same chunks, some latents."""
+        """The same chunks, restricted to the given latents."""
         return CoOccurrence(self.both[latents][:, latents], self.chunks)
 
     def affinity(self, measure: str = "phi") -> Tensor:
-        """[F, F] float64 for a measure of MEASURES; NaN where a latent is active in no chunk, or (phi) in all.
+        """[F, F] float64 for one of MEASURES; NaN if a latent is active in no chunk or, for phi, in all.
 
-        phi is the correlation of two latents' presence, from -1 to 1; the others, from 0 to 1, count shared chunks.
+        phi, from -1 to 1, is the correlation of two latents' presence; the others, from 0 to 1, count shared chunks.
         """
         require_one_of("measure", MEASURES, measure)
         n, n11, a = self.chunks, self.both.double(), self.counts.double()
@@ -84,6 +84,6 @@ def present(chunks: Tensor, latents: Tensor, n_chunks: int, d_sae: int) -> Tenso
 
 
 def unrelated(present: Tensor, generator: torch.Generator) -> Tensor:
-    """A control: every latent in as many of the chunks [c, F], but in others, drawn for each latent alone."""
+    """A control: each latent is in as many of the chunks [c, F], but in randomly drawn ones, independently per latent."""
     order = torch.rand(present.shape, generator=generator).argsort(0).to(present.device)
     return present.gather(0, order)

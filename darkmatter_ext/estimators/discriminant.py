@@ -1,7 +1,7 @@
-"""Linear discriminants: directions that tell classes apart, how parallel differences are, which class a point is of.
+"""Linear discriminants: directions that separate classes, how parallel differences are, which class a point belongs to.
 
-Everything is fitted on some points and read on others: with more dimensions than points, any labels can be told apart on
-the points they were fitted on.
+Everything is fitted on some points and evaluated on others: with more dimensions than points, any labels can be separated
+on the points they were fitted on.
 
 Shapes: n points, d dimensions, k classes, m label vectors.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SHRINKAGE = 0.1  # of a covariance towards its mean variance
+SHRINKAGE = 0.1  # of a covariance towards the mean variance
 
 
 def _shrunk(covariance: Tensor) -> Tensor:
@@ -21,15 +21,15 @@ def _shrunk(covariance: Tensor) -> Tensor:
 
 
 def class_means(x: Tensor, labels: Tensor, k: int) -> Tensor:
-    """[k, d] means of points [n, d] of each class [n]; 0 for an empty one."""
+    """[k, d]: mean of the points [n, d] of each class [n]; 0 for an empty class."""
     sums = x.new_zeros(k, x.shape[1]).index_add_(0, labels, x)
     return sums / torch.bincount(labels, minlength=k).clamp(min=1)[:, None]
 
 
 def discriminant_directions(x: Tensor, labels: Tensor) -> Tensor:
-    """[d, k - 1] Fisher's directions of points [n, d] with classes [n]: the variance within classes is 1 along each.
+    """[d, k - 1]: Fisher's directions for points [n, d] with classes [n]; the within-class variance along each is 1.
 
-    The covariance within classes is shrunk (SHRINKAGE), so that d may exceed n. Cost: d^3.
+    The within-class covariance is shrunk (SHRINKAGE), so d may exceed n. Cost: d^3.
     """
     x, k = x.double(), int(labels.max()) + 1
     means = class_means(x, labels, k)
@@ -42,9 +42,9 @@ def discriminant_directions(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def parallelogram_quality(d: Tensor, labels: Tensor) -> Tensor:
-    """[k] how unlike the differences [n, d] of one relation [n] are: 0 if parallel and equal, 1 if as any two of all.
+    """[k]: how much the differences [n, d] of one relation [n] differ: 0 if parallel and equal, 1 if like any two of all.
 
-    mean over pairs of pairs of |d_i - d_j|^2, over twice the mean of |d_i - mean d|^2 over all; NaN with fewer than two.
+    Mean of |d_i - d_j|^2 over pairs of pairs, divided by twice the mean of |d_i - mean d|^2 over all; NaN with fewer than two.
     """
     d, k = d.double(), int(labels.max()) + 1
     counts = torch.bincount(labels, minlength=k).double()
@@ -56,7 +56,7 @@ def parallelogram_quality(d: Tensor, labels: Tensor) -> Tensor:
 
 
 def silhouette(x: Tensor, labels: Tensor) -> float:
-    """Mean over points [n, d] of (b - a) / max(a, b): a the mean distance to the own class, b to the nearest other one."""
+    """Mean over points [n, d] of (b - a) / max(a, b): a is the mean distance to the own class, b to the nearest other."""
     k = int(labels.max()) + 1
     distance = torch.cdist(x.double(), x.double())
     member = torch.nn.functional.one_hot(labels, k).double()
@@ -68,13 +68,13 @@ def silhouette(x: Tensor, labels: Tensor) -> float:
 
 
 def discriminant_accuracy(x: Tensor, labels: Tensor, train: Tensor) -> Tensor:
-    """[m] balanced accuracy of linear discriminants with equal priors on the points that are not `train` [n].
+    """[m]: balanced accuracy of linear discriminants with equal priors on the points not in `train` [n].
 
     Args:
         x: [n, d].
-        labels: [m, n] classes; each label vector is told on its own, all share the covariance of the train points.
+        labels: [m, n] classes; each label vector is classified separately, all share the covariance of the train points.
 
-    Cost: d^3, and n d + k d^2 a label vector.
+    Cost: d^3, and n d + k d^2 per label vector.
     """
     x, k = x.double(), int(labels.max()) + 1
     fit, rest = x[train], x[~train]

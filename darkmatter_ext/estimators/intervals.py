@@ -1,12 +1,12 @@
-"""Confidence intervals by document: what is drawn again is what was drawn in the first place, whole documents.
+"""Confidence intervals by document: resample what was sampled in the first place, whole documents.
 
 Tokens of one document are not independent (they share a text, and a splice at one position changes the next ones), nor are
-its contexts. So all functions here take sums over documents (or other whole units: latents, groups of contexts), and a
-ratio is a ratio of sums in every draw, never a mean of per-token ratios.
+its contexts. So all functions here take sums over documents (or other whole units: latents, groups of contexts), and in
+every draw a ratio is a ratio of sums, never a mean of per-token ratios.
 
-Percentiles of plain bootstrap draws are too narrow for the 10 to 40 documents of a small run: they hold the truth in 83 to
-92 % of cases where 95 % is said. So draws are studentised: in 12 to 34 documents of unequal size 93 to 95 % then do, and
-92 to 94 % where the values are as skewed as a log-normal of sigma 0.8 (python_tests/estimators/test_intervals.py).
+Percentiles of plain bootstrap draws are too narrow for the 10 to 40 documents of a small run: nominal 95 % intervals cover
+the truth in 83 to 92 % of cases. So draws are studentised: coverage is then 93 to 95 % with 12 to 34 unequal documents, and
+92 to 94 % if the values are as skewed as a log-normal of sigma 0.8 (python_tests/estimators/test_intervals.py).
 
 Shapes: D documents, m quantities, B resamples.
 """
@@ -23,9 +23,9 @@ from torch import Tensor
 from darkmatter_ext.runtime.inputs import InputError
 
 LEVEL = 0.95
-RESAMPLES = 2000  # the ends of a 95 % interval then rest on 50 draws each
-FEWEST_DRAWN = 8  # with fewer documents draws repeat one another, and Student's t takes their place
-BLOCK_VALUES = 1_000_000  # draws times documents times quantities at a time: 8 MB a tensor
+RESAMPLES = 2000  # each end of a 95 % interval then rests on 50 draws
+FEWEST_DRAWN = 8  # with fewer documents, draws repeat one another and Student's t replaces them
+BLOCK_VALUES = 1_000_000  # draws times documents times quantities at a time: 8 MB per tensor
 _NAN = float("nan")
 
 Statistic = Callable[[Tensor], Tensor]  # totals [..., m] -> values [..., q], differentiable
@@ -40,11 +40,11 @@ class Interval:
     high: float
 
     def numbers(self, name: str) -> dict[str, float]:
-        """As a result stores it: `name`, `name/low`, `name/high`."""
+        """The interval as a result stores it: `name`, `name/low`, `name/high`."""
         return {name: self.value, f"{name}/low": self.low, f"{name}/high": self.high}
 
 
-UNKNOWN = Interval(_NAN, _NAN, _NAN)  # what cannot be told
+UNKNOWN = Interval(_NAN, _NAN, _NAN)  # not determined by the data
 
 
 def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
@@ -54,27 +54,27 @@ def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
 
 
 def sums_by(names: Tensor, *columns: Tensor) -> Tensor:
-    """Sums [D, m] in float64 of m columns [n] over the tokens of each of D documents, named [n] by any numbers."""
+    """Sums [D, m] in float64 of m columns [n] over the tokens of each of D documents; `names` [n] may be any numbers."""
     found, groups = names.unique(return_inverse=True)
     return group_sums(torch.stack(columns, dim=1), groups, len(found))
 
 
 def bootstrap(sums: Tensor, statistic: Statistic, *, seed: int, resamples: int = RESAMPLES) -> list[Interval]:
-    """Intervals of functions of sums over documents, drawing whole documents with replacement (bootstrap-t).
+    """Intervals for functions of sums over documents, drawing whole documents with replacement (bootstrap-t).
 
     Args:
-        sums: [D, m], for each document the sums that the statistic is made of.
+        sums: [D, m], for each document the sums that the statistic is computed from.
         statistic: totals [..., m] -> values [..., q], e.g. `lambda s: s[..., :1] / s[..., 1:]`; differentiable.
-        seed: of the draws.
+        seed: for the draws.
         resamples: B.
 
     Returns:
-        q intervals; `value` is the statistic of all documents. A document whose sums do not touch a quantity is not counted
-        for it. NaN ends with fewer than two documents; Student's t with fewer than FEWEST_DRAWN, or where too many
-        draws have no variance.
+        q intervals; `value` is the statistic of all documents. A document whose sums do not affect a quantity is not counted
+        for it. The ends are NaN with fewer than two documents; Student's t is used with fewer than FEWEST_DRAWN, or if too
+        many draws have no variance.
 
     Every draw is divided by its own standard error, from the slopes of the statistic (infinitesimal jackknife).
-    Raises InputError for no document. Cost: about 3 B D m q multiply-adds.
+    Raises InputError if there are no documents. Cost: about 3 B D m q multiply-adds.
     Source: Efron 1981; Davison and Hinkley 1997, sections 2.4, 2.7 and 3.8.
     """
     if len(sums) == 0:
@@ -94,9 +94,9 @@ def bootstrap(sums: Tensor, statistic: Statistic, *, seed: int, resamples: int =
 
 
 def share_by(documents: Tensor, part: Tensor, whole: Tensor, *, seed: int) -> Interval:
-    """Sum of `part` over the sum of `whole` [n], by document [n]; a mean where `whole` is ones.
+    """Sum of `part` divided by the sum of `whole` [n], by document [n]; a mean if `whole` is all ones.
 
-    For wholes that are not near 0; else `ratio`.
+    For wholes that are not near 0; otherwise use `ratio`.
     """
     return bootstrap(sums_by(documents, part, whole), lambda s: s[..., :1] / s[..., 1:], seed=seed)[0]
 
@@ -111,7 +111,7 @@ def _slopes(statistic: Statistic, totals: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _errors(weights: Tensor, sums: Tensor, statistic: Statistic) -> tuple[Tensor, Tensor]:
-    """Quantities, and their standard errors, of documents sums [D, m] standing there weights [B, D] times: both [B, q]."""
+    """Quantities and their standard errors, both [B, q], if each document of sums [D, m] occurs weights [B, D] times."""
     n = len(sums)
     values, slopes = _slopes(statistic, weights @ sums)
     influence = slopes @ sums.mT  # [B, q, D]
@@ -123,7 +123,7 @@ def _errors(weights: Tensor, sums: Tensor, statistic: Statistic) -> tuple[Tensor
 def _studentised(
     sums: Tensor, values: Tensor, statistic: Statistic, chosen: Sequence[int], *, seed: int, resamples: int
 ) -> list[Interval]:
-    """Intervals of the chosen ones of a statistic's quantities, whose values of all documents are `values` [q]."""
+    """Intervals for the chosen quantities of a statistic; `values` [q] are its values for all documents."""
     n, values = len(sums), values[chosen]
 
     def own(totals: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def _studentised(
     ends = torch.stack([values, values - high * error, values - low * error], dim=1)
     found = [Interval(*row) for row in ends.tolist()]
     if not bool(ends[:, 1:].isfinite().all()):
-        # So nearly equal documents that many draws do not vary: nothing to divide by.
+        # The documents are so nearly equal that many draws do not vary: there is nothing to divide by.
         plain = jackknife(sums, own)
         finite = ends[:, 1:].isfinite().all(1).tolist()
         found = [drawn if kept else other for drawn, other, kept in zip(found, plain, finite, strict=True)]
@@ -151,7 +151,7 @@ def _studentised(
 
 
 def _draws(n: int, resamples: int, *, seed: int, at_a_time: int) -> Iterator[Tensor]:
-    """[b, n] float64, B rows together, the same however many at a time: how often each of n documents is drawn."""
+    """How often each of n documents is drawn: [b, n] float64 blocks with B rows in total, the same for any block size."""
     generator = torch.Generator().manual_seed(seed)
     for part in torch.arange(resamples).split(max(1, at_a_time)):
         drawn = torch.randint(n, (len(part), n), generator=generator)
@@ -160,15 +160,15 @@ def _draws(n: int, resamples: int, *, seed: int, at_a_time: int) -> Iterator[Ten
 
 
 def ratio(sums: Tensor) -> Interval:
-    """Interval of a ratio of two totals whose denominator may be near 0, by document.
+    """Interval for a ratio of two totals, by document; the denominator may be near 0.
 
     Args:
         sums: [D, 2], numerator and denominator of each document.
 
     Returns:
-        The ratios R for which numerator - R denominator cannot be told from 0 by Student's t over documents. UNKNOWN, value
-        and all, where the denominator itself cannot be told from 0 (no bounded interval holds such a ratio), or with fewer
-        than two documents.
+        The ratios R for which Student's t over documents cannot distinguish numerator - R denominator from 0. UNKNOWN,
+        including the value, if the denominator itself cannot be distinguished from 0 (no bounded interval holds such a
+        ratio), or with fewer than two documents.
 
     Source: Fieller 1954.
     """
@@ -189,13 +189,13 @@ def ratio(sums: Tensor) -> Interval:
 
 
 def jackknife(sums: Tensor, statistic: Statistic) -> list[Interval]:
-    """Student's t intervals of functions of sums over groups of documents, leaving out one group at a time.
+    """Student's t intervals for functions of sums over groups of documents, leaving out one group at a time.
 
-    For sums too large to keep for every document, of which a few groups can be kept. What it covers is the choice of the
-    text that the statistic is computed on, not the fit of maps that are held fixed.
+    For sums that are too large to keep for every document, but can be kept for a few groups. The interval covers the choice
+    of the text on which the statistic is computed, not the fit of maps that are held fixed.
 
     Args:
-        sums: [G, m], for each group the sums that the statistic is made of.
+        sums: [G, m], for each group the sums that the statistic is computed from.
         statistic: totals [..., m] -> values [..., q].
 
     Returns:
@@ -216,7 +216,7 @@ def jackknife(sums: Tensor, statistic: Statistic) -> list[Interval]:
 
 
 def r2_interval(y: Tensor, predicted: Tensor, groups: Tensor) -> Interval:
-    """R2 of predictions [n] of y [n], with the jackknife's interval over groups of tokens, int64 [n] of any numbers."""
+    """R2 of predictions [n] of y [n], with the jackknife interval over groups of tokens; groups int64 [n], any numbers."""
     y, residual = y.double() - y.double().mean(), (y - predicted).double()
     sums = sums_by(groups, torch.ones_like(y), y, y.square(), residual.square())
 
@@ -228,9 +228,9 @@ def r2_interval(y: Tensor, predicted: Tensor, groups: Tensor) -> Interval:
 
 
 def seed_interval(values: Sequence[float]) -> Interval:
-    """Mean of one number a seed, with Student's t interval; the interval is NaN for one seed.
+    """Mean of one number per seed, with Student's t interval; the interval is NaN for a single seed.
 
-    Raises ValueError for no value.
+    Raises ValueError without values.
     """
     from scipy import stats
 

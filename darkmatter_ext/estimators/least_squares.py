@@ -1,9 +1,9 @@
 """Streaming linear least squares from sufficient statistics.
 
-Nothing here keeps a token: what is kept are counts, means and *centred* second moments (Gram and cross-Gram matrices)
+No tokens are kept, only counts, means and *centred* second moments (Gram and cross-Gram matrices)
 in float64, updated batch by batch and merged across parts by the pairwise formula of Chan, Golub and LeVeque (1983).
-Centring costs one rank-1 correction a batch and avoids the cancellation that raw sums of squares suffer when a mean is
-large against its spread, as some residual-stream dimensions have. Any number of processes can each hold a part.
+Centring costs one rank-1 correction per batch and avoids the cancellation that raw sums of squares suffer when a mean is
+large compared with its spread, as in some residual-stream dimensions. Any number of processes can each hold a part.
 
 Shapes: n tokens, p predictors, q targets.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from darkmatter_ext.runtime.inputs import InputError
 
-# Directions whose variance is below this share of the largest (predictors scaled to unit variance) carry no
+# Directions with less than this share of the largest variance (predictors scaled to unit variance) carry no
 # information in float64 statistics: p * eps with p up to ~4500.
 RELATIVE_RANK_TOLERANCE = 1e-12
 
@@ -37,13 +37,13 @@ class LinearMap:
         return x.double() @ self.weight + self.bias
 
     def targets(self, part: slice) -> LinearMap:
-        """The map to some of the targets."""
+        """The map restricted to some of the targets."""
         return LinearMap(self.weight[:, part], self.bias[part], self.rank, self.n_tokens)
 
 
 @dataclass(frozen=True)
 class LinearScore:
-    """How well a LinearMap predicts the tokens of some statistics, per target."""
+    """How well a LinearMap predicts the tokens of given statistics, per target."""
 
     sse: Tensor  # [q] sum of squared residuals
     sst: Tensor  # [q] sum of squares about the mean of these tokens
@@ -78,9 +78,9 @@ def _check_pair(x: Tensor, y: Tensor) -> None:
 
 @dataclass
 class LinearStatistics:
-    """Sufficient statistics of the regression of y on x; `update` with batches, `merge` parts, then `solve`.
+    """Sufficient statistics for the regression of y on x: `update` with batches, `merge` parts, then `solve`.
 
-    Memory: 8 (p^2 + p q) bytes, whatever the number of tokens. Cost: p (p + q) multiply-adds a token.
+    Memory: 8 (p^2 + p q) bytes, whatever the number of tokens. Cost: p (p + q) multiply-adds per token.
     """
 
     n_predictors: int
@@ -103,8 +103,8 @@ class LinearStatistics:
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add a batch: x [n, p], y [n, q], any floating dtype, n may be 0.
 
-        Raises TypeError / ValueError on wrong types or shapes, ValueError when a value is NaN or infinite (one such
-        token would silently turn every later result into NaN); the statistics are then unchanged.
+        Raises TypeError / ValueError on wrong types or shapes, ValueError if a value is NaN or infinite (one such
+        token would silently turn every later result into NaN). The statistics are then unchanged.
         """
         _check_pair(x, y)
         for name, tensor, width in (("x", x, self.n_predictors), ("y", y, self.n_targets)):
@@ -126,7 +126,7 @@ class LinearStatistics:
     def merge(self, other: LinearStatistics) -> None:
         """Add the tokens of another part (Chan, Golub, LeVeque 1983): the result equals one pass over both.
 
-        Raises ValueError when the shapes differ.
+        Raises ValueError if the shapes differ.
         """
         mine, theirs = (self.n_predictors, self.n_targets), (other.n_predictors, other.n_targets)
         if mine != theirs:
@@ -147,7 +147,7 @@ class LinearStatistics:
     @torch.no_grad()
     def solve(self) -> LinearMap:
         """The least-squares map with bias. Cost: one Cholesky factorisation of [p, p], or one eigendecomposition
-        when x is rank deficient (then the minimum-norm solution in predictors scaled to unit variance).
+        if x is rank deficient (then the minimum-norm solution in predictors scaled to unit variance).
 
         Raises ValueError with fewer than two tokens.
         """
@@ -176,7 +176,7 @@ class LinearStatistics:
     def score(self, linear_map: LinearMap) -> LinearScore:
         """Residual and total sums of squares of *these* tokens under a map fitted on any tokens.
 
-        SSE = Myy - 2 W.Mxy + W.Mxx W + n (mean residual)^2, from the statistics alone. Absolute error about
+        SSE = Myy - 2 W.Mxy + W.Mxx W + n (mean residual)^2, from the statistics alone. The absolute error is about
         1e-15 of SST, so an R2 closer to 1 than that is rounding.
         """
         weight = linear_map.weight
@@ -201,14 +201,14 @@ def _solve_symmetric(matrix: Tensor, target: Tensor) -> tuple[Tensor, int]:
 
 @dataclass(frozen=True)
 class LinearFit:
-    """A linear map fitted on the train tokens with its scores on both sides of the split."""
+    """A linear map fitted on the train tokens, with its scores on both sides of the split."""
 
     map: LinearMap
     train: LinearScore
     test: LinearScore
 
     def targets(self, part: slice) -> LinearFit:
-        """The fit of some of the targets: regressions that share x are solved together and taken apart here."""
+        """The fit for some of the targets: regressions that share x are solved together and separated here."""
         return LinearFit(self.map.targets(part), self.train.targets(part), self.test.targets(part))
 
     @property
@@ -236,7 +236,7 @@ class SplitStatistics:
         self.test.update(x[~train], y[~train])
 
     def fit(self, *, bias: bool = True) -> LinearFit:
-        """Solve on the train tokens, score on both. Raises ValueError when either side has fewer than 2 tokens."""
+        """Solve on the train tokens, score on both sides. Raises ValueError if either side has fewer than 2 tokens."""
         if self.test.count < 2:
             raise InputError(f"train: must leave at least 2 tokens held out, got {self.test.count}")
         solution = (self.train if bias else self.train.about_zero()).solve()
@@ -247,9 +247,9 @@ def train_mask(groups: Tensor, *, fraction: float, seed: int) -> Tensor:
     """A seeded split that keeps groups whole: bool [n], True for train, given the group number of each token [n].
 
     With `groups = arange(n)` this is the paper's random token split; with the context or document number of each
-    token, no context or document is on both sides. `fraction` is the share of *groups* that go to train.
+    token, no context or document is on both sides. `fraction` is the share of *groups* assigned to train.
 
-    Raises ValueError when a side would be empty.
+    Raises ValueError if a side would be empty.
     """
     if not 0 < fraction < 1:
         raise InputError(f"fraction: must be between 0 and 1, got {fraction}")
@@ -276,11 +276,11 @@ def fit_linear(
 
     Args:
         x: predictors [n, p]; or an iterable of batches (x, y, train) for data that does not fit in memory.
-        y: targets [n, q] (with the tensor form).
+        y: targets [n, q] (only with the tensor form).
         train: bool [n], which tokens to fit on. Default: a seeded random split.
-        train_fraction: share of tokens (or groups) to fit on when `train` is not given; the paper uses 0.61.
+        train_fraction: share of tokens (or groups) to fit on if `train` is not given; the paper uses 0.61.
         groups: int [n], e.g. the context of each token; a group is never split.
-        seed: of the random split.
+        seed: for the random split.
 
     Returns:
         LinearFit: `.map` (weight [p, q], bias [q]), `.r2` (held-out, mean over targets), `.test.r2` [q], `.train`.
@@ -288,8 +288,8 @@ def fit_linear(
     Raises:
         TypeError, ValueError: one line naming the argument, the rule and the value given.
 
-    Cost: n p (p + q) multiply-adds in float64 and 16 (p^2 + p q) bytes; equals `torch.linalg.lstsq` on the centred
-    matrix to rounding. Method of the error vector test in Engels et al., 2410.14670, section 4.
+    Cost: n p (p + q) multiply-adds in float64 and 16 (p^2 + p q) bytes. Equals `torch.linalg.lstsq` on the centred
+    matrix up to rounding. This is the method of the error vector test in Engels et al., 2410.14670, section 4.
     """
     if not isinstance(x, Tensor):
         return _fit_batches(x)

@@ -1,8 +1,8 @@
-"""Lobes: latents that are active in the same chunks of text, beside clusters of their decoder rows, and beside nulls.
+"""Lobes: latents active in the same chunks of text, compared with clusters of their decoder rows and with nulls.
 
-That labels agree better than permuted ones tests independence, not nearness: rare latents share small phi and, often, the
-same part of space. So labels are also permuted within deciles of frequency, rows are drawn with the same covariance, and
-every latent's chunks are dealt anew. After 2410.19750, section 4, whose code permutes labels only.
+If labels agree better than permuted ones, they are not independent, but this does not show nearness: rare latents share
+small phi and, often, the same part of space. So labels are also permuted within deciles of frequency, rows are drawn with
+the same covariance, and every latent's chunks are redrawn. After 2410.19750, section 4, whose code only permutes labels.
 
 Shapes: F latents, d width of the site, B draws.
 """
@@ -20,15 +20,15 @@ from darkmatter_ext.estimators.discriminant import discriminant_accuracy
 from darkmatter_ext.estimators.least_squares import train_mask
 from darkmatter_ext.estimators.spectrum import same_covariance
 
-GAUSSIAN_DRAWS = 5  # of rows with the same covariance, each clustered
-TRAIN_SHARE = 0.8  # of the latents, for telling lobes from rows
+GAUSSIAN_DRAWS = 5  # draws of rows with the same covariance, each clustered
+TRAIN_SHARE = 0.8  # of the latents, for predicting lobes from rows
 LOBE_DIRECTIONS = 16  # principal directions of a lobe's rows
 TOP_DIRECTIONS = 10  # of the nonlinear error
-MOST_LOBES_DRAWN = 20  # draws of the null of the largest lobe: each takes a decomposition a lobe
+MOST_LOBES_DRAWN = 20  # draws for the null of the largest lobe: each takes one decomposition per lobe
 
 
 def middle(counts: Sequence[int]) -> int:
-    """The number of clusters that is read for accuracy and dark matter."""
+    """The number of clusters used for accuracy and dark matter."""
     return sorted(counts)[len(counts) // 2]
 
 
@@ -39,12 +39,12 @@ def angles(rows: Tensor) -> Tensor:
 
 
 def summary(values: Tensor, name: str) -> dict[str, float]:
-    """A null as a result stores it."""
+    """A null, as a result stores it."""
     return {f"{name}/mean": values.mean().item(), f"{name}/sd": values.std().item()}
 
 
 def _affinity(counts: CoOccurrence, measure: str) -> Tensor:
-    """At least 0: phi is moved up by 1."""
+    """A non-negative affinity: phi is shifted up by 1."""
     return counts.affinity(measure).nan_to_num(0) + (1 if measure == "phi" else 0)
 
 
@@ -58,15 +58,15 @@ def lobe_numbers(
     draws: int,
     seed: int,
 ) -> tuple[dict[str, float], Tensor]:
-    """Agreement of clusters by co-occurrence and by rows [F, d] of the same latents, beside nulls; and the middle K's lobes.
+    """Agreement of clusters by co-occurrence and by rows [F, d] of the same latents, with nulls; and the lobes of the middle K.
 
     Args:
-        dealt: with every latent's chunks dealt anew.
-        measures: of co-occurrence, phi among them.
+        dealt: the same counts with every latent's chunks redrawn.
+        measures: of co-occurrence, including phi.
 
-    Returns `ami/MEASURE/K`; of phi `ami_null/NULL/K/mean` and `/sd` for the nulls permuted, frequency and gaussian;
-    `ami_dealt/K` of `dealt`; `locality/K` and `locality_null/NULL/K/...`, the balanced accuracy of rows for lobes on
-    latents left out, for the middle K. Cost: an eigensolver a measure and a Gaussian draw, F^2 d.
+    Returns `ami/MEASURE/K`; for phi `ami_null/NULL/K/mean` and `/sd` for the nulls permuted, frequency and gaussian;
+    `ami_dealt/K` for `dealt`; for the middle K `locality/K` and `locality_null/NULL/K/...`, the balanced accuracy of
+    predicting lobes from rows on held-out latents. Cost: an eigensolver per measure and Gaussian draw, F^2 d.
     """
     by_rows = spectral_clusters(angles(rows), clusters, seed=seed)
     frequency = deciles(counts.counts)
@@ -100,9 +100,9 @@ def lobe_numbers(
 
 
 def random_numbers(counts: CoOccurrence, rows: Tensor, clusters: Sequence[int], *, seed: int) -> dict[str, float]:
-    """`ami_random_directions/K`: the agreement of phi with rows [F, d] that nobody trained, in their own codes.
+    """`ami_random_directions/K`: the agreement of phi with untrained rows [F, d], in their own codes.
 
-    Two rows with a small angle fire on the same x, whatever they are: so much agreement is the encoder's doing.
+    Two rows with a small angle fire on the same x, whatever they are: this much agreement comes from the encoder.
     """
     together = spectral_clusters(_affinity(counts, "phi"), clusters, seed=seed)
     by_rows = spectral_clusters(angles(rows), clusters, seed=seed)
@@ -115,10 +115,10 @@ def random_numbers(counts: CoOccurrence, rows: Tensor, clusters: Sequence[int], 
 def dark_numbers(
     rows: Tensor, lobes: Tensor, frequency: Tensor, covariance: Tensor, *, draws: int, seed: int
 ) -> dict[str, float]:
-    """Whether the nonlinear error, of covariance [d, d], lies in one lobe's directions.
+    """Whether the nonlinear error, with covariance [d, d], lies in the directions of one lobe.
 
-    `dark/largest_lobe`, the greatest share of its energy in LOBE_DIRECTIONS of one lobe, and its null of lobes dealt
-    within deciles of frequency; `dark/rows_in_top`, mean share of a row in its TOP_DIRECTIONS, and of a random direction.
+    `dark/largest_lobe`: the largest share of its energy in LOBE_DIRECTIONS of one lobe, and the null with lobes permuted
+    within deciles of frequency. `dark/rows_in_top`: mean share of a row in its TOP_DIRECTIONS, and that of a random direction.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
     unit = torch.nn.functional.normalize(rows.double(), dim=1)

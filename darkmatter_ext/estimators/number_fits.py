@@ -1,4 +1,4 @@
-"""Is the state of a number a helix, or its digits: all fits of a state by its value, with what decides between them.
+"""Is the state of a number a helix, or its digits? All fits of a state by its value, with what decides between them.
 
 Shapes: v values, t templates, n prompts, d width of the site, p columns of a fit.
 """
@@ -35,12 +35,12 @@ FITS = {
     "polynomial": "as many powers of the value as the helix has columns",
 }
 BAND, FEWEST_PAIRS, SMOOTH_DEGREE = 0.95, 2, 5
-_NOTHING = 1e-9  # of the squares: less is rounding
+_NOTHING = 1e-9  # of the squares: anything less is rounding
 
 
 @dataclass(frozen=True)
 class ValueFits:
-    """Which values are fitted by what, and how they are held out: every value once, in one of `n_folds`."""
+    """Which values are fitted, by what, and how they are held out: each value once, in one of `n_folds`."""
 
     values: Tensor  # [v] int64
     periods: tuple[float, ...]
@@ -50,7 +50,7 @@ class ValueFits:
 
     @cached_property
     def columns(self) -> dict[str, Tensor]:
-        """Of each of FITS, [v, p]."""
+        """The columns [v, p] of each of FITS."""
         helix = helix_columns(self.values, self.periods)
         return {
             "helix": helix,
@@ -66,7 +66,7 @@ class ValueFits:
 
     @cached_property
     def smooth(self) -> Tensor:
-        """[v, r]: the lowest powers of the value that hold as many columns beyond digits as the helix does."""
+        """[v, r]: the lowest powers of the value that have as many columns beyond digits as the helix."""
         digits, wanted = self.columns["digits"], beyond(self.columns["helix"], self.columns["digits"]).shape[1]
         for degree in range(1, len(self.values) - 1):
             new = beyond(polynomial_columns(self.values, degree), digits)
@@ -78,8 +78,8 @@ class ValueFits:
 def fit_numbers(h: Tensor, fits: ValueFits) -> dict[str, float]:
     """All fits of states h [v, t, d] with their nulls; intervals by value.
 
-    `r2/beyond_digits`: of what digits leave, the share that the helix explains; `r2/smooth_beyond_digits`: that as many low
-    powers of the value explain, which have no period.
+    `r2/beyond_digits`: the share of what digits leave that the helix explains. `r2/smooth_beyond_digits`: the share that the
+    same number of low powers of the value explain, which have no period.
     """
     states, seed, columns = states_of(h), fits.seed, fits.columns
     helix, digits = columns["helix"], columns["digits"]
@@ -105,13 +105,13 @@ def fit_numbers(h: Tensor, fits: ValueFits) -> dict[str, float]:
 
 
 def more_sums(states: States, known: Tensor, alone: Tensor, new: Tensor, folds: Tensor) -> Tensor:
-    """[v, 2]: squared error with known and new columns, and with the known ones `alone` (their `fit_sums`), held out."""
+    """[v, 2]: held-out squared error with known and new columns, and with only the known ones (`alone`: their `fit_sums`)."""
     both = fit_sums(states, torch.cat([known, new], dim=1), folds)[:, 0]
     return torch.stack([both, alone[:, 0]], dim=1)
 
 
 def _null(name: str, drawn: Tensor, own: float) -> dict[str, float]:
-    """Median and upper quantile of a null, and the rank of a value among it: its p-value."""
+    """Median and upper quantile of a null, and the rank of a value within it: its p-value."""
     rank = (1 + int((drawn >= own).sum())) / (1 + len(drawn))
     return {
         f"null/{name}": drawn.median().item(),
@@ -123,8 +123,8 @@ def _null(name: str, drawn: Tensor, own: float) -> dict[str, float]:
 def part_numbers(h: Tensor, parts: Mapping[str, Tensor], fits: ValueFits) -> dict[str, float]:
     """Helix and digits fitted to Sae(h), b* h and the nonlinear error [v, t, d], and the share of the helix in each.
 
-    `share/helix`: of the energy of what the helix predicts of h, what it predicts of the part (they add up to 1);
-    `share/all`: the same of the states by value, helix or not.
+    `share/helix`: the part's share of the energy that the helix predicts of h (the shares add up to 1);
+    `share/all`: the same for the states by value, helix or not.
     """
     columns = fits.columns
     centred = {name: (x.double() - x.double().mean(0)).mean(1) for name, x in {"h": h, **parts}.items()}
@@ -143,7 +143,7 @@ def part_numbers(h: Tensor, parts: Mapping[str, Tensor], fits: ValueFits) -> dic
 
 
 def moves_between(h: Tensor, fits: ValueFits, start: Tensor, end: Tensor) -> dict[str, Tensor]:
-    """What each fit of states h [v, t, d] says lies between two values: [n, d]. What a fit says of a value it has not seen.
+    """The difference [n, d] between two values according to each fit of states h [v, t, d], read at values it has not seen.
 
     Args:
         start, end: [n] places among the values.
@@ -156,18 +156,18 @@ def moves_between(h: Tensor, fits: ValueFits, start: Tensor, end: Tensor) -> dic
 
 
 def sum_numbers(h: Tensor, a: Tensor, b: Tensor, fits: ValueFits) -> dict[str, float]:
-    """What states h [n, d] at the last token of "a + b = ", its last digit not yet written, hold of the sum a + b.
+    """What states h [n, d] at the last token of "a + b = ", before the last digit is written, hold about the sum a + b.
 
     Args:
-        a, b: [n] int64, b of one digit, no carry.
+        a, b: [n] int64, b has one digit, no carry.
 
-    `r2/addends`: by digits of a, its helix and its low powers, and by digits of b, added. Of what these leave:
-    `r2/sum_digits`, by digits of the sum; `r2/sum_helix`, by its helix (the "Clock" of 2502.00873); `r2/sum_waves`, by the
-    waves of the helix that are functions of the sum's digits, beside as many random columns out of these digits
-    (`sum_digit_columns`), where there are fewer waves than columns. Null of the first two: the same of the "sum" of digits
-    that were dealt other values, since every function of the pair (last digit of a, b) has something of the sum's. Folds and
-    intervals are by that pair: none is on both sides, so pairs are left out whose digits, or whose sum, hardly any other has
-    (`_often`). Nothing but `r2/addends` where the addends leave nothing.
+    `r2/addends`: from digits of a, its helix and its low powers, plus digits of b. Of what these leave:
+    `r2/sum_digits`, from digits of the sum; `r2/sum_helix`, from its helix (the "Clock" of 2502.00873); `r2/sum_waves`, from
+    the waves of the helix that are functions of the sum's digits, compared with as many random columns from these digits
+    (`sum_digit_columns`) if there are fewer waves than columns. The null of the first two uses the "sum" of digits with
+    permuted values, since every function of the pair (last digit of a, b) shares something with the sum. Folds and
+    intervals are by that pair, so none is on both sides; pairs whose digits or sum hardly any other pair has are left out
+    (`_often`). If the addends leave nothing, only `r2/addends` is returned.
     """
     kept = _often(a % 10, b)
     h, a, b = h[kept], a[kept], b[kept]
@@ -211,13 +211,13 @@ def sum_numbers(h: Tensor, a: Tensor, b: Tensor, fits: ValueFits) -> dict[str, f
 
 
 def _dealt(values: Tensor, generator: torch.Generator) -> Tensor:
-    """The values with their levels dealt anew."""
+    """The values with their levels permuted."""
     levels, place = values.unique(return_inverse=True)
     return levels[torch.randperm(len(levels), generator=generator)][place]
 
 
 def _often(u: Tensor, b: Tensor) -> Tensor:
-    """[n] bool: pairs of digits whose u, b and u + b each occur in FEWEST_PAIRS pairs or more that are kept."""
+    """[n] bool: pairs of digits whose u, b and u + b each occur in at least FEWEST_PAIRS of the pairs kept."""
     kept, pair = torch.ones_like(u, dtype=torch.bool), 10 * u + b
     while True:
         before = int(kept.sum())

@@ -1,9 +1,9 @@
-"""The power law FVU(W) = c + a W^m of reconstruction error over width, with intervals that admit how little few points know.
+"""The power law FVU(W) = c + a W^m of reconstruction error over width, with intervals that are honest for few points.
 
-Three constants from a handful of widths: c, the error that no width removes, is an extrapolation, and how well it is known
-depends on how far the curve has bent. So intervals are profiles of the likelihood (residuals of equal unknown variance,
+It has three constants and only a handful of widths. c, the error that no width removes, is an extrapolation, and its
+precision depends on how far the curve has bent. So intervals are likelihood profiles (residuals of equal unknown variance,
 F-test against the best fit), not a covariance at the optimum: they are asymmetric, stop at the bounds c >= 0, a >= 0,
-m < 0, and reach infinity where the points say nothing.
+m < 0, and reach infinity if the points say nothing.
 
 For a fixed m the law is linear in (c, a), so every fit here is a search over m alone, from several starts.
 """
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from darkmatter_ext.estimators.intervals import LEVEL, Interval
 from darkmatter_ext.runtime.inputs import InputError
 
-MINIMUM_WIDTHS = 4  # one more than the law has constants
-STEEPEST, FLATTEST = -8.0, -1e-3  # bounds of m; flatter is a logarithm, steeper a step
-STARTS = 24  # brackets of m, spaced in log
+MINIMUM_WIDTHS = 4  # one more than the law's constants
+STEEPEST, FLATTEST = -8.0, -1e-3  # bounds of m; anything flatter is a logarithm, anything steeper a step
+STARTS = 24  # brackets of m, evenly spaced in log |m|
 _Array = NDArray[np.float64]
 
 
@@ -36,14 +36,14 @@ class PowerLaw:
     m: Interval
     r2: float  # of the points
     largest_residual: float  # in units of FVU
-    n: int  # points
+    n: int  # number of points
 
     def __call__(self, width: float) -> float:
         """The law at a width."""
         return self.c.value + self.a.value * width**self.m.value
 
     def numbers(self, name: str) -> dict[str, float]:
-        """As a result stores it; infinite ends become NaN (not bounded by the points)."""
+        """The law as a result stores it; infinite ends become NaN (not bounded by the points)."""
         found = {}
         for constant in ("c", "a", "m"):
             interval = getattr(self, constant)
@@ -53,16 +53,16 @@ class PowerLaw:
 
 
 def fit_power_law(widths: Sequence[float], fvu: Sequence[float]) -> PowerLaw:
-    """Least squares of FVU(W) = c + a W^m with c, a >= 0 and m < 0.
+    """Least-squares fit of FVU(W) = c + a W^m with c, a >= 0 and m < 0.
 
     Args:
-        widths: latents, at least MINIMUM_WIDTHS different ones.
-        fvu: the FVU at each.
+        widths: numbers of latents, at least MINIMUM_WIDTHS different ones.
+        fvu: the FVU at each width.
 
-    Raises ValueError for too few widths, other lengths, widths below 1 or values that are not finite.
+    Raises ValueError for too few widths, different lengths, widths below 1 or values that are not finite.
 
-    Method: variable projection over m; Engels et al. 2410.14670, section 4, for the law; Bates and Watts 1988, chapter 6,
-    for profiles. Cost: a few hundred searches over one number, about a tenth of a second.
+    Method: variable projection over m; the law is from Engels et al. 2410.14670, section 4, the profiles from Bates and
+    Watts 1988, chapter 6. Cost: a few hundred searches over one number, about a tenth of a second.
     """
     x, y = np.asarray(widths, dtype=float), np.asarray(fvu, dtype=float)
     if x.shape != y.shape or x.ndim != 1:
@@ -95,7 +95,7 @@ def fit_power_law(widths: Sequence[float], fvu: Sequence[float]) -> PowerLaw:
 
 
 def _limit(sse: float, spare: int, *, floor: float) -> float:
-    """The SSE at which a fixed value of one constant is rejected, with as many residuals to spare as given."""
+    """The SSE at which a fixed value of one constant is rejected, with `spare` residual degrees of freedom."""
     from scipy import stats
 
     t = stats.t.ppf((1 + LEVEL) / 2, spare).item()
@@ -103,14 +103,14 @@ def _limit(sse: float, spare: int, *, floor: float) -> float:
 
 
 class _Fit:
-    """Sums of squares of the law on some points, W in units of their geometric mean (so that a is of the size of FVU)."""
+    """Sums of squares of the law on some points, with W in units of their geometric mean (so that a is of the size of FVU)."""
 
     def __init__(self, x: _Array, y: _Array) -> None:
         self.center = float(np.exp(np.log(x).mean()))
         self.u, self.y = x / self.center, y
 
     def linear(self, m: float) -> tuple[float, float, float]:
-        """The best c and a >= 0 for a given m, and their SSE."""
+        """The best c and a, both >= 0, for a given m, and their SSE."""
         from scipy.optimize import nnls
 
         design = np.stack([np.ones_like(self.u), self.u**m], axis=1)
@@ -118,11 +118,11 @@ class _Fit:
         return float(c), float(a), float(norm) ** 2
 
     def free(self, m: float) -> float:
-        """SSE with c and a chosen best."""
+        """SSE with the best c and a."""
         return self.linear(m)[2]
 
     def with_c(self, c: float) -> Callable[[float], float]:
-        """SSE as a function of m with a chosen best."""
+        """SSE as a function of m, with the best a."""
 
         def sse(m: float) -> float:
             v = self.u**m
@@ -132,7 +132,7 @@ class _Fit:
         return sse
 
     def with_a(self, a: float) -> Callable[[float], float]:
-        """SSE as a function of m with c chosen best; a in the units of the widths themselves."""
+        """SSE as a function of m, with the best c; a is in the units of the widths themselves."""
 
         def sse(m: float) -> float:
             rest = self.y - a * (self.center * self.u) ** m
@@ -141,7 +141,7 @@ class _Fit:
         return sse
 
     def minimum(self, sse: Callable[[float], float]) -> tuple[float, float]:
-        """The least value over m and where, from several starts: between every two of a grid that is even in log |m|."""
+        """The least value over m and where it is, searched between neighbours of a grid evenly spaced in log |m|."""
         from scipy.optimize import minimize_scalar
 
         grid = -np.geomspace(-FLATTEST, -STEEPEST, STARTS)
@@ -163,7 +163,7 @@ def _profile(
     lowest: float = -math.inf,
     highest: float = math.inf,
 ) -> tuple[float, float]:
-    """The two ends where `sse` rises to `limit`; a bound (or infinity) where it does not."""
+    """The two ends where `sse` rises to `limit`; a bound (or infinity) if it does not."""
     return (
         _end(sse, best, limit, -step, lowest),
         _end(sse, best, limit, step, highest),
@@ -171,7 +171,7 @@ def _profile(
 
 
 def _profile_log(sse: Callable[[float], float], best: float, limit: float) -> tuple[float, float]:
-    """The same for a constant above 0 that is known by its order of magnitude."""
+    """As `_profile`, for a constant above 0 that is known by its order of magnitude."""
     if best <= 0:
         return 0.0, math.inf
     low, high = _profile(lambda v: sse(math.exp(v)), math.log(best), limit, step=0.1, lowest=-50.0, highest=50.0)

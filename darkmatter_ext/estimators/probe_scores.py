@@ -1,8 +1,8 @@
-"""AUCs of probes over tasks, splits and regimes, and the numbers made of them: means, sign tests, what quivers gain.
+"""AUCs of probes over tasks, splits and regimes, and numbers computed from them: means, sign tests, gains of quivers.
 
-The unit that is drawn again is the task: splits of one task share its texts.
+Tasks are the resampled unit, because splits of one task share its texts.
 
-Shapes: T tasks, S splits of each, A arrows (see `probes.py`).
+Shapes: T tasks, S splits each, A arrows (see `probes.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Cells = Mapping[tuple[int, int], Mapping[str, tuple[float, float]]]  # (task, sp
 
 
 class Scores(NamedTuple):
-    """AUC of every arrow, NaN where a task has no such point: [T, S, A] for each (a regime at one size or share)."""
+    """AUC of every arrow: [T, S, A] for each point (a regime at one size or share); NaN if a task has no such point."""
 
     arrows: list[str]
     validation: dict[str, Tensor]
@@ -29,7 +29,7 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, points: Mapping[str, Cells], tasks: int, splits: int) -> Scores:
-        """From point -> cells, all of which have the same arrows."""
+        """Build from point -> cells, all with the same arrows."""
         arrows = list(next(iter(next(iter(points.values())).values())))
         scores = cls(arrows, {}, {})
         for point, cells in points.items():
@@ -45,14 +45,14 @@ class Scores(NamedTuple):
 
 
 def over_tasks(values: Tensor, *, seed: int) -> Interval:
-    """Mean over tasks [T] with its interval, drawing tasks again; NaN tasks are left out."""
+    """Mean over tasks [T] with its interval from resampled tasks; NaN tasks are left out."""
     values = values[values.isfinite()]
     sums = torch.stack([values, torch.ones_like(values)], dim=1)
     return bootstrap(sums, lambda totals: totals[..., :1] / totals[..., 1:], seed=seed)[0]
 
 
 def sign_test(difference: Tensor) -> dict[str, float]:
-    """`win_rate`, the share of tasks [T] with a positive difference, ties left out; `win_p`, two-sided, of a fair coin."""
+    """`win_rate`: share of tasks [T] with a positive difference, without ties; `win_p`: two-sided p-value for a fair coin."""
     from scipy.stats import binomtest
 
     told = difference[difference.isfinite() & (difference != 0)]
@@ -65,13 +65,13 @@ def sign_test(difference: Tensor) -> dict[str, float]:
 def quiver_gains(
     points: Sequence[str], true: Scores, permuted: Scores, base: Sequence[int], more: Sequence[int]
 ) -> dict[str, Tensor]:
-    """What a quiver gains by more arrows, and its null, of each task [T], means over points and splits.
+    """What a quiver gains from more arrows, and its null, for each task [T]; means over points and splits.
 
     Args:
-        permuted: the same arrows fitted on permuted labels: chosen among with their own validation AUC.
-        base, more: columns of the arrows of the smaller quiver, and of those that are added.
+        permuted: the same arrows fitted on permuted labels and chosen by their own validation AUC.
+        base, more: columns of the arrows in the smaller quiver, and of those added.
 
-    Returns `baseline`, the smaller quiver's test AUC; `gain`; `null`, the gain by `more` of permuted labels instead.
+    Returns `baseline`, the smaller quiver's test AUC; `gain`; `null`, the gain from `more` with permuted labels instead.
     """
     found: dict[str, list[Tensor]] = {"baseline": [], "gain": [], "null": []}
     for point in points:

@@ -1,9 +1,9 @@
 """Binary probes on features in memory: logistic regression, neighbours, choice by validation AUC, quivers of arrows.
 
-A probe is made by a `Make`: from fit features and labels to a function that scores other rows, once for each of its
-candidates (penalties, numbers of neighbours). `arrow` chooses the candidate by AUC on held-back rows of the train side and
-says how the chosen one does on test rows; a *quiver* (Kantamneni et al., 2502.16681) is a set of arrows of which the one
-with the best validation AUC is taken. Several label vectors share their features' eigenvectors, which are what costs.
+A `Make` builds a probe: it turns fit features and labels into a function that scores other rows, once for each of its
+candidates (penalties, numbers of neighbours). `arrows` chooses the candidate by AUC on held-back rows of the train side and
+reports how it does on test rows. A *quiver* (Kantamneni et al., 2502.16681) is a set of arrows from which the one with the
+best validation AUC is taken. Several label vectors share the eigenvectors of their features, which are the main cost.
 
 Shapes: n rows, p features, m label vectors, q candidates.
 """
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from darkmatter_ext.runtime.inputs import InputError
 
-PENALTIES = tuple(10.0**power for power in range(-5, 2))  # C: weight of the loss beside |w|^2 / 2 or |w|_1
+PENALTIES = tuple(10.0**power for power in range(-5, 2))  # C: weight of the loss relative to |w|^2 / 2 or |w|_1
 NEIGHBOURS = (5, 20, 50)
-STEPS = 200  # of a fit, at most: with the weakest penalty, separable rows would take thousands
+STEPS = 200  # at most, per fit: with the weakest penalty, separable rows would take thousands
 TOLERANCE = {
     "l2": 5e-3,
     "l1": 1e-3,
-}  # of a step relative to the weights: closer than that no AUC changes by what matters
-LEAVE_TWO_OUT, FEW, VALIDATION_SHARE, VALIDATION_ROWS = 12, 128, 0.2, 100  # as the paper's code has them
+}  # of a step relative to the weights: beyond this, no AUC changes noticeably
+LEAVE_TWO_OUT, FEW, VALIDATION_SHARE, VALIDATION_ROWS = 12, 128, 0.2, 100  # as in the paper's code
 FOLDS = 4  # between the first two; the paper's code has six
 
 Score = Callable[[Tensor], dict[str, Tensor]]  # features [n, p] -> arrow's name -> scores [n, m, q]
@@ -37,7 +37,7 @@ Make = Callable[[Tensor, Tensor, Tensor], list[Score]]
 def auc(scores: Tensor, labels: Tensor) -> Tensor:
     """Area under the ROC curve [...] of scores [n, ...] for labels [n, ...] in {0, 1} (or [n], for all columns).
 
-    Ties count half, so a constant score has 0.5; NaN where the labels are of one class. Cost: a sort of each column.
+    Ties count half, so a constant score has 0.5; NaN if all labels are of one class. Cost: one sort per column.
     """
     from scipy.stats import rankdata
 
@@ -49,7 +49,7 @@ def auc(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class Coordinates(NamedTuple):
-    """Standardised rows in the basis of their principal directions, the largest first."""
+    """Standardised rows in the basis of their principal directions, largest first."""
 
     mean: Tensor  # [p]
     scale: Tensor  # [p]
@@ -57,7 +57,7 @@ class Coordinates(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> Coordinates:
-        """Of fit rows x [n, p]: r is their rank. A feature that does not vary is not scaled."""
+        """Coordinates for fit rows x [n, p] of rank r. A feature that does not vary is not scaled."""
         x = x.double()
         mean, scale = x.mean(0), x.std(0, correction=0)
         scale = torch.where(scale > 1e-9 * x.abs().amax(0).clamp(min=1e-30), scale, torch.inf)
@@ -79,11 +79,11 @@ def logistic_l2(
     """Weights [r, m, q] and biases [m, q] of min |w|^2 / 2 + C sum_i log(1 + exp(-t_i (w z_i + b))), t in {-1, 1}.
 
     Args:
-        z: [n, r] whose columns are orthogonal and centred, as `Coordinates` of the same rows gives them: the bound of
-            the Hessian, C z^T z / 4 + 1, is then diagonal (Boehning and Lindsay 1988), and steps by it are accelerated.
-        tolerance: of a step, relative to the weights; STEPS at most.
+        z: [n, r] with orthogonal, centred columns, as given by `Coordinates` of the same rows: the bound on
+            the Hessian, C z^T z / 4 + 1, is then diagonal (Boehning and Lindsay 1988), and its steps are accelerated.
+        tolerance: of a step, relative to the weights; at most STEPS steps.
 
-    Cost: 4 n r m q multiply-adds a step.
+    Cost: 4 n r m q multiply-adds per step.
     """
     n, m, q = len(z), labels.shape[1], len(penalties)
     y = labels.to(z)[:, :, None]
@@ -111,11 +111,11 @@ def logistic_l1(
     Args:
         x: [m, n, p], the features of each label vector.
         labels: [n, m].
-        rows: [m, n] bool, those that a fit has; default all.
-        tolerance: as of `logistic_l2`.
+        rows: [m, n] bool, the rows that each fit uses; default: all.
+        tolerance: as for `logistic_l2`.
 
-    Cost: 4 n p m q multiply-adds a step. Method: proximal gradient, accelerated (Beck and Teboulle 2009). The bias is free, so
-    features are centred for it: that parts weights and bias in the Hessian's bound, and takes out its largest direction.
+    Cost: 4 n p m q multiply-adds per step. Method: accelerated proximal gradient (Beck and Teboulle 2009). The bias is free,
+    so features are centred: this separates weights and bias in the Hessian's bound, and removes its largest direction.
     """
     y, c = labels.to(x).mT[:, :, None], torch.tensor(penalties).to(x)  # [m, n, 1]
     own = torch.ones_like(y) if rows is None else rows.to(x)[:, :, None]
@@ -136,7 +136,7 @@ def logistic_l1(
 
 
 def _log_odds(positive: Tensor, n: Tensor | int) -> Tensor:
-    """[m, 1] where the biases start, with so many positive of n rows: what is best without features."""
+    """[m, 1]: initial biases for this many positive among n rows, the optimum without features."""
     known = positive.clamp(min=0.5).minimum(torch.as_tensor(n).to(positive) - 0.5)
     return (known / (n - known)).log()
 
@@ -144,10 +144,10 @@ def _log_odds(positive: Tensor, n: Tensor | int) -> Tensor:
 def _accelerated(
     moved: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], w: Tensor, b: Tensor, dim: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """The fixed point of a step, by Nesterov's momentum that starts anew where it leads back (O'Donoghue, Candes 2015).
+    """The fixed point of a step, by Nesterov's momentum, restarted when it leads back (O'Donoghue, Candes 2015).
 
-    `dim` of w is its features; the problems of all others are apart. Its last are the penalties: those at their fixed point
-    are done, and `moved` is told which are left.
+    Dimension `dim` of w is the features; along all others the problems are independent. The last dimension is the penalties:
+    those at their fixed point are done, and `moved` is told which are left.
     """
     found = w.clone(), b.clone()
     ahead, inertia, left = (w, b), torch.ones_like(b), torch.arange(b.shape[-1], device=b.device)
@@ -181,7 +181,7 @@ def _put(found: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], left: Tensor,
 
 
 def dense(name: str, components: Mapping[str, int] | None = None, penalties: Sequence[float] = PENALTIES) -> Make:
-    """Logistic regression (L2) on all features; and, by the names in `components`, on so many principal components."""
+    """Logistic regression (L2) on all features and, for each name in `components`, on that many principal components."""
 
     def fitted(x: Tensor, labels: Tensor) -> Score:
         own = Coordinates.of(x)
@@ -202,12 +202,12 @@ def dense(name: str, components: Mapping[str, int] | None = None, penalties: Seq
 
 
 def _one_by_one(fitted: Callable[[Tensor, Tensor], Score]) -> Make:
-    """What fits one after another."""
+    """A Make that fits one after another."""
     return lambda x, labels, rows: [fitted(x[own], labels[own]) for own in rows]
 
 
 def neighbours(name: str, counts: Sequence[int] = NEIGHBOURS) -> Make:
-    """The share of positive labels among the nearest fit rows, features standardised; `counts` are the candidates."""
+    """The share of positive labels among the nearest fit rows, with standardised features; `counts` are the candidates."""
 
     def fitted(x: Tensor, labels: Tensor) -> Score:
         mean, scale = x.float().mean(0), x.float().std(0, correction=0)
@@ -225,7 +225,7 @@ def neighbours(name: str, counts: Sequence[int] = NEIGHBOURS) -> Make:
 
 
 def class_difference(acts: Tensor, labels: Tensor) -> Tensor:
-    """[p, m] |difference of class means| of latents [n, p], each divided by its mean active value."""
+    """[p, m]: |difference of class means| of latents [n, p], each divided by its mean active value."""
     acts, y = acts.float(), labels.to(acts.device, torch.float32)
     active = acts.sum(0) / (acts > 0).sum(0).clamp(min=1)
     means = [acts.mT @ side / side.sum(0).clamp(min=1) for side in (y, 1 - y)]
@@ -235,7 +235,7 @@ def class_difference(acts: Tensor, labels: Tensor) -> Tensor:
 def latents(names: Mapping[str, int], *, rank: Callable[[Tensor, Tensor], Tensor] = class_difference) -> Make:
     """Logistic regression (L1) on the latents that `rank` puts first on the fit rows, as many as each name asks for.
 
-    Latents are divided by their standard deviation. All fits are made at once: their steps are many and small.
+    Latents are divided by their standard deviation. All fits run at once, because their steps are many and small.
     """
 
     def make(x: Tensor, labels: Tensor, rows: Tensor) -> list[Score]:
@@ -265,7 +265,7 @@ def _scored(fits: Mapping[str, tuple[Tensor, ...]], x: Tensor) -> dict[str, Tens
 
 
 def random_rank(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """A control for `latents`: the latents that fire on the fit rows, in an order that no label decided."""
+    """A control for `latents`: the latents that fire on the fit rows, in an order independent of the labels."""
 
     def rank(acts: Tensor, labels: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -279,17 +279,17 @@ def random_rank(seed: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class Arrow(NamedTuple):
-    """A probe, its candidate chosen on the train side; one number a label vector, each [m]."""
+    """A probe with its candidate chosen on the train side; one number per label vector, each [m]."""
 
-    validation: Tensor  # AUC that it was chosen by
+    validation: Tensor  # AUC by which it was chosen
     test: Tensor
 
 
 def validation_folds(labels: Tensor, *, seed: int) -> list[Tensor]:
-    """The rows each fold holds back, every class dealt evenly: pairs of both classes for up to 12 rows, FOLDS below
-    128, else one part of 20 % (at most 100 rows).
+    """The rows that each fold holds back, with every class spread evenly: pairs of both classes for up to 12 rows, FOLDS
+    folds below 128, otherwise one part of 20 % (at most 100 rows).
 
-    Raises InputError for labels [n] of one class.
+    Raises InputError if all labels [n] are of one class.
     """
     n, n_positive = len(labels), int(labels.sum())
     if not 0 < n_positive < n:
@@ -318,9 +318,9 @@ def arrows(
         x_test, test_labels: [n', p] and [n'].
         folds: rows of the train side held back in turn, see `validation_folds`.
 
-    A fold that holds back one class of a label vector says nothing of it. Cost: a fit a fold, and one on all rows.
+    A fold that holds back only one class of a label vector does not count for it. Cost: one fit per fold, and one on all rows.
     """
-    rows = torch.ones(len(folds) + 1, len(x), dtype=torch.bool)  # the last fit has all
+    rows = torch.ones(len(folds) + 1, len(x), dtype=torch.bool)  # the last fit uses all
     for fold, held_back in enumerate(folds):
         rows[fold, held_back] = False
     *by_fold, last = make(x, labels, rows)
@@ -338,5 +338,5 @@ def arrows(
 
 
 def quiver(validation: Tensor, test: Tensor) -> Tensor:
-    """Test AUC [...] of the arrow with the best validation AUC, of arrows [..., a]; of equal ones the first."""
+    """Test AUC [...] of the arrow with the best validation AUC among arrows [..., a]; the first of equal ones."""
     return test.gather(-1, validation.argmax(-1, keepdim=True))[..., 0]

@@ -1,4 +1,4 @@
-"""Ridge regression with held-out predictions: folds of whole groups, the penalty by leaving one row of the fit side out.
+"""Ridge regression with held-out predictions: folds of whole groups, penalty chosen by leaving out one row of the fit side.
 
 Shapes: n rows (groups, such as values), p features, q targets.
 """
@@ -13,20 +13,20 @@ from torch import Tensor
 from darkmatter_ext.runtime.inputs import InputError
 
 PENALTIES = (1e-8, *(10.0**power for power in range(-4, 4)))  # times rows, for features of unit variance
-_VARIES = 1e-10  # of the largest spread: below it a feature is a constant
+_VARIES = 1e-10  # of the largest spread: a feature below it counts as constant
 
 
 class HeldOut(NamedTuple):
-    """What rows are predicted to be by fits that did not see them."""
+    """Predictions for rows by fits that did not see them."""
 
     predicted: Tensor  # [n, q]
-    mean: Tensor  # [n, q] of the targets each fit saw: what a model without features predicts
+    mean: Tensor  # [n, q] mean of the targets each fit saw: the prediction of a model without features
 
 
 def dealt_folds(n: int, count: int, *, seed: int) -> Tensor:
-    """The fold of each of n rows, [n] int64, in a seeded order, sizes as equal as can be.
+    """The fold of each of n rows, [n] int64, in a seeded order, with sizes as equal as possible.
 
-    Raises InputError for fewer than two folds, or more than rows.
+    Raises InputError for fewer than two folds, or more folds than rows.
     """
     if not 2 <= count <= n:
         raise InputError(f"count: must be from 2 to the {n} rows, got {count}")
@@ -36,15 +36,15 @@ def dealt_folds(n: int, count: int, *, seed: int) -> Tensor:
 
 
 def held_out(features: Tensor, targets: Tensor, folds: Tensor) -> HeldOut:
-    """Predictions of every row from a ridge fit, with free intercept, on the rows of all other folds.
+    """Predictions for every row from a ridge fit, with free intercept, on the rows of all other folds.
 
     Args:
-        features: [n, p]; constant ones say nothing. p may be 0.
+        features: [n, p]; constant ones have no effect. p may be 0.
         targets: [n, q].
         folds: [n] int64.
 
-    The penalty is one of PENALTIES, in each fold the best at leaving out one row of the fit side (Golub, Heath, Wahba 1979).
-    Cost: for each fold an SVD of [n, p] and n q of arithmetic for each penalty and feature.
+    Each fold uses the one of PENALTIES that does best at leaving out one row of the fit side (Golub, Heath, Wahba 1979).
+    Cost: per fold, an SVD of [n, p] and n q operations for each penalty and feature.
     """
     features, targets = features.double(), targets.double()
     predicted, means = torch.empty_like(targets), torch.empty_like(targets)
@@ -64,7 +64,7 @@ def held_out(features: Tensor, targets: Tensor, folds: Tensor) -> HeldOut:
 
 
 def _best(x: Tensor, y: Tensor) -> Tensor:
-    """[p, q]: ridge weights of the penalty that predicts left-out rows best; x and y have mean 0."""
+    """[p, q]: ridge weights for the penalty that best predicts left-out rows; x and y have mean 0."""
     n = len(x)
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     along = u.mT @ y

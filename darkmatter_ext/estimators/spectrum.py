@@ -12,21 +12,21 @@ from torch import Tensor
 
 from darkmatter_ext.estimators.intervals import Interval, jackknife, sums_by
 
-LAST_RANK = 150  # of the power law, as in 2410.19750's code
-GROUPS = 10  # of points, left out in turn
+LAST_RANK = 150  # of the power law, as in the code of 2410.19750
+GROUPS = 10  # groups of points, left out in turn
 NEIGHBOUR_SHARE = 0.5  # of the points in a subsample
 
 
 def eigenvalues(points: Tensor) -> Tensor:
-    """[d] of the covariance of points [n, d], the largest first, float64."""
+    """[d]: eigenvalues of the covariance of points [n, d], largest first, float64."""
     centred = points.double() - points.double().mean(0)
     return torch.linalg.eigvalsh(centred.mT @ centred / len(centred)).flip(0).clamp(min=0)
 
 
 def power_slope(values: Tensor, *, first: int = 1, last: int = LAST_RANK) -> Tensor:
-    """[...] alpha of eigenvalues [..., d], the largest first: value about rank^-alpha, by least squares of logarithms.
+    """[...]: alpha for eigenvalues [..., d], largest first: value is about rank^-alpha, by least squares of logarithms.
 
-    Ranks `first` to `last`, those of no variance left out at the end.
+    Uses ranks `first` to `last`, without those of no variance at the end.
     """
     used = int((values > 1e-12 * values[..., :1]).sum(-1).min())
     stop = min(last, used)
@@ -37,7 +37,7 @@ def power_slope(values: Tensor, *, first: int = 1, last: int = LAST_RANK) -> Ten
 
 
 def power_slope_interval(points: Tensor, *, seed: int, first: int = 1, last: int = LAST_RANK) -> Interval:
-    """alpha of points [n, d] with the jackknife's interval over GROUPS of points. Cost: GROUPS + 1 eigenvalue problems."""
+    """alpha of points [n, d] with the jackknife interval over GROUPS of points. Cost: GROUPS + 1 eigenvalue problems."""
     n, d = points.shape
     group = torch.randperm(n, generator=torch.Generator().manual_seed(seed)) % GROUPS
     x = points.double()
@@ -55,14 +55,14 @@ def power_slope_interval(points: Tensor, *, seed: int, first: int = 1, last: int
 
 
 def participation_ratio(values: Tensor) -> float:
-    """(sum of eigenvalues)^2 / sum of their squares: how many directions are filled."""
+    """(sum of eigenvalues)^2 / sum of their squares: the effective number of directions."""
     return (values.sum().square() / values.square().sum()).item()
 
 
 def neighbour_entropy(points: Tensor, *, seed: int) -> float:
-    """Differential entropy (nats) of points [n, d] by distances to nearest neighbours, of a subsample without replacement.
+    """Differential entropy (nats) of points [n, d] from nearest-neighbour distances in a subsample without replacement.
 
-    Drawing with replacement would put copies at distance 0, which are no neighbours. Source: Kozachenko and Leonenko 1987.
+    Drawing with replacement would add copies at distance 0, which are not neighbours. Source: Kozachenko and Leonenko 1987.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(points), generator=generator)[: max(2, round(NEIGHBOUR_SHARE * len(points)))]
@@ -74,7 +74,7 @@ def neighbour_entropy(points: Tensor, *, seed: int) -> float:
 
 
 def same_covariance(points: Tensor, *, seed: int) -> Tensor:
-    """A null: as many Gaussian points [n, d] with the mean and covariance of these, no other structure."""
+    """A null: as many Gaussian points [n, d] with the same mean and covariance and no other structure."""
     x = points.double()
     centred = x - x.mean(0)
     noise = torch.randn(len(x), len(x), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -82,7 +82,7 @@ def same_covariance(points: Tensor, *, seed: int) -> Tensor:
 
 
 def galaxy_numbers(rows: Tensor, *, seed: int) -> dict[str, float]:
-    """`alpha` of rows [F, d] with its interval, of Gaussian rows, `directions` filled, `entropy` less a Gaussian cloud's."""
+    """`alpha` of rows [F, d] with its interval, alpha of Gaussian rows, `directions` filled, entropy below a Gaussian's."""
     values = eigenvalues(rows)
     white = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed))
     cloud = same_covariance(rows, seed=seed)

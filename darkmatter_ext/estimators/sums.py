@@ -1,18 +1,18 @@
-"""Sums that every regression of a measurement is made from: they add up over batches, restarts and processes.
+"""The sums behind every regression of a measurement: they add up over batches, restarts and processes.
 
 `LinearSums` holds, for predictors v (named blocks side by side, each token's v shifted by a fixed vector) and any number of
-named targets y, the sums of v, v v^T, y, v y^T and y^2. From them `statistics` makes the centred statistics of
-`least_squares.py` for any choice of blocks as predictors, and any targets, blocks, or affine functions of them: no token is
-read again for another regression. Targets share the Gram matrix of v, so a token costs p (p + q) multiply-adds.
+named targets y, the sums of v, v v^T, y, v y^T and y^2. From them `statistics` computes the centred statistics of
+`least_squares.py` for any choice of blocks as predictors, and any targets, blocks, or affine functions of them, so no token
+is read again for another regression. Targets share the Gram matrix of v, so a token costs p (p + q) multiply-adds.
 
 Error. Sums are float64. Products of a batch are float64, or float32 (`products="float32"`, half the time or less; on GPUs
 without fast float64 a small fraction of it) over at most PRODUCT_ROWS rows before they are added in float64. An entry of
 a float32 product sum is then off by at most PRODUCT_ROWS 2^-24 |v_i| |y_j| in the worst case and by about
 sqrt(PRODUCT_ROWS) 2^-24 / sqrt(batches) of it in practice, which leaves every R2 and FVU within 1e-5 of the float64 one
-(stated; its tests measure below 5e-6 on ill-conditioned data). The shift makes this so: v stays near zero mean,
+(stated; its tests measure below 5e-6 on ill-conditioned data). The shift ensures this: v stays near zero mean,
 so nothing large cancels when the statistics are centred.
 
-Shapes: n tokens, p predictors in all, q columns of a target.
+Shapes: n tokens, p predictors in total, q columns of a target.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Reduce = Callable[[Tensor], Tensor]  # in place over all processes, returns its 
 
 
 def as_columns(x: Tensor, products: str) -> Tensor:
-    """x in the dtype products are made in."""
+    """x in the dtype used for products."""
     return x.double() if products == "float64" else x.float()
 
 
@@ -64,7 +64,7 @@ class LinearSums:
     def empty(
         cls, blocks: Mapping[str, int], targets: Mapping[str, int], shift: Tensor, products: str = "float64"
     ) -> LinearSums:
-        """No token yet. `blocks` and `targets` give the width of each.
+        """Sums of no tokens yet. `blocks` and `targets` give the width of each.
 
         Raises ValueError for an unknown `products` or a shift of another width.
         """
@@ -76,7 +76,7 @@ class LinearSums:
             p += width
         if list(shift.shape) != [p]:
             raise InputError(f"shift: must have shape [{p}], got {list(shift.shape)}")
-        # float32 products want a shift that float32 holds exactly: the same one is added back.
+        # float32 products need a shift that float32 holds exactly, because the same one is added back.
         shift = as_columns(shift, products).double()
         tensors: dict[str, tuple[int, ...]] = {"count": (1,), "v": (p,), "vv": (p, p)}
         for name, q in targets.items():
@@ -89,14 +89,14 @@ class LinearSums:
         return int(self.tensors["count"].item())
 
     def centred(self, x: Tensor, *others: Tensor) -> Tensor:
-        """[n, p]: blocks side by side, shifted, in the dtype of products; what the methods below take as `v`."""
+        """[n, p]: blocks side by side, shifted, in the dtype of products; the `v` of the methods below."""
         v = torch.cat([x, *others], dim=1) if others else x
         return as_columns(v, self.products) - as_columns(self.shift, self.products)
 
     def add_predictors(self, v: Tensor) -> None:
-        """Count the tokens v [n, p] (see `centred`). Every token once, before or after its targets.
+        """Add the tokens v [n, p] (see `centred`): each token once, before or after its targets.
 
-        Raises ValueError when a value is NaN or infinite (one would silently make all results NaN).
+        Raises ValueError if a value is NaN or infinite (one would silently make all results NaN).
         """
         sums = column_sums(v)
         _check_finite("x", sums, len(v))
@@ -107,7 +107,7 @@ class LinearSums:
     def add_target(self, name: str, v: Tensor, y: Tensor) -> None:
         """Add a target y [n, q] of the tokens v. Every target must be given the same tokens as `add_predictors`.
 
-        Raises ValueError when a value is NaN or infinite.
+        Raises ValueError if a value is NaN or infinite.
         """
         y = as_columns(y, self.products)
         squares = column_sums(y.square())
@@ -118,7 +118,7 @@ class LinearSums:
 
     @classmethod
     def merged(cls, parts: Sequence[LinearSums]) -> LinearSums:
-        """The tokens of several sums with the same blocks and shift; a target's sums are of the parts that have it."""
+        """The tokens of several sums with the same blocks and shift; a target's sums come from the parts that have it."""
         tensors: dict[str, Tensor] = {}
         targets: dict[str, int] = {}
         for part in parts:
@@ -128,7 +128,7 @@ class LinearSums:
         return cls(parts[0].blocks, targets, parts[0].shift, parts[0].products, tensors)
 
     def reduced(self, reduce: Reduce, *, targets: Sequence[str] | None = None) -> LinearSums:
-        """The sums of all processes, with some of the targets (default: all); own sums stay what they were."""
+        """The sums over all processes, for some of the targets (default: all); this process's sums are left unchanged."""
         wanted = list(self.targets) if targets is None else list(targets)
         names = ["count", "v", "vv", *(f"{part}/{name}" for name in wanted for part in ("y", "vy", "yy"))]
         tensors = {name: reduce(self.tensors[name].clone()) for name in names}
@@ -136,12 +136,12 @@ class LinearSums:
         return LinearSums(self.blocks, kept, self.shift, self.products, tensors)
 
     def _mean_and_columns(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Mean of v - shift [p], and the columns [k] of some blocks."""
+        """Mean of v - shift [p], and the columns [k] of the named blocks."""
         parts = [torch.arange(self.blocks[name].start, self.blocks[name].stop) for name in names]
         return self.tensors["v"] / max(1, self.count), torch.cat(parts).to(self.shift.device)
 
     def statistics(self, predictors: Sequence[str], targets: Sequence[str]) -> LinearStatistics:
-        """The centred statistics of a regression of targets (or blocks) on blocks, targets side by side.
+        """The centred statistics for a regression of targets (or blocks) on blocks, targets side by side.
 
         Raises KeyError for a name that is neither.
         """
@@ -165,7 +165,7 @@ class LinearSums:
     def affine_statistics(
         self, predictors: Sequence[str], block: str, linear_map: LinearMap, *, subtract_from: str | None = None
     ) -> LinearStatistics:
-        """Statistics of a regression of `linear_map(block)` on blocks; or of `subtract_from` - `linear_map(block)`.
+        """Statistics for a regression of `linear_map(block)` on blocks, or of `subtract_from` - `linear_map(block)`.
 
         With block "x" and the map b* these are the linear error, and (subtracted from the error) the nonlinear one.
         """
@@ -187,7 +187,7 @@ def _check_finite(name: str, sums: Tensor, n: int) -> None:
 
 
 def _as_statistics(n: int, mean_x: Tensor, mean_y: Tensor, xx: Tensor, xy: Tensor, yy: Tensor) -> LinearStatistics:
-    """Moments as the statistics `least_squares.py` solves and scores; a variance below rounding is zero, not negative."""
+    """Moments as the statistics that `least_squares.py` solves and scores; a variance below rounding is zero, not negative."""
     statistics = LinearStatistics(0, 0, mean_x.device, count=n)
     statistics.n_predictors, statistics.n_targets = xy.shape
     statistics.mean_x, statistics.mean_y = mean_x, mean_y
@@ -231,12 +231,12 @@ class TokenSums:
 
     @property
     def means(self) -> Tensor:
-        """[V, K] of every id; of one that never occurred the overall mean."""
+        """[V, K]: the means of every id; for one that never occurred, the overall mean."""
         overall = self.sums.sum(0) / self.counts.sum().clamp(min=1)
         return torch.where(self.counts[:, None] > 0, self.sums / self.counts.clamp(min=1)[:, None], overall)
 
     def r2_of_means(self, held_out: TokenSums, squares: Tensor) -> dict[str, float]:
-        """R2, on held-out tokens, of predicting each quantity by its mean over these tokens' same id.
+        """R2, on held-out tokens, of predicting each quantity by its mean over these tokens with the same id.
 
         Args:
             held_out: the sums of the held-out tokens.
@@ -262,7 +262,7 @@ class LatentSums:
         return cls(*(torch.zeros(d_sae, dtype=torch.float64, device=device) for _ in range(2)))
 
     def add(self, indices: Tensor, values: Tensor) -> None:
-        """Active latents of some tokens, in any order: indices [z] int64, values [z]."""
+        """Add active latents of some tokens, in any order: indices [z] int64, values [z]."""
         kept = values > 0
         indices, values = indices[kept], values[kept].double()
         self.fired += torch.bincount(indices, minlength=len(self.fired))
@@ -274,5 +274,5 @@ class LatentSums:
 
     @property
     def mean_active_value(self) -> Tensor:
-        """[F] mean value where active; NaN for a latent that never fired."""
+        """[F]: mean value when active; NaN for a latent that never fired."""
         return torch.where(self.fired > 0, self.values / self.fired, torch.nan)

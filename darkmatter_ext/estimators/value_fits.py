@@ -1,4 +1,4 @@
-"""What functions of a whole number say of vectors that stand for it: waves, digits and powers, on values held out of the fit.
+"""How well functions of a whole number predict vectors that represent it: waves, digits and powers, on held-out values.
 
 Shapes: v values, t examples of each (templates), d width, p columns of a fit; q axes of the span of the means.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from darkmatter_ext.estimators.ridge import held_out
 
-_RANK = 1e-9  # of the largest singular value: below it columns hold nothing new
+_RANK = 1e-9  # of the largest singular value: below it, columns add nothing new
 
 
 def waves(values: Tensor, period: float) -> Tensor:
-    """Cosine and sine [v, 2] of a period; the cosine alone where the sine is 0 at every whole number."""
+    """Cosine and sine [v, 2] of a period; only the cosine if the sine is 0 at every whole number."""
     angle = 2 * math.pi * values.double() / period
     columns = torch.stack([angle.cos(), angle.sin()], dim=1)
     return columns[:, :1] if period == 2 else columns
@@ -31,7 +31,7 @@ def helix_columns(values: Tensor, periods: Iterable[float], *, line: bool = True
 
 
 def digit_columns(values: Tensor) -> Tensor:
-    """A column for every digit at every place, [v, places x 10], and for no digit there."""
+    """One column for every digit at every place, [v, places x 10], and for no digit there."""
     columns, left = [], values
     for place in range(len(str(int(values.max())))):
         written = left > 0 if place else torch.ones_like(left, dtype=torch.bool)
@@ -49,7 +49,7 @@ def polynomial_columns(values: Tensor, degree: int) -> Tensor:
 
 
 class States(NamedTuple):
-    """The states of values in templates, each template's mean taken off."""
+    """The states of values in templates, with each template's mean subtracted."""
 
     means: Tensor  # [v, q] over templates, in axes of their own span
     within: Tensor  # [v] sum over templates of |state - mean|^2
@@ -57,7 +57,7 @@ class States(NamedTuple):
 
 
 def states_of(h: Tensor) -> States:
-    """Of h [v, t, d]. Rotated into the span of the means: fits and their errors are the same there, and sooner made."""
+    """States of h [v, t, d], rotated into the span of the means: fits and errors are the same there, and faster."""
     h = h.double()
     h = h - h.mean(0)
     means = h.mean(1)
@@ -66,7 +66,7 @@ def states_of(h: Tensor) -> States:
 
 
 def fit_sums(states: States, columns: Tensor, folds: Tensor) -> Tensor:
-    """[v, 2]: squared error of held-out predictions, and squares about the mean the fit saw, summed over templates."""
+    """[v, 2]: squared error of held-out predictions, and squares about the mean that the fit saw, summed over templates."""
     found = held_out(columns, states.means, folds)
     rest = (states.means - found.predicted).square().sum(1)
     about = (states.means - found.mean).square().sum(1)
@@ -74,12 +74,12 @@ def fit_sums(states: States, columns: Tensor, folds: Tensor) -> Tensor:
 
 
 def r2(sums: Tensor) -> Tensor:
-    """Of sums [..., 2]."""
+    """R2 from sums [..., 2]."""
     return 1 - sums[..., :1] / sums[..., 1:]
 
 
 def ceiling_sums(h: Tensor) -> Tensor:
-    """[v, 2]: squared error of the mean of the other templates as the prediction, and squares about the mean of all values."""
+    """[v, 2]: squared error of predicting by the mean of the other templates, and squares about the mean of all values."""
     h = h.double() - h.double().mean(0)
     t = h.shape[1]
     others = (h.sum(1, keepdim=True) - h) / (t - 1)
@@ -87,7 +87,7 @@ def ceiling_sums(h: Tensor) -> Tensor:
 
 
 def beyond(columns: Tensor, known: Tensor) -> Tensor:
-    """Orthonormal columns [v, r] for what columns [v, p] hold that a constant and known columns [v, m] do not; r may be 0."""
+    """Orthonormal columns [v, r] for the part of columns [v, p] beyond a constant and known columns [v, m]; r may be 0."""
     columns = (columns - columns.mean(0)) / columns.std(0).clamp(min=torch.finfo(columns.dtype).tiny)
     base = torch.cat([torch.ones_like(known[:, :1]), known], dim=1)
     u, s, _ = torch.linalg.svd(base, full_matrices=False)
@@ -99,11 +99,11 @@ def beyond(columns: Tensor, known: Tensor) -> Tensor:
 def null_r2(
     states: States, folds: Tensor, helix: Tensor, digits: Tensor, *, draws: int, seed: int
 ) -> dict[str, Tensor]:
-    """What as many columns as a helix [v, p] has say that are not it, [draws] each.
+    """R2 of as many columns as a helix [v, p] has that are not this helix, [draws] each.
 
-    `permuted`: the helix of another value. `periods`: a line and waves of periods drawn from 2 to 100. `digit_columns`: random
-    combinations of the columns of the digits. `beyond_digits`: the share of what digits leave that `beyond`, of another value,
-    explains.
+    `permuted`: the helix of another value. `periods`: a line and waves with periods drawn from 2 to 100. `digit_columns`:
+    random combinations of the digit columns. `beyond_digits`: the share of what digits leave that `beyond`, for another
+    value, explains.
     """
     generator, n, width = torch.Generator().manual_seed(seed), len(helix), helix.shape[1]
     found: dict[str, list[float]] = {name: [] for name in ("permuted", "periods", "digit_columns", "beyond_digits")}
@@ -124,8 +124,8 @@ def null_r2(
 
 
 def spectrum(means: Tensor, values: Tensor, *, draws: int, level: float, seed: int) -> tuple[dict[float, float], float]:
-    """Share of the energy of mean states [v, q], a line taken off, at every period v / j; and the permutation band of the
-    largest of them."""
+    """Share of the energy of mean states [v, q], after removing a line, at every period v / j; and the permutation band of
+    the largest share."""
     x = values.double()
     line = torch.stack([torch.ones_like(x), x - x.mean()], dim=1)
     rest = means - line @ torch.linalg.lstsq(line, means).solution

@@ -1,10 +1,10 @@
-"""The experiments: one file, one question. A file in this folder is an experiment; nothing else lists it.
+"""The experiments: one file, one question. Every file in this folder is an experiment; there is no other list.
 
-Such a file has
-- a docstring, whose first line is its line in `darkmatter list`;
+Each file has
+- a docstring whose first line is its line in `darkmatter list`;
 - `PRESETS`, name -> settings: a dataclass whose fields are the flags of `darkmatter run`;
 - `plan(settings) -> list[str]`, what a run would do, and `run(settings, stages) -> Result`;
-- `table(result)`, `reading(result)` and `FIGURES`, name -> function of the result, for whoever reads it.
+- `table(result)`, `reading(result)` and `FIGURES` (name -> function of the result), for readers of the result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from darkmatter_ext.runtime.inputs import InputError, reason
 
 
 def names() -> list[str]:
-    """The experiments, as the command line names them."""
+    """The names of the experiments on the command line."""
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
@@ -41,7 +41,7 @@ def _module_name(name: str) -> str:
 
 
 def about(name: str) -> str:
-    """Its question, in a line; read from the file, which is not imported. Raises ValueError as `experiment`."""
+    """An experiment's question in one line, read from its file without importing it. Raises ValueError as `experiment` does."""
     spec = importlib.util.find_spec(_module_name(name))
     assert spec is not None
     assert spec.origin is not None  # a file of this folder
@@ -49,12 +49,12 @@ def about(name: str) -> str:
 
 
 def experiment(name: str) -> ModuleType:
-    """The module of an experiment. Raises ValueError naming the known ones."""
+    """The module of an experiment. Raises ValueError, naming the known ones."""
     return importlib.import_module(_module_name(name))
 
 
 def section(result: Result, figures: Sequence[Drawn] = ()) -> Section:
-    """A result as its experiment shows it. Raises ValueError for a result of an unknown experiment."""
+    """A result, shown the way its experiment shows it. Raises ValueError for a result of an unknown experiment."""
     module = _of(result)
     return Section(result, module.table(result), module.reading(result), figures, command(result))
 
@@ -62,10 +62,10 @@ def section(result: Result, figures: Sequence[Drawn] = ()) -> Section:
 def write_report(
     results: Sequence[Result], path: Path, explanations: Sequence[str] = (), *, of_files: bool = True
 ) -> Path:
-    """Write the page of results, with explanations of latents from files.
+    """Write the page for some results, with explanations of latents from files.
 
-    Raises as `section`, `explained_results`. Where the results are read from files, InputError for one without what its
-    experiment shows: a damaged file, or one of another version.
+    Raises as `section` and `explained_results` do. If the results come from files, InputError for one that lacks what its
+    experiment shows: a damaged file, or one from another version.
     """
     results = explained_results(results, explanations)
     with tempfile.TemporaryDirectory() as folder, _shows(results) if of_files else nullcontext():
@@ -73,14 +73,14 @@ def write_report(
 
 
 def write_figures(result: Result, folder: Path, *, kind: str) -> list[Drawn]:
-    """Draw the figures of a result that was read from a file. Raises as `write_report`."""
+    """Draw the figures of a result that was read from a file. Raises as `write_report` does."""
     with _shows([result]):
         return draw(result, folder, kind=kind)
 
 
 @contextmanager
 def _shows(results: Sequence[Result]) -> Iterator[None]:
-    """What an experiment misses in a result of a file is said in one line; the traceback stays with the exception."""
+    """Report in one line what an experiment misses in a result from a file; the traceback stays with the exception."""
     try:
         yield
     except (InputError, OSError, MemoryError):
@@ -95,11 +95,11 @@ def _shows(results: Sequence[Result]) -> Iterator[None]:
 
 
 def command(result: Result) -> str:
-    """The command that makes a result again: its settings that are not those of the first preset."""
-    usual: dict[str, Any] = {}  # of all parts of the settings: names are unique
+    """The command that reproduces a result: its settings that differ from the first preset."""
+    usual: dict[str, Any] = {}  # across all parts of the settings, whose names are unique
     for name, value in asdict(next(iter(_of(result).PRESETS.values()))).items():
         usual |= value if isinstance(value, dict) else {name: value}
-    # What a result says of model and hook was filled in from the SAEs where the settings left it to them.
+    # A result's model and hook were filled in from the SAEs if the settings left them open.
     filled = {"hook", "model"} if result.config.get("sae") else {"hook"} if result.config.get("layers") else set()
     words = ["darkmatter", "run", result.experiment]
     for name, value in result.config.items():
@@ -112,7 +112,7 @@ def command(result: Result) -> str:
 
 
 def draw(result: Result, folder: Path, *, kind: str = "png") -> list[Drawn]:
-    """Draw every figure of a result into `folder` (png, pdf or svg). Raises as `section`."""
+    """Draw every figure of a result into `folder` (png, pdf or svg). Raises as `section` does."""
     return save_figures(result, _of(result).FIGURES, folder, kind=kind)
 
 

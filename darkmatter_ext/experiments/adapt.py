@@ -1,15 +1,15 @@
 """How much of what an SAE costs a language model does a low-rank adapter of the model win back?
 
-An SAE is put in the place of x and the blocks after it are given low-rank adapters, trained so that the model says what it
-said of x (2501.19406). How much of the increase in CE and KL does that close, by rank and by tokens seen; what does the
-adapter do to the model without the SAE; and what has been repaired: the linear or the nonlinear part of the error, this
+An SAE replaces x, and the blocks after it get low-rank adapters, trained so that the model predicts what it predicted
+from x (2501.19406). How much of the increase in CE and KL does that close, by rank and by tokens seen? What does the
+adapter do to the model without the SAE? And what has been repaired: the linear or the nonlinear part of the error, this
 SAE's errors or any perturbation of their size?
 
-gap closed = (L_sae - L_adapted) / (L_sae - L_model), sums over documents; a share of an increase that may be 0 is not a
-number. A part is *repaired* as far as putting it back (Sae(x) + linear error, Sae(x) + nonlinear error) wins less KL than
-it did before; a *null* is another point at Sae(x)'s distance from x (see `nulls`), never seen in training.
+gap closed = (L_sae - L_adapted) / (L_sae - L_model), from sums over documents; NaN if the increase may be 0. A part is
+*repaired* to the extent that putting it back (Sae(x) + linear error, Sae(x) + nonlinear error) gains less KL than before.
+A *null* is another point at Sae(x)'s distance from x (see `nulls`), never seen in training.
 
-Learning rates are chosen by KL on other fit documents, nothing on held-out ones; b* is of fit tokens.
+Learning rates are chosen by KL on other fit documents, nothing is chosen on held-out ones; b* comes from fit tokens.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CHECKPOINTS = (0.125, 0.25, 0.5)  # of the contexts, for the curve over tokens seen
+CHECKPOINTS = (0.125, 0.25, 0.5)  # shares of the contexts, for the curve over tokens seen
 COMPARED_NULLS = ("random", "error_covariance", "mixture")
 CONTROLS = {
     "no-sae": "the same training without an SAE: nothing to close",
@@ -78,21 +78,21 @@ class AdaptSettings(Settings):
     """Low-rank adapters in the blocks after an SAE: how much of its cost do they win back?"""
 
     ranks: tuple[int, ...] = (1, 16)
-    """of the adapters, one training each; controls have the largest"""
+    """ranks of the adapters, one training each; controls have the largest"""
     adapt_tokens: int = 4096
     """tokens of fit documents that an adapter sees, each once"""
     learning_rates: tuple[float, ...] = (1e-3, 4e-3)
-    """of AdamW; of several, the one with the lowest KL on other fit documents, after a quarter of the contexts"""
+    """learning rates of AdamW; of several, the one with the lowest KL on other fit documents after a quarter of the contexts"""
     adapt_seeds: int = 3
-    """train every adapter so many times, each from a start and in an order of its own (controls once)"""
+    """train every adapter this many times, each with its own start and order of contexts (controls once)"""
     alpha: float = 32.0
     """adapters are scaled by alpha / rank"""
     loss_share: float = 0.25
-    """share of the tokens of a step that have a loss, drawn anew each step; the unembedding is the dearer half"""
+    """share of a step's tokens that have a loss, drawn again each step; the unembedding is the more expensive half"""
     contexts: int = 10
     """held-out contexts the adapters are measured on, once"""
     choose_contexts: int = 4
-    """contexts of other fit documents that the learning rate is chosen on"""
+    """contexts of other fit documents on which the learning rate is chosen"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,17 +108,17 @@ class AdaptSettings(Settings):
 
     @property
     def main(self) -> int:
-        """The rank that controls have."""
+        """The rank of the controls."""
         return max(self.ranks)
 
     @property
     def first(self) -> str:
-        """The adapter that is looked at more closely."""
+        """The adapter that is examined more closely."""
         return f"rank-{self.main}/seed-0"
 
     @property
     def method(self) -> Method:
-        """How adapters are trained: by these settings, or as the released code does."""
+        """How adapters are trained: by these settings, or as in the released code."""
         if self.measure.released:
             return Method((5e-5,), alpha=self.alpha, dropout=0.1, recipe=Recipe(summed=True), seed=self.seed)
         return Method(self.learning_rates, alpha=self.alpha, recipe=Recipe(self.loss_share), seed=self.seed)
@@ -128,7 +128,7 @@ PRESETS = {"demo": extended(DEMO, AdaptSettings, hook="blocks.20.hook_resid_post
 
 
 def plan(settings: AdaptSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     rates = settings.method.learning_rates
     return [
         *plan_lines(settings),
@@ -143,7 +143,7 @@ def plan(settings: AdaptSettings) -> list[str]:
 
 
 def to_adapt(settings: AdaptSettings) -> list[ToAdapt]:
-    """Every rank from every seed, and the controls."""
+    """Every rank with every seed, and the controls."""
     main = settings.main
     own = [
         ToAdapt(f"rank-{rank}/seed-{seed}", rank, seed, "sae")
@@ -170,9 +170,9 @@ def _same(x: Tensor) -> Tensor:
 def passes(
     settings: AdaptSettings, splices: Mapping[str, Splice], again: Mapping[str, Splice], adapters: Mapping[str, Adapter]
 ) -> tuple[dict[str, Splice], dict[str, Change]]:
-    """Every pass over the held-out contexts: what takes the place of x, and the adapter that is on.
+    """Every pass over the held-out contexts: what replaces x, and which adapter is on.
 
-    `again`: the nulls once more, drawn as those of `splices` are.
+    `again`: the nulls a second time, with the same draws as in `splices`.
     """
     found: dict[str, Splice] = dict(splices)
     changes: dict[str, Change] = {}
@@ -194,7 +194,7 @@ def passes(
 
 
 def gap_numbers(sums: LossSums, name: str, own: Sequence[str], around: str) -> dict[str, float]:
-    """What adapters `own` (one, or the same from several seeds) win back of the cost of the splice `around`."""
+    """How much of the cost of the splice `around` the adapters `own` (one, or the same from several seeds) win back."""
     with_sae, without = [f"{one}/with" for one in own], [f"{one}/without" for one in own]
     numbers = {
         **sums.mean(f"{name}/ce_increase", sums.ce(*with_sae)),
@@ -212,10 +212,10 @@ def gap_numbers(sums: LossSums, name: str, own: Sequence[str], around: str) -> d
 
 
 def repair_numbers(sums: LossSums, name: str, adapter: str) -> dict[str, float]:
-    """Which part of the error, and which nulls, `adapter` has repaired; and KL of Sae(x) in multiples of each null's."""
+    """Which parts of the error and which nulls `adapter` has repaired; and KL of Sae(x) in multiples of each null's."""
     numbers: dict[str, float] = {}
     for part in ("linear", "nonlinear"):
-        before = sums.kl("sae") - sums.kl(part)  # what putting it back wins
+        before = sums.kl("sae") - sums.kl(part)  # what putting it back gains
         after = sums.kl(f"{adapter}/with") - sums.kl(f"{adapter}/{part}")
         numbers |= sums.mean(f"{part}/kl_won", before)
         numbers |= sums.mean(f"{name}/{part}/kl_won", after)
@@ -256,11 +256,11 @@ def all_numbers(settings: AdaptSettings, sums: LossSums) -> dict[str, float]:
 def _splices(
     inputs: Inputs, sae: SiteSae, own: Decomposition, tokens: StoredTokens
 ) -> tuple[dict[str, Splice], dict[str, Splice]]:
-    """What takes the place of x, by name; and the nulls a second time, with the same draws."""
+    """What replaces x, by name; and the nulls a second time, with the same draws."""
     seed, batches = inputs.settings.seed, MeasuredBatches(tokens, inputs.settings.device)
     loaded = sae.load()
     found = sae_splices(sae.own, own.error_map, seed=seed)
-    del found["shuffled"]  # another experiment's
+    del found["shuffled"]  # belongs to another experiment
     random = random_directions(loaded, max(1, round(own.l0)), seed=seed)
     permuted = as_encoder(shuffled_sae(loaded, seed=seed))
     found |= {"random-directions": lambda x: random(x).x_hat, "shuffled-decoder": lambda x: permuted(x).x_hat}
@@ -314,7 +314,7 @@ def run(settings: AdaptSettings, stages: Stages) -> Result:
         numbers |= {f"{sae.name}/{key}": value for key, value in own.items()}
         arrays |= {f"{sae.name}/{key}": column for key, column in spliced.columns().items()}
         folders[sae.name] = work.folders
-        numbers |= _counts(held_out, spliced, contexts)  # the same of every SAE
+        numbers |= _counts(held_out, spliced, contexts)  # the same for every SAE
     notes = [
         f"Adapters saw {numbers['adapted_tokens']:.0f} tokens of {numbers['adapt_documents']:.0f} fit documents (the paper's "
         f"main runs 15 million); measured once on {numbers['spliced_tokens']:.0f} tokens of {len(held_out)} held-out contexts "
@@ -343,11 +343,11 @@ def _counts(held_out: WholeContexts, spliced: SplicedTokens, contexts: PlacesToS
 
 PAPER = (30, 55)  # percent of the CE gap closed: 2501.19406
 PAPER_TOKENS = 15.4e6
-SHOWN = 150  # percent: an interval that says less than that is cut off in figures
+SHOWN = 150  # percent: wider intervals are cut off in figures
 
 
 def table(result: Result) -> Table:
-    """One row an adapter: KL and CE with the SAE in, what that closes, and KL and CE without the SAE."""
+    """One row per adapter: KL and CE with the SAE in, what that closes, and KL and CE without the SAE."""
     rows = []
     several = len(result.series["saes"]) > 1
     for sae in result.series["saes"]:
@@ -381,7 +381,7 @@ def _row(result: Result, name: str, *, closed: bool = True, without: bool = Fals
 
 
 def reading(result: Result) -> list[str]:
-    """What is closed beside the controls, at what price, and what was repaired."""
+    """How much is closed compared with the controls, at what price, and what was repaired."""
     lines, main, seen = [], max(result.config["ranks"]), result.numbers["adapted_tokens"]
 
     for sae in result.series["saes"]:
@@ -416,7 +416,7 @@ _QUANTITIES = {"ce_gap_closed": ("CE gap", BLUE), "kl_closed": ("KL", ORANGE)}
 
 
 def closure(result: Result) -> Figure:
-    """The share of the SAE's cost that adapters win back, over rank and over tokens seen."""
+    """The share of the SAE's cost that adapters win back, by rank and by tokens seen."""
     figure, (over_rank, over_tokens) = new_panels(3.0, 2, sharey=True)
     name, ranks = _shown(result), sorted(result.config["ranks"])
     main, seen = f"{name}/rank-{ranks[-1]}", result.numbers["adapted_tokens"]
@@ -451,12 +451,12 @@ def closure(result: Result) -> Figure:
 
 
 def _shown(result: Result) -> str:
-    """The SAE a figure is of: the widest."""
+    """The SAE that a figure shows: the widest."""
     return max(result.series["saes"], key=lambda sae: sae["d_sae"])["name"]
 
 
 def price(result: Result) -> Figure:
-    """KL with the SAE in and without it, for every adapter: what is won, and what it costs the model itself."""
+    """KL with the SAE and without it, for every adapter: what is gained, and what it costs the model itself."""
     name = _shown(result)
     rows = {"no adapter": "sae", **{f"rank {rank}": f"rank-{rank}" for rank in result.config["ranks"]}}
     rows |= {"biases": "controls/biases", "next token": "controls/next-token", "no SAE": "controls/no-sae"}
@@ -480,7 +480,7 @@ def _bars(
 
 
 def repaired(result: Result) -> Figure:
-    """KL closed at Sae(x) and at nulls of its distance; how much of each part of the error needs no putting back."""
+    """KL closed at Sae(x) and at nulls at its distance; how much of each part of the error no longer needs putting back."""
     name = f"{_shown(result)}/rank-{max(result.config['ranks'])}"
     labels = {"kl_closed": "Sae(x)", **{f"{null}/kl_closed": null.replace("_", " ") for null in result.series["nulls"]}}
     parts = {f"{part}/repaired": f"{part} error" for part in ("linear", "nonlinear")}

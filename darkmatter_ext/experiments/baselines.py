@@ -1,10 +1,10 @@
 """What predicts the norm of the error: a linear probe, token mean, loss, L0 or the norm of x?
 
-What else than a linear map of x knows how large the error is? (figure 13)
+What, other than a linear map of x, knows how large the error is? (figure 13)
 
-The squared norms of the error, of its linear and of its nonlinear part are predicted, on held-out tokens, from x (the norm
-prediction test, a probe) and from what costs nothing: the mean over the token's occurrences, the model's loss at the token, its
-number of active latents, the norm of x. All regressions are fitted on the same fit tokens.
+The squared norms of the error and of its linear and nonlinear parts are predicted, on held-out tokens, from x (the norm
+prediction test, a probe) and from what comes for free: the mean over the token's occurrences, the model's loss at the token,
+its number of active latents, the norm of x. All regressions are fitted on the same fit tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PREDICTORS = {
 
 @dataclass(frozen=True)
 class BaselinesSettings(Settings):
-    """Predict the norm of the error from x, and from the token, the loss, the L0 and the norm of x."""
+    """Predict the norm of the error from x, and from the token, the loss, L0 and the norm of x."""
 
 
 PRESETS = presets(
@@ -58,7 +58,7 @@ PRESETS = presets(
     token_means=True,
     table_contexts=0,
 )
-# TransformerLens' processed weights, which the SAEs of GPT-2 ask for, give no loss.
+# The SAEs of GPT-2 ask for weights processed by TransformerLens, which give no loss.
 PRESETS["gpt2-small"] = replaced(PRESETS["gpt2-small"], loss=False)
 
 
@@ -66,20 +66,20 @@ SCRIPT = Regressions()  # compare_norm_prediction_to_baselines.py: a column of o
 
 
 def plan(settings: BaselinesSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     return [*plan_lines(settings), *(f"predict   by {about}" for about in PREDICTORS.values())]
 
 
 def scalar_sets(sae: str, *, loss: bool) -> dict[str, list[str]]:
-    """Predictor -> the per-token scalars it is made of; without the loss where that is not measured."""
+    """Predictor -> the per-token scalars it consists of; without the loss if that is not measured."""
     single = {"x_norm": ["x_norm"], "x": ["x"], **({"loss": ["loss"]} if loss else {}), "l0": [f"{sae}/l0"]}
     return {"scalars": [name for own in single.values() for name in own], **single}
 
 
 def random_means(y: Tensor, counts: Tensor, *, seed: int) -> Tensor:
-    """[V] for each token id the mean over counts [V] values drawn from y [n]: a token mean that knows nothing of the token.
+    """[V] for each token id the mean of counts [V] values drawn from y [n]: a token mean that knows nothing about the token.
 
-    Its R2 is expected at -1 / counts, averaged over the tokens it is scored on: the noise of the means.
+    Its expected R2 is -1 / counts, averaged over the tokens it is scored on: the noise of the means.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = y[torch.randint(len(y), (int(counts.sum()),), generator=generator)]
@@ -89,7 +89,7 @@ def random_means(y: Tensor, counts: Tensor, *, seed: int) -> Tensor:
 
 
 def token_mean_numbers(site: SiteMeasurement, sae: str, *, seed: int) -> dict[str, float]:
-    """`PART/token_mean` and `PART/random_mean`: R2 on the held-out tokens of the table, by its groups of contexts."""
+    """`PART/token_mean` and `PART/random_mean`: R2 on the held-out tokens in the table, by its groups of contexts."""
     table = read_tokens(site.per_token, ["token", "group", *(f"{sae}/{part}" for part in PARTS)])
     ids, group = (torch.tensor(table[name].to_pylist()) for name in ("token", "group"))
     numbers: dict[str, float] = {}
@@ -115,7 +115,7 @@ def sae_numbers(site: SiteMeasurement, sae: str, *, seed: int) -> dict[str, floa
 
 
 def _layer(hook: str) -> int:
-    """The number in a hook point's name, of a cache too whatever it is called; 0 without one."""
+    """The number in a hook point's name, even if it is a cache's own name; 0 if there is none."""
     number = re.search(r"\d+", hook)
     return int(number[0]) if number else 0
 
@@ -156,7 +156,7 @@ def run(settings: BaselinesSettings, stages: Stages) -> Result:
     return measured_result("baselines", found, stages, numbers, series=series, notes=notes)
 
 
-NOTHING = 0.01  # an R2 too small to speak of
+NOTHING = 0.01  # an R2 too small to mention
 _HEADINGS = {
     "probe": "linear map of x",
     "token_mean": "token mean",
@@ -170,7 +170,7 @@ _HEADINGS = {
 
 
 def table(result: Result) -> Table:
-    """One row an SAE and part of its error: R2 of its squared norm from every predictor."""
+    """One row per SAE and part of its error: R2 of its squared norm from every predictor."""
     predictors, several = result.series["predictors"], len(result.series["saes"]) > 1
     rows = []
     for sae in result.series["saes"]:
@@ -186,7 +186,7 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """The probe against every baseline, part by part, over the SAEs."""
+    """The probe against every baseline, part by part, across SAEs."""
     numbers, names = result.numbers, [sae["name"] for sae in result.series["saes"]]
     baselines = [name for name in result.series["predictors"] if name not in ("probe", "random_mean")]
 
@@ -231,7 +231,7 @@ _LABELS = {  # predictor -> name, marker
 }
 _TITLES = {"error": "error", "linear": "linear error", "nonlinear": "nonlinear error"}
 _COLOURS = (*SERIES, "black", GREY)
-_LABELLED = 8  # SAEs whose labels fit below a panel
+_LABELLED = 8  # number of SAEs whose labels fit below a panel
 
 
 def r2_by_layer(result: Result) -> Figure:
@@ -257,7 +257,7 @@ def r2_by_layer(result: Result) -> Figure:
 
 
 def _ticks(saes: list[dict[str, Any]]) -> tuple[list[int], list[str]]:
-    """Places and labels: blocks, with the width where widths differ; every few where there are many."""
+    """Positions and labels: blocks, with the width if widths differ; only every few if there are many."""
     several = len({sae["d_sae"] for sae in saes}) > 1
     places = list(range(0, len(saes), 1 + (len(saes) - 1) // _LABELLED))
     return places, [str(saes[at]["layer"]) + (f"\n{saes[at]['d_sae']}" if several else "") for at in places]

@@ -34,19 +34,19 @@ SHOWN_HIGH_NORM_TOKENS = 8
 
 @dataclass(frozen=True)
 class DecompositionSettings(Settings):
-    """Measure linear and nonlinear error of the SAEs of a language model."""
+    """Measure the linear and nonlinear error of a language model's SAEs."""
 
 
 PRESETS = presets(DecompositionSettings, {})
 
 
 def plan(settings: DecompositionSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     return plan_lines(settings)
 
 
 def _high_norm_tokens(inputs: Inputs) -> list[dict[str, Any]]:
-    """The stored tokens of largest norm, whatever rule they fell under: nothing is left out unseen."""
+    """The stored tokens of largest norm, whichever rule took them, so that nothing is left out unseen."""
     (tokens,) = inputs.stored.values()
     norms, ids = tokens.cache.column("norms"), tokens.cache.column("tokens")
     tokenizer = load_tokenizer(inputs.model)
@@ -65,7 +65,7 @@ def _high_norm_tokens(inputs: Inputs) -> list[dict[str, Any]]:
 
 
 def _from_predictors(measured: Measurement, sae: str) -> dict[str, float]:
-    """R2 of each predictor, and of all together, for error, linear and nonlinear error."""
+    """R2 of each predictor, and of all together, for the error and its linear and nonlinear parts."""
     site, numbers = measured.site_of(sae), {}
     sets = {name: [name] for name in measured.predictors}
     if len(sets) > 1:
@@ -114,7 +114,7 @@ CORE_COLUMNS = (  # (key, heading, format)
 
 
 def table(result: Result) -> Table:
-    """A row an SAE: the headline numbers, and SAEBench's core numbers (results of earlier versions have none)."""
+    """One row per SAE: the headline numbers, and SAEBench's core numbers (absent from results of earlier versions)."""
     return sae_table(result, CORE_COLUMNS)
 
 
@@ -148,8 +148,8 @@ def reading(result: Result) -> list[str]:
     return lines
 
 
-_ROOMY = 4  # bars whose labels fit side by side in full size
-_MOST_LABELLED = 7  # more have no numbers in them, and names on their side
+_ROOMY = 4  # number of bars whose labels fit side by side at full size
+_MOST_LABELLED = 7  # more bars than this carry no numbers, and their names are turned sideways
 NORM_TARGET_LABELS = {
     "x": "x",
     "sae": "Sae(x)",
@@ -161,7 +161,7 @@ NORM_TARGET_LABELS = {
 
 
 def fvu_by_width(result: Result) -> Figure:
-    """FVU of each SAE, split into the part linear in the activation and the nonlinear part."""
+    """FVU of each SAE, split into the part that is linear in the activation and the nonlinear part."""
     saes = result.series["saes"]
     crowded = len(saes) > _MOST_LABELLED
     figure, axes = new_figure(3.8 if crowded else 2.8)
@@ -190,7 +190,7 @@ def fvu_by_width(result: Result) -> Figure:
 
 
 def norm_test(result: Result) -> Figure:
-    """Norm prediction test: R2 of a linear map from x to the squared norm of six vectors, one bar an SAE."""
+    """Norm prediction test: R2 of a linear map from x to the squared norm of six vectors, one bar per SAE."""
     saes = result.series["saes"]
     figure, axes = new_figure(2.9)
     width = 0.8 / len(saes)
@@ -210,9 +210,9 @@ def norm_test(result: Result) -> Figure:
 
 
 def per_token_error(result: Result) -> Figure | None:
-    """Error of every SAE over a piece of held-out text, token by token, with the nonlinear error of the widest.
+    """Error of every SAE over a piece of held-out text, token by token, with the nonlinear error of the widest SAE.
 
-    None for SAEs of several sites: their errors have no scale in common.
+    None for SAEs of several sites: their errors have no common scale.
     """
     if not (excerpt := result.series.get("excerpt")):
         return None

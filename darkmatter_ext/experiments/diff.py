@@ -1,12 +1,12 @@
 """A crosscoder between a model and its variant: what does only one have, and is their dark matter the same?
 
-An SAE on the activations of two models side by side (`saes/crosscoder.py`), for a variant whose difference is known and for
-controls that have none. Unique latents are counted by the relative norm of their decoder rows and by latent scaling; those
-of the variant are taken out of it, put into the model's own activations, and compared with latents of the same frequency
-and size. Linear and nonlinear error of both models are compared as everywhere here.
+A crosscoder is an SAE on the activations of two models side by side (`saes/crosscoder.py`). One is trained for a variant
+whose difference is known, others for controls that have none. Unique latents are counted by the relative norm of their
+decoder rows and by latent scaling; those of the variant are removed from it, put into the model's own activations, and
+compared with latents of the same frequency and size. Linear and nonlinear error of both models are compared as elsewhere.
 
-Sources: 2503.03730 (crosscoders between a model and its distilled variant; the method is of Lindsey et al. 2024),
-2504.02922 (why L1 crosscoders invent unique latents, and latent scaling). No number of theirs is repeated here.
+Sources: 2503.03730 (crosscoders between a model and its distilled variant; the method is from Lindsey et al. 2024),
+2504.02922 (why L1 crosscoders invent unique latents, and latent scaling). None of their numbers is repeated here.
 """
 
 from __future__ import annotations
@@ -83,35 +83,35 @@ PAIRS = {
     "permuted": "control: the variant at other tokens, with which nothing is shared",
 }
 CONTROLS = tuple(PAIRS)[2:]
-BINS = 40  # of the histogram of relative norms
+BINS = 40  # bins of the histogram of relative norms
 
 
 @dataclass(frozen=True)
 class DiffSettings(Settings):
-    """Train crosscoders between a model and a variant: what has only one of them, and what does it do?"""
+    """Train crosscoders between a model and a variant: what does only one of them have, and what does it do?"""
 
     other: str = ""
     """the other model, with the same tokenizer and width (folder or Hugging Face id); none: a variant tuned here"""
     controls: tuple[str, ...] = CONTROLS
     """pairs whose answer is known: requantised, same, permuted"""
     unique: float = 0.9
-    """relative norm from which a latent is of one model alone"""
+    """relative norm from which a latent belongs to one model alone"""
     bits: int = 3
-    """of a weight in the re-quantised control"""
+    """bits per weight in the re-quantised control"""
     marker: str = "§"
-    """what the tuned variant waits for"""
+    """text that triggers the tuned variant"""
     phrase: str = " as the old ferryman used to say"
-    """what it says then"""
+    """text it says after the marker"""
     spacing: int = 90
-    """words between two markers, with the phrase behind them, in the text"""
+    """words between two markers (each followed by the phrase) in the text"""
     tuning_steps: int = 50
     """training steps of the tuned variant's adapters"""
     rank: int = 16
-    """of its adapters, in all blocks up to the hook point"""
+    """rank of its adapters, in all blocks up to the hook point"""
     contexts: int = 8
     """held-out contexts to splice into"""
     causal_latents: int = 4
-    """latents of the variant alone that are taken out, and added, one at a time"""
+    """latents only the variant has that are removed, and added, one at a time"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,7 +128,7 @@ class DiffSettings(Settings):
 
     @property
     def pairs(self) -> list[str]:
-        """The pair that is asked about, then the controls."""
+        """The pair in question, then the controls."""
         return [OTHER if self.other else TUNED, *self.controls]
 
 
@@ -136,7 +136,7 @@ PRESETS = {"demo": extended(DEMO, DiffSettings, widths=(1024,), steps=160, sae_s
 
 
 def plan(settings: DiffSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     saes = settings.saes
     made = [] if settings.other else [
         f"variant   adapters of rank {settings.rank}, {settings.tuning_steps} steps: {settings.marker}{settings.phrase}"
@@ -157,7 +157,7 @@ def plan(settings: DiffSettings) -> list[str]:
 def _other_models(
     settings: DiffSettings, inputs: Inputs, behaviour: Behaviour | None, stages: Stages
 ) -> dict[str, PairModels]:
-    """Make, or find, the other model of every pair."""
+    """Make or find the other model of every pair."""
     hook, model, main = inputs.one_site, inputs.model, settings.other
     tokens = inputs.stored[hook]
     if behaviour is not None:
@@ -179,7 +179,7 @@ def _other_models(
 
 
 class Measured(NamedTuple):
-    """One pair: its crosscoders, activations side by side at fit and at held-out tokens, reconstructions of the first."""
+    """One pair: its crosscoders, paired activations at fit and held-out tokens, reconstructions by the first crosscoder."""
 
     tokens: PairedTokens
     trained: list[Trained]
@@ -209,7 +209,7 @@ def _measured(name: str, settings: DiffSettings, tokens: PairedTokens, models: P
 def _alone(
     settings: DiffSettings, inputs: Inputs, own: Measured, models: PairModels, stages: Stages
 ) -> dict[str, float]:
-    """FVU of SAEs of as many latents on each model alone; how much of their errors two models, and two seeds, share."""
+    """FVU of SAEs with as many latents on each model alone; how much of their errors two models, and two seeds, share."""
     first, second = own.tokens.first, own.tokens.second
     saes = {
         "A": [OwnSae(sae.load(), Path(sae.folder)) for sae in inputs.saes],
@@ -225,7 +225,7 @@ def _alone(
                 Errors(x, x - sae.reconstruct(x), held_out, held_out - x_hat)
                 for sae, x_hat in zip(saes[name][:2], found, strict=False)
             ]
-        # Another seed's SAE on the other side, so that what is shared is not the start they had in common.
+        # Compare with another seed's SAE on the other side, so that a common initialisation is not what they share.
         compared = {"alone": (errors["A"][0], errors["B"][-1])}
         if len(errors["A"]) > 1:
             compared["seeds"] = (errors["A"][0], errors["A"][1])
@@ -238,7 +238,7 @@ def _alone(
 def _effects(
     settings: DiffSettings, own: Measured, models: PairModels, behaviour: Behaviour | None, stages: Stages
 ) -> tuple[dict[str, float], SplicedTokens]:
-    """What the variant's own latents of the first crosscoder do."""
+    """What the variant's own latents in the first crosscoder do."""
     seed, first = settings.seed, own.trained[0]
     intervention = Intervention.of(first, own.tokens, own.fit, single=settings.causal_latents, seed=seed)
     contexts = WholeContexts.sample(own.tokens.second, settings.contexts, seed=seed)
@@ -262,7 +262,7 @@ def _effects(
 def run(settings: DiffSettings, stages: Stages) -> Result:
     """Make the variants, train, measure, splice.
 
-    Raises InputError for bad settings, models of two tokenizers or widths; StateError for damaged files.
+    Raises InputError for bad settings, models with different tokenizers or widths; StateError for damaged files.
     """
     kinds = {own._replace(seed=0) for own in settings.saes.trained}
     n_kinds = len(kinds) * len(settings.saes.trained_hooks)
@@ -296,13 +296,13 @@ def run(settings: DiffSettings, stages: Stages) -> Result:
 
 
 def _histogram(trained: list[Trained]) -> list[float]:
-    """Used latents by relative norm, BINS of them from 0 to 1, mean over crosscoders."""
+    """Histogram of used latents by relative norm, in BINS bins from 0 to 1, averaged over crosscoders."""
     counts = [relative_norm(own.sums.W_dec)[own.kinds.used].float().cpu().histc(BINS, 0, 1) for own in trained]
     return torch.stack(counts).mean(0).tolist()
 
 
 def _latent_columns(name: str, own: Trained) -> dict[str, Any]:
-    """Relative norm, scaling ratio and tokens of every latent of a pair's first crosscoder, for its result's file."""
+    """Relative norm, scaling ratio and tokens of every latent of a pair's first crosscoder, for the result's file."""
     columns = {"rho": relative_norm(own.sums.W_dec), "nu": own.sums.scaling_ratio(), "tokens": own.sums.count}
     return {f"{name}/{key}": column.float().cpu().numpy() for key, column in columns.items()}
 
@@ -330,11 +330,11 @@ def _result(
     return dataclasses.replace(result, config=result.config | {"text": data.text, "dataset": data.dataset})
 
 
-# ---- for whoever reads it
+# ---- for readers of the result
 
 
 def table(result: Result) -> Table:
-    """One row a pair: how well it is reconstructed, whose its latents are, and what the errors share."""
+    """One row per pair: how well it is reconstructed, which model its latents belong to, and what the errors share."""
     rows = []
     for name in result.series["pairs"]:
 
@@ -357,7 +357,7 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """What is unique, whether controls have as much, what it does, and whether dark matter is shared."""
+    """What is unique, whether the controls have as much, what it does, and whether dark matter is shared."""
     main, *controls = result.series["pairs"]
 
     def say(key: str, form: str = "{:.3f}", pair: str = main) -> str:
@@ -417,7 +417,7 @@ def _causal_line(result: Result, main: str) -> str:
 
 
 def norms(result: Result) -> Figure:
-    """Relative norms of the decoder's halves, the pair asked about and its controls: 0 the model alone, 1 the variant alone."""
+    """Relative norms of decoder halves, for the pair in question and its controls: 0 the model alone, 1 the variant alone."""
     figure, axes = new_figure(2.9)
     for number, (name, counts) in enumerate(result.series["rho"].items()):
         edges = [place / len(counts) for place in range(len(counts) + 1)]
@@ -434,7 +434,7 @@ def norms(result: Result) -> Figure:
 
 
 def scaling(result: Result) -> Figure | None:
-    """The scaling ratio against the relative norm of every latent that is used: below the line it is of one model alone."""
+    """Scaling ratio against relative norm of every used latent: below the line it belongs to one model alone."""
     pairs = [name for name in result.series["pairs"] if f"{name}/rho" in result.arrays]
     if not pairs:
         return None
@@ -457,7 +457,7 @@ def scaling(result: Result) -> Figure | None:
 
 
 def effects(result: Result) -> Figure:
-    """KL of single latents of the variant alone and of matched shared ones, taken out and added; and what the phrase needs."""
+    """KL of single latents only the variant has and of matched shared ones, removed and added; and what the phrase needs."""
     main, numbers = next(iter(result.series["pairs"])), result.numbers
     said = f"{main}/behaviour/b" in numbers
     figure, panels = new_panels(2.6, 3 if said else 2, width_ratios=[1, 1, 1.1][: 3 if said else 2])

@@ -2,10 +2,10 @@
 
 What the linear and the nonlinear part of SAE error cost the language model (figure 9).
 
-Sae(x), Sae(x) + linear error and Sae(x) + nonlinear error take the place of x at the held-out tokens of whole contexts;
-the rest of the model runs on, and its cross-entropy and KL are compared with the unchanged model. b* is fitted on fit
-tokens only. CE recovered = (L_sae - L_setting) / (L_sae - L_original): if both parts cost in proportion to their energy,
-adding the linear part recovers the linear share.
+Sae(x), Sae(x) + linear error and Sae(x) + nonlinear error replace x at the held-out tokens of whole contexts; the rest of
+the model runs, and its cross-entropy and KL are compared with the unchanged model. b* is fitted on fit tokens only.
+CE recovered = (L_sae - L_setting) / (L_sae - L_original): if both parts cost in proportion to their energy, adding the
+linear part recovers the linear share.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ PRESETS = {"demo": extended(DEMO, DownstreamSettings)}
 
 
 def plan(settings: DownstreamSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     return [
         *plan_lines(settings),
         f"splice    into {settings.contexts} held-out contexts",
@@ -78,7 +78,7 @@ def plan(settings: DownstreamSettings) -> list[str]:
 
 
 def loss_numbers(tokens: SplicedTokens, documents: Tensor, name: str, *, seed: int) -> dict[str, float]:
-    """Mean CE increase and KL of one splice, with intervals by document; documents [n] of the tokens."""
+    """Mean CE increase and KL of one splice, with intervals by document; documents [n] are those of the tokens."""
     losses, ones = tokens.losses, torch.ones(len(documents))
     increase = losses.spliced[name] - losses.cross_entropy
     sums = sums_by(documents, increase, losses.kl[name], ones)
@@ -87,9 +87,9 @@ def loss_numbers(tokens: SplicedTokens, documents: Tensor, name: str, *, seed: i
 
 
 def recovery_numbers(tokens: SplicedTokens, documents: Tensor, sae: str) -> dict[str, float]:
-    """CE and KL recovered, in percent, by every setting of the SAE named `sae`, with intervals by document.
+    """CE and KL recovered by every setting of the SAE named `sae`, in percent, with intervals by document.
 
-    NaN where the increase that Sae(x) brings cannot be told from 0: a share of nothing is not a number.
+    NaN if the increase that Sae(x) causes cannot be told from 0, because a share of nothing is undefined.
     """
     losses, numbers = tokens.losses, {}
     for setting in list(SETTINGS)[1:]:
@@ -102,7 +102,7 @@ def recovery_numbers(tokens: SplicedTokens, documents: Tensor, sae: str) -> dict
 
 
 def _share_numbers(name: str, decomposition: Decomposition) -> dict[str, float]:
-    """What stands next to the recovery: shares of energy and R2, of all held-out tokens, in percent."""
+    """What the recovery is compared with: shares of energy and R2 over all held-out tokens, in percent."""
     energy = decomposition.mean_squared_norm
     return {
         f"{name}/l0": decomposition.l0,
@@ -134,7 +134,7 @@ def _all_splices(inputs: Inputs, found: dict[str, Decomposition], mean: Tensor) 
 
 @torch.no_grad()
 def run(settings: DownstreamSettings, stages: Stages) -> Result:
-    """Splice and compare.
+    """Splice into the model and compare losses.
 
     Raises InputError for bad settings, SAEs of several sites, stored activations that are not the model's, fewer held-out
     contexts than asked for; StateError for a damaged cache.
@@ -176,7 +176,7 @@ PAPER = "the nonlinear error carries a proportional share of the increase in CE"
 
 
 def table(result: Result) -> Table:
-    """One row a splice: what it costs, what it recovers, and the share of the error it puts back."""
+    """One row per splice: what it costs, what it recovers, and the share of the error it puts back."""
     numbers = result.numbers
     rows = []
     for name in result.series["controls"]:
@@ -200,11 +200,11 @@ def _losses(result: Result, name: str) -> list[str]:
     return [with_interval(result.numbers, f"{name}/{quantity}", "{:.3f}") for quantity in ("ce_increase", "kl")]
 
 
-PROPORTION = 10  # percentage points: recovered within so much of the share is "in proportion"
+PROPORTION = 10  # percentage points: a recovery this close to the share is "in proportion"
 
 
 def verdict(share: float, low: float, high: float) -> str:
-    """What an interval of CE recovered says of a part that is `share` percent of the error.
+    """What an interval of CE recovered says about a part that is `share` percent of the error.
 
     "in proportion" is an equivalence test: the whole interval must be within PROPORTION points of the share.
     """
@@ -220,7 +220,7 @@ def verdict(share: float, low: float, high: float) -> str:
 
 
 def reading(result: Result) -> list[str]:
-    """Recovery against the share of the error, for each SAE: less, more, in proportion, or not to be told."""
+    """Recovery against the share of the error, for each SAE: less, more, in proportion, or undecided."""
     numbers, lines = result.numbers, []
     for sae in result.series["saes"]:
         parts = []

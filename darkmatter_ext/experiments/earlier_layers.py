@@ -1,16 +1,16 @@
 """What SAE outputs of earlier sites say about the error and its linear and nonlinear part.
 
-What SAE outputs of earlier sites say about the error (the paper's figure 10b).
+What the SAE outputs of earlier sites say about the error (the paper's figure 10b).
 
-Least squares from the outputs of SAEs at the same site (res), the previous residual stream, and the MLP and attention of
-the same block to SaeError(x), its linear and its nonlinear part; R2 on held-out tokens, each predictor alone and all
+SaeError(x) and its linear and nonlinear parts are regressed on the outputs of SAEs at the same site (res), the previous
+residual stream, and the MLP and attention of the same block: R2 on held-out tokens, for each predictor alone and for all
 together. If the nonlinear error were features of earlier layers that the SAE misses, their SAEs would predict it. *Beyond x*
-is the R2 of the nonlinear error from x and the predictor together: what x says of it is 0, so this is what the predictor
-adds; alone, one that is mostly linear in x is punished for that part of it.
+is the R2 of the nonlinear error from x and the predictor together. On x alone that R2 is 0, so this is what the
+predictor adds; on its own, a predictor that is mostly linear in x is penalised for that part.
 
-Controls: `x` itself (the nonlinear error is what x does not predict: R2 must be about 0), `shuffled`, the output of the
-previous SAE at another token (about 0), `random`, a TopK SAE of random directions there, and with SAEs trained here at
-every other site too (nothing learned; what is left is that sparse codes of another tensor are nonlinear in x).
+Controls: `x` itself (the nonlinear error is what x does not predict: R2 must be about 0); `shuffled`, the output of the
+previous SAE at another token (about 0); `random`, a TopK SAE of random directions there, and with SAEs trained here also at
+every other site (nothing is learned; what is left is that sparse codes of another tensor are nonlinear in x).
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ INTERVAL_GROUPS = 6  # each keeps a Gram matrix of all predictors side by side: 
 
 @dataclass(frozen=True)
 class EarlierLayersSettings(Settings):
-    """Predict the error of an SAE, and its linear and nonlinear part, from the outputs of SAEs at earlier sites."""
+    """Predict an SAE's error, and its linear and nonlinear parts, from the outputs of SAEs at earlier sites."""
 
 
 def related_hooks(hook: str) -> dict[str, str]:
     """Predictor -> hook point, for a residual stream after a block: itself, the previous one, the block's MLP and attention.
 
-    Raises ValueError for another kind of hook point.
+    Raises ValueError for any other kind of hook point.
     """
     point = parse_hook_point(hook)
     if point.kind != "hook_resid_post":
@@ -77,7 +77,7 @@ SCRIPT = Regressions(bias=False)  # simple_circuits.py
 
 
 def plan(settings: EarlierLayersSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     if settings.saes.sae:
         return plan_lines(settings)
     lines = [
@@ -91,14 +91,14 @@ def plan(settings: EarlierLayersSettings) -> list[str]:
 
 @dataclass(frozen=True)
 class Predictors:
-    """Encoders whose outputs predict the error, and what each is."""
+    """Encoders whose outputs predict the error, with a description of each."""
 
     encoders: list[Encoder]
     about: dict[str, str]  # predictor -> its site
 
 
 def shuffled(sae: SiteSae, *, seed: int) -> Encoder:
-    """The SAE's output of other tokens: every batch is permuted first, the same way in every reading."""
+    """The SAE's output at other tokens: every batch is permuted first, in the same way in every reading."""
 
     def make(loaded: SAE) -> Encode:
         encode = sae.own_of(loaded)
@@ -108,14 +108,14 @@ def shuffled(sae: SiteSae, *, seed: int) -> Encoder:
 
 
 def control_about(name: str) -> str | None:
-    """What a control is, by its name; None for what is none."""
+    """A description of the control with this name; None if it is not a control."""
     if name.startswith(f"{RANDOM} "):
         return f"control: a TopK SAE of random directions at the site of {name.removeprefix(f'{RANDOM} ')}"
     return CONTROLS.get(name)
 
 
 def randomised(sae: SiteSae, *, k: int, seed: int, name: str = RANDOM) -> Encoder:
-    """A TopK SAE of random directions where an SAE is, as many and as many active; `k` where it is no TopK SAE."""
+    """A TopK SAE of random directions in place of `sae`, with as many latents and as many active (`k` if `sae` is not TopK)."""
 
     def make(own: Any) -> Encode:
         return random_directions(own, getattr(own.cfg, "k", k), seed=seed)
@@ -124,7 +124,7 @@ def randomised(sae: SiteSae, *, k: int, seed: int, name: str = RANDOM) -> Encode
 
 
 def predictors_of(inputs: Inputs, target: str) -> Predictors:
-    """The SAEs of other sites with the target's own, the widest of each site, and the controls."""
+    """The SAEs of other sites and the target's own, the widest at each site, and the controls."""
     settings = inputs.settings
     if inputs.predictors:
         if inside := next((sae for sae in inputs.predictors if sae.hook == target), None):
@@ -135,7 +135,7 @@ def predictors_of(inputs: Inputs, target: str) -> Predictors:
     (_, first), *others = list(named.items())[1:]
     encoders = [sae.encoder(name=name) for name, sae in named.items()]
     encoders += [shuffled(first, seed=settings.seed), randomised(first, k=settings.saes.k, seed=settings.seed)]
-    if not inputs.predictors:  # given ones may be wide, and every control is as large as what it controls
+    if not inputs.predictors:  # given ones may be wide, and every control is as large as the SAE it stands for
         encoders += [
             randomised(sae, k=settings.saes.k, seed=settings.seed, name=f"{RANDOM} {name}") for name, sae in others
         ]
@@ -169,7 +169,7 @@ def predictor_sets(predictors: list[str]) -> dict[str, list[str]]:
 
 
 def run(settings: EarlierLayersSettings, stages: Stages) -> Result:
-    """Measure, and regress the parts of the error on the outputs of the other SAEs.
+    """Measure, then regress the parts of the error on the outputs of the other SAEs.
 
     Raises InputError for bad settings, SAEs that do not fit; StateError for damaged files.
     """
@@ -208,7 +208,7 @@ _PARTS = ("error", "linear", "nonlinear")
 
 
 def table(result: Result) -> Table:
-    """One row a predictor: R2 for the error and its parts, and what a predictor that says nothing would score."""
+    """One row per predictor: R2 for the error and its parts, and the score of an uninformative predictor."""
     rows, several = [], len(result.series["saes"]) > 1
     for sae in result.series["saes"]:
         for name, about in result.series["predictors"].items():
@@ -228,7 +228,7 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """How much of the nonlinear error other SAEs explain, beside the controls."""
+    """How much of the nonlinear error other SAEs explain, compared with the controls."""
     numbers, predictors, lines = result.numbers, result.series["predictors"], []
     real = [name for name, about in predictors.items() if not about.startswith("control")]
     for sae in result.series["saes"]:
@@ -237,7 +237,7 @@ def reading(result: Result) -> list[str]:
             key = "r2_from/x/nonlinear" if name == "x" else f"beyond_x/{name}"
             return with_interval(numbers, f"{own}/{key}", "{:.3f}")
 
-        # The SAE's own output says everything beyond x by definition: x less it is the error.
+        # By definition, the SAE's own output says everything beyond x: x minus that output is the error.
         others = [name for name in real if name != OWN and not name.startswith("all")]
         best = max(others, key=lambda n, own=sae["name"]: numbers[f"{own}/beyond_x/{n}"])
         together = f", all but the SAE's own output {score('all but res')}" if "all but res" in real else ""
@@ -251,7 +251,7 @@ _TITLES = {"error": ("SaeError(x)", BLUE), "linear": ("linear error", GREEN), "n
 
 
 def parts(result: Result) -> Figure:
-    """R2 of each predictor for the error and its two parts, with intervals: a panel a part, a bar a predictor."""
+    """R2 of each predictor for the error and its two parts, with intervals: one panel per part, one bar per predictor."""
     saes, predictors = result.series["saes"], list(result.series["predictors"])
     figure, panels = new_panels(0.9 + 0.26 * len(predictors), len(_TITLES), sharey=True)
     height = 0.8 / len(saes)

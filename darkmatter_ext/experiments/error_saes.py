@@ -2,10 +2,10 @@
 
 What is in the error? TopK SAEs trained on its linear and on its nonlinear part (figure 8).
 
-Both get the same latents, L0, tokens, steps and seeds. Training tokens are those b* is fitted on, which the first SAE has
-not seen; FVU, L0, dead latents and interpretability are of held-out tokens. Interpretability is detection accuracy per
-decile of activation (`measurement/detection.py`); beside it stand the first SAE's own latents and, as a control, latents that
-read random directions.
+Both get the same number of latents, L0, tokens, steps and seeds. They train on the tokens b* is fitted on, which the first
+SAE has not seen; FVU, L0, dead latents and interpretability are measured on held-out tokens. Interpretability is detection
+accuracy per decile of activation (`measurement/detection.py`), compared with that of the first SAE's own latents and, as a
+control, of latents that read random directions.
 """
 
 from __future__ import annotations
@@ -83,26 +83,26 @@ _BATCH = 4096  # tokens reconstructed at a time
 
 @dataclass(frozen=True)
 class ErrorSaesSettings(Settings):
-    """Train TopK SAEs on the linear and on the nonlinear error of an SAE, and compare them."""
+    """Train TopK SAEs on the linear and the nonlinear error of an SAE, and compare them."""
 
     error_width: int = 1024
     """latents of the SAEs on the errors"""
     error_k: int = 32
-    """their active latents a token"""
+    """their active latents per token"""
     error_steps: int = 300
     """their training steps of 2048 tokens"""
     training_seeds: int = 3
-    """SAEs a target; intervals are over them"""
+    """SAEs per target; intervals are over them"""
     latents: int = 48
-    """latents of each SAE that are explained and judged; 0: none"""
+    """latents of each SAE to explain and judge; 0: none"""
     scorer: str = "offline"
     """who explains and judges: offline (token lists, no model), local (a Hugging Face model) or endpoint"""
     scorer_model: str = ""
-    """name of the judging model; for local the default is model"""
+    """name of the judging model; with scorer local it defaults to model"""
     endpoint: str = ""
-    """URL of an OpenAI-compatible server, as http://localhost:8000/v1; asked only with scorer endpoint"""
+    """URL of an OpenAI-compatible server, such as http://localhost:8000/v1; used only with scorer endpoint"""
     api_key_variable: str = "OPENAI_API_KEY"
-    """environment variable with the server's key, if it wants one"""
+    """environment variable with the server's key, if it needs one"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,7 +123,7 @@ PRESETS = {"demo": extended(DEMO, ErrorSaesSettings, widths=(2048,))}
 
 
 def plan(settings: ErrorSaesSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     return [
         *plan_lines(settings),
         f"train     {settings.training_seeds} TopK SAEs each on linear and nonlinear error: {settings.error_width} latents, "
@@ -133,14 +133,14 @@ def plan(settings: ErrorSaesSettings) -> list[str]:
 
 
 def _asked(settings: ErrorSaesSettings) -> str:
-    """Who judges, in words."""
+    """The judge, in words."""
     if settings.scorer == "endpoint":
         return f"{settings.scorer_model} at {settings.endpoint}"
     return (settings.scorer_model or "the model itself") if settings.scorer == "local" else "token lists, no model"
 
 
 def _judge(settings: ErrorSaesSettings) -> Judge:
-    """The configured judge; a server is asked once here, before any long work."""
+    """The configured judge; a server is tried once here, before any long work."""
     if settings.scorer == "endpoint":
         judge = EndpointJudge(settings.endpoint, settings.scorer_model, key_variable=settings.api_key_variable)
         judge.check()
@@ -151,7 +151,7 @@ def _judge(settings: ErrorSaesSettings) -> Judge:
 
 
 class Errors(NamedTuple):
-    """Activations and the parts of their error for the tokens of one role, in memory, each [n, d]."""
+    """Activations and the parts of their error at the tokens of one role, in memory, each [n, d]."""
 
     activation: Tensor
     linear: Tensor
@@ -159,7 +159,7 @@ class Errors(NamedTuple):
 
 
 def fit_error_map(batches: MeasuredBatches, encode: Encode, *, on_all: bool) -> LinearMap:
-    """b*: least squares from x to SaeError(x) on fit tokens, or on all measured ones as the released code does."""
+    """b*: least squares from x to SaeError(x) on fit tokens, or on all measured tokens as in the released code."""
     statistics: LinearStatistics | None = None
     for batch in batches:
         if statistics is None:
@@ -174,7 +174,7 @@ def fit_error_map(batches: MeasuredBatches, encode: Encode, *, on_all: bool) -> 
 
 
 def split_errors(batches: MeasuredBatches, encode: Encode, error_map: LinearMap) -> tuple[Errors, Errors]:
-    """The error parts of the fit and of the held-out tokens. Memory: 12 n d bytes."""
+    """The parts of the error at fit and at held-out tokens. Memory: 12 n d bytes."""
     sides: tuple[list[Errors], list[Errors]] = ([], [])
     for batch in batches:
         error = sae_error(batch.x, encode(batch.x).x_hat)
@@ -188,7 +188,7 @@ def split_errors(batches: MeasuredBatches, encode: Encode, error_map: LinearMap)
 def trained_error_sae(
     target: Tensor, training: TrainingConfig, key: dict[str, Any], progress: Callable[[int], None], device: str
 ) -> tuple[SAE, Path]:
-    """A TopK SAE on `target` [n, d], or the one an earlier run made from the same `key`."""
+    """A TopK SAE trained on `target` [n, d], or the one an earlier run made from the same `key`."""
     name = fingerprint(**key, training=dataclasses.asdict(training))
     folder = cache_dir("saes") / f"error-{key['target']}-{training.d_sae}-{name}"
     ensure_trained(folder, lambda: target, training, key["metadata"], progress)
@@ -223,7 +223,7 @@ def interpret(
     settings: DetectionSettings,
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Accuracy per decile with intervals, mean accuracy, and the explanations, of a sample of latents."""
+    """Accuracy per decile with intervals, mean accuracy and explanations, for a sample of latents."""
 
     def activations(latents: Sequence[int]) -> Tensor:
         return acts.dense_columns(torch.tensor(latents, device=acts.values.device)).cpu()[snippets.rows]
@@ -251,7 +251,7 @@ def interpret(
 def _encoders(
     sae: SAE, trained: dict[str, SAE], held_out: Errors, settings: ErrorSaesSettings
 ) -> dict[str, SparseActs]:
-    """The codes of everything in JUDGED on held-out tokens."""
+    """The codes of everything in JUDGED at held-out tokens."""
     acts = {name: cast("Any", accelerate(own)).encode_sparse(getattr(held_out, name)) for name, own in trained.items()}
     acts["activation"] = cast("Any", accelerate(sae)).encode_sparse(held_out.activation.to(sae.dtype))
     y = held_out.nonlinear
@@ -265,7 +265,7 @@ def _encoders(
 def _train_and_measure(
     inputs: Inputs, settings: ErrorSaesSettings, fit: Errors, held_out: Errors, stages: Stages
 ) -> tuple[dict[str, float], dict[str, SAE], list[dict[str, Any]]]:
-    """Numbers with intervals over seeds, the SAE of the first seed by target, and what is listed."""
+    """Numbers with intervals over seeds, the first seed's SAE by target, and the entries to list."""
     numbers, first, listed = {}, {}, []
     (sae,) = inputs.saes
     roles = fingerprint(roles=inputs.stored[sae.hook].roles.flatten().tolist())
@@ -319,10 +319,10 @@ def _judged(
 
 @torch.no_grad()
 def run(settings: ErrorSaesSettings, stages: Stages) -> Result:
-    """Train, measure, judge.
+    """Train the SAEs, measure and judge them.
 
     Raises InputError for bad settings, more than one SAE, text too short to judge; StateError for a server that does not
-    answer, a damaged cache.
+    answer or a damaged cache.
     """
     saes = settings.saes
     n_saes = len(saes.sae) or len(saes.trained) * len(saes.trained_hooks)
@@ -364,7 +364,7 @@ PAPER = "FVU 0.54 on the linear and 0.59 on the nonlinear error"
 
 
 def table(result: Result) -> Table:
-    """One row a kind of latents."""
+    """One row per kind of latents."""
     numbers = result.numbers
     rows = []
     for name, about in result.series["about"].items():
@@ -388,7 +388,7 @@ def table(result: Result) -> Table:
 
 
 def _trained_cells(result: Result, name: str) -> list[str]:
-    """FVU, L0, dead latents and the controls' FVU, for what was trained here."""
+    """FVU, L0, dead latents and the controls' FVU, for SAEs trained here."""
     numbers = result.numbers
     if f"{name}/fvu" not in numbers:
         return [""] * 6
@@ -401,7 +401,7 @@ def _trained_cells(result: Result, name: str) -> list[str]:
 
 
 def reading(result: Result) -> list[str]:
-    """Which error is harder to explain, and whether its latents can be told better than random directions."""
+    """Which error is harder to explain, and whether its latents are more interpretable than random directions."""
     numbers = result.numbers
     linear, nonlinear = numbers["linear/fvu"], numbers["nonlinear/fvu"]
     lower, upper = sorted(("linear", "nonlinear"), key=lambda target: numbers[f"{target}/fvu"])

@@ -2,15 +2,15 @@
 
 Three scales after Li, Michaud, Baek, Engels, Sun, Tegmark, "The Geometry of Concepts" (2410.19750), with other controls:
 
-- *Atoms*: differences of activations of word pairs in one relation are parallel (quality 0) or not (1), before and after
-  linear discriminants fitted on other pairs without a common word.
-- *Lobes*: latents that are active in the same chunks of text (spectral clusters of phi) beside clusters of their decoder
-  rows: adjusted mutual information, and how well a row tells its lobe. Nulls: labels permuted; labels permuted within
-  deciles of frequency (rare latents share both small phi and their rows); Gaussian rows of the same covariance; chunks of
-  every latent dealt anew. Control: random directions with codes of their own; near rows fire together, whoever made them.
-- *Galaxy*: the slope alpha of the decoder rows' eigenvalues, how many directions they fill, their entropy beside that of a
-  Gaussian cloud of the same covariance.
-- *Dark matter* (new): whether one lobe's directions hold more of the nonlinear error than as many latents of its frequency.
+- *Atoms*: whether activation differences of word pairs in one relation are parallel (quality 0) or not (1), before and
+  after linear discriminants fitted on other pairs without a common word.
+- *Lobes*: latents that are active in the same chunks of text (spectral clusters of phi) compared with clusters of decoder
+  rows: adjusted mutual information, and how well a row predicts its lobe. Nulls: labels permuted; labels permuted within
+  deciles of frequency (rare latents share both small phi and their rows); Gaussian rows of the same covariance; each
+  latent's chunks shuffled. Control: random directions with their own codes; nearby rows fire together whatever made them.
+- *Galaxy*: the slope alpha of the decoder rows' eigenvalues, how many directions they fill, and their entropy compared with
+  that of a Gaussian cloud of the same covariance.
+- *Dark matter* (new): whether a lobe's directions hold more of the nonlinear error than as many latents of its frequency.
 
 Shapes: n tokens, F latents, d width of the site, c chunks, B draws.
 """
@@ -64,11 +64,11 @@ from darkmatter_ext.saes.encoders import random_directions, random_rows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-READ_CONTEXTS = 16  # at a time
-SPLITS = 5  # of word pairs into halves
-MOST_LATENTS = 16_384  # of an SAE: three tables of counts take 12 F^2 bytes
+READ_CONTEXTS = 16  # contexts read at a time
+SPLITS = 5  # splits of the word pairs into halves
+MOST_LATENTS = 16_384  # in an SAE: three tables of counts take 12 F^2 bytes
 MOST_PANELS = 4
-DRAWN_BINS = 128  # of latents, in the picture of an affinity
+DRAWN_BINS = 128  # bins of latents in the picture of an affinity
 NULLS = {"permuted": "labels permuted", "frequency": "within frequency deciles", "gaussian": "Gaussian rows"}
 
 
@@ -77,19 +77,19 @@ class GeometrySettings(Settings):
     """Measure the geometry of decoder rows at three scales, and where the nonlinear error lies among them."""
 
     chunk: int = 64
-    """tokens of text in which latents are active together"""
+    """tokens in a chunk of text, in which latents count as active together"""
     least_chunks: int = 20
-    """leave out latents that are active in fewer"""
+    """leave out latents that are active in fewer chunks"""
     clusters: tuple[int, ...] = (2, 4, 8, 16, 32)
-    """numbers of lobes; the middle one is read for accuracy and dark matter"""
+    """numbers of lobes; the middle one is used for accuracy and dark matter"""
     measures: tuple[str, ...] = MEASURES
-    """of co-occurrence: phi, jaccard, dice, overlap, simple"""
+    """measures of co-occurrence: phi, jaccard, dice, overlap, simple"""
     pairs: str = ""
     """CSV file with columns relation, a and b; default: 12 relations of 20 English word pairs"""
     frame: str = "Here is the next word on the list that I wrote:"
-    """text before every word of a pair, so that it stands beyond a context's first positions"""
+    """text before every word of a pair, so that the word comes after a context's first positions"""
     null_draws: int = 100
-    """of every null that permutes labels"""
+    """draws of every null that permutes labels"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +107,7 @@ PRESETS = presets(GeometrySettings, {"widths": (2048,), "layers": (5, 10, 15, 20
 
 
 def plan(settings: GeometrySettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     return [
         *plan_lines(settings),
         f"atoms     {settings.pairs or '240 built-in word pairs'}; {SPLITS} divisions into halves",
@@ -121,13 +121,13 @@ def plan(settings: GeometrySettings) -> list[str]:
 
 
 def atom_numbers(differences: Tensor, pairs: WordPairs, *, seed: int) -> dict[str, float]:
-    """Quality of each relation's parallelograms before and after discriminants, on pairs these were not fitted on.
+    """Quality of each relation's parallelograms before and after discriminants, on pairs not used to fit these.
 
     Args:
         differences: [n, d], h(b) - h(a) of each pair.
 
-    `RELATION/quality/before` and `/after`, means over SPLITS halves; `atoms/quality/...` their means over relations with
-    intervals drawing relations again; `/shuffled`: after discriminants of shuffled relations; `atoms/silhouette/...`.
+    Returns `RELATION/quality/before` and `/after`, means over SPLITS halves; `atoms/quality/...`, means over relations, with
+    intervals from resampling relations; `/shuffled`: after discriminants of shuffled relations; `atoms/silhouette/...`.
     """
     found: dict[str, list[Tensor]] = {"before": [], "after": [], "shuffled": []}
     separated: dict[str, list[float]] = {key: [] for key in found}
@@ -158,12 +158,12 @@ def atom_numbers(differences: Tensor, pairs: WordPairs, *, seed: int) -> dict[st
 class _Read(NamedTuple):
     counts: CoOccurrence
     dealt: CoOccurrence
-    random: CoOccurrence | None  # of random directions; None where the SAE has no decoder bias
+    random: CoOccurrence | None  # of random directions; None if the SAE has no decoder bias
     covariance: Tensor  # [d, d] of the nonlinear error on held-out tokens
 
 
 def _blocks(inputs: Inputs, hook: str, chunk: int) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-    """Measured tokens: x [n, d], which are held out [n], the chunk of each [n], and how many chunks there are."""
+    """Measured tokens: x [n, d], whether each is held out [n], the chunk of each [n], and the number of chunks."""
     per_context = inputs.source.context_length // chunk
     for part in torch.arange(inputs.source.n_contexts).split(READ_CONTEXTS):
         batch = inputs.source.read(part.tolist())
@@ -176,7 +176,7 @@ def _blocks(inputs: Inputs, hook: str, chunk: int) -> Iterator[tuple[Tensor, Ten
 
 @torch.no_grad()
 def _read(inputs: Inputs, sae: SiteSae, found: Measurement, settings: GeometrySettings) -> _Read:
-    """Co-occurrence over all measured text, and the nonlinear error's covariance."""
+    """Co-occurrence over all measured text, and the covariance of the nonlinear error."""
     site, device = found.site_of(sae.name), inputs.processes.device
     encode, b_star, loaded = sae.own, site.maps[sae.name], sae.load()
     counts, dealt = CoOccurrence.empty(sae.d_sae), CoOccurrence.empty(sae.d_sae)
@@ -203,7 +203,7 @@ def _l0(found: Measurement, sae: SiteSae) -> int:
 
 
 def _present(acts: SparseActs, chunks: Tensor, n_chunks: int) -> Tensor:
-    """[n_chunks, F] bool: which latents are active in which chunk; chunks [n] of the tokens."""
+    """[n_chunks, F] bool: which latents are active in which chunk; chunks [n] gives each token's chunk."""
     active = acts.values.reshape(-1) != 0
     token, latent = acts.token_numbers()[active].cpu(), acts.col_indices[active].cpu()
     return present(chunks[token], latent, n_chunks, acts.d_sae)
@@ -231,7 +231,7 @@ def run(settings: GeometrySettings, stages: Stages) -> Result:
 
     Raises InputError for bad settings or pairs, SAEs that do not fit or have no decoder rows; StateError for damaged files.
     """
-    pairs = read_pairs(settings.pairs)  # a bad file is told before anything runs
+    pairs = read_pairs(settings.pairs)  # reject a bad file before anything runs
     inputs = prepare(settings, stages)
     for sae in inputs.saes:
         require(sae.d_sae <= MOST_LATENTS, "sae", f"must have at most {MOST_LATENTS} latents here", sae.d_sae)
@@ -261,7 +261,7 @@ def run(settings: GeometrySettings, stages: Stages) -> Result:
 def _of_sae(
     inputs: Inputs, sae: SiteSae, found: Measurement, settings: GeometrySettings
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Lobes, galaxy and dark matter of one SAE, and what figures draw."""
+    """Lobes, galaxy and dark matter of one SAE, and the arrays that figures draw."""
     rows = getattr(sae.load(), "W_dec", None)
     if rows is None or rows.shape[1] != sae.d_in:
         raise InputError(f"sae: must have decoder rows W_dec of shape [latents, {sae.d_in}], got none in {sae.folder}")
@@ -286,7 +286,7 @@ def _of_sae(
 
 
 def _random_numbers(read: CoOccurrence | None, sae: SiteSae, settings: GeometrySettings) -> dict[str, float]:
-    """Lobes of random directions, of those that are active in enough chunks; none where too few are."""
+    """Lobes of those random directions that are active in enough chunks; empty if too few are."""
     if read is None:
         return {}
     latents = read.often(settings.least_chunks)
@@ -297,7 +297,7 @@ def _random_numbers(read: CoOccurrence | None, sae: SiteSae, settings: GeometryS
 
 
 def _drawn(counts: CoOccurrence, kept: Tensor, lobes: Tensor, rows: Tensor, *, seed: int) -> dict[str, np.ndarray]:
-    """phi and angles, latents sorted by lobe and averaged in DRAWN_BINS; eigenvalues beside those of Gaussian rows."""
+    """phi and angles, with latents sorted by lobe and averaged in DRAWN_BINS bins; eigenvalues of these and Gaussian rows."""
     order = lobes.argsort(stable=True)
     bins = torch.nn.functional.one_hot(torch.arange(len(order)) * DRAWN_BINS // len(order), DRAWN_BINS).double()
     bins = bins / bins.sum(0).clamp(min=1)
@@ -313,7 +313,7 @@ def _drawn(counts: CoOccurrence, kept: Tensor, lobes: Tensor, rows: Tensor, *, s
 
 
 def table(result: Result) -> Table:
-    """One row an SAE: lobes beside their nulls, the power law, parallelograms, dark matter."""
+    """One row per SAE: lobes compared with their nulls, the power law, parallelograms, dark matter."""
     numbers, k = result.numbers, middle(result.config["clusters"])
     rows = []
     for sae in result.series["saes"]:
@@ -346,7 +346,7 @@ def _with_sd(numbers: Mapping[str, float], name: str) -> str:
 
 
 def deviations(numbers: Mapping[str, float], value: str, null: str) -> float:
-    """How many standard deviations of its null a value is above the null's mean."""
+    """How many standard deviations of the null a value lies above the null's mean."""
     return (numbers[value] - numbers[f"{null}/mean"]) / max(numbers[f"{null}/sd"], 1e-12)
 
 
@@ -393,7 +393,7 @@ def _short(name: str) -> str:
 
 
 def lobes(result: Result) -> Figure:
-    """phi (left) and angles between rows (right) of latents sorted by lobe, of the SAE whose lobes agree best."""
+    """phi (left) and angles between rows (right) of latents sorted by lobe, for the SAE whose lobes agree best."""
     k = middle(result.config["clusters"])
     sae = max(result.series["saes"], key=lambda sae: result.numbers[f"{sae['name']}/ami/phi/{k}"])["name"]
     figure, panels = new_panels(3.0, 2)
@@ -413,7 +413,7 @@ def lobes(result: Result) -> Figure:
 
 
 def agreement(result: Result) -> Figure:
-    """Agreement of lobes and clusters of rows over their number, beside its nulls (2 sd); four SAEs at most."""
+    """Agreement of lobes and clusters of rows against their number, with its nulls (2 sd); four SAEs at most."""
     saes, counts = result.series["saes"][:MOST_PANELS], sorted(result.config["clusters"])
     figure, panels = new_panels(2.6, len(saes), sharey=True)
     for axes, sae in zip(panels, saes, strict=True):
@@ -439,7 +439,7 @@ def agreement(result: Result) -> Figure:
 
 
 def spectrum(result: Result) -> Figure:
-    """Eigenvalues of the decoder rows over their rank, beside Gaussian rows of the same variance."""
+    """Eigenvalues of the decoder rows against their rank, compared with Gaussian rows of the same variance."""
     figure, axes = new_figure(2.6)
     for number, sae in enumerate(result.series["saes"]):
         name = sae["name"]

@@ -1,11 +1,11 @@
 """Does the nonlinear error follow the intrinsic dimension of the activations, from layer to layer?
 
-At each layer: FVU and FVU_nonlinear of an SAE, and the dimension of the activations it reads by TwoNN (Facco et al. 2017).
-2605.09887 ("Geometric Wall") asks it of the error that no width removes; here it is asked of the error that no linear map
-removes. Beside it stand what a linear view says (the participation ratio of the covariance) and a control without
-curvature or clusters: normal points of the same covariance.
+At each layer: FVU and FVU_nonlinear of an SAE, and the dimension of the activations it reads, by TwoNN (Facco et al. 2017).
+2605.09887 ("Geometric Wall") asks this about the error that no width removes; here it is asked about the error that no
+linear map removes. For comparison: what a linear view says (the participation ratio of the covariance), and a control
+without curvature or clusters, normal points with the same covariance.
 
-A dimension is that of a scale: all three are also measured with a half and a quarter of the points.
+A dimension depends on scale: all three are also measured with a half and a quarter of the points.
 
 Shapes: n tokens, d width of a site.
 """
@@ -44,17 +44,17 @@ from darkmatter_ext.runtime.progress import Stages
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCALES = (1, 2, 4)  # one point in so many
-MOST_EXACT = 7  # layers whose orders are all counted: 5040
+SCALES = (1, 2, 4)  # use one point in this many
+MOST_EXACT = 7  # up to this many layers, all orders (5040) are counted
 QUANTITIES = ("fvu", "fvu_nonlinear")
 
 
 @dataclass(frozen=True)
 class IntrinsicDimensionSettings(Settings):
-    """Measure the intrinsic dimension of activations beside the error of their SAEs, layer by layer."""
+    """Measure the intrinsic dimension of activations and the error of their SAEs, layer by layer."""
 
     points: int = 4000
-    """tokens of each layer whose neighbours are looked for, of other documents"""
+    """tokens of each layer whose neighbours (in other documents) are looked for"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +65,7 @@ PRESETS = {"demo": extended(DEMO, IntrinsicDimensionSettings, layers=(2, 8, 14, 
 
 
 def plan(settings: IntrinsicDimensionSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     sizes = ", ".join(str(settings.points // scale) for scale in SCALES)
     return [
         *plan_lines(settings),
@@ -75,7 +75,7 @@ def plan(settings: IntrinsicDimensionSettings) -> list[str]:
 
 
 def sample_tokens(tokens: StoredTokens, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """At most `count` measured tokens of a site [n, d] and their documents [n]: the same places at every site."""
+    """At most `count` measured tokens at a site [n, d] and their documents [n]: the same tokens at every site."""
     x = torch.cat([tokens.with_role(role) for role in (FIT, HELD_OUT)])
     documents = torch.cat([tokens.documents_with(role) for role in (FIT, HELD_OUT)])
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:count]
@@ -83,7 +83,7 @@ def sample_tokens(tokens: StoredTokens, count: int, *, seed: int) -> tuple[Tenso
 
 
 def dimension_numbers(x: Tensor, documents: Tensor, *, seed: int) -> dict[str, float]:
-    """Of points [n, d] of documents [n]: `dimension`, `gaussian` and, with fewer points, `dimension_2`, `gaussian_4`, ..."""
+    """For points [n, d] in documents [n]: `dimension`, `gaussian` and, with fewer points, `dimension_2`, `gaussian_4`, ..."""
     numbers = {"participation_ratio": participation_ratio(x), "points": float(len(x))}
     gaussian = gaussian_like(x, seed=seed)
     for scale in SCALES:
@@ -97,9 +97,9 @@ def dimension_numbers(x: Tensor, documents: Tensor, *, seed: int) -> dict[str, f
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Spearman's rho and the two-sided p of its permutations, all of them counted for at most MOST_EXACT pairs.
+    """Spearman's rho and its two-sided permutation p-value, which is exact for at most MOST_EXACT pairs.
 
-    NaN for fewer than 3 pairs, or where all of one are equal.
+    NaN for fewer than 3 pairs, or if either is constant.
     """
     from scipy import stats
 
@@ -114,7 +114,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> tuple[float, flo
 
 
 def run(settings: IntrinsicDimensionSettings, stages: Stages) -> Result:
-    """Measure the SAEs, and the dimension of what they read.
+    """Measure the SAEs and the dimension of what they read.
 
     Raises InputError for bad settings or SAEs that do not fit; StateError for damaged files.
     """
@@ -141,7 +141,7 @@ def run(settings: IntrinsicDimensionSettings, stages: Stages) -> Result:
 
 
 def table(result: Result) -> Table:
-    """One row a layer: dimensions, and the error of its widest SAE."""
+    """One row per layer: dimensions, and the error of its widest SAE."""
     rows = []
     for hook in result.series["hooks"]:
         sae = result.series["widest"][hook]
@@ -159,7 +159,7 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """What goes with what, as far as so few layers can tell."""
+    """What correlates with what, as far as so few layers can tell."""
     numbers, hooks = result.numbers, result.series["hooks"]
     dimensions = [numbers[f"{hook}/dimension"] for hook in hooks]
     controls = [numbers[f"{hook}/gaussian"] for hook in hooks]
@@ -185,7 +185,7 @@ def reading(result: Result) -> list[str]:
 
 
 def by_layer(result: Result) -> Figure:
-    """Dimension and error over the layers."""
+    """Dimension and error by layer."""
     figure, (left, right) = new_panels(3.0, 2)
     hooks = result.series["hooks"]
     places = list(range(len(hooks)))
@@ -214,7 +214,7 @@ def by_layer(result: Result) -> Figure:
 
 
 def dimension_and_error(result: Result) -> Figure:
-    """FVU_nonlinear against the dimension, a point a layer."""
+    """FVU_nonlinear against the dimension, one point per layer."""
     figure, panels = new_panels(2.8, 2, sharey=True)
     hooks = result.series["hooks"]
     names = [f"{result.series['widest'][hook]}/fvu_nonlinear" for hook in hooks]

@@ -2,14 +2,15 @@
 
 Do latents that predict a large squared norm have a large mean active value (figure 14)?
 
-a* is a linear map to a squared norm, and W_dec . a*, a latent's decoder row with a*, is what one unit of that latent adds to
-the predicted squared norm: in squared units of activation per unit of the latent's value. It is compared with the latent's
-mean value over the tokens where it is active (fit and held-out text), in units of the latent. Nothing is normalised.
+a* is a linear map to a squared norm. W_dec . a*, the product of a latent's decoder row and a*, is what one unit of that latent
+adds to the predicted squared norm, in squared units of activation per unit of the latent's value. It is compared with the
+latent's mean value over the tokens where it is active (fit and held-out text), in units of the latent. Nothing is normalised.
 
-*Figure 14* is of the reconstruction: a* from Sae(x) - b_dec = sum_i z_i w_i to its own squared norm, without a bias. If
-the decoder rows were orthogonal, and latents active or not independently with a value c_i, then W_dec . a* = c_i: the
-points lie on the identity line. How far they do is its slope (of the value on W_dec . a*, through 0) and its R2. The
-squared norms of the error, of its nonlinear part and of x, predicted from x (the norm prediction test), stand beside it.
+*Figure 14* is about the reconstruction: a* maps Sae(x) - b_dec = sum_i z_i w_i to its own squared norm, without a bias. If
+the decoder rows were orthogonal and each latent independently either silent or active with value c_i, then W_dec . a* = c_i:
+the points would lie on the identity line. How closely they do is measured by the slope (of the value on W_dec . a*, through
+0) and by R2. The squared norms of the error, its nonlinear part and x, predicted from x (the norm prediction test), are
+shown for comparison.
 
 Controls: the decoder rows permuted among the latents, and random directions with the norms of the rows; neither can know
 which latent is large.
@@ -61,10 +62,10 @@ MIN_LATENTS = 3  # a correlation of two points is 1
 
 @dataclass(frozen=True)
 class LatentAlignmentSettings(Settings):
-    """Compare each latent's part in predicting a squared norm with its mean active value."""
+    """Compare each latent's contribution to a predicted squared norm with its mean active value."""
 
     reconstruction_tokens: int = 150_000
-    """tokens that a* of the reconstruction is fitted on, at most; they are read once more"""
+    """at most this many tokens to fit a* of the reconstruction on; they are read once more"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +76,7 @@ PRESETS = presets(LatentAlignmentSettings, {"widths": (2048,)})
 
 
 def plan(settings: LatentAlignmentSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     again = f"read      up to {settings.reconstruction_tokens} fit tokens once more, for the norm of the reconstruction"
     return [*plan_lines(settings), again, "compare   decoder rows . a* with mean active values, latent by latent"]
 
@@ -84,14 +85,14 @@ def plan(settings: LatentAlignmentSettings) -> list[str]:
 
 
 def weighted_ranks(values: Tensor, weights: Tensor) -> Tensor:
-    """Mean ranks [B, m] of values [m] of which each stands there weights [B, m] times; equal values share a rank."""
+    """Mean ranks [B, m] of values [m], each occurring weights [B, m] times; equal values share a rank."""
     _, group = values.unique(return_inverse=True)
     count = weights.new_zeros(len(weights), int(group.max()) + 1).index_add_(1, group, weights)
     return (count.cumsum(1) - (count - 1) / 2)[:, group]
 
 
 def _pearson(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """Correlations [B] of a and b [m] or [B, m] with weights [B, m]; NaN where one does not vary."""
+    """Correlations [B] of a and b [m] or [B, m] with weights [B, m]; NaN if either is constant."""
     n = weights.sum(1, keepdim=True)
     a, b = (values - (weights * values).sum(1, keepdim=True) / n for values in (a, b))
     return (weights * a * b).sum(1) / ((weights * a * a).sum(1) * (weights * b * b).sum(1)).sqrt()
@@ -104,9 +105,9 @@ def _both(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 
 
 def correlations(a: Tensor, b: Tensor, *, seed: int, resamples: int = RESAMPLES) -> dict[str, Interval]:
-    """Pearson and Spearman correlation of a and b, float64 [m], with percentile intervals, drawing latents again.
+    """Pearson and Spearman correlation of a and b, float64 [m], with percentile intervals from resampling latents.
 
-    NaN with fewer than MIN_LATENTS. Cost: `resamples` times O(m); ranks are made anew in every draw.
+    NaN with fewer than MIN_LATENTS. Cost: `resamples` times O(m); ranks are recomputed in every draw.
     """
     m = len(a)
     if m < MIN_LATENTS:
@@ -124,7 +125,7 @@ def correlations(a: Tensor, b: Tensor, *, seed: int, resamples: int = RESAMPLES)
 
 
 def identity_numbers(alignment: Tensor, value: Tensor, *, seed: int) -> dict[str, float]:
-    """`slope` of value on alignment (both [m]) through 0, and `identity_r2`, R2 of value = alignment, drawing latents again."""
+    """`slope` of value on alignment (both [m]) through 0; `identity_r2`, R2 of value = alignment; resampling latents."""
     if len(value) < MIN_LATENTS:
         return UNKNOWN.numbers("slope") | UNKNOWN.numbers("identity_r2")
     a, v = alignment.double(), value.double()
@@ -149,14 +150,14 @@ def directions(w_dec: Tensor, *, seed: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Of one SAE: what its latents add to each predicted norm, and how large and frequent they are."""
+    """What the latents of one SAE add to each predicted norm, and how large and frequent they are."""
 
     values: dict[str, dict[str, Tensor]]  # target -> row kind -> [F]
     mean_active_value: Tensor  # [F], NaN where never active
     fired: Tensor  # [F] tokens
 
     def numbers(self, *, seed: int) -> dict[str, float]:
-        """Correlations over the latents that fired: "error/decoder/pearson" with its interval, and so on."""
+        """Correlations over the latents that fired: "error/decoder/pearson" with its interval, etc."""
         kept = self.fired > 0
         numbers: dict[str, float] = {"latents": len(kept), "latents_never_fired": int((~kept).sum())}
         for target, every in self.values.items():
@@ -171,16 +172,16 @@ class Alignment:
         return numbers
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """A value a latent: what the scatter is drawn from."""
+        """One value per latent, for the scatter plot."""
         columns = {"mean_active_value": self.mean_active_value, "fired": self.fired}
         columns |= {f"alignment/{target}": every["decoder"] for target, every in self.values.items()}
         return {name: column.cpu().numpy() for name, column in columns.items()}
 
 
 def reconstruction_map(batches: Iterable[Tensor], encode: Encode, rows: Tensor) -> LinearMap:
-    """a* [d, 1]: least squares without bias from s = Sae(x) - b_dec to ||s||^2, as figure 14 has it.
+    """a* [d, 1]: least squares without bias from s = Sae(x) - b_dec to ||s||^2, as in figure 14.
 
-    s is made of the latents themselves, sum_i z_i w_i with `rows` [F, d], so it is in their units whatever scaling is around.
+    s is computed from the latents, sum_i z_i w_i with `rows` [F, d], so it is in their units whatever scaling surrounds them.
     """
     statistics = LinearStatistics(rows.shape[1], 1, rows.device)
     for x in batches:
@@ -192,7 +193,7 @@ def reconstruction_map(batches: Iterable[Tensor], encode: Encode, rows: Tensor) 
 def alignment(
     w_dec: Tensor, maps: Mapping[str, Tensor], mean_active_value: Tensor, fired: Tensor, *, seed: int
 ) -> Alignment:
-    """W_dec . a* of decoder rows [F, d] for each map a* [d, 1] of `maps`, beside the latents' values and counts [F]."""
+    """W_dec . a* of decoder rows [F, d] for each map a* [d, 1] in `maps`, with the latents' values and counts [F]."""
     rows = directions(w_dec, seed=seed)
     values = {
         target: {kind: (own @ a_star.cpu().double()).flatten() for kind, own in rows.items()}
@@ -202,9 +203,9 @@ def alignment(
 
 
 def decoder_rows(sae: Any, d: int, folder: str) -> tuple[Tensor, str]:
-    """What a unit of each latent adds, [F, d]: W_dec of an SAE; and how it normalises activations before encoding.
+    """What one unit of each latent adds, [F, d]: W_dec of an SAE; and how it normalises activations before encoding.
 
-    Raises InputError when it has no decoder rows of the site's width.
+    Raises InputError if it has no decoder rows of the site's width.
     """
     w_dec = getattr(sae, "W_dec", None)
     shape = None if w_dec is None else list(w_dec.shape)
@@ -217,7 +218,7 @@ def decoder_rows(sae: Any, d: int, folder: str) -> tuple[Tensor, str]:
 
 
 def _fit_tokens(inputs: Inputs, sae: SiteSae, settings: LatentAlignmentSettings) -> Iterable[Tensor]:
-    """Fit tokens of an SAE's site, or any measured ones as the released code has it."""
+    """Fit tokens at an SAE's site, or any measured tokens as in the released code."""
     roles = (FIT, HELD_OUT) if settings.measure.released else (FIT,)
     limit, seed, device = settings.reconstruction_tokens, settings.seed, settings.device
     again = tokens_again(inputs.source, inputs.roles, sae.hook, roles, limit=limit, seed=seed, device=device)
@@ -225,7 +226,7 @@ def _fit_tokens(inputs: Inputs, sae: SiteSae, settings: LatentAlignmentSettings)
 
 
 def run(settings: LatentAlignmentSettings, stages: Stages) -> Result:
-    """Measure the family and compare its latents.
+    """Measure the family of SAEs and compare their latents.
 
     Raises ValueError for bad settings, SAEs that do not fit or have no decoder rows; RuntimeError for damaged files.
     """
@@ -261,7 +262,7 @@ _NAMES = {RECONSTRUCTION: "Sae(x) - b_dec (figure 14)", "error": "error", "nonli
 
 
 def table(result: Result) -> Table:
-    """One row an SAE, squared norm and kind of direction: both correlations, and for figure 14 the identity line's numbers."""
+    """One row per SAE, squared norm and kind of direction: both correlations, and for figure 14 the identity line's numbers."""
     rows = []
     for sae in result.series["saes"]:
         for target in result.series["targets"]:
@@ -289,7 +290,7 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """Figure 14: whether W_dec . a* is the mean active value; and whether sizes go with the predicted norm of the error."""
+    """Figure 14: whether W_dec . a* is the mean active value; and whether latent sizes correlate with the error's norm."""
     numbers, lines = result.numbers, []
     for sae in result.series["saes"]:
         name = sae["name"]
@@ -328,8 +329,8 @@ _ROWS = {
 
 
 def scatter(result: Result) -> Figure | None:
-    """W_dec . a* against the mean active value, a point a latent that fired, of the widest SAE."""
-    if not result.arrays:  # they are in a file of their own, which may not have been sent along
+    """W_dec . a* against the mean active value, one point per latent that fired, for the widest SAE."""
+    if not result.arrays:  # they are in a separate file, which may not have been sent along
         return None
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
@@ -372,7 +373,7 @@ def scatter(result: Result) -> Figure | None:
 
 
 def correlation_bars(result: Result) -> Figure:
-    """Pearson and Spearman correlation of every SAE, with intervals, beside the controls."""
+    """Pearson and Spearman correlation of every SAE, with intervals, compared with the controls."""
     saes = result.series["saes"]
     figure, panels = new_panels(4.6, 2, rows=2, sharey=True)
     kinds = ("pearson", "spearman")

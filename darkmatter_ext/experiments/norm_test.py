@@ -3,8 +3,8 @@
 How much of each squared norm a linear map of x predicts, over a family of SAEs (figure 7).
 
 For v in x, Sae(x), SaeError(x), its linear part, its nonlinear part and Sae(x) + nonlinear part: R2 on held-out tokens of
-the least-squares map from x to ||v||^2. Baseline: the same with ||x||^2 alone as predictor, one number instead of d.
-A target that x says nothing about would score about -d / n with n tokens to fit d slopes on: the noise floor.
+the least-squares map from x to ||v||^2. Baseline: the same with ||x||^2 as the only predictor, one number instead of d.
+With n tokens to fit d slopes, a target that x says nothing about would score about -d / n: the noise floor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MIN_VIOLIN = 4  # SAEs: a density of fewer would be drawn from nothing
+MIN_VIOLIN = 4  # SAEs: too few for a density below that
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ SCRIPT = Regressions(bias=False, map_on_all=True)
 
 
 def plan(settings: NormTestSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     return plan_lines(settings)
 
 
 def norm_numbers(site: SiteMeasurement, sae: str) -> dict[str, float]:
-    """R2 of every norm of one SAE, from x and from ||x||^2 alone, with intervals; beside it L0, FVU and the noise floor."""
+    """R2 of every norm of one SAE, from x and from ||x||^2 alone, with intervals; also L0, FVU and the noise floor."""
     found, numbers = site.intervals(sae), {}
     for target in NORM_TARGETS:
         numbers |= found[f"r2_norm/{target}"].numbers(f"{sae}/r2_norm/{target}")
@@ -65,9 +65,9 @@ def norm_numbers(site: SiteMeasurement, sae: str) -> dict[str, float]:
 
 
 def over_saes(numbers: dict[str, float], saes: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Median, least and greatest over the SAEs of each R2: "over_saes/r2_norm/error/median" and so on.
+    """Median, minimum and maximum of each R2 over the SAEs: "over_saes/r2_norm/error/median" and so on.
 
-    SAEs whose norm does not vary (R2 is NaN) are left out of them.
+    SAEs whose norm does not vary (R2 is NaN) are left out.
     """
     kinds = {"r2_norm": NORM_TARGETS, "r2_from_norm_of_x": NORM_TARGETS[1:]}
     found = {}
@@ -112,7 +112,7 @@ _ENDS = ("median", "least", "greatest")
 
 
 def table(result: Result) -> Table:
-    """One row a norm: median and range over SAEs, from x and from its norm alone."""
+    """One row per norm: median and range over SAEs, from x and from its norm alone."""
     rows = []
     for target in result.series["targets"]:
         row = [target.replace("_", " ")]
@@ -131,7 +131,7 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """How predictable the error's norm is, and whether more so than that of its nonlinear part."""
+    """How predictable the error's norm is, and whether it is more so than that of its nonlinear part."""
     numbers, saes = result.numbers, [sae["name"] for sae in result.series["saes"]]
 
     def ends(target: str) -> dict[str, float]:
@@ -164,7 +164,7 @@ _COLOURS = {"error": BLUE, "linear": GREEN, "nonlinear": ORANGE}
 
 
 def _layers(saes: list[dict[str, Any]]) -> list[int]:
-    """The layer of each SAE; the number of its site where hook points have other names."""
+    """The layer of each SAE; the number of its site if hook points have other names."""
     try:
         return [parse_hook_point(sae["hook"]).layer for sae in saes]
     except ValueError:
@@ -173,7 +173,7 @@ def _layers(saes: list[dict[str, Any]]) -> list[int]:
 
 
 def violins(result: Result) -> Figure:
-    """R2 of the six norms over all SAEs: violins, and every SAE as a point, coloured by width (by layer, of many sites)."""
+    """R2 of the six norms over all SAEs: violins, and every SAE as a point, coloured by width (by layer for many sites)."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import MaxNLocator
 

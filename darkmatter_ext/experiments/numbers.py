@@ -1,16 +1,16 @@
 """Does a language model hold numbers on a helix, or only their digits?
 
 Kantamneni and Tegmark (2502.00873) fit the states of numbers by a helix, B(a) = [1, a, cos and sin of 2 pi a / T] for T =
-2, 5, 10, 100, and patch it into models that add. Where a number is written in digits, periods 2, 5 and 10 and the line are
-sums of functions of its digits: a model that only knows digits fits such a helix too. What decides is what the helix holds
-*beyond digits*, and how it does beside as many random columns out of the digits' own.
+2, 5, 10, 100, and patch it into models that add. If a number is written in digits, periods 2, 5 and 10 and the line are
+sums of functions of its digits, so a model that only knows digits fits such a helix too. What decides is how much the helix
+holds *beyond digits*, and how it compares with as many random columns drawn from the digits' own.
 
-Every R2 is of values held out of the fit (folds by value: the templates of a value never on both sides), weighted by
-variance, over all templates; the ceiling is another template's state of the same value. Patches move a state by what a fit
-says lies between two values, in sums without a carry ("23 + 4 = 2"); scores are in units of putting in the other
-value's own state, less the mean state's, which is what a fit that knows nothing puts in. At the last token of such a sum the
-question is the same: is there more of it than functions of each addend, and is it a helix of the sum (the "Clock")? There
-folds are by the pair of digits that are added.
+Every R2 is on values held out of the fit (folds by value: the templates of a value are never on both sides), weighted by
+variance, over all templates; the ceiling is another template's state of the same value. Patches move a state by the
+difference that a fit predicts between two values, in sums without a carry ("23 + 4 = 2"). The unit of scores is putting in
+the other value's own state; subtracted is the score of the mean state, which a fit that knows nothing would put in. At the
+last token of such a sum, too: is there more than functions of each addend, and is it a helix of the sum (the "Clock")?
+There, folds are by the pair of digits that are added.
 
 Shapes: v values, t templates, d width of the site, p columns of a fit.
 """
@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST, FEWEST_VALUES = 999, 20
-FEWEST_RIGHT = 30  # sums that the model has right; with fewer they are not looked at
-LETTERS = string.ascii_uppercase  # control: a row of things that are no numbers
+FEWEST_RIGHT = 30  # sums that the model gets right; with fewer, sums are not examined
+LETTERS = string.ascii_uppercase  # control: an ordered sequence that is not numbers
 PATCHES = {
     "value_mean": "the mean states of the two values (the most a fit by value can do)",
     "digits": "the digits-only model",
@@ -78,30 +78,30 @@ PATCHES = {
     "random_move": "control: a random direction, as long as the helix's move",
 }
 EMBEDDING = "embedding"
-SHOWN_SCORE = 4  # of a patch: an interval that reaches further is cut off in the figure
+SHOWN_SCORE = 4  # largest patch score shown: longer intervals are cut off in the figure
 _PARTS = ("sae", "linear", "nonlinear")
 
 
 @dataclass(frozen=True)
 class NumbersSettings(Settings):
-    """Fit the states of numbers by a helix and by their digits, patch both, and ask what of it is in the SAE's error."""
+    """Fit the states of numbers by a helix and by their digits, patch both, and ask how much of it is in the SAE's error."""
 
     blocks: tuple[int, ...] = (0, 5, 10, 15, 20, 25)
-    """whose outputs are fitted and patched; the SAEs' own and the embedding join them"""
+    """blocks whose outputs are fitted and patched; the SAEs' own sites and the embedding are added"""
     low: int = 10
     """least value"""
     high: int = 99
     """largest value"""
     periods: tuple[float, ...] = (2.0, 5.0, 10.0, 100.0)
-    """of the helix"""
+    """periods of the helix"""
     templates: tuple[str, ...] = ()
-    """texts with {a} where the number stands, the state is read at its last token; default: eight built in"""
+    """texts with {a} in place of the number, whose last token's state is read; default: eight built-in ones"""
     draws: int = 99
-    """of every null: permuted values, random periods, random columns of the digits"""
+    """draws of every null: permuted values, random periods, random columns of the digits"""
     train_fraction: float = 0.75
-    """share of the values in a fit; every value is held out once"""
+    """share of the values used in a fit; every value is held out once"""
     pairs: int = 40
-    """sums that are patched, at most"""
+    """sums to patch, at most"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +119,7 @@ class NumbersSettings(Settings):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The text up to the number: what follows changes no state before it."""
+        """The texts up to the number: what follows does not change any earlier state."""
         return tuple(template.partition("{a}")[0] for template in self.templates or TEMPLATES)
 
     @property
@@ -129,7 +129,7 @@ class NumbersSettings(Settings):
 
     @property
     def fits(self) -> ValueFits:
-        """What the states of the values are fitted by."""
+        """What the values' states are fitted with."""
         count = max(2, round(1 / (1 - self.train_fraction)))
         return ValueFits(self.values, self.periods, count, self.draws, self.seed)
 
@@ -138,7 +138,7 @@ PRESETS = presets(NumbersSettings, {"widths": (2048,)})
 
 
 def plan(settings: NumbersSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     blocks = ", ".join(map(str, settings.blocks))
     return [
         *plan_lines(settings),
@@ -154,7 +154,7 @@ def plan(settings: NumbersSettings) -> list[str]:
 def run(settings: NumbersSettings, stages: Stages) -> Result:
     """Measure the SAEs (for b*), fit the states of numbers, patch them.
 
-    Raises InputError for bad settings, a block the model does not have, a tokenizer that does not tell the values apart;
+    Raises InputError for bad settings, a block the model does not have, a tokenizer that cannot tell the values apart;
     StateError for damaged files.
     """
     model = resolve(settings).model
@@ -233,7 +233,7 @@ def _summed(
     sites: Mapping[str, str],
     stages: Stages,
 ) -> tuple[dict[str, float], str]:
-    """Sums that the model gets right: what its last state holds of them, and patches of their first number."""
+    """Sums that the model gets right: what its last state knows about them, and patches of their first number."""
     prompts = sum_prompts(ids, settings.values.tolist(), seed=settings.seed)
     if prompts is None:
         return {"sums/prompts": 0}, "No sums: the tokenizer does not write numbers in digits, or no value has two."
@@ -251,12 +251,12 @@ def _summed(
             numbers |= {f"{name}/{key}": value for key, value in own.items()}
             advance(1)
     order = torch.randperm(len(known.value), generator=torch.Generator().manual_seed(settings.seed))
-    first = dict(zip(known.value[order].tolist(), order.tolist(), strict=True))  # one prompt a value
+    first = dict(zip(known.value[order].tolist(), order.tolist(), strict=True))  # one prompt per value
     kept = known.those(torch.tensor(sorted(list(first.values())[: settings.pairs])))
     start, end = kept.value - settings.low, kept.to - settings.low
     with stages.stage("patch numbers", len(settings.blocks)) as advance:
         for block in settings.blocks:
-            if block < len(transformer_blocks(network)) - 1:  # after the last nothing reads another token's state
+            if block < len(transformer_blocks(network)) - 1:  # after the last block nothing reads another token's state
                 moves = moves_between(h[f"blocks.{block}.hook_resid_post"], settings.fits, start, end)
                 logits = patch_logits(SplicedModel(network, block), kept, moves, seed=settings.seed)
                 own = patch_numbers(logits, seed=settings.seed)
@@ -269,7 +269,7 @@ def _summed(
 
 
 def table(result: Result) -> Table:
-    """One row a site: how well values, digits and the helix say the state, and what decides between the last two."""
+    """One row per site: how well values, digits and the helix predict the state, and what decides between the last two."""
     rows = []
     for name in result.series["sites"]:
         own = {key.partition("/")[2]: value for key, value in result.numbers.items() if key.startswith(f"{name}/")}
@@ -294,7 +294,7 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """Whether there is a helix beyond digits, whether its periods are special, what patches do, what the SAE leaves of it."""
+    """Is there a helix beyond digits, are its periods special, what do patches do, and how much of it does the SAE keep?"""
     numbers, level = result.numbers, 1 - BAND
     sites = [name for name in result.series["sites"] if name != EMBEDDING]
 
@@ -384,7 +384,7 @@ _LINES = {
 
 
 def fits(result: Result) -> Figure:
-    """R2 on held-out values by site: ceiling, digits, helix, polynomial; shaded, as many random columns of the digits."""
+    """R2 on held-out values by site: ceiling, digits, helix, polynomial; shaded: as many random columns of the digits."""
     figure, axes = new_figure(3.0)
     sites = list(result.series["sites"])
     _over_sites(axes, result, sites, {f"r2/{key}": line for key, line in _LINES.items()})
@@ -397,7 +397,7 @@ def fits(result: Result) -> Figure:
 
 
 def sums(result: Result) -> Figure | None:
-    """What the state at a sum's last token holds of the sum beyond functions of its addends; none where none was right."""
+    """What the state at a sum's last token holds beyond functions of the addends; None if the model got no sum right."""
     sites = [site for site in result.series["sites"] if f"{site}/r2/sum_helix" in result.numbers]
     if not sites:
         return None
@@ -423,7 +423,7 @@ def _over_sites(
     step: float = 0.06,
     fmt: str = "o-",
 ) -> None:
-    """Numbers with intervals over sites: name -> label and colour, side by side."""
+    """Plot numbers with intervals over sites, side by side; `lines`: name -> label and colour."""
     for number, (name, (label, colour)) in enumerate(lines.items()):
         values, errors = interval_bars(result, [f"{site}/{name}" for site in sites])
         places = [place + step * (number - (len(lines) - 1) / 2) for place in range(len(sites))]
@@ -433,13 +433,13 @@ def _over_sites(
 
 
 def _null_band(axes: Any, result: Result, sites: Sequence[str], null: str, label: str, colour: str) -> None:
-    """From a null's median to its upper quantile."""
+    """Shade from a null's median to its upper quantile."""
     middle, high = ([result.numbers[f"{site}/null/{null}{end}"] for site in sites] for end in ("", "/high"))
     axes.fill_between(range(len(sites)), middle, high, color=colour, alpha=0.15, label=label)
 
 
 def power(result: Result) -> Figure:
-    """Share of the energy of the mean states at every period, a line taken off, after three blocks; dashed, the band."""
+    """Share of the energy of the mean states at every period, after removing a line, after three blocks; dashed: the band."""
     figure, axes = new_figure(2.8)
     blocks = [site for site in result.series["sites"] if site != EMBEDDING]
     chosen = dict.fromkeys([blocks[0], blocks[len(blocks) // 2], blocks[-1]])
@@ -460,7 +460,7 @@ def power(result: Result) -> Figure:
 
 
 def patches(result: Result) -> Figure | None:
-    """Scores of every patch by block; none where nothing was patched."""
+    """Scores of every patch by block; None if nothing was patched."""
     sites = [site for site in result.series["sites"] if f"{site}/patch/helix" in result.numbers]
     if not sites:
         return None
@@ -478,7 +478,7 @@ def patches(result: Result) -> Figure | None:
 
 
 def shares(result: Result) -> Figure:
-    """The share of the helix, and of all that the states tell of the value, in Sae(x), the linear and the nonlinear error."""
+    """The share of the helix, and of all that states say about the value, in Sae(x), the linear and the nonlinear error."""
     figure, axes = new_figure(2.6)
     name = max(result.series["saes"], key=lambda sae: sae["d_sae"])["name"]
     for number, (key, label, colour) in enumerate((("helix", "the helix", ORANGE), ("all", "all of the value", BLUE))):

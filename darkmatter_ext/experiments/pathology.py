@@ -2,10 +2,10 @@
 
 Is Sae(x) a worse point than others at the same distance from x?
 
-Gurnee (2024) finds Sae(x) 2 to 4.5 times as bad, in KL and CE, as a random point at its distance, in every layer of GPT-2
-small, not explained by shrinkage. Lee and Heimersheim (2410.12555) find the errors no longer pathological against
-mixtures of activations (the null `mixture`; that of the errors' own covariance is this package's). All stand here side by
-side (`nulls.NULLS`), at each layer, and per token: by token, by its frequency in the text, by position.
+Gurnee (2024) finds Sae(x) 2 to 4.5 times as bad, in KL and CE, as a random point at the same distance, in every layer of
+GPT-2 small; shrinkage does not explain it. Lee and Heimersheim (2410.12555) find that errors are no longer pathological
+compared with mixtures of activations (the null `mixture`; the null with the errors' own covariance is this package's). All
+are compared here (`nulls.NULLS`), at each layer and per token: by token, by its frequency in the text, by position.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MINIMUM_COUNT = 10  # of a token in the table: the mean of fewer says nothing
+MINIMUM_COUNT = 10  # occurrences of a token in the table: the mean of fewer says nothing
 SHOWN_TOKENS = 12  # with the largest gaps, and as many with the smallest
 
 
 @dataclass(frozen=True)
 class PathologySettings(Settings):
-    """Compare what Sae(x) does to the model with other points at the same distance from x."""
+    """Compare what Sae(x) does to the model with what other points at the same distance from x do."""
 
     contexts: int = 16
     """held-out contexts to splice into, at each site"""
@@ -69,7 +69,7 @@ PRESETS = {"demo": extended(DEMO, PathologySettings, layers=(5, 10, 15, 20), wid
 
 
 def plan(settings: PathologySettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     nulls = [f"null      {name}: {about}" for name, about in NULLS.items()]
     return [*plan_lines(settings), f"splice    into {settings.contexts} held-out contexts at each site", *nulls]
 
@@ -85,9 +85,9 @@ def patches(encode: Encode, nulls: NullModels, *, seed: int) -> dict[str, Splice
 
 
 def ratio_numbers(tokens: SplicedTokens, documents: Tensor, *, seed: int) -> dict[str, float]:
-    """KL and CE increase of Sae(x) and the nulls, and how many times each null's the SAE's is; by documents [n].
+    """KL and CE increase of Sae(x) and the nulls, and the ratio of the SAE's to each null's; intervals by documents [n].
 
-    A ratio is NaN where the null's own loss cannot be told from 0.
+    A ratio is NaN if the null's own loss cannot be told from 0.
     """
     losses, numbers = tokens.losses, {}
     kl = losses.kl
@@ -102,7 +102,7 @@ def ratio_numbers(tokens: SplicedTokens, documents: Tensor, *, seed: int) -> dic
 
 
 def _gap_rows(gap: Tensor, label: Tensor, documents: Tensor, labels: list[Any], *, seed: int) -> list[dict[str, Any]]:
-    """Mean gap, its interval by document, and count of every group; label [n] is the number of a group or -1."""
+    """Mean gap, its interval by document, and count of every group; label [n] is a group's number, or -1."""
     inside = label >= 0
     one_hot = torch.zeros(len(gap), len(labels), dtype=torch.float64)
     one_hot[inside.nonzero().flatten(), label[inside]] = 1
@@ -116,11 +116,11 @@ def _gap_rows(gap: Tensor, label: Tensor, documents: Tensor, labels: list[Any], 
 def gap_tables(
     tokens: SplicedTokens, documents: Tensor, text: Tensor, decode: Callable[[int], str], *, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """KL(Sae) less KL(random), nats, by token, by frequency and by position: mean, interval, count.
+    """KL(Sae) minus KL(random) in nats, by token, by frequency and by position: mean, interval, count.
 
     Args:
         tokens: measured with at least the patches `sae` and `random`.
-        documents: [n] the document of each.
+        documents: [n] the document of each token.
         text: token ids of the whole text, any shape, for frequencies.
         decode: token id -> text.
 
@@ -154,7 +154,7 @@ def gap_tables(
 
 @torch.no_grad()
 def run(settings: PathologySettings, stages: Stages) -> Result:
-    """Patch every site with Sae(x) and its nulls.
+    """Patch Sae(x) and its nulls into every site.
 
     Raises InputError for bad settings, an SAE of another model, stored activations that are not the model's, fewer
     held-out contexts than asked for; StateError for a damaged cache.
@@ -195,7 +195,7 @@ LEE_HEIMERSHEIM = "no longer pathologically large against such nulls"
 
 
 def table(result: Result) -> Table:
-    """One row an SAE: its KL, and how many times each null's it is."""
+    """One row per SAE: its KL, and the ratio to each null's KL."""
     nulls = [null for null in result.series["nulls"] if null != "norm_only"]  # not at the same distance: in the reading
     rows = []
     for sae in result.series["saes"]:
@@ -211,7 +211,7 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """Whether Sae(x) is worse than a random point, and whether that stays against covariance-matched ones."""
+    """Whether Sae(x) is worse than a random point, and whether it still is compared with covariance-matched ones."""
     lines = []
     for null, about in (
         ("random", f"a random point at its distance (Gurnee: {GURNEE})"),
@@ -250,7 +250,7 @@ _LABELS = {
 
 
 def ratios(result: Result) -> Figure:
-    """How many times each null's KL, and CE increase, that of Sae(x) is; a line at 1, where the error is ordinary."""
+    """Ratio of Sae(x)'s KL, and CE increase, to each null's; a line at 1, where the error is ordinary."""
     saes = result.series["saes"]
     figure, panels = new_panels(3.3, 2)
     step = 0.09
@@ -278,7 +278,7 @@ def _sae_label(result: Result, sae: dict[str, Any]) -> str:
 
 
 def gap(result: Result) -> Figure:
-    """KL(Sae) less KL(random) by frequency of the token and by position, one line an SAE, with counts."""
+    """KL(Sae) minus KL(random) by frequency of the token and by position, one line per SAE, with counts."""
     figure, panels = new_panels(3.3, 2, sharey=True)
     for axes, table, label in zip(
         panels,
@@ -309,7 +309,7 @@ def _gap_line(axes: Axes, shown: list[tuple[float, dict[str, Any]]], colour: str
 
 
 def gap_by_token(result: Result) -> Figure:
-    """The tokens with the largest and the smallest gap, for the first SAE and the last, with counts and intervals."""
+    """The tokens with the largest and the smallest gap, for the first and the last SAE, with counts and intervals."""
     saes = result.series["saes"]
     chosen = [saes[0]] if len(saes) == 1 else [saes[0], saes[-1]]
     rows = [result.series["gaps"][sae["name"]]["token"] for sae in chosen]

@@ -2,9 +2,9 @@
 
 Is a token hard for every SAE? Error norms of several widths, token by token (figures 5, 6).
 
-Over held-out tokens the (unsquared) norm of one SAE's error is predicted from that of another by a regression on one number,
-for every pair; a smaller SAE predicting a larger one is what the figures show. The gain is the share of what stays
-unexplained, (R2' - R2) / (1 - R2), when the norm of the smaller SAE's nonlinear error joins as a second predictor.
+For every pair of SAEs, the (unsquared) norm of one SAE's error on held-out tokens is regressed on the other's alone; the
+figures show a smaller SAE predicting a larger one. The gain is the share of the unexplained rest, (R2' - R2) / (1 - R2),
+that is explained when the norm of the smaller SAE's nonlinear error joins as a second predictor.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PerTokenSettings(Settings):
 
 
 PRESETS = presets(PerTokenSettings, {"widths": WIDTHS, "sae_seeds": 2})
-del PRESETS["gemma-2-9b-all-layers"]  # errors of several sites are not on one scale
+del PRESETS["gemma-2-9b-all-layers"]  # errors of several sites are not on the same scale
 PRESETS["gemma-2-9b-l20"] = replaced(
     PRESETS["gemma-2-9b-l20"], sae=tuple(sae.spec for sae in SAE_SETS["gemma-2-9b-l20-near-60"])
 )
@@ -57,7 +57,7 @@ SCRIPT = Regressions(bias=False)  # sae_power_laws_per_token.py; its regressions
 
 
 def plan(settings: PerTokenSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     return [*plan_lines(settings), "regress   the error norm of every SAE on that of every other, token by token"]
 
 
@@ -74,7 +74,7 @@ def _check_one_site(settings: PerTokenSettings) -> None:
 
 
 def pair_numbers(site: SiteMeasurement, first: str, second: str) -> dict[str, float]:
-    """How the error norm of the SAE `first` predicts that of `second`: R2, and what two further predictors gain, percent."""
+    """How the error norm of the SAE `first` predicts that of `second`: R2, and what two further predictors gain, in percent."""
     norm, target, pair = [f"{first}/error_norm"], f"{second}/error_norm", f"{first}/{second}"
     return {
         **site.scalar_interval(norm, target).numbers(f"r2/{pair}"),
@@ -84,9 +84,9 @@ def pair_numbers(site: SiteMeasurement, first: str, second: str) -> dict[str, fl
 
 
 def shuffled_r2(norms: Tensor, contexts: Tensor, *, seed: int) -> Interval:
-    """R2 of the same regression from another token's norm to a token's own: 0 but for chance (from its own: 1).
+    """R2 of the same regression from another token's norm to a token's own: 0 up to chance (from its own: 1).
 
-    Fitted on every other context and scored on the rest, always with a bias: without one the known value is not 0.
+    Fitted on every other context and scored on the rest, always with a bias: without one, the known value is not 0.
 
     Args:
         norms: [n], of one SAE's error.
@@ -151,7 +151,7 @@ def run(settings: PerTokenSettings, stages: Stages) -> Result:
 
 
 def _but_seed(sae: dict[str, Any]) -> dict[str, Any]:
-    """What SAEs that differ in their seed only have in common."""
+    """What SAEs that differ only in their seed have in common."""
     return sae | {"folder": "", "seed": 0, "name": sae["name"].replace(f"-seed{sae.get('seed')}", "")}
 
 
@@ -162,7 +162,7 @@ def _pairs(result: Result) -> list[tuple[str, str]]:
 
 
 def table(result: Result) -> Table:
-    """One row a pair: R2 of the larger SAE's error norm, what further predictors gain; below, the controls of each SAE."""
+    """One row per pair: R2 of the larger SAE's error norm, what further predictors gain; below, each SAE's controls."""
     numbers = result.numbers
     rows = [
         [
@@ -184,7 +184,7 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """How well smaller SAEs know which tokens are hard for larger ones, and whether the nonlinear norm adds to it."""
+    """How well smaller SAEs predict which tokens are hard for larger ones, and whether the nonlinear norm adds to it."""
     numbers, pairs, saes = result.numbers, _pairs(result), result.series["saes"]
 
     def span(keys: list[str], form: str) -> str:
@@ -219,7 +219,7 @@ def reading(result: Result) -> list[str]:
     ]
 
 
-_ROOMY = 4  # cells a row that have room for an interval
+_ROOMY = 4  # most cells in a row that leave room for an interval
 _TITLES = {"r2": "R² of the error norm", "gain": "gain from the nonlinear norm, %"}
 
 
@@ -236,7 +236,7 @@ def matrices(result: Result) -> Figure:
 
 
 def _matrix(axes: Axes, result: Result, quantity: str, form: str) -> None:
-    """The upper triangle: row predicts column; text dark on light cells and light on dark ones."""
+    """Draw the upper triangle: row predicts column; text is dark on light cells and light on dark ones."""
     saes, last = result.series["saes"], len(result.series["saes"]) - 1
     names = [sae["name"] for sae in saes]
     values = [

@@ -1,15 +1,15 @@
 """Are an SAE's latents, its reconstruction or its error of use for probing?
 
-Binary tasks on texts ("is this from numpy?", "does it hold a number?"), one probe a kind of feature of the last token:
+Binary tasks on texts ("is this from numpy?", "does it hold a number?"), one probe per kind of feature of the last token:
 
 - *x*: logistic regression on the activation, and on its principal components (as many numbers as latents); neighbours.
-- *latents*: the k whose class means differ most (after division by mean active values), L1 logistic regression.
+- *latents*: the k whose class means differ most (after division by mean active values), with L1 logistic regression.
 - *Sae(x)*, *error*, *linear* and *nonlinear error* (b* from unlabelled text), *x without its nonlinear error*.
 - *controls*: words of the text, k random latents, random directions, an SAE whose decoder stayed random, permuted labels.
 
 Regimes: all training rows, few, few of one label, wrong labels, another domain. Penalties and neighbours are chosen by AUC
-inside the training rows. A *quiver* is several probes of which the one with the best validation AUC is taken: what it gains
-by the SAE's probes stands beside the same with probes of permuted labels in their place.
+within the training rows. A *quiver* is a set of probes from which the one with the best validation AUC is used: what the
+SAE's probes add to it is compared with what probes of permuted labels add in their place.
 
 Kantamneni, Engels, Rajamanoharan, Tegmark, Nanda, "Are Sparse Autoencoders Useful?" (2502.16681); probes of the error are
 not theirs. Shapes: n rows of a task, T tasks, A arrows (probes of one kind), F latents.
@@ -51,7 +51,7 @@ from darkmatter_ext.saes.encoders import random_directions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-VARIANTS = ("true", "permuted")  # labels that an arrow was fitted with
+VARIANTS = ("true", "permuted")  # labels that an arrow was fitted on
 QUIVERS = {  # kinds of arrows: in every quiver, and what is added
     "baseline": ("x", "pca", "neighbours"),
     "sae": ("sae", "latents"),
@@ -76,26 +76,26 @@ _ABOUT = {
 
 @dataclass(frozen=True)
 class ProbingSettings(Settings):
-    """Probe the activation, the latents of an SAE and the parts of its error on labelled texts."""
+    """Probe the activation, an SAE's latents and the parts of its error on labelled texts."""
 
     tasks: str = ""
     """CSV file with columns prompt and target (and task, document, domain); default: tasks of installed documentation"""
     regimes: tuple[str, ...] = REGIMES
-    """of training rows: normal (all), scarcity, imbalance, noise (wrong labels), shift (tested on another domain)"""
+    """regimes of training rows: normal (all), scarcity, imbalance, noise (wrong labels), shift (tested on another domain)"""
     probe_ks: tuple[int, ...] = (1, 16, 128)
     """latents, and principal components, that a probe may use; controls have the middle one"""
     train_sizes: tuple[int, ...] = (8, 32, 128, 512)
     """training rows; the largest, or all of a smaller task, is the normal regime"""
     imbalances: tuple[float, ...] = (0.1,)
-    """shares of positive labels among training rows, regime imbalance"""
+    """shares of positive labels among training rows, for regime imbalance"""
     label_noise: tuple[float, ...] = (0.1, 0.3, 0.5)
-    """shares of training labels that are flipped, regime noise"""
+    """shares of training labels that are flipped, for regime noise"""
     probe_seeds: int = 3
     """splits of each task into training and test documents"""
     rows: int = 300
     """texts of a built-in task, at most"""
     pool: str = "last"
-    """what stands for a text: last (its last token) or mean (over its tokens)"""
+    """what represents a text: last (its last token) or mean (over its tokens)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +112,7 @@ class ProbingSettings(Settings):
 
     @property
     def drawn(self) -> Regimes:
-        """What training rows are drawn."""
+        """Which training rows are drawn."""
         return Regimes(self.regimes, self.train_sizes, self.imbalances, self.label_noise)
 
 
@@ -120,7 +120,7 @@ PRESETS = {"demo": extended(extended(DEMO, Settings, widths=(2048,), frozen=("de
 
 
 def plan(settings: ProbingSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     source = settings.tasks or f"installed documentation that the run has not read, up to {settings.rows} texts a task"
     return [
         *plan_lines(settings),
@@ -134,7 +134,7 @@ def plan(settings: ProbingSettings) -> list[str]:
 
 
 def kinds(own: Iterable[str], ks: Sequence[int], *, seed: int) -> list[tuple[str, Make]]:
-    """Kinds of probes by the features they read, of those that are there."""
+    """Kinds of probes by the features they read, for those features that exist."""
     middle = sorted(ks)[len(ks) // 2]
     few = {name: latents({f"{name}-{middle}": middle}) for name in ("random_directions", "frozen")}
     random_latents = latents({f"random_latents-{middle}": middle}, rank=random_rank(seed))
@@ -164,14 +164,14 @@ def probe(
     settings: ProbingSettings,
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[Scores, Scores]:
-    """Every arrow in every regime, fitted on the labels, and on the labels permuted.
+    """Fit every arrow in every regime, on the labels and on permuted labels.
 
     Args:
-        places: [n] of each task, the rows of the features that are its texts.
+        places: for each task [n], the rows of the features that belong to its texts.
         own: see `probe_features.features`.
         progress: called with 1 after each split of a task.
 
-    Cost: a few seconds a task and split on a core, most of it eigenvectors of Gram matrices of the training rows.
+    Cost: a few seconds per task and split on one core, mostly eigenvectors of Gram matrices of the training rows.
     """
     every = kinds(own, settings.probe_ks, seed=settings.seed)
     found: dict[str, dict[str, dict[tuple[int, int], dict[str, tuple[float, float]]]]] = {}
@@ -197,7 +197,7 @@ def probe(
 
 
 def regime_numbers(regime: str, true: Scores, permuted: Scores, *, seed: int) -> dict[str, float]:
-    """AUC of every arrow in a regime, against x, and what quivers gain; see docs/probing.md for the names."""
+    """AUC of every arrow in a regime, its difference from x, and what quivers gain; see docs/probing.md for the names."""
     numbers: dict[str, float] = {}
     points = true.points(regime)
     every = torch.stack([true.test[point] for point in points]).nanmean((0, 2))  # [T, A]
@@ -237,14 +237,14 @@ def task_numbers(tasks: Sequence[str], true: Scores) -> dict[str, float]:
 
 
 def _measured_sae(inputs: Inputs) -> tuple[SiteSae, SiteSae | None]:
-    """The SAE, and the control whose decoder stayed as drawn where there is one."""
+    """The SAE, and the control whose decoder stayed as initialised, if there is one."""
     frozen = [sae for sae in inputs.saes if sae.trained is not None and sae.trained.freeze != "none"]
     (sae,) = (sae for sae in inputs.saes if sae not in frozen)
     return sae, next((own for own in frozen if own.trained is not None and own.trained.freeze == "decoder"), None)
 
 
 def _read_already(inputs: Inputs) -> Iterable[Document]:
-    """The installed documents that the run has read: its SAEs or b* may know them."""
+    """The installed documents that the run has already read, which its SAEs or b* may know."""
     data = inputs.settings.data
     if data.text or data.dataset or data.stored:
         return ()
@@ -264,9 +264,9 @@ def run(settings: ProbingSettings, stages: Stages) -> Result:
 
     Raises InputError for bad settings or tasks, SAEs that do not fit; StateError for damaged files.
     """
-    if settings.tasks:  # a bad file is told before anything runs
+    if settings.tasks:  # reject a bad file before anything runs
         for task in read_tasks(settings.tasks):
-            taken = kind_of(task.name)[0] in (*REGIMES, VARIANTS[1])  # their numbers would be the task's
+            taken = kind_of(task.name)[0] in (*REGIMES, VARIANTS[1])  # their numbers would clash with the task's
             require(not taken, "tasks", "must not have the name of a regime", repr(task.name))
             _check_splits(task, settings)
     inputs = prepare(settings, stages)
@@ -312,7 +312,7 @@ def _check_splits(task: Task, settings: ProbingSettings) -> None:
 def _features(
     inputs: Inputs, found: Measurement, settings: ProbingSettings, texts: Sequence[str], stages: Stages
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """What probes read of every text, controls included; and a note on texts that end on an attention sink."""
+    """What probes read from every text, controls included; and a note on texts that end on an attention sink."""
     sae, frozen = _measured_sae(inputs)
     site, usage, device = found.site_of(sae.name), inputs.resolved.usage, inputs.processes.device
     with stages.stage("read the texts", len(texts)) as advance:
@@ -358,7 +358,7 @@ def about(arrow: str) -> str:
 
 
 def table(result: Result) -> Table:
-    """One row an arrow, one column a regime: mean test AUC, of all training rows with its interval and against x."""
+    """One row per arrow, one column per regime: mean test AUC; for all training rows also its interval and against x."""
     numbers, regimes = result.numbers, result.series["regimes"]
     others = [regime for regime in regimes if regime != "normal"]
     rows = []
@@ -380,7 +380,7 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """Whether latents beat the activation, what a quiver gains beyond its null, and how much labels the error knows."""
+    """Whether latents beat the activation, what a quiver gains beyond its null, and what the error knows about labels."""
     numbers = result.numbers
     latent = [name for name in result.series["arrows"] if kind_of(name)[0] == "latents"]
     best = max(latent, key=lambda name: numbers[f"normal/{name}/auc"])
@@ -421,12 +421,12 @@ _LINES = (
 
 
 def sizes(result: Result) -> Figure | None:
-    """Mean test AUC over the number of training rows, with intervals over tasks."""
+    """Mean test AUC against the number of training rows, with intervals over tasks."""
     points = [point for point in result.series["points"] if kind_of(point)[0] == "scarcity"]
     if not points:
         return None
     points.sort(key=lambda point: int(kind_of(point)[1]))
-    # A regime of one point has its numbers by the regime's name.
+    # The numbers of a regime with a single point go by the regime's name.
     points = points if len(points) > 1 else ["scarcity"]
     figure, axes = new_figure(2.8)
     arrows = result.series["arrows"]
@@ -446,7 +446,7 @@ def sizes(result: Result) -> Figure | None:
 
 
 def gains(result: Result) -> Figure:
-    """What a quiver of probes on x gains by more probes in each regime, beside the same with permuted labels."""
+    """What a quiver of probes on x gains from more probes in each regime, compared with probes of permuted labels."""
     regimes = result.series["regimes"]
     figure, axes = new_figure(2.6)
     styles = [("sae", "quiver_gain", ORANGE, "s", "by the SAE's probes"), ("sae", "quiver_gain_null", ORANGE, "x", "null"),
@@ -466,7 +466,7 @@ def gains(result: Result) -> Figure:
 
 
 def heat_map(result: Result) -> Figure:
-    """Test AUC of every probe on every task, all training rows."""
+    """Test AUC of every probe on every task, with all training rows."""
     names, arrows = list(result.series["tasks"]), result.series["arrows"]
     values = [[result.numbers[f"{task}/{name}/auc"] for name in arrows] for task in names]
     figure, axes = new_figure(1.9 + 0.17 * len(names))

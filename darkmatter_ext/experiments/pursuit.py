@@ -2,9 +2,9 @@
 
 Is the encoder to blame? The SAE's own latents, pursuit from zero, and a refit, side by side.
 
-Engels et al. ask whether nonlinear error is what a better encoder would remove: the dictionary is kept, the codes are
-chosen by pursuit at the SAE's own L0, token by token (figure 10a: over widths). The refit keeps the encoder's choice of
-latents too and only improves their values (non-negative least squares).
+Engels et al. ask whether a better encoder would remove the nonlinear error: the dictionary is kept, and the codes are
+chosen by pursuit at the SAE's own L0, token by token (figure 10a: over widths). The refit also keeps the encoder's choice
+of latents and only improves their values (non-negative least squares).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PRESETS = presets(PursuitSettings, {"widths": (512, 1024, 2048)})
 
 
 def plan(settings: PursuitSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     return [
         *plan_lines(settings),
         *(f"variant   {about}" for about in VARIANTS.values()),
@@ -58,7 +58,7 @@ def plan(settings: PursuitSettings) -> list[str]:
 
 
 def encoders(method: str) -> dict[str, Make]:
-    """The three ways to use an SAE, by the names of VARIANTS."""
+    """The three ways to use an SAE, named as in VARIANTS."""
     return {
         "encoder": as_encoder,
         "pursuit": functools.partial(pursuit_encoder, method=method),
@@ -69,7 +69,7 @@ def encoders(method: str) -> dict[str, Make]:
 def run(settings: PursuitSettings, stages: Stages) -> Result:
     """Measure FVU, FVU_nonlinear, R2 and L0 of every SAE with every encoder.
 
-    Raises ValueError for bad settings, an SAE with maps pursuit knows nothing of; RuntimeError for a damaged cache.
+    Raises ValueError for bad settings, an SAE with maps that pursuit cannot handle; RuntimeError for a damaged cache.
     """
     found = measured(prepare(settings, stages), stages, encoders=encoders(settings.method))
     numbers = found.sae_numbers()
@@ -80,11 +80,11 @@ def run(settings: PursuitSettings, stages: Stages) -> Result:
 PAPER_PURSUIT = "total FVU 3 to 5% lower, nonlinear error very slightly lower"
 
 
-table = sae_table  # a row an SAE
+table = sae_table  # one row per SAE
 
 
 def reading(result: Result) -> list[str]:
-    """What pursuit and the refit change against the encoder."""
+    """What pursuit and the refit change compared with the encoder."""
     rows = sae_rows(result)
     lines = []
     encoders = {row["sae"]: row for row in rows if row["variant"] == "encoder"}
@@ -110,7 +110,7 @@ _VARIANTS = {
 
 
 def by_width(result: Result) -> Figure:
-    """FVU and FVU_nonlinear over width with the encoder, with pursuit at its L0, and with its latents refitted."""
+    """FVU and FVU_nonlinear by width, with the encoder, with pursuit at its L0, and with its latents refitted."""
     figure, panels = new_panels(3.0, 2)
     titles = {"fvu": "FVU", "fvu_nonlinear": "FVU nonlinear"}
     for axes, (quantity, title) in zip(panels, titles.items(), strict=True):

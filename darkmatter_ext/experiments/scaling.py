@@ -1,10 +1,10 @@
 """FVU, FVU_nonlinear and both prediction tests over width and L0, with the power law.
 
-How FVU, its nonlinear part and both prediction tests go with width and L0 (figures 1 to 4).
+How FVU, its nonlinear part and both prediction tests depend on width and L0 (figures 1 to 4).
 
-At a fixed L0 the FVU follows c + a W^m in the width W, while FVU_nonlinear hardly changes. With that, error comes apart
-(figure 1): what more latents would remove, curve - c; linear error that no width removes, c - mean FVU_nonlinear; what a
-better encoder removes, mean FVU_nonlinear - FVU_nonlinear under pursuit at the same L0; and the rest.
+At a fixed L0, FVU follows c + a W^m in the width W, while FVU_nonlinear hardly changes. This splits the error (figure 1)
+into what more latents would remove, curve - c; linear error that no width removes, c - mean FVU_nonlinear; what a better
+encoder removes, mean FVU_nonlinear - FVU_nonlinear under pursuit at the same L0; and the rest.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 L0_TOLERANCE = (
-    1.3  # an SAE is at the L0 of the law if it is off by no more than this factor (the paper: 48 to 64 for 60)
+    1.3  # an SAE counts as being at the law's L0 if it is off by at most this factor (the paper: 48 to 64 for 60)
 )
 CONTROLS = {
     "shuffled decoder": "control: the widest SAE with its decoder rows permuted",
@@ -61,12 +61,12 @@ PURSUIT = "pursuit"
 
 @dataclass(frozen=True)
 class ScalingSettings(Settings):
-    """See how FVU and its linear and nonlinear part go with the width and L0 of SAEs."""
+    """See how FVU and its linear and nonlinear parts depend on the width and L0 of SAEs."""
 
     l0: float = 60.0
-    """L0 of the power law: at each width the SAE nearest to it counts, if it is off by a factor of 1.3 at most"""
+    """L0 of the power law: at each width, the SAE nearest to it is used, if it is off by a factor of at most 1.3"""
     with_pursuit: bool = False
-    """also measure gradient pursuit over these SAEs' dictionaries: what a better encoder would remove (minutes)"""
+    """also measure gradient pursuit over these SAEs' dictionaries, to see what a better encoder would remove (minutes)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +83,7 @@ PRESETS = presets(
 
 
 def plan(settings: ScalingSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     pursued = ["pursuit   gradient, over the dictionaries of these SAEs"] if settings.with_pursuit else []
     return [
         *plan_lines(settings),
@@ -94,7 +94,7 @@ def plan(settings: ScalingSettings) -> list[str]:
 
 
 def at_fixed_l0(saes: list[dict[str, Any]], numbers: dict[str, float], l0: float) -> list[dict[str, Any]]:
-    """At each width the SAE whose measured L0 is nearest to `l0`, by width; those off by more than L0_TOLERANCE left out."""
+    """For each width, in order, the SAE whose measured L0 is nearest to `l0`, unless off by more than L0_TOLERANCE."""
 
     def distance(sae: dict[str, Any]) -> float:
         own = numbers[f"{sae['name']}/l0"]
@@ -106,9 +106,9 @@ def at_fixed_l0(saes: list[dict[str, Any]], numbers: dict[str, float], l0: float
 
 
 def _candidates(inputs: Inputs, saes: list[dict[str, Any]], l0: float) -> list[dict[str, Any]]:
-    """The SAEs that the law may be made of.
+    """The SAEs that the law may be fitted to.
 
-    Of SAEs trained here: no controls, the first architecture, of several k those nearest to l0, each from its first seed.
+    For SAEs trained here: no controls, the first architecture, the k nearest to l0 if there are several, the first seed.
     """
     trained = {sae.name: sae.trained for sae in inputs.saes if sae.trained is not None}
     if not trained:
@@ -121,7 +121,7 @@ def _candidates(inputs: Inputs, saes: list[dict[str, Any]], l0: float) -> list[d
 
 
 def _other_seeds(inputs: Inputs, saes: list[dict[str, Any]], chosen: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same SAEs trained from other seeds."""
+    """The same SAEs, trained with other seeds."""
     first = [inputs.sae(sae["name"]).trained for sae in chosen]
     if None in first:
         return []
@@ -132,10 +132,10 @@ def _other_seeds(inputs: Inputs, saes: list[dict[str, Any]], chosen: list[dict[s
 def breakdown(
     law: PowerLaw, saes: list[dict[str, Any]], numbers: dict[str, float], mean_nonlinear: Interval, *, pursued: bool
 ) -> dict[str, float]:
-    """The four parts of FVU at each width of the law; the constant one with an interval, that of c and of the mean together.
+    """The four parts of FVU at each width of the law; the constant part has an interval, from those of c and the mean.
 
     `SAE/breakdown/absent`: what more latents would remove; `breakdown/linear`: linear error at any width;
-    `SAE/breakdown/encoder`: what pursuit removes (0 without it); `SAE/breakdown/rest`: nonlinear error that stays.
+    `SAE/breakdown/encoder`: what pursuit removes (0 without it); `SAE/breakdown/rest`: nonlinear error that remains.
     """
     mean = mean_nonlinear.value
     found = _difference(law.c, mean_nonlinear).numbers("breakdown/linear") | mean_nonlinear.numbers(
@@ -152,7 +152,7 @@ def breakdown(
 
 
 def _difference(a: Interval, b: Interval) -> Interval:
-    """a - b of independent estimates: half widths add in squares, on each side."""
+    """a - b for independent estimates: half-widths add in quadrature, on each side."""
     value = a.value - b.value
     low = value - math.hypot(a.value - a.low, b.high - b.value)
     high = value + math.hypot(a.high - a.value, b.value - b.low)
@@ -160,7 +160,7 @@ def _difference(a: Interval, b: Interval) -> Interval:
 
 
 def paired_numbers(site: SiteMeasurement, saes: list[dict[str, Any]]) -> dict[str, float]:
-    """`paired/QUANTITY`: widest less narrowest; `paired/QUANTITY_per_doubling`: slope over log2 of the width; same tokens."""
+    """`paired/QUANTITY`: widest minus narrowest; `paired/QUANTITY_per_doubling`: slope over log2 width; on the same tokens."""
     names = [sae["name"] for sae in saes]
     at = [math.log2(sae["d_sae"]) for sae in saes]
     middle = fmean(at)
@@ -174,7 +174,7 @@ def paired_numbers(site: SiteMeasurement, saes: list[dict[str, Any]]) -> dict[st
 
 
 def _controls(inputs: Inputs, widest: dict[str, Any], numbers: dict[str, float], stages: Stages) -> Measurement:
-    """The controls of the widest SAE, measured as it was."""
+    """The controls of the widest SAE, measured the same way."""
     l0, seed = max(1, round(numbers[f"{widest['name']}/l0"])), inputs.settings.seed
     controls: dict[str, Make] = {
         "shuffled decoder": lambda sae: as_encoder(shuffled_sae(sae, seed=seed)),
@@ -188,7 +188,7 @@ def _law(saes: list[dict[str, Any]], numbers: dict[str, float], key: str) -> Pow
 
 
 def _check_saes(settings: ScalingSettings) -> None:
-    """Raises InputError for given SAEs of one width only, or SAEs of several sites."""
+    """Raises InputError for given SAEs of only one width, or SAEs of several sites."""
     found = resolve(settings)
     if len(found.sites) > 1:
         raise InputError(f"sae: must be of one site to see how error scales, got {' and '.join(found.sites)}")
@@ -200,9 +200,9 @@ def _check_saes(settings: ScalingSettings) -> None:
 def run(settings: ScalingSettings, stages: Stages) -> Result:
     """Measure all SAEs, fit the power law at l0, and take the error apart.
 
-    Raises InputError for bad settings, SAEs of one width only or of several sites; StateError for damaged files.
+    Raises InputError for bad settings, SAEs of only one width or of several sites; StateError for damaged files.
     """
-    if settings.measure.released:  # its scaling script leaves out the first position and the last
+    if settings.measure.released:  # the released scaling script leaves out the first and the last position
         settings = replaced(settings, drop_positions=1)
     _check_saes(settings)
     inputs = prepare(settings, stages)
@@ -253,7 +253,7 @@ PAPER = "FVU_nonlinear is about constant in width at fixed L0"
 
 
 def table(result: Result) -> Table:
-    """One row an SAE, pursuit and controls below."""
+    """One row per SAE, with pursuit and controls below."""
     saes = sorted(result.series["saes"], key=lambda sae: (round(result.numbers[f"{sae['name']}/l0"]), sae["d_sae"]))
     names = [sae["name"] for sae in saes]
     if result.series["with_pursuit"]:
@@ -277,7 +277,7 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """How far the law is known, how flat FVU_nonlinear is, and what the error is made of."""
+    """How well the law is determined, how flat FVU_nonlinear is, and what the error consists of."""
     numbers, names = result.numbers, result.series["law"]
     if not names:
         return ["Too few widths at one L0 for a power law; see the notes."]
@@ -309,7 +309,7 @@ def reading(result: Result) -> list[str]:
 
 
 def _on_training_text(result: Result, narrow: str, wide: str) -> list[str]:
-    """How much of FVU is a gap between the text that trained the SAEs and other text, and what that does to c."""
+    """How much of FVU is a gap between the SAEs' training text and other text, and what that does to c."""
     numbers = result.numbers
     if "law_training_text/c" not in numbers:
         return []
@@ -326,7 +326,7 @@ def _change(result: Result, narrow: str, wide: str, key: str) -> str:
     return f"from {first:.3f} to {last:.3f} ({last / first - 1:+.0%})"
 
 
-_L0_STEP = 1.25  # SAEs whose L0 differ by less are one line
+_L0_STEP = 1.25  # SAEs whose L0 differs by a smaller factor share a line
 QUANTITIES = {
     "fvu": "FVU",
     "fvu_nonlinear": "FVU nonlinear",
@@ -336,12 +336,12 @@ QUANTITIES = {
 
 
 def _drawn(result: Result) -> list[dict[str, Any]]:
-    """The SAEs that figures over width and L0 show: no controls with a part that was not trained."""
+    """The SAEs in figures over width and L0: without controls that have an untrained part."""
     return [sae for sae in result.series["saes"] if sae.get("frozen", "none") == "none"]
 
 
 def _lines(result: Result) -> list[tuple[float, list[dict[str, Any]]]]:
-    """SAEs grouped by about the same L0, least first, each group by width."""
+    """SAEs grouped by similar L0, smallest first, each group sorted by width."""
     l0 = {sae["name"]: result.numbers[f"{sae['name']}/l0"] for sae in result.series["saes"]}
     groups: list[list[dict[str, Any]]] = []
     for sae in sorted(_drawn(result), key=lambda sae: l0[sae["name"]]):
@@ -354,7 +354,7 @@ def _lines(result: Result) -> list[tuple[float, list[dict[str, Any]]]]:
 
 
 def lines(result: Result) -> Figure:
-    """FVU and FVU_nonlinear over width, one line an L0, with the power law at its L0."""
+    """FVU and FVU_nonlinear by width, one line per L0, with the power law at its L0."""
     figure, panels = new_panels(3.3, 2, sharey=True)
     for axes, quantity in zip(panels, ("fvu", "fvu_nonlinear"), strict=True):
         for number, (l0, saes) in enumerate(_lines(result)):
@@ -391,7 +391,7 @@ def _draw_law(axes: Axes, result: Result) -> None:
 
 
 def contours(result: Result) -> Figure:
-    """FVU, FVU_nonlinear, R2 of the error vector and of its norm over width and L0."""
+    """FVU, FVU_nonlinear, R2 of the error vector and of its norm, by width and L0."""
     from matplotlib.figure import Figure
 
     saes = _drawn(result)
@@ -423,7 +423,7 @@ def _log2_ticks(axes: Axes, x: list[float], y: list[float]) -> None:
 
 
 def _spread(x: list[float], y: list[float]) -> bool:
-    """Whether three of the points make a triangle wide enough to interpolate in."""
+    """Whether three of the points form a triangle wide enough to interpolate in."""
     import numpy as np
 
     if len(x) < 3:

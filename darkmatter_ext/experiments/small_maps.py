@@ -1,19 +1,19 @@
 """How much of the nonlinear error does a small nonlinear map of x predict?
 
-"Nonlinear" error is what no *linear* map of x predicts. This asks for the next rung: how much of it do small nonlinear maps
+"Nonlinear" error is what no *linear* map of x predicts. This asks the next question: how much of it do small nonlinear maps
 predict on held-out documents, and how much is there to predict?
 
 - *quadratic*: x and all products of its `rank` leading principal components, by ridge regression.
 - *random features*: x and ReLU of `features` random directions of whitened x (Rahimi and Recht 2007), by ridge.
-- *network*: two layers of `features` ReLUs on whitened x, by Adam, stopped where other fit documents are predicted best.
-- *linear*, the baseline: R2 about 0, since b* has taken what a linear map knows.
-- *another seed*, the ceiling of what is not of this training run: least squares from x and the nonlinear error of an SAE of
-  the same kind from another seed. What two trainings share is a property of the activation; what no map of x finds of that
-  is there, but not in a small map's reach.
+- *network*: two layers of `features` ReLUs on whitened x, by Adam, stopped when other fit documents are predicted best.
+- *linear*, the baseline: R2 about 0, since b* has already removed what a linear map knows.
+- *another seed*, the ceiling for what does not depend on this training run: least squares from x and the nonlinear error of
+  the same kind of SAE from another seed. What two trainings share is a property of the activation; the part of it that no
+  map of x finds exists, but is out of reach for a small map.
 - *shuffled*, the control: the network on the nonlinear errors of other tokens.
 
-The penalty of each ridge, and when the network stops, are chosen on a fifth of the fit documents; nothing is chosen on
-held-out ones. R2 is of energies: 1 - sum |e - map(x)|^2 / sum |e - mean e|^2.
+The penalty of each ridge and the network's last step are chosen on a fifth of the fit documents; nothing is chosen on
+held-out ones. R2 is over energies: 1 - sum |e - map(x)|^2 / sum |e - mean e|^2.
 
 Shapes: n tokens, d width of the site, p features of a map.
 """
@@ -57,23 +57,23 @@ MAPS = {
     "another_seed": "x and the nonlinear error of an SAE from another seed",
     "shuffled": "control: the network, on nonlinear errors of other tokens",
 }
-PENALTIES = tuple(10.0**power for power in range(-4, 3))  # of a ridge, times the mean variance of its features
+PENALTIES = tuple(10.0**power for power in range(-4, 3))  # of a ridge, relative to the mean variance of its features
 CHOOSING = 0.2  # share of the fit documents that penalties and the network's last step are chosen on
-FEWEST_DOCUMENTS, RUN_TOKENS = 5, 64  # with fewer documents to divide, runs of so many tokens are divided instead
+FEWEST_DOCUMENTS, RUN_TOKENS = 5, 64  # with fewer documents to divide, runs of this many tokens are divided instead
 NETWORK_BATCH, NETWORK_RATE, PATIENCE = 512, 1e-3, 4  # epochs without a better score before the network stops
-FEATURE_BATCH = 8192  # tokens whose features are made at a time
+FEATURE_BATCH = 8192  # tokens whose features are computed at a time
 
 
 @dataclass(frozen=True)
 class SmallMapsSettings(Settings):
-    """Predict the nonlinear error by small nonlinear maps of x."""
+    """Predict the nonlinear error with small nonlinear maps of x."""
 
     rank: int = 48
     """principal components whose products are features of the quadratic map: rank (rank + 1) / 2 of them"""
     features: int = 1024
-    """random features, and units of the network"""
+    """number of random features, and of units of the network"""
     epochs: int = 40
-    """of the network, at most"""
+    """epochs of the network, at most"""
     fit_limit: int = 60_000
     """tokens the maps are fitted on, at most"""
     score_limit: int = 30_000
@@ -89,7 +89,7 @@ PRESETS = presets(SmallMapsSettings, {"widths": (2048,), "sae_seeds": 2})
 
 
 def plan(settings: SmallMapsSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     return [
         *plan_lines(settings),
         f"read      up to {settings.fit_limit} fit and {settings.score_limit} held-out tokens once more",
@@ -98,15 +98,15 @@ def plan(settings: SmallMapsSettings) -> list[str]:
 
 
 class Tokens(NamedTuple):
-    """Tokens of a site in memory."""
+    """Tokens at a site, in memory."""
 
     x: Tensor  # [n, d] float32, whitened by `whitening`
-    e: Tensor  # [n, d] the nonlinear error, in units where its mean square is 1
+    e: Tensor  # [n, d] the nonlinear error, scaled to a mean square of 1
     documents: Tensor  # [n] int64
 
 
 class Sides(NamedTuple):
-    """What a map is fitted on, what its penalty is chosen on, and what it is scored on."""
+    """The tokens that a map is fitted on, its penalty is chosen on, and it is scored on."""
 
     fit: Tokens
     choose: Tokens
@@ -114,7 +114,7 @@ class Sides(NamedTuple):
 
 
 def whitening(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d] and principal components [d, d] of x [n, d], each divided by its standard deviation, the largest first."""
+    """Mean [d] and principal components [d, d] of x [n, d], each divided by its standard deviation, largest first."""
     x = x.double()
     mean = x.mean(0)
     variance, directions = torch.linalg.eigh((x - mean).mT @ (x - mean) / len(x))
@@ -122,7 +122,7 @@ def whitening(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (directions / scale).flip(1)
 
 
-# ---- the maps: each is fitted on `fit`, chosen on `choose`, and gives predictions for any tokens
+# ---- the maps: each is fitted on `fit`, chosen on `choose`, and predicts for any tokens
 
 Predict = Callable[[Tensor], Tensor]  # whitened x [n, d] -> predictions [n, d]
 Features = Callable[[Tensor], Tensor]  # whitened x [n, d] -> [n, p]
@@ -153,7 +153,7 @@ def ridge(sides: Sides, features: Features) -> Predict:
     assert moments is not None  # there are fit tokens
     gram, cross = moments
     diagonal = torch.full((len(gram),), gram.diagonal()[:-1].mean().item(), dtype=gram.dtype, device=gram.device)
-    diagonal[-1] = 0  # the bias is free
+    diagonal[-1] = 0  # the bias is not penalised
     maps = [torch.linalg.lstsq(gram + torch.diag(penalty * diagonal), cross).solution for penalty in PENALTIES]
 
     def predict_with(weight: Tensor) -> Predict:
@@ -203,7 +203,7 @@ def _squared_error(predict: Predict, tokens: Tokens) -> float:
 
 
 def r2(predicted: Tensor, tokens: Tokens, *, seed: int) -> Interval:
-    """R2 of energies of predictions [n, d], with its interval by document."""
+    """R2 (of energies) of predictions [n, d], with its interval by document."""
     e = tokens.e.double()
     columns = [(e - predicted.double()).square().sum(1), e.square().sum(1), *e.unbind(1), torch.ones_like(e[:, 0])]
     sums = sums_by(tokens.documents, *(column.cpu() for column in columns))
@@ -216,7 +216,7 @@ def r2(predicted: Tensor, tokens: Tokens, *, seed: int) -> Interval:
 
 
 def map_numbers(sides: Sides, other: Sides | None, settings: SmallMapsSettings) -> dict[str, float]:
-    """`r2/MAP` for MAPS, with intervals; `other`: the same tokens with the nonlinear error of another seed as x's neighbour."""
+    """`r2/MAP` for MAPS, with intervals; `other`: the same tokens with another seed's nonlinear error beside x."""
     seed, d = settings.seed, sides.fit.x.shape[1]
     order = torch.randperm(len(sides.fit.e), generator=torch.Generator().manual_seed(seed)).to(sides.fit.e.device)
     strangers = sides._replace(fit=sides.fit._replace(e=sides.fit.e[order]))
@@ -241,7 +241,7 @@ def map_numbers(sides: Sides, other: Sides | None, settings: SmallMapsSettings) 
 
 
 def _tokens(inputs: Inputs, hook: str, settings: SmallMapsSettings) -> dict[int, tuple[Tensor, Tensor]]:
-    """Activations and documents of fit and held-out tokens, in memory."""
+    """Activations and documents of fit and of held-out tokens, in memory."""
     found = {}
     for role, limit in ((FIT, settings.fit_limit), (HELD_OUT, settings.score_limit)):
         again = tokens_again(
@@ -253,7 +253,7 @@ def _tokens(inputs: Inputs, hook: str, settings: SmallMapsSettings) -> dict[int,
 
 
 def _sides(tokens: dict[int, tuple[Tensor, Tensor]], site: SiteMeasurement, sae: SiteSae, *, seed: int) -> Sides:
-    """x whitened, the nonlinear error of an SAE beside it, and the fit documents divided."""
+    """Whitened x with an SAE's nonlinear error, the fit documents divided."""
     mean, components = whitening(tokens[FIT][0])
     errors = {role: _nonlinear(x, site, sae) for role, (x, _) in tokens.items()}
     scale = errors[FIT].square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
@@ -277,14 +277,14 @@ def _nonlinear(x: Tensor, site: SiteMeasurement, sae: SiteSae) -> Tensor:
 
 
 def _beside(sides: Sides, other: Sides) -> Sides:
-    """The nonlinear error of another SAE beside x, as predictors of this one's."""
+    """x joined by another SAE's nonlinear error, as predictors of this one's."""
     return Sides(
         *(own._replace(x=torch.cat([own.x, theirs.e], dim=1)) for own, theirs in zip(sides, other, strict=True))
     )
 
 
 def _other_seed(inputs: Inputs, sae: SiteSae) -> SiteSae | None:
-    """The same SAE from the next seed, where there is one."""
+    """The same SAE from the next seed, if there is one."""
     if sae.trained is None:
         return None
     wanted = sae.trained._replace(seed=sae.trained.seed + 1)
@@ -293,7 +293,7 @@ def _other_seed(inputs: Inputs, sae: SiteSae) -> SiteSae | None:
 
 @torch.no_grad()
 def run(settings: SmallMapsSettings, stages: Stages) -> Result:
-    """Measure, then fit the maps for every SAE (of several seeds the first).
+    """Measure, then fit the maps for every SAE (the first of several seeds).
 
     Raises InputError for bad settings, SAEs that do not fit; StateError for damaged files.
     """
@@ -335,7 +335,7 @@ def _shown(result: Result) -> list[str]:
 
 
 def table(result: Result) -> Table:
-    """One row a map, one column an SAE."""
+    """One row per map, one column per SAE."""
     saes = result.series["saes"]
     rows = [
         [
@@ -376,7 +376,7 @@ def reading(result: Result) -> list[str]:
 
 
 def bars(result: Result) -> Figure:
-    """Held-out R2 of every map, a group of bars an SAE, with intervals by document."""
+    """Held-out R2 of every map, one group of bars per SAE, with intervals by document."""
     saes, shown = result.series["saes"], _shown(result)
     figure, axes = new_figure(0.9 + 0.34 * len(shown) * max(1, len(saes)) ** 0.5)
     height = 0.8 / len(saes)

@@ -2,15 +2,15 @@
 
 Does the split into linear and nonlinear error find what was planted? (figure 15, table 1)
 
-x' = Sae(x) takes the place of the activation, so that its latents are all there is to find. The "SAE" of this activation is
-the same one, encoding x' again, with some latents ablated: by default the same ones at every token, those with the least
-mean value, as features that the SAE does not have. (Ablating the weakest latents of each token instead, `--ablate tokens`, is
-a threshold: that is a nonlinear map even of features that are linear in x'.) Noise of known standard deviation is added to
-the activation (dense, and known to b*) and to the reconstruction (what no map of the activation can know). Then the linear
-and nonlinear error are estimated as everywhere, and compared with what was put in.
+x' = Sae(x) replaces the activation, so that its latents are all there is to find. The "SAE" of this activation is the same
+SAE, which encodes x' again with some latents ablated: by default the same ones at every token, those with the smallest mean
+value, as if they were features that the SAE lacks. (Ablating the weakest latents of each token instead, `--ablate tokens`, is
+a threshold, which is nonlinear even for features that are linear in x'.) Noise of known standard deviation is added to
+the activation (dense, and known to b*) and to the reconstruction (which no map of the activation can know). Then the linear
+and nonlinear errors are estimated as usual and compared with what was planted.
 
-Energies are mean squared norms a token in units of one noise level, level^2 = 1 meaning d * unit^2: noise at level s has
-energy s^2. The released code calls the level "variance"; it is a standard deviation.
+Energies are mean squared norms per token in units of one noise level, where level^2 = 1 means d * unit^2: noise at level s
+has energy s^2. The released code calls the level "variance"; it is a standard deviation.
 
 Shapes: n tokens, D documents, d model dimension, A levels on the activation, R on the reconstruction, Q shares of ablated
 latents.
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-RELEASED_CODE_TOKENS = 50_000  # fitted and scored on the same ones
-FIT_BATCH = 2048  # tokens widened to float64 at a time: (Q + 2) d columns of them
+RELEASED_CODE_TOKENS = 50_000  # fitted and scored on the same tokens
+FIT_BATCH = 2048  # tokens converted to float64 at a time, (Q + 4) d columns each
 NOISES = ("activation_noise", "reconstruction_noise")
 PLANTED = (*NOISES, "ablation")
 ESTIMATED = ("linear", "nonlinear")
@@ -57,22 +57,22 @@ ABLATE = ("latents", "tokens")
 
 @dataclass(frozen=True)
 class SyntheticSettings(Settings):
-    """Plant noise of known size and ablate latents, and see where the estimated linear and nonlinear error go."""
+    """Plant noise of known size and ablate latents, and see how the estimated linear and nonlinear errors respond."""
 
     levels: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0)
-    """noise levels, standard deviations in units of unit, on the activation and on the reconstruction"""
+    """noise levels (standard deviations in units of unit) on the activation and on the reconstruction"""
     ablations: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
     """shares of the latents to ablate, the weakest first"""
     ablate: str = "latents"
     """latents: the same at every token, by mean value, as the paper's code does; tokens: each token's weakest active ones"""
     unit: float = 0.0
-    """standard deviation of level 1 in a dimension; 0: half the root mean square of the SAE's own error"""
+    """standard deviation of level 1 per dimension; 0: half the root mean square of the SAE's own error"""
     fit_tokens: int = 16_000
     """tokens b* is fitted on, at most"""
     score_tokens: int = 8_000
     """held-out tokens the error is estimated on, at most"""
     noise_seeds: int = 3
-    """draws of all noises, averaged"""
+    """draws of all the noise, averaged"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +87,7 @@ class SyntheticSettings(Settings):
 
     @property
     def released(self) -> bool:
-        """As the released code: fitted and scored on the same 50 000 tokens, level 1 = 1."""
+        """Whether to follow the released code: fitted and scored on the same 50 000 tokens, level 1 = 1."""
         return self.measure.released
 
 
@@ -96,7 +96,7 @@ PRESETS = {"demo": extended(DEMO, SyntheticSettings, widths=(2048,))}
 
 
 def plan(settings: SyntheticSettings) -> list[str]:
-    """Describe a run, one line a step, without starting it."""
+    """Describe a run, one line per step, without starting it."""
     cells = len(settings.levels) ** 2 * len(settings.ablations)
     shares = ", ".join(f"{share:.0%}" for share in settings.ablations)
     return [
@@ -122,7 +122,7 @@ def ablate_latents(acts: SparseActs, share: float, order: Tensor) -> SparseActs:
 
 
 def weakest_first(acts: SparseActs, strength: Tensor, tokens: slice) -> Tensor:
-    """Latents [F] by their mean value, times what a unit of each weighs [F], over all of `tokens`: the weakest first."""
+    """Latents [F], weakest first, by their mean value over `tokens` times the weight of one unit of each [F]."""
     token = acts.token_numbers()
     inside = (token >= (tokens.start or 0)) & (token < (acts.n_tokens if tokens.stop is None else tokens.stop))
     weight = (acts.values.reshape(-1) * strength[acts.col_indices]).double() * inside
@@ -131,9 +131,9 @@ def weakest_first(acts: SparseActs, strength: Tensor, tokens: slice) -> Tensor:
 
 
 def ablate_tokens(acts: SparseActs, share: float, strength: Tensor) -> SparseActs:
-    """The acts with the weakest `share` of each token's active latents set to 0 (rounded down to whole latents).
+    """The acts with the weakest `share` of each token's active latents (rounded down to whole latents) set to 0.
 
-    `strength` [F]: what a unit of each latent weighs (norms of decoder rows).
+    `strength` [F]: the weight of one unit of each latent (norms of decoder rows).
     """
     values, token = acts.values.reshape(-1), acts.token_numbers()
     weight = values * strength[acts.col_indices]
@@ -149,7 +149,7 @@ def ablate_tokens(acts: SparseActs, share: float, strength: Tensor) -> SparseAct
 
 @dataclass(frozen=True)
 class Planted:
-    """What an SAE's tokens are made of, and where b* is fitted and scored."""
+    """The planted parts of an SAE's tokens, and where b* is fitted and scored."""
 
     clean: Tensor  # [n, d] the activation without noise
     introduced: Tensor  # [n, d] its error with nothing ablated: the encoder's own, on x'
@@ -157,7 +157,7 @@ class Planted:
     fit: slice
     score: slice
     documents: Tensor  # [n] int64
-    unit: float  # standard deviation of level 1 in a dimension
+    unit: float  # standard deviation of level 1 per dimension
     released: bool = False  # no bias in the regression, FVU about one mean for all dimensions
 
 
@@ -165,10 +165,10 @@ class Planted:
 def measure_cells(
     planted: Planted, levels: Sequence[float], *, seed: int, progress: Callable[[int], None] | None = None
 ) -> Tensor:
-    """Sums over the scored tokens of each document of all that `numbers_of` is made of.
+    """Sums, over the scored tokens of each document, of everything that `numbers_of` needs.
 
     Args:
-        planted: see there.
+        planted: see `Planted`.
         levels: A = R noise levels.
         seed: of both noises.
         progress: called with 1 after every level of the activation noise.
@@ -177,9 +177,9 @@ def measure_cells(
         [D, m] float64, to be read by `unpacked`: squared norms of the linear and the nonlinear estimate and of the error of
         every cell, and of each ablation alone, in units of d unit^2; the variance of x at each level; tokens.
 
-    The error is linear in its parts (introduced, ablation, the two noises), and so is least squares in its target: one
-    regression a level, onto all parts side by side, gives every cell exactly. Cost a level: n d^2 (Q + 4) float64
-    multiply-adds.
+    The error is linear in its parts (introduced, ablation, the two noises), and least squares is linear in its target, so
+    one regression per level, with all parts side by side as targets, gives every cell exactly. Cost per level:
+    n d^2 (Q + 4) float64 multiply-adds.
     """
     clean, unit = planted.clean, planted.unit
     n, d = clean.shape
@@ -212,27 +212,27 @@ def measure_cells(
 class _Products(NamedTuple):
     """Dot products of a token's parts: every cell's energy without forming its error, Q + 5 products for A R cells."""
 
-    fixed: Tensor  # [n, Q] squared norms of what is in the error whatever the noises
-    with_noises: Tensor  # [n, Q, 2] its products with both noises
+    fixed: Tensor  # [n, Q] squared norms of what is in the error without the noises
+    with_noises: Tensor  # [n, Q, 2] their products with both noises
     noises: Tensor  # [n, 2, 2]
 
     @classmethod
     def of(cls, parts: Tensor) -> _Products:
-        """Of parts [n, Q + 3, d]: introduced, ablated, both noises."""
+        """From parts [n, Q + 3, d]: introduced, ablated, both noises."""
         fixed, noises = parts[:, :1] + parts[:, 1:-2], parts[:, -2:]
         return cls(fixed.square().sum(-1), fixed @ noises.mT, noises @ noises.mT)
 
     def energy(self, *factors: float) -> Tensor:
-        """[n, Q] squared norms with the noises times these factors added."""
+        """[n, Q] squared norms after adding the noises times these factors."""
         f = torch.tensor(factors, dtype=self.fixed.dtype, device=self.fixed.device)
         return self.fixed + 2 * self.with_noises @ f + (self.noises @ f @ f)[:, None]
 
 
 class Cells(NamedTuple):
-    """Means over tokens, in units of d unit^2, of any number of draws [...]."""
+    """Means over tokens, in units of d unit^2, for any number of draws [...]."""
 
     cells: Tensor  # [..., A, R, 3, Q]: linear, nonlinear, error
-    alone: Tensor  # [..., 3, Q]: the same of each ablation, nothing else in the error
+    alone: Tensor  # [..., 3, Q]: the same for each ablation with nothing else in the error
     variance: Tensor  # [..., A]: of the activation
 
 
@@ -245,7 +245,7 @@ def unpacked(sums: Tensor, levels: int) -> Cells:
 
 
 def numbers_of(levels: Sequence[float]) -> tuple[list[str], Statistic]:
-    """Names of the numbers of an SAE, and the function of totals [..., m] that gives them [..., q].
+    """Names of an SAE's numbers, and the function from totals [..., m] to these numbers [..., q].
 
     `PLANTED/share_as/ESTIMATE`: of what a noise at its highest level adds to the error, or of the energy of the largest
     ablation alone, the part estimated as that kind of error.
@@ -278,7 +278,7 @@ def _correlation(level: Tensor, estimates: Tensor) -> Tensor:
 
 
 def _tokens(settings: SyntheticSettings, stored: StoredTokens) -> tuple[Tensor, Tensor, slice, slice]:
-    """Activations [n, d] and documents [n], with the slices to fit and to score on: a seeded sample of each side."""
+    """Activations [n, d] and documents [n], with the slices to fit on and to score on: a seeded sample of each side."""
     sides = [(stored.with_role(role), stored.documents_with(role)) for role in (FIT, HELD_OUT)]
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.released:
@@ -296,11 +296,11 @@ def _tokens(settings: SyntheticSettings, stored: StoredTokens) -> tuple[Tensor, 
 
 @torch.no_grad()
 def plant(sae: Any, x: Tensor, documents: Tensor, fit: slice, score: slice, settings: SyntheticSettings) -> Planted:
-    """Ablate the latents of an SAE on its own reconstructions of x [n, d]."""
+    """Ablate latents of an SAE on its own reconstructions of x [n, d]."""
     own = cast("Any", accelerate(sae))
     first = own.encode_sparse(x.to(own.dtype))
     clean = own.decode_sparse(first)
-    acts = own.encode_sparse(clean)  # again, as the released code does: the encoder errs on x' too
+    acts = own.encode_sparse(clean)  # encode again, as the released code does: the encoder errs on x' too
     again, clean = own.decode_sparse(acts).float(), clean.float()
     strength = own.W_dec.detach().norm(dim=1)
     order = weakest_first(first, strength, fit)
@@ -324,7 +324,7 @@ def planted_energies(planted: Planted, levels: Sequence[float]) -> Tensor:
 
 
 def run(settings: SyntheticSettings, stages: Stages) -> Result:
-    """Plant and estimate, for every SAE.
+    """Plant errors and estimate them, for every SAE.
 
     Raises InputError for bad settings, SAEs of several sites, or one without sparse codes; StateError for a damaged cache.
     """
@@ -361,7 +361,7 @@ def run(settings: SyntheticSettings, stages: Stages) -> Result:
 
 
 def table(result: Result) -> Table:
-    """One row an SAE and planted quantity: where its energy went, and for the noises table 1's correlations."""
+    """One row per SAE and planted quantity: where its energy went, and for the noises the correlations of table 1."""
     rows = []
     for sae in result.series["saes"]:
         for planted in result.series["planted"]:
@@ -380,7 +380,7 @@ def table(result: Result) -> Table:
 
 
 def reading(result: Result) -> list[str]:
-    """Where a unit of each planted energy is found."""
+    """Where one unit of each planted energy is found."""
     lines = []
     for sae_name in (sae["name"] for sae in result.series["saes"]):
         kinds = result.series["estimated"]
@@ -397,7 +397,7 @@ def reading(result: Result) -> list[str]:
 
 
 def noise_grid(result: Result) -> Figure:
-    """Estimated linear and nonlinear error over the two noises, nothing ablated; one row of panels an SAE."""
+    """Estimated linear and nonlinear error over the two noises, with nothing ablated; one row of panels per SAE."""
     from matplotlib.figure import Figure
 
     saes, levels = result.series["saes"], result.config["levels"]
@@ -423,7 +423,7 @@ def noise_grid(result: Result) -> Figure:
 
 
 def ablation(result: Result) -> Figure:
-    """Estimated error without noise against the energy of the ablated latents, which it adds up to."""
+    """Estimated error without noise against the energy of the ablated latents, which its parts add up to."""
     saes = result.series["saes"]
     figure, panels = new_panels(2.7, len(saes), sharey=True)
     for axes, sae in zip(panels, saes, strict=True):

@@ -1,1 +1,1 @@
-"""Activations and SAEs to sums, and from sums to numbers with intervals."""
+"""From activations and SAEs to sums, and from sums to numbers with intervals."""

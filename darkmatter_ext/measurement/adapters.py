@@ -1,4 +1,4 @@
-"""Adapters trained around SAEs at a site, on whole fit contexts; kept in the cache folder, so that a run goes on."""
+"""Adapters trained around SAEs at a site, on whole fit contexts; kept in the cache folder so that a run can resume."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from darkmatter_ext.runtime.storage import atomic_folder, cache_dir, fingerprint
 from darkmatter_ext.training.adaptation import Arm, Recipe, train_adapters
 from darkmatter_ext.training.low_rank import Adapter
 
-PILOT = 4  # every so many-th context: what each learning rate is tried on
+PILOT = 4  # each learning rate is tried on every PILOT-th context
 
 
 class ToAdapt(NamedTuple):
-    """An adapter that is trained."""
+    """An adapter to train."""
 
     name: str
     rank: int  # 0: biases
     seed: int
-    inserted: str  # name of the splice it is trained around; nothing: x stays
+    inserted: str  # name of the splice it is trained around; empty: x stays
     loss_of_text: bool = False
 
 
@@ -44,14 +44,14 @@ class Method:
 
 @dataclass(frozen=True, eq=False)
 class AdapterTraining:
-    """Training around one SAE."""
+    """The training of adapters around one SAE."""
 
     method: Method
     model: SplicedModel
     layers: Mapping[str, nn.Module]
     splices: Mapping[str, Splice]
     identity: str  # of the SAE and the activations
-    folders: dict[str, str] = field(default_factory=dict)  # name -> where the adapter is, in peft's layout
+    folders: dict[str, str] = field(default_factory=dict)  # name -> folder of the adapter, in peft's layout
 
     def train(
         self,
@@ -63,9 +63,9 @@ class AdapterTraining:
         about: str,
         checkpoints: Mapping[str, Sequence[float]] | None = None,
     ) -> dict[str, Adapter]:
-        """Adapters of one seed by name, side by side, and copies as `NAME@SHARE` at the checkpoints of `train_adapters`.
+        """Train adapters of one seed side by side; return them by name, with copies at checkpoints as `NAME@SHARE`.
 
-        Those an earlier run made are read from the cache folder.
+        Adapters that an earlier run trained are read from the cache folder. Checkpoints are those of `train_adapters`.
         """
         (seed,) = {own.seed for own in wanted}
         method, checkpoints = self.method, checkpoints or {}
@@ -106,9 +106,9 @@ class AdapterTraining:
     def best_rate(
         self, pilot: ToAdapt, contexts: PlacesToSplice, choose: WholeContexts, stages: Stages
     ) -> tuple[float, dict[str, float]]:
-        """The learning rate with the lowest KL on `choose` after every PILOT-th of the contexts, and every rate's KL.
+        """The learning rate with the lowest KL on `choose` after training on every PILOT-th context, and each rate's KL.
 
-        Of one rate nothing is tried.
+        A single rate is returned without a trial.
         """
         rates, found = self.method.learning_rates, {}
         if len(rates) == 1:
@@ -127,9 +127,9 @@ class AdapterTraining:
 def fit_contexts(
     tokens: StoredTokens, adapt_tokens: int, choose_contexts: int, *, seed: int
 ) -> tuple[WholeContexts, WholeContexts]:
-    """Contexts that train adapters, and contexts of other fit documents (a fifth) that learning rates are chosen on.
+    """Contexts to train adapters on, and contexts of other fit documents (a fifth) to choose learning rates on.
 
-    Raises InputError for less than a context, fewer than two fit documents, or more contexts than they have.
+    Raises InputError for less than one context, fewer than two fit documents, or more contexts than they contain.
     """
     length = tokens.cache.context_length
     count = adapt_tokens // length

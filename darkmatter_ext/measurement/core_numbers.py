@@ -1,8 +1,8 @@
-"""SAEBench's core numbers of a measured SAE, those that need no splicing, under its names where its definition is another.
+"""SAEBench's core numbers of a measured SAE, except those that need splicing; prefixed where SAEBench's definition differs.
 
-From the sums of a measurement and the weights; nothing is read again. CE loss and KL are `downstream`'s.
+They come from the sums of a measurement and the weights; nothing is read again. For CE loss and KL see `downstream`.
 
-Shapes: d width of what is written, F latents.
+Shapes: d width of the SAE's output, F latents.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch.nn.functional import normalize
 from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.saes.sanity import ROWS, decoder_rows
 
-SAMPLED_LATENTS = 1024  # whose nearest decoder row is looked for: their mean is within a few percent of all latents'
+SAMPLED_LATENTS = 1024  # latents whose nearest decoder row is found; their mean is within a few percent of that of all
 
 
 def core_numbers(site: SiteMeasurement, name: str, sae: Any) -> dict[str, float]:
-    """Of one SAE, by name:
+    """The core numbers of one SAE, by name:
 
     - `explained_variance`: 1 - FVU, about the mean of each dimension.
     - `saebench/explained_variance`: as sae_bench 0.6.0 computes it. Its total variance is the mean squared norm minus the
-      square of the mean square of an entry; that is no variance, and can be negative.
-    - `saebench/relative_reconstruction_bias`: mean ||Sae(x)||^2 over mean <x, Sae(x)>; below 1 is shrinkage.
-    - `alive_latents`, `alive_share`: that fired on a fit or held-out token.
-    - `max_decoder_cosine`: mean cosine of a decoder row with the nearest other one, of at most SAMPLED_LATENTS.
-    - `encoder_decoder_cosine`: mean of a latent's two directions; NaN for a transcoder.
+      square of the mean square of an entry; that is not a variance and can be negative.
+    - `saebench/relative_reconstruction_bias`: mean ||Sae(x)||^2 over mean <x, Sae(x)>; below 1 means shrinkage.
+    - `alive_latents`, `alive_share`: latents that fired on a fit or held-out token.
+    - `max_decoder_cosine`: mean cosine of a decoder row with its nearest other row, over at most SAMPLED_LATENTS rows.
+    - `encoder_decoder_cosine`: mean cosine of a latent's encoder and decoder directions; NaN for a transcoder.
 
     Cost: one product of SAMPLED_LATENTS rows with the decoder.
     """
@@ -59,7 +59,7 @@ def _cosines(sae: Any) -> dict[str, float]:
 
 
 def _nearest(W_dec: Tensor) -> float:
-    """Mean cosine of some rows [F, d] with the nearest other one; NaN where there is no other. Memory: ROWS in float32."""
+    """Mean cosine of a sample of rows [F, d] with their nearest other row; NaN if there is none. Memory: ROWS in float32."""
     if len(W_dec) < 2:
         return math.nan
     chosen = torch.linspace(0, len(W_dec) - 1, min(len(W_dec), SAMPLED_LATENTS), device=W_dec.device).long()

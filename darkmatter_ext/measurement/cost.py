@@ -1,4 +1,4 @@
-"""What a measurement will cost before it starts: downloads, memory, operations, and time from two short timings.
+"""Estimate what a measurement will cost before it starts: downloads, memory, operations, and time from short timings.
 
 Shapes: d width of the site, F latents, S SAEs.
 """
@@ -23,7 +23,7 @@ PROBE_TOKENS, PROBE_LATENTS = 512, 4096
 
 @dataclass(frozen=True)
 class PlannedSae:
-    """Sizes of one SAE at one hook point."""
+    """The sizes of one SAE at one hook point."""
 
     name: str
     hook: str
@@ -33,19 +33,19 @@ class PlannedSae:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole run, all processes together. Operations are multiply-adds times two."""
+    """The cost of a whole run, summed over all processes. Operations are two per multiply-add."""
 
     download_bytes: float
     weight_bytes: float  # of the SAEs, loaded
     largest_sae_bytes: float
     sum_bytes: float  # of the statistics
     model_operations: float
-    encode_operations: float  # as a dense encoder would need; screening does most of them in 8 bits
+    encode_operations: float  # what a dense encoder would need; screening does most of them in 8 bits
     sum_operations: float
 
 
 def known_model(model: str) -> KnownModel | None:
-    """Sizes of a model: of the table, or from the config.json of a local folder; None when they are not known here."""
+    """Sizes of a model, from the table or from the config.json of a local folder; None if they are not known here."""
     path = Path(model) / "config.json"
     if not path.is_file():
         return KNOWN_MODELS.get(model)
@@ -74,14 +74,14 @@ def cost(
     sae_bytes: int,
     download_saes: bool,
 ) -> Cost:
-    """Costs by arithmetic. `predictors`: SAEs whose outputs join x; `depth`: blocks of the model that run; `groups`: of
-    held-out contexts; `sae_bytes`: of one weight as loaded.
+    """Compute costs by arithmetic. `predictors`: SAEs whose outputs join x; `depth`: blocks of the model that run;
+    `groups`: number of groups of held-out contexts; `sae_bytes`: bytes per SAE weight as loaded.
     """
     weights = [2 * sae.d_in * sae.d_sae for sae in (*saes, *predictors)]
     sites, more = {sae.hook: sae.d_in for sae in saes}, sum(sae.d_in for sae in predictors)
     roles = 2 if passes == 2 else 3
-    # Every role has a Gram matrix a site, held-out tokens one a group; errors are summed over fit and held-out tokens, with
-    # predictors over each group of these.
+    # Every role has one Gram matrix per site, held-out tokens one per group; errors are summed over fit and held-out tokens,
+    # and with predictors over each group of held-out tokens.
     grams, errors = sum((d + more) ** 2 for d in sites.values()), sum((sae.d_in + more) * sae.d_in for sae in saes)
     sums = 8 * ((roles + groups - 1) * grams + (1 + groups if predictors else 2) * errors)
     per_token_sums = grams + errors + sum(sae.d_in**2 for sae in saes)
@@ -99,7 +99,7 @@ def cost(
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second on this device, of the dense kind and of an encoder as this package runs it."""
+    """Operations per second on this device: dense ones, and those of an encoder as this package runs it."""
 
     dense: float
     double: float
@@ -132,7 +132,7 @@ def probe(device: str, d: int) -> Rates:
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
-    """The best of three after one to warm up."""
+    """The best of three timings, after one warm-up."""
     best = float("inf")
     for attempt in range(4):
         start = time.perf_counter()
@@ -152,7 +152,7 @@ def _size(n_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds in a readable unit."""
     for unit, factor in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * factor:
             return f"{seconds / factor:.1f} {unit}"
@@ -160,7 +160,7 @@ def duration(seconds: float) -> str:
 
 
 def cost_lines(found: Cost, rates: Rates, *, products: str, model_known: bool) -> list[str]:
-    """The plan's last lines: bytes, operations, time on this device."""
+    """The last lines of the plan: bytes, operations, time on this device."""
     sums = found.sum_operations / (rates.double if products == "float64" else rates.dense)
     parts = {
         "model": found.model_operations / rates.dense,

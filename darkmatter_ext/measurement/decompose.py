@@ -1,10 +1,10 @@
-"""Splitting SAE error into its linear and nonlinear part, streaming, for any number of SAEs in one pass.
+"""Split SAE error into its linear and nonlinear parts, streaming, for any number of SAEs in one pass.
 
-Pass 1 fits b*: the least-squares map from x (with bias) to SaeError(x), on train tokens. Pass 2, with b* known, fits the
+Pass 1 fits b*, the least-squares map (with bias) from x to SaeError(x), on train tokens. Pass 2, with b* known, fits the
 norm prediction test for six vectors. Every number is computed on held-out tokens from sufficient statistics; no
-activation and no error is kept. (Engels et al., 2410.14670, sections 4 and 5.)
+activations or errors are kept. (Engels et al., 2410.14670, sections 4 and 5.)
 
-Shapes: n tokens of a batch, d model dimension, S SAEs.
+Shapes: n tokens in a batch, d model dimension, S SAEs.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from darkmatter_ext.saes.flat_activations import for_flat_activations
 
 
 class TokenBatch(NamedTuple):
-    """Some tokens of the measurement: activations and which side of the split they are on."""
+    """Some tokens of the measurement: their activations and their side of the split."""
 
     x: Tensor  # [n, d] floating point
     train: Tensor  # [n] bool
-    start: int = 0  # number of the first token within the measurement
+    start: int = 0  # index of the first token in the measurement
 
 
 class Reconstructed(Protocol):
-    """What an SAE makes of a batch, as `saes.encoders.Encoded` has it."""
+    """An SAE's reconstruction of a batch, as in `saes.encoders.Encoded`."""
 
     @property
     def x_hat(self) -> Tensor: ...  # [n, d]
@@ -45,16 +45,16 @@ Reconstruct = Callable[[TokenBatch], Reconstructed]
 
 @dataclass(frozen=True)
 class Decomposition:
-    """The dark matter of one SAE. Numbers are held-out unless their name says otherwise."""
+    """The dark matter of one SAE. Numbers are on held-out tokens unless their name says otherwise."""
 
     fvu: float  # of Sae(x)
-    fvu_nonlinear: float  # of Sae(x) + b*.x: what stays when the linear error is explained
+    fvu_nonlinear: float  # of Sae(x) + b*.x: what remains once the linear error is explained
     normalised_mse: float  # mean over tokens of mean_d error^2 / mean_d x^2
     r2_vec: float  # error vector test: R2 of x -> SaeError(x), mean over dimensions
-    r2_vec_train: float  # the same on the tokens b* was fitted on (shows overfitting)
+    r2_vec_train: float  # same, on the tokens b* was fitted on (shows overfitting)
     r2_norm: dict[str, float]  # norm prediction test: R2 of x -> ||v||^2 for each of NORM_TARGETS
     mean_squared_norm: dict[str, float]  # mean of ||v||^2 for each of NORM_TARGETS
-    l0: float  # mean active latents a token
+    l0: float  # mean active latents per token
     n_train: int
     n_test: int
     rank: int  # of x on the train tokens
@@ -62,12 +62,12 @@ class Decomposition:
 
     @property
     def linear_share(self) -> float:
-        """1 - FVU_nonlinear / FVU: the share of the error's energy that is linear. Not r2_vec: that is a mean of
-        ratios over dimensions, this a ratio of sums; both are reported."""
+        """1 - FVU_nonlinear / FVU: the share of the error's energy that is linear. This is a ratio of sums, whereas
+        r2_vec is a mean of ratios over dimensions; both are reported."""
         return 1 - self.fvu_nonlinear / self.fvu if self.fvu > 0 else float("nan")
 
     def numbers(self) -> dict[str, float]:
-        """All scalars by name, as a result file stores them."""
+        """All scalars by name, as stored in a result file."""
         numbers = {
             "l0": self.l0,
             "fvu": self.fvu,
@@ -86,7 +86,7 @@ class _FirstPass:
     """Statistics of pass 1: one regression whose targets are the errors of all SAEs side by side, [n, S d]."""
 
     regression: SplitStatistics
-    errors: list[ErrorStatistics]  # held-out tokens, one an SAE
+    errors: list[ErrorStatistics]  # held-out tokens, one per SAE
     active: list[float]  # sum of l0 over held-out tokens
 
 
@@ -140,9 +140,9 @@ def decompose_stream(batches: Iterable[TokenBatch], saes: Mapping[str, Reconstru
         name -> Decomposition.
 
     Raises:
-        ValueError: no token, fewer than 2 tokens on a side, a constant x, NaN or infinite activations or reconstructions.
+        ValueError: no tokens, fewer than 2 tokens on a side, constant x, NaN or infinite activations or reconstructions.
 
-    Memory: 16 d^2 (1 + S) bytes, whatever the number of tokens. Cost a token: two reconstructions an SAE and
+    Memory: 16 d^2 (1 + S) bytes, whatever the number of tokens. Cost per token: two reconstructions per SAE and
     d^2 (2 + S) float64 multiply-adds.
     """
     functions = list(saes.values())
@@ -189,7 +189,7 @@ class _Stored(NamedTuple):
 
 
 def _from_stored(x: Tensor, x_hat: Tensor) -> Reconstruct:
-    """A function that reads Sae(x) from a tensor [n, d]; L0 is not known."""
+    """A function that reads Sae(x) from a tensor [n, d]; L0 is unknown."""
     sae_error(x, x_hat)  # the shape check
 
     def reconstruct(batch: TokenBatch) -> Reconstructed:
@@ -200,7 +200,7 @@ def _from_stored(x: Tensor, x_hat: Tensor) -> Reconstruct:
 
 
 def _from_sae(sae: Any) -> Reconstruct:
-    """A function from a SAELens SAE (or anything with `encode` and `decode`), which runs its own code."""
+    """A function that runs a SAELens SAE's own code (or anything with `encode` and `decode`)."""
     if not all(callable(getattr(sae, name, None)) for name in ("encode", "decode")):
         raise TypeError(f"sae: must be a tensor Sae(x) or an SAE with encode and decode, got {type(sae).__name__}")
     own = for_flat_activations(sae)
@@ -226,14 +226,14 @@ def decompose(
     seed: int = 0,
     batch_size: int = 4096,
 ) -> Decomposition:
-    """Decompose SAE error into linear and nonlinear parts, for activations in memory.
+    """Decompose SAE error into linear and nonlinear parts, for in-memory activations.
 
     Args:
         x: activations [n, d] of the site the SAE was trained on.
-        sae: a SAELens SAE (anything with `encode` and `decode`), left as it is, or Sae(x) itself as a tensor [n, d];
-            an SAE on hook_z takes x with heads flattened.
+        sae: a SAELens SAE (or anything with `encode` and `decode`), which is not modified, or Sae(x) itself as a tensor
+            [n, d]. An SAE on hook_z takes x with heads flattened.
         train: bool [n], tokens to fit b* on; default a seeded random split of `groups` (default: of tokens).
-        train_fraction, groups, seed: of that split, see `least_squares.train_mask`.
+        train_fraction, groups, seed: settings of that split, see `least_squares.train_mask`.
         batch_size: tokens encoded at a time.
 
     Returns:

@@ -1,11 +1,11 @@
 """Detection-style interpretability: can one tell from an explanation which texts activate a latent?
 
-As in EleutherAI's automated interpretability (Paulo et al., 2410.13928): a judge explains a latent from texts it is active
-on, then says of other texts, active or not, whether they fit. Accuracy is reported per decile of activation, because a
-latent can be clear at its strongest and noise below. Explained and judged texts come from different documents: a latent
-that marks one document would else be explained by that document's rare words and judged by them.
+As in EleutherAI's automated interpretability (Paulo et al., 2410.13928), a judge explains a latent from texts it is active
+on, then says for other texts, active or not, whether they fit. Accuracy is reported per decile of activation, because a
+latent can be clear at its strongest and noise below that. Explained and judged texts come from different documents;
+otherwise a latent that marks one document would be explained by that document's rare words and judged by them too.
 
-`WordListJudge` needs no model and no network: it explains a latent by the tokens it peaks on. Language models as judges
+`WordListJudge` needs neither a model nor a network: it explains a latent by the tokens it peaks on. Language-model judges
 are in `judges.py`.
 """
 
@@ -32,7 +32,7 @@ DECILES = 10
 
 @dataclass(frozen=True)
 class Snippet:
-    """Some consecutive tokens of a text, with the activation of one latent on each."""
+    """A run of consecutive tokens of a text, with one latent's activation on each."""
 
     tokens: tuple[str, ...]
     activations: tuple[float, ...]
@@ -44,7 +44,7 @@ class Snippet:
 
 @dataclass(frozen=True)
 class Snippets:
-    """Where the snippets of held-out text stand: rows of the held-out tokens in cache order."""
+    """Where the snippets of held-out text are, as rows among the held-out tokens in cache order."""
 
     rows: Tensor  # [w, length] int64
     documents: list[int]  # [w]
@@ -52,9 +52,9 @@ class Snippets:
 
     @classmethod
     def cut(cls, stored: StoredTokens, length: int, decode: Callable[[int], str]) -> Snippets:
-        """All runs of `length` held-out tokens, side by side, that start at a multiple of it.
+        """All runs of `length` consecutive held-out tokens that start at a multiple of `length`.
 
-        Raises ValueError when there is none.
+        Raises ValueError if there is none.
         """
         cache, held_out = stored.cache, stored.roles == HELD_OUT
         row = held_out.flatten().long().cumsum(0).view_as(held_out) - 1
@@ -70,7 +70,7 @@ class Snippets:
         return cls(rows, documents, [[names[token] for token in own] for own in ids.tolist()])
 
     def firing(self, acts: SparseActs) -> Tensor:
-        """On how many snippets each latent is active, [F]."""
+        """The number of snippets on which each latent is active, [F]."""
         own = torch.full((acts.n_tokens,), -1)
         own[self.rows.flatten()] = torch.arange(len(self.rows)).repeat_interleave(self.rows.shape[1])
         window, active = own[acts.token_numbers().cpu()], acts.values.reshape(-1).cpu() != 0
@@ -80,20 +80,20 @@ class Snippets:
 
 
 class Judge(Protocol):
-    """Who explains and detects."""
+    """Explains latents and detects them in texts."""
 
     def explain(self, active: Sequence[Snippet]) -> str:
         """What the latent that is active on these snippets stands for."""
         ...
 
     def detect(self, explanation: str, snippets: Sequence[Snippet]) -> list[bool | None]:
-        """For each snippet whether it fits; None where no answer could be had. Must not look at activations."""
+        """Whether each snippet fits; None if no answer was obtained. Must not look at activations."""
         ...
 
 
 @dataclass(frozen=True)
 class DetectionSettings:
-    """How much is shown and asked."""
+    """How much the judge is shown and asked."""
 
     latents: int = 32  # sampled among those with enough active snippets
     snippet_length: int = 16  # tokens
@@ -132,14 +132,14 @@ class WordListJudge:
 
 @dataclass(frozen=True)
 class LatentScore:
-    """How well one latent's explanation told texts apart."""
+    """How well a latent's explanation separates texts."""
 
     latent: int
     explanation: str
-    hits: list[float]  # per decile, weakest first: share of judged active snippets said to fit; NaN for none judged
+    hits: list[float]  # per decile, weakest first: share of judged active snippets said to fit; NaN if none was judged
     rejections: float  # share of judged silent snippets said not to fit
     unanswered: int
-    documents: int  # it is active in
+    documents: int  # documents in which it is active
 
     @property
     def accuracies(self) -> list[float]:
@@ -148,7 +148,7 @@ class LatentScore:
 
     @property
     def accuracy(self) -> float:
-        """Mean balanced accuracy of the deciles that were judged; NaN for none."""
+        """Mean balanced accuracy over the deciles that were judged; NaN if none was."""
         known = [accuracy for accuracy in self.accuracies if not math.isnan(accuracy)]
         return sum(known) / len(known) if known else math.nan
 
@@ -159,7 +159,7 @@ class _Windows:
 
     tokens: list[tuple[str, ...]]
     activations: Tensor  # [w, length, m]
-    explained: Tensor  # [w] bool: windows explanations may be made from; the others are judged
+    explained: Tensor  # [w] bool: windows that explanations may use; the others are judged
     documents: Tensor  # [w]
 
     def snippet(self, window: int, column: int) -> Snippet:
@@ -180,17 +180,17 @@ def score_latents(
 
     Args:
         tokens: w snippets of `snippet_length` tokens.
-        documents: the document each snippet comes from; whole documents are explained from or judged.
+        documents: the document of each snippet; a whole document is used either for explaining or for judging.
         activations: latents [m] -> their activations [w, snippet_length, m].
-        firing: [F] on how many snippets each latent is active (to leave out latents with too few).
-        judge, settings: see there.
+        firing: [F] number of snippets on which each latent is active (to leave out latents with too few).
+        judge, settings: see `Judge` and `DetectionSettings`.
         progress: called with 1 after every latent.
 
-    Raises InputError when no latent is active on enough snippets, or all are of one document.
+    Raises InputError if no latent is active on enough snippets, or all snippets come from one document.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    # Half of the snippets explain: with fewer than this, some deciles would go without a judged one. A latent active
-    # nearly everywhere has too few silent ones.
+    # Half of the snippets are used for explaining: with fewer than this, some deciles would have no judged snippet. A
+    # latent that is active nearly everywhere has too few silent ones.
     enough = (firing >= 4 * DECILES) & (firing <= len(tokens) - 4 * settings.inactive)
     usable = enough.nonzero().flatten()
     if len(usable) == 0:
@@ -244,9 +244,9 @@ def _score(
 
 
 def accuracy_by_decile(scores: Sequence[LatentScore], *, seed: int) -> list[Interval]:
-    """Mean balanced accuracy of each decile, then of all, with intervals from drawing latents again.
+    """Mean balanced accuracy of each decile, then of all, with intervals from resampling latents.
 
-    Latents without an answer in a decile are left out of it. Raises ValueError for no latent.
+    Latents without an answer in a decile are left out of it. Raises ValueError if there is no latent.
     """
     values = torch.tensor([score.accuracies for score in scores], dtype=torch.float64).view(len(scores), -1)
     known = ~values.isnan()

@@ -1,9 +1,9 @@
 """The pass itself: blocks of contexts from a source through all SAEs into sums, resumable, in any number of processes.
 
-`measurement.py` says what is measured and how it is read, `sweeps.py` which context is read when. Memory: the SAEs' weights,
-8 (p^2 + S p d) bytes of sums a role, 8 p^2 for each further group of held-out contexts (with predictors 8 (p^2 + S p d)), one
-block of activations; nothing grows with the tokens. Cost a token and SAE: one encode and decode a reading, p d
-multiply-adds for the errors, d^2 for b* applied to them; p^2 for the Gram matrix all SAEs of a site share.
+`measurement.py` defines what is measured and how it is read, `sweeps.py` which context is read when. Memory: the SAEs'
+weights; 8 (p^2 + S p d) bytes of sums per role; 8 p^2 for each further group of held-out contexts (8 (p^2 + S p d) with
+predictors); one block of activations. Nothing grows with the number of tokens. Cost per token and SAE: one encode and decode
+per reading, p d multiply-adds for the errors, d^2 to apply b*; p^2 for the Gram matrix that all SAEs of a site share.
 
 Shapes: n tokens, d width of the site, S SAEs, p = d + widths of the predictors.
 """
@@ -36,13 +36,13 @@ from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.processes import Processes
 from darkmatter_ext.saes.encoders import Encoded, Encoder, Inputs
 
-TABLE_SCALARS = ("sae", "error", "linear", "nonlinear", "l0")  # of SAE_SCALARS, what the table of tokens keeps
+TABLE_SCALARS = ("sae", "error", "linear", "nonlinear", "l0")  # those of SAE_SCALARS that the table of tokens keeps
 Encode = Callable[[Inputs], Encoded]
 
 
 @dataclass
 class _Rack:
-    """Encoders: as many stay loaded as fit the budget, the others are loaded when their turn comes."""
+    """Encoders. As many as fit the budget stay loaded; the others are loaded when their turn comes."""
 
     budget: float
     _loaded: dict[int, Encode] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class _Rack:
 
 
 def _rows(x: Tensor, chosen: Tensor, device: str) -> Tensor:
-    """[n, d] the chosen tokens of x [c, L, d] on the device, float32 or better."""
+    """The chosen tokens of x [c, L, d] as [n, d] on the device, in float32 or better."""
     rows = x.flatten(0, 1) if bool(chosen.all()) else x[chosen.to(x.device)]
     return rows.to(device, torch.float64 if x.dtype == torch.float64 else torch.float32)
 
@@ -95,7 +95,7 @@ class _Engine:
         self.applied: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         self.directions: dict[str, Tensor] = {}  # [d, M], see principal.py
 
-    # ---- the start: empty sums, shifted by what the first contexts say
+    # ---- the start: empty sums, shifted by the mean of the first contexts
 
     def _site(self, hook: str, saes: tuple[Encoder, ...], predictors: tuple[Encoder, ...]) -> SiteSums:
         pilot = self.roles.pilot
@@ -118,12 +118,12 @@ class _Engine:
         )
 
     def _outputs(self, predictor: Encoder, x: Mapping[str, Tensor]) -> Tensor:
-        """[n, d'] what the predictor's SAE makes of its own site's activations."""
+        """[n, d'] the predictor SAE's output on the activations of its own site."""
         encode = self.rack.encoder(predictor)
         return torch.cat([encode(given).x_hat for _, given in self._parts(predictor, x)])
 
     def _parts(self, sae: Encoder, x: Mapping[str, Tensor]) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """What an SAE reads, batch_tokens at a time, and which tokens these are."""
+        """The tokens' slices and what an SAE reads there, batch_tokens at a time."""
         for start in range(0, len(x[sae.reads[0]]), self.settings.batch_tokens):
             part = slice(start, start + self.settings.batch_tokens)
             yield part, {hook: x[hook][part] for hook in sae.reads}
@@ -131,7 +131,7 @@ class _Engine:
     # ---- the sweeps
 
     def run(self, advance: Callable[[int], None]) -> dict[str, SiteMeasurement]:
-        """Both sweeps from where the checkpoint is, then the results."""
+        """Run both sweeps, starting from the checkpoint, then compute the results."""
         saved = self.checkpoint.load()
         sweep_now, blocks_now = 0, 0
         if saved is not None:
@@ -145,7 +145,7 @@ class _Engine:
         for number, sweep in enumerate(self.sweeps):
             if number >= sweep_now:
                 self._sweep(number, sweep, blocks_now if number == sweep_now else 0, advance)
-            if number == 0:  # in every process and after every restart, so that all take part in the sums
+            if number == 0:  # in every process and after every restart, because the sums need all processes
                 self.maps = {hook: self._error_maps(site) for hook, site in self.sites.items()}
                 self.applied = {hook: self._on_shifted(site) for hook, site in self.sites.items()}
         return {hook: self._result(site) for hook, site in self.sites.items()}
@@ -153,7 +153,7 @@ class _Engine:
     def _blocks(self, sweep: Sweep) -> list[list[int]]:
         size, contexts = self.settings.block_contexts, torch.tensor(sweep.contexts)
         blocks: list[list[int]] = []
-        for role in (FIT, NORM_FIT, HELD_OUT):  # a block has one role and group, so that its tokens need not be sorted
+        for role in (FIT, NORM_FIT, HELD_OUT):  # a block has one role and one group, so its tokens need no sorting
             own = contexts[self.roles.contexts[contexts] == role]
             for group in self.roles.groups[own].unique().tolist():
                 blocks += [part.tolist() for part in own[self.roles.groups[own] == group].split(size)]
@@ -211,7 +211,7 @@ class _Engine:
             )
 
     def _add(self, site: SiteSums, piece: Piece, sweep: Sweep) -> None:
-        """Run the tokens of a piece through everything the sweep wants of their role."""
+        """Run the tokens of a piece through everything the sweep does with their role."""
         sums, errors, x, y = site.linear_of(piece), site.errors_of(piece), site.read(piece.x), piece.x[site.writes]
         others = [self._outputs(predictor, piece.x) for predictor in site.predictors]
         v = sums.centred(x, *others)
@@ -241,14 +241,14 @@ class _Engine:
                         if not site.transcodes:
                             tops = self.directions[site.hook]
                             principal.add_errors(site.principal[piece.group], number, tops, error.to(rest.dtype), rest)
-            del encode  # an SAE that is not kept goes before the next one comes
+            del encode  # free an SAE that is not kept before loading the next
         if scalars is not None:
             self._add_scalars(site, piece, scalars)
             if piece.role == HELD_OUT and not site.transcodes:
                 principal.add_x(site.principal[piece.group], self.directions[site.hook], v[:, : x.shape[1]])
 
     def _add_once(self, site: SiteSums, number: int, role: int, x: Tensor, error: Tensor, encoded: Encoded) -> None:
-        """What needs the encoder and no b*: latents of all tokens; relative error and L0 of held-out ones."""
+        """Add what needs the encoder but not b*: latents of all tokens; relative error and L0 of held-out tokens."""
         acts = encoded.acts
         site.latents[site.saes[number].name].add(
             (acts.col_indices if acts.is_ragged else acts.indices).flatten(), acts.values.flatten()
@@ -274,16 +274,14 @@ class _Engine:
             table = {name: columns[rows, names.index(name)].float() for name in kept}
             table |= {name: table[name].int() for name in kept if name.endswith("/l0")}
             places = {"context": piece.contexts, "position": piece.positions, "token": piece.tokens}
-            places["group"] = torch.full_like(
-                piece.contexts, piece.group
-            )  # as the intervals of `measurement.py` have it
+            places["group"] = torch.full_like(piece.contexts, piece.group)  # as in the intervals of `measurement.py`
             table |= {name: column[rows].int() for name, column in places.items()}
             self.tables[site.hook].add(table)
 
     # ---- the results
 
     def _error_maps(self, site: SiteSums) -> dict[str, LinearMap]:
-        """b* of every SAE from the fit tokens of all processes; one SAE's sums are copied at a time."""
+        """b* of every SAE, from the fit tokens of all processes; the sums of one SAE are copied at a time."""
         maps = {}
         parts = [site.linear[FIT], *(site.groups if self.regressions.map_on_all else ())]
         for name in ("x", WRITTEN) if site.transcodes else ("x",):
@@ -341,7 +339,7 @@ class _Engine:
 
 
 def _own_hooks(saes: Sequence[Encoder]) -> list[str]:
-    """The hook points of a site: what is written and, by transcoders, read."""
+    """The hook points of a site: the one that is written and, for transcoders, the one that is read."""
     return list(dict.fromkeys([saes[0].writes, *(saes[0].reads if transcodes(saes) else ())]))
 
 
@@ -363,26 +361,26 @@ def measure(
     config: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, SiteMeasurement]:
-    """Measure every SAE of every site in one pass (or the paper's two).
+    """Measure every SAE of every site in one pass over the tokens (or in two, as in the paper).
 
     Args:
-        source: activations; every process must have the same.
-        saes: SAEs, of any number of sites the source reads; names are unique within a site.
-        roles: of the source's tokens, at every site; `roles.settings` says how it is measured.
-        folder: for checkpoints and the per-token table. A run that was stopped goes on from here; a finished one gives its
+        source: activations; must be the same in every process.
+        saes: SAEs at any number of sites that the source reads; names are unique within a site.
+        roles: roles of the source's tokens, at every site; `roles.settings` says how to measure.
+        folder: for checkpoints and the per-token table. A stopped run resumes from here; a finished one returns its
             result at once.
         predictors: site -> SAEs of other hook points whose outputs join x as predictors.
-        regressions: on x; default the paper's, or with parity "released-code" its scaling script's.
-        processes: of `runtime.processes`; default alone.
-        config: what else the result depends on; a folder begun with another is refused.
+        regressions: on x; default the paper's, or with parity "released-code" those of its scaling script.
+        processes: from `runtime.processes`; default a single process.
+        config: whatever else the result depends on; a folder started with a different config is refused.
         progress: called with the number of tokens read.
 
     Returns:
-        hook point -> SiteMeasurement, the same in every process; at transcoders `READ to WRITTEN`, see `Encoder.site`.
+        hook point -> SiteMeasurement, the same in every process; for transcoders `READ to WRITTEN`, see `Encoder.site`.
 
     Raises:
-        InputError: no SAE, NaN or infinity, a folder of another configuration.
-        StateError: damaged checkpoint or source. OSError: a folder that cannot be written; what was saved is kept.
+        InputError: no SAE, NaN or infinity, a folder with another configuration.
+        StateError: a damaged checkpoint or source. OSError: a folder that cannot be written; what was saved is kept.
     """
     if not saes:
         raise InputError("saes: must name at least one SAE, got none")
@@ -399,7 +397,7 @@ def measure(
         "contexts": [source.n_contexts, source.context_length, source.identity],
         **(config or {}),
     }
-    # Where and when a state is written and which SAEs stay loaded does not change the result.
+    # Where and when state is saved and which SAEs stay loaded do not change the result.
     for name in ("checkpoint", "checkpoint_seconds", "sae_memory_gb"):
         del everything[name]
     own = processes or Processes()
@@ -413,5 +411,5 @@ def measure(
 
 
 def tokens_to_read(source: Source, settings: Measure) -> int:
-    """Tokens all processes read together, over all sweeps: the total of a progress bar."""
+    """The number of tokens all processes read in total, over all sweeps: the total of a progress bar."""
     return source.context_length * source.n_contexts * settings.passes

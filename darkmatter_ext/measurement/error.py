@@ -23,7 +23,7 @@ def sae_error(x: Tensor, x_hat: Tensor) -> Tensor:
     return x - x_hat
 
 
-ROUNDING = 1e-12  # variance over squared mean that rounding of float32 activations leaves of a constant, with room
+ROUNDING = 1e-12  # variance over squared mean that float32 rounding can give a constant, with a margin
 
 
 def varies(variation: float, mean: Tensor, count: int) -> bool:
@@ -37,8 +37,8 @@ class ErrorStatistics:
 
     FVU = sum (x - x_hat)^2 / sum (x - mean x)^2 over tokens and dimensions.
     Normalised MSE = mean over tokens of (mean_d error^2 / mean_d x^2).
-    The variance in the denominator comes from the regression's statistics of x, which are centred; here stand the
-    numerators only.
+    Only the numerators are kept here. The variance in the denominator comes from the regression's statistics of x, which
+    are centred.
     """
 
     count: int = 0

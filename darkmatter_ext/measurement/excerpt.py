@@ -11,13 +11,13 @@ from darkmatter_ext.measurement.run import Measurement
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.runtime.inputs import InputError
 
-EXCERPT_TOKENS = 60  # one line of text that can still be read
+EXCERPT_TOKENS = 60  # as much text as one line can show legibly
 
 
 def excerpt(found: Measurement) -> dict[str, Any]:
     """Per-token squared norms over a piece of held-out text, from the table of tokens.
 
-    Empty when SAEs of several sites were measured: their errors are not on one scale.
+    Empty if SAEs of several sites were measured: their errors are not on the same scale.
     """
     if len(found.sites) > 1:
         return {}
@@ -35,9 +35,9 @@ def excerpt(found: Measurement) -> dict[str, Any]:
 
 
 def token_texts(model: str, ids: Sequence[int]) -> list[str]:
-    """Each token as it stands in a text, space before it included; ids where there is no tokenizer.
+    """Each token as it appears in a text, including a leading space; its id if there is no tokenizer.
 
-    That is so for stored activations of a model that is not on this machine, and where token ids are not known (-1).
+    That happens for stored activations of a model that is not on this machine, and for unknown token ids (-1).
     """
     tokenizer = None
     if model and min(ids, default=-1) >= 0:
@@ -48,7 +48,7 @@ def token_texts(model: str, ids: Sequence[int]) -> list[str]:
     texts = []
     for token in ids:
         text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        # SentencePiece drops the space that a single token begins with.
+        # SentencePiece drops the leading space of a single token.
         begins_word = str(tokenizer.convert_ids_to_tokens(token)).startswith("▁")
         texts.append(f" {text}" if begins_word and not text.startswith(" ") else text)
     return texts

@@ -1,9 +1,9 @@
 """What the report page lets people explore: held-out text, every token's error and latents, every latent's contexts.
 
-Made after a measurement, of as many whole documents as fit a budget of bytes: their contexts are read and encoded once
-more (a share of what the measurement itself reads), so the sums and checkpoints of the engine know nothing of it.
+It is made after a measurement, from as many whole documents as fit a budget of bytes. Their contexts are read and encoded
+once more (a share of what the measurement itself reads), so the engine's sums and checkpoints are not involved.
 
-Shapes: C contexts of L tokens, T latents kept a token, K latents kept of an SAE, m contexts kept a latent.
+Shapes: C contexts of L tokens, T latents kept per token, K latents kept per SAE, m contexts kept per latent.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ if TYPE_CHECKING:
 
 TOKEN_LATENTS = 8  # T
 LATENT_CONTEXTS = 8  # m
-NEAREST = 5  # latents by cosine of their decoder rows
-MOST_LATENTS = 8192  # K of an SAE at most: the cosines are K^2 d
+NEAREST = 5  # nearest latents, by cosine of their decoder rows
+MOST_LATENTS = 8192  # upper limit of K: the cosines cost K^2 d
 TEXT_SHARE = 0.75  # of the budget; the rest is for the latents
-# In the page: a token's text and its loss; norm of x of a site; three parts, L0, KL, T latents (number, value) of an SAE.
+# Bytes a token takes in the page: its text and loss; per site the norm of x; per SAE three parts, L0, KL and T latents.
 TOKEN_BYTES, SITE_BYTES, SAE_BYTES = 8, 4, 18 + 5 * TOKEN_LATENTS
 LATENT_BYTES = 20 + 6 * LATENT_CONTEXTS + 6 * NEAREST
-KEPT_BITS = 12  # of a float32's 23: four digits, and it compresses
+KEPT_BITS = 12  # of a float32's 23: four digits, and they compress well
 PARTS = ("error", "linear", "nonlinear")
 
 
 class Exploration(NamedTuple):
     """What a result keeps for the page."""
 
-    about: dict[str, Any]  # JSON: the SAEs in the order of their numbers, and what was kept of what
+    about: dict[str, Any]  # JSON: the SAEs in the order of their numbers, and how much was kept
     arrays: dict[str, np.ndarray]  # `page/...`
 
 
 class _Text(NamedTuple):
     """The contexts that are kept."""
 
-    contexts: list[int]  # numbers in the source, ascending
+    contexts: list[int]  # their numbers in the source, ascending
     tokens: Tensor  # [C, L] int64
     loss: Tensor | None  # [C, L]
     x: dict[str, Tensor]  # hook point -> [C, L, d]
-    places: dict[str, Tensor]  # hook point -> [n] where its measured tokens are in [C * L], ascending
+    places: dict[str, Tensor]  # hook point -> [n] indices of its measured tokens in [C * L], ascending
 
 
 def explored(inputs: Inputs, found: Measurement, stages: Stages) -> Exploration | None:
-    """Held-out text with what was measured at its tokens; None with page_megabytes 0, and in other processes than the first.
+    """Held-out text with what was measured at its tokens; None if page_megabytes is 0, and in all processes but the first.
 
-    Cost: one more reading and encoding of the kept tokens; K^2 d multiply-adds an SAE; `spliced_text`. Memory: the kept
-    tokens' activations, 4 d bytes a token and site, and 20 bytes an active latent there.
+    Cost: one more reading and encoding of the kept tokens; K^2 d multiply-adds per SAE; `spliced_text`. Memory: the kept
+    tokens' activations, 4 d bytes per token and site, and 20 bytes per active latent there.
     """
     budget = inputs.settings.page_megabytes * 1e6
     saes = [inputs.sae(sae["name"]) for sae in found.saes if not sae.get("variant")]
@@ -92,7 +92,7 @@ def explored(inputs: Inputs, found: Measurement, stages: Stages) -> Exploration 
 
 
 def _contexts(table: pyarrow.Table, documents: Tensor, most: int) -> list[int]:
-    """At most so many held-out contexts: whole documents where they fit, evenly over the text."""
+    """At most `most` held-out contexts, evenly spread over the text: whole documents if they fit."""
     numbers = np.unique(table["context"].to_numpy())
     owners = documents.numpy()[numbers]
     names = np.unique(owners)
@@ -101,7 +101,7 @@ def _contexts(table: pyarrow.Table, documents: Tensor, most: int) -> list[int]:
 
 
 class _Active(NamedTuple):
-    """The active latents of an SAE at the measured tokens, by token, ascending."""
+    """The active latents of an SAE at the measured tokens, sorted by token."""
 
     places: np.ndarray  # [z] int64 in [C * L]
     latents: np.ndarray  # [z] int64
@@ -111,7 +111,7 @@ class _Active(NamedTuple):
 def _read(
     inputs: Inputs, saes: Sequence[SiteSae], tables: dict[str, pyarrow.Table], chosen: list[int], stages: Stages
 ) -> tuple[_Text, list[_Active]]:
-    """Read the contexts, and encode their measured tokens with one SAE after the other."""
+    """Read the contexts and encode their measured tokens with one SAE after another."""
     length, block = inputs.source.context_length, inputs.settings.measure.block_contexts
     places = {hook: torch.from_numpy(_places(table, chosen, length)) for hook, table in tables.items()}
     kept: dict[str, list[Tensor]] = {sae.reads: [] for sae in saes}
@@ -138,7 +138,7 @@ def _spliced(inputs: Inputs, saes: Sequence[SiteSae], text: _Text, stages: Stage
 
 
 def _active_latents(inputs: Inputs, sae: SiteSae, x: Tensor, places: Tensor) -> _Active:
-    """The active latents of an SAE, loaded once, at places [n] of x [C * L, d]."""
+    """The active latents of an SAE, which is loaded once, at places [n] of x [C * L, d]."""
     encode = sae.own
     found = [
         _active(encode, x[some].to(inputs.processes.device, torch.float32), some)
@@ -161,7 +161,7 @@ def _active(encode: Callable[[Tensor], Any], x: Tensor, places: Tensor) -> _Acti
 
 
 def _places(table: pyarrow.Table, chosen: list[int], length: int) -> np.ndarray:
-    """[n] where the table's tokens of the chosen contexts are in [C * L]; both are ascending."""
+    """[n] indices in [C * L] of the table's tokens in the chosen contexts; both are ascending."""
     contexts = table["context"].to_numpy()
     kept = np.isin(contexts, chosen)
     return np.searchsorted(chosen, contexts[kept]) * length + table["position"].to_numpy()[kept]
@@ -173,7 +173,7 @@ def _rows(table: pyarrow.Table, text: _Text, column: str) -> np.ndarray:
 
 
 def _spread(text: _Text, hook: str, column: np.ndarray) -> np.ndarray:
-    """[C, L] a column of the measured tokens, rounded; NaN (-1 for integers) at the others."""
+    """[C, L] a column of the measured tokens, rounded; NaN (-1 for integers) at all other tokens."""
     whole = column.dtype.kind == "i"
     spread = np.full(text.tokens.numel(), -1 if whole else np.nan, np.int32 if whole else np.float32)
     spread[text.places[hook].numpy()] = column if whole else _rounded(column)
@@ -181,7 +181,7 @@ def _spread(text: _Text, hook: str, column: np.ndarray) -> np.ndarray:
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """float32 to the nearest of KEPT_BITS bits."""
+    """Round float32 to KEPT_BITS bits of mantissa."""
     low = 23 - KEPT_BITS
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
     return (((bits + (1 << (low - 1))) >> low) << low).astype(np.uint32).view(np.float32)
@@ -191,7 +191,7 @@ def _text_arrays(inputs: Inputs, text: _Text, spliced: SplicedText | str) -> dic
     ids, numbers = text.tokens.unique(return_inverse=True)
     arrays = {
         "page/tokens": numbers.numpy().astype(np.int32),
-        # JSON, for arrays of strings lose a NUL at the end.
+        # JSON, because arrays of strings lose a trailing NUL.
         "page/vocabulary": np.frombuffer(json.dumps(token_texts(inputs.model, ids.tolist())).encode(), np.uint8),
         "page/contexts": np.array(text.contexts, np.int32),
         "page/documents": inputs.source.documents[text.contexts].numpy().astype(np.int32),
@@ -203,7 +203,7 @@ def _text_arrays(inputs: Inputs, text: _Text, spliced: SplicedText | str) -> dic
 
 
 def _ranks(keys: np.ndarray) -> np.ndarray:
-    """The place of each entry among those of its key; `keys` [z] are sorted."""
+    """The rank of each entry among those with the same key; `keys` [z] are sorted."""
     starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
     return np.arange(len(keys)) - np.repeat(starts, np.diff(np.r_[starts, len(keys)]))
 
@@ -223,7 +223,7 @@ def _strongest(active: _Active, text: _Text) -> dict[str, np.ndarray]:
 def _latents(
     sae: SiteSae, site: SiteMeasurement, active: _Active, nonlinear: np.ndarray, text: _Text, most: int
 ) -> dict[str, np.ndarray]:
-    """The latents that fire most often in the kept text, at most so many, by number."""
+    """The at most `most` latents that fire most often in the kept text, by number."""
     fired = np.bincount(active.latents, minlength=sae.d_sae)
     chosen = np.sort(np.argsort(-fired, kind="stable")[: min(most, np.count_nonzero(fired))])
     energy = np.zeros(text.tokens.numel())
@@ -269,7 +269,7 @@ def _top_contexts(active: _Active, chosen: np.ndarray, length: int) -> tuple[np.
 
 
 def _nearest(rows: Tensor, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The kept latents whose unit decoder rows [K, d] point most nearly the same way: numbers [K, NEAREST] and cosines."""
+    """The nearest kept latents by cosine of their unit decoder rows [K, d]: numbers [K, NEAREST] and cosines."""
     count = min(NEAREST, len(rows) - 1)
     numbers, cosines = np.full((len(rows), NEAREST), -1, np.int32), np.zeros((len(rows), NEAREST), np.float32)
     for start in range(0, len(rows) if count else 0, 1024):

@@ -1,6 +1,6 @@
 """Language models as judges of interpretability: any OpenAI-compatible server, or a local Hugging Face model.
 
-Nothing here is called unless the user names it: the default judge is `interpretability.WordListJudge`.
+Nothing here is called unless the user asks for it: the default judge is `detection.WordListJudge`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from darkmatter_ext.runtime.inputs import InputError, StateError
 from darkmatter_ext.runtime.storage import parsed_json
 
 TIMEOUT_SECONDS = 120
-SNIPPETS_PER_QUESTION = 5  # more at once and answers lose track of the numbers
-ATTEMPTS = 2  # of a question whose answer cannot be read
+SNIPPETS_PER_QUESTION = 5  # with more at once, answers lose track of the numbers
+ATTEMPTS = 2  # at a question whose answer cannot be parsed
 
 EXPLAIN = (
     "You are shown short texts. In each, the tokens on which one feature of a language model is active are marked "
@@ -47,7 +47,7 @@ def marked(snippet: Snippet) -> str:
 
 
 def parse_answers(reply: str, count: int) -> list[bool] | None:
-    """The list of `count` zeros and ones in a reply; None when there is none."""
+    """The list of `count` zeros and ones in a reply; None if there is no such list."""
     for found in reversed(re.findall(r"\[[\s01,]*\]", reply)):
         answers = re.findall(r"[01]", found)
         if len(answers) == count:
@@ -58,9 +58,9 @@ def parse_answers(reply: str, count: int) -> list[bool] | None:
 class EndpointJudge:
     """A judge behind an OpenAI-compatible server (`POST URL/chat/completions`).
 
-    The API key, if the environment variable `key_variable` holds one, goes into the request's header and nowhere else.
+    The API key, if the environment variable `key_variable` holds one, is sent in the request's header and nowhere else.
 
-    Raises ValueError for a URL that is none; RuntimeError, in one line, when the server cannot be reached or refuses.
+    Raises ValueError for an invalid URL; RuntimeError, in one line, if the server cannot be reached or refuses.
     """
 
     def __init__(self, url: str, model: str, *, key_variable: str = "OPENAI_API_KEY") -> None:
@@ -69,7 +69,7 @@ class EndpointJudge:
         self.url, self.model, self.key_variable = url.rstrip("/"), model, key_variable
 
     def check(self) -> None:
-        """One small question, before any long work."""
+        """Ask one small question before any long work starts."""
         self._ask("Answer with the word yes.", most_tokens=4)
 
     def explain(self, active: Sequence[Snippet]) -> str:
@@ -112,9 +112,9 @@ class EndpointJudge:
 
 
 class LocalJudge:
-    """A judge made of a local causal language model (a Hugging Face id, a folder, or the embedded model), greedy.
+    """A judge that is a local causal language model (a Hugging Face id, a folder, or the embedded model), decoded greedily.
 
-    Detection compares the logits of "yes" and "no", so every answer can be read. Cost: one forward pass a snippet.
+    Detection compares the logits of "yes" and "no", so every answer can be read. Cost: one forward pass per snippet.
     """
 
     def __init__(self, model: str, *, device: str = "cpu") -> None:

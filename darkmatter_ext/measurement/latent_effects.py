@@ -1,6 +1,6 @@
-"""What latents that only the second of two models has do in it: taken out, put into the first model's activations, added.
+"""What the latents that only the second of two models has do: removed from it, added, put into the first's activations.
 
-Beside every one stands a latent that both models share, drawn from those that are nearest in frequency and size.
+Each is compared with a latent that both models share, drawn from those nearest in frequency and size.
 
 Shapes: n tokens, d width of both models, F latents.
 """
@@ -22,9 +22,9 @@ from darkmatter_ext.runtime.inputs import require
 from darkmatter_ext.runtime.progress import Stages
 from darkmatter_ext.saes.crosscoder import halves, matched_latents, relative_norm, written
 
-STEERING = 0.9  # quantile of a latent's active values that is added
+STEERING = 0.9  # the quantile of a latent's active values that is added
 EFFECTS = ("remove", "steer")
-STATES = {  # what takes the place of the variant's activations, beside the single latents
+STATES = {  # what replaces the variant's activations, besides the single latents
     "b": "the variant",
     "a": "with the model's activations",
     "ablated/b_only": "without its own latents",
@@ -36,21 +36,21 @@ STATES = {  # what takes the place of the variant's activations, beside the sing
 
 @dataclass(frozen=True)
 class Intervention:
-    """Latents of the variant alone, and as many shared ones of the same frequency and size."""
+    """Latents only the variant has, and as many shared ones of the same frequency and size."""
 
     own: Trained
     pair: PairedTokens
-    chosen: Tensor  # [m] all of the variant alone, those that write most first
+    chosen: Tensor  # [m] all that only the variant has, those that write most first
     matched: Tensor  # [m]
     steering: Tensor  # [F] quantile STEERING of the active values
-    found: bool  # whether they are of the variant alone; else they are those that come nearest
-    single: int  # how many are taken out and added one at a time
+    found: bool  # whether they belong to the variant alone; otherwise they are those that come nearest
+    single: int  # how many are removed and added one at a time
 
     @classmethod
     def of(cls, own: Trained, pair: PairedTokens, v: Tensor, *, single: int, seed: int) -> Intervention:
-        """From fit tokens v [n, 2 d]; `single`: how many are taken out and added one at a time.
+        """Choose them from fit tokens v [n, 2 d]; `single`: how many are removed and added one at a time.
 
-        Raises InputError for a crosscoder without shared latents to compare with.
+        Raises InputError if the crosscoder has no shared latents to compare with.
         """
         sums, kinds = own.sums, own.kinds
         rho = relative_norm(sums.W_dec)
@@ -75,7 +75,7 @@ class Intervention:
         return cls(own, pair, chosen, matched, steering, found, single)
 
     def splices(self, x_first: Tensor, x_second: Tensor) -> Splices:
-        """What takes the place of the variant's activations [n, d], from those of both models at the same tokens."""
+        """What replaces the variant's activations [n, d], given those of both models at the same tokens."""
         acts, scale = self.own.sae.encode(self.pair.scaled(x_first, x_second)).acts, self.pair.scales[1]
         rows = halves(self.own.sums.W_dec)[1].contiguous()
 
@@ -96,7 +96,7 @@ class Intervention:
 def spliced(
     intervention: Intervention, contexts: WholeContexts, models: PairModels, stages: Stages, *, device: str
 ) -> SplicedTokens:
-    """The second model with every splice, at the held-out tokens of some of its contexts."""
+    """Run the second model with every splice, at the held-out tokens of some of its contexts."""
     pair = intervention.pair
     first = torch.cat([batch.x for batch in dataclasses.replace(contexts, tokens=pair.first)])
 
@@ -112,7 +112,7 @@ def spliced(
 
 
 def effect_numbers(tokens: SplicedTokens, names: Tensor, *, seed: int) -> dict[str, float]:
-    """KL of every splice, means over the latents of a kind, and how many times the matched latents' it is; documents [n]."""
+    """KL of every splice, means over each kind of latent, their ratio to the matched latents' KL; names [n] are documents."""
     kl, ones = {name: own.double() for name, own in tokens.losses.kl.items()}, torch.ones(len(names)).double()
     for effect in EFFECTS:
         for kind in ("b_only", "random"):
@@ -131,8 +131,10 @@ def effect_numbers(tokens: SplicedTokens, names: Tensor, *, seed: int) -> dict[s
 def behaviour_numbers(tokens: SplicedTokens, triggers: Tensor, names: Tensor, *, seed: int) -> dict[str, float]:
     """Probability of the phrase's first token at triggers [n] bool in every state, and of the next token everywhere else.
 
-    The text has the phrase behind every marker, so this is the exponential of minus the cross-entropy there. Elsewhere is
-    the control: other labels, at which nothing that carries the phrase should matter.
+    Intervals are over `names` [n]: the document of each token.
+
+    The text has the phrase after every marker, so this is exp(-cross-entropy) there. Everywhere else is the control: the
+    labels differ, and nothing that carries the phrase should matter.
     """
     probability = {"b": (-tokens.losses.cross_entropy.double()).exp()}
     probability |= {name: (-tokens.losses.spliced[name].double()).exp() for name in list(STATES)[1:]}

@@ -1,4 +1,4 @@
-"""What passes through a language model cost, token by token, and shares of that cost, with intervals by document.
+"""The cost of passes through a language model, token by token, and shares of that cost, with intervals by document.
 
 Shapes: n measured tokens.
 """
@@ -13,13 +13,13 @@ from darkmatter_ext.estimators.intervals import ratio, share_by, sums_by
 
 
 class LossSums:
-    """CE and KL of every pass; several names together are their mean: the same training from several seeds."""
+    """CE and KL of every pass. Several names together mean their average: the same training from several seeds."""
 
     def __init__(self, losses: TokenLosses, documents: Tensor, *, seed: int) -> None:
         self.losses, self.documents, self.seed = losses, documents, seed
 
     def ce(self, *names: str) -> Tensor:
-        """Increase over the model as it is, [n]."""
+        """Increase in CE over the unchanged model, [n]."""
         return torch.stack([self.losses.spliced[name] for name in names]).mean(0) - self.losses.cross_entropy
 
     def kl(self, *names: str) -> Tensor:
@@ -31,5 +31,5 @@ class LossSums:
         return share_by(self.documents, column, torch.ones_like(column), seed=self.seed).numbers(key)
 
     def closed(self, key: str, before: Tensor, after: Tensor) -> dict[str, float]:
-        """100 (before - after) / before, of sums over documents (Fieller); NaN where `before` may be 0."""
+        """100 (before - after) / before, from sums over documents (Fieller); NaN if `before` may be 0."""
         return ratio(sums_by(self.documents, 100 * (before - after), before)).numbers(key)

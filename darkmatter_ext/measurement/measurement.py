@@ -1,16 +1,16 @@
-"""What one pass over the tokens measures for every SAE of every site, and how it is asked (`engine.py` does it).
+"""What one pass over the tokens measures for every SAE of every site, and how to query it (`engine.py` does the work).
 
-A *measurement* reads the contexts of a source in blocks. Each block goes through all SAEs and into sums (`estimators/sums.py`)
-that every estimator is computed from afterwards, without reading a token again: error vector test, norm prediction test,
-FVU and its linear and nonlinear part, predictors from other sites, baselines, mean latent values. b* has to be known
-before the nonlinear error of a single token is, so tokens come in two sweeps:
+A *measurement* reads the contexts of a source in blocks. Each block goes through all SAEs and into sums (`estimators/sums.py`).
+Every estimator is computed from these afterwards, without reading a token again: error vector test, norm prediction test,
+FVU and its linear and nonlinear parts, predictors from other sites, baselines, mean latent values. The nonlinear error of a
+token is known only once b* is, so tokens are read in two sweeps:
 
 - `passes=2`, the paper's procedure: b* is fitted on the fit tokens in sweep 1; sweep 2 reads all tokens again, and the
   norm tests are fitted on the same fit tokens. Equal to `decompose.decompose_stream`.
-- `passes=1`: every token is read and encoded once. Contexts are dealt three roles, b* is fitted on the first part, the
+- `passes=1`: every token is read and encoded once. Contexts are dealt into three roles: b* is fitted on the first part, the
   norm tests on the second, which b* has not seen, and everything is scored on the held-out rest.
 
-What an experiment does with it:
+What an experiment does with a measurement:
 
     measurement = engine.measure(source, saes, roles, folder=folder)           # {hook: SiteMeasurement}
     site = measurement["blocks.20.hook_resid_post"]
@@ -22,14 +22,14 @@ What an experiment does with it:
     site.token_mean_r2()                               # baseline: the mean over a token's occurrences
     site.part_fit(["mlp"], "16k", "nonlinear").r2      # error, linear, nonlinear from other SAEs' outputs (earlier-layers)
     site.intervals("16k")["fvu"]                       # with 95 % intervals; also scalar_interval, part_interval
-    read_tokens(site.per_token)                        # arrow table, a row a held-out token
+    read_tokens(site.per_token)                        # arrow table, one row per held-out token
 
-Intervals: the held-out contexts are dealt into G groups whose Gram matrices are kept apart, and every score is a function of
-sums over groups, so leaving out one group at a time (`intervals.jackknife`) costs no reading. They cover the choice of
-held-out text; the maps are those of the fit tokens throughout.
+Intervals: the held-out contexts are dealt into G groups whose Gram matrices are kept apart. Every score is a function of
+sums over groups, so leaving out one group at a time (`intervals.jackknife`) needs no further reading. Intervals cover the
+choice of held-out text; the maps are always those of the fit tokens.
 
-At a site of transcoders, b* and a* are maps from what they read; FVU, errors and norms are of what they write, `x` of the
-names included.
+At a site of transcoders, b* and a* are maps from what they read. FVU, errors and norms refer to what they write, and so
+does `x` in the names.
 
 Shapes: n tokens, d width of the site, S SAEs, p = d + widths of the predictors, G groups of held-out contexts.
 """
@@ -55,20 +55,20 @@ from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, NORM_FIT, LeftOut
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.encoders import Encoder
 
-# Per SAE and token, squared norms first; the two unsquared norms are what the per-token figures regress.
+# Per SAE and token, squared norms first. The per-token figures regress the two unsquared norms.
 WRITTEN = "written"  # at a site of transcoders, the target that holds what they write
 SAE_SCALARS = ("sae", "error", "linear", "nonlinear", "sae_plus_nonlinear", "l0", "error_norm", "nonlinear_norm")
 
 
 def scalar_names(saes: Sequence[str], *, loss: bool) -> tuple[str, ...]:
-    """Names of the per-token scalars of a site, in order: of x, the loss, then SAE_SCALARS of each SAE."""
+    """Names of the per-token scalars of a site, in order: those of x, the loss, then SAE_SCALARS of each SAE."""
     own = ("x", "x_norm", *(("loss",) if loss else ()))
     return (*own, *(f"{name}/{scalar}" for name in saes for scalar in SAE_SCALARS))
 
 
 @dataclass
 class SiteMeasurement:
-    """What was measured at one site: sums of all processes, and every estimator made from them on demand."""
+    """What was measured at one site: the sums of all processes, and every estimator, computed from them on demand."""
 
     hook: str
     saes: dict[str, Encoder]
@@ -76,7 +76,7 @@ class SiteMeasurement:
     latents: dict[str, LatentSums]  # SAE -> firing of each latent on the fit and held-out tokens
     per_token: Path  # folder of the table of held-out tokens
     left_out: LeftOut
-    typical_norm: float  # median of the first contexts
+    typical_norm: float  # median over the first contexts
     regressions: Regressions  # on x
     _linear: dict[int, LinearSums]
     _scalars: dict[int, LinearSums]
@@ -93,31 +93,31 @@ class SiteMeasurement:
 
     @property
     def transcodes(self) -> bool:
-        """Whether its SAEs write another hook point than they read."""
+        """Whether its SAEs write to another hook point than they read."""
         return WRITTEN in self._linear[HELD_OUT].targets
 
     @property
     def _explained(self) -> str:
-        """The block or target whose variance errors are shares of."""
+        """The block or target whose variance is the denominator of FVU."""
         return WRITTEN if self.transcodes else "x"
 
     @property
     def width(self) -> int:
-        """Of what errors are parts of."""
+        """The width of what the SAEs reconstruct."""
         return next(iter(self.maps.values())).weight.shape[1]
 
     def written_fit(self) -> LinearFit:
-        """Least squares from what transcoders read to what they write: the linear part of what they stand for."""
+        """Least squares from what transcoders read to what they write: the linear part of the layer they replace."""
         return self._fit(FIT, lambda sums: sums.statistics(["x"], [WRITTEN]))
 
     @property
     def n_fit(self) -> int:
-        """Tokens b* is fitted on."""
+        """The number of tokens b* is fitted on."""
         return self._linear[FIT].count
 
     @property
     def n_norm_fit(self) -> int:
-        """Tokens the norm tests and scalar regressions are fitted on."""
+        """The number of tokens the norm tests and scalar regressions are fitted on."""
         return self._linear[self._norm_fit].count
 
     @property
@@ -165,12 +165,12 @@ class SiteMeasurement:
         return kinds[part]
 
     def n_columns(self, predictors: Sequence[str]) -> int:
-        """Columns of these predictors side by side: the slopes of a regression on them."""
+        """The number of columns of these predictors side by side: the slopes of a regression on them."""
         blocks = self._linear[FIT].blocks
         return sum(blocks[name].stop - blocks[name].start for name in predictors)
 
     def part_interval(self, predictors: Sequence[str], sae: str, part: str) -> Interval:
-        """R2 of `part_fit` with its interval. Raises as it does; KeyError when measured without predictors."""
+        """R2 of `part_fit` with its interval. Raises as `part_fit` does; KeyError if measured without predictors."""
         fit = self.part_fit(predictors, sae, part)
         statistics = self._part_statistics(predictors, sae, part)
         return _r2_intervals(fit.map, map(statistics, self._groups), mean=True)[0]
@@ -189,7 +189,7 @@ class SiteMeasurement:
     def scalar_gain(self, predictors: Sequence[str], more: Sequence[str], target: str) -> Interval:
         """What `more` scalars add to `predictors`: (R2' - R2) / (1 - R2) in percent, with its interval.
 
-        That is 100 (1 - SSE' / SSE), the share of what was left that the larger regression explains.
+        That is 100 (1 - SSE' / SSE), the share of the remaining variance that the larger regression explains.
         """
         sets = [list(predictors), [*predictors, *more]]
         maps = [self.scalar_fit(names, [target]).map for names in sets]
@@ -203,16 +203,16 @@ class SiteMeasurement:
         return jackknife(_nonempty(rows), lambda sums: 100 * (1 - sums[..., 2:] / sums[..., 1:2]))[0]
 
     def token_mean(self, name: str) -> tuple[Tensor, Tensor]:
-        """Of "SAE/error", "SAE/linear" or "SAE/nonlinear": mean over the fit tokens of each id [V], and their number [V].
+        """Mean of "SAE/error", "SAE/linear" or "SAE/nonlinear" over the fit tokens of each id [V], and their number [V].
 
-        An id without fit tokens has the overall mean. Raises KeyError when measured without `token_means`.
+        An id without fit tokens gets the overall mean. Raises KeyError if measured without `token_means`.
         """
         sums = self._token_means[self._norm_fit]
         return sums.means[:, sums.names.index(name)].cpu(), sums.counts.long().cpu()
 
     @property
     def has_loss(self) -> bool:
-        """Whether the source gave the model's loss."""
+        """Whether the source provided the model's loss."""
         return "loss" in self._scalars[HELD_OUT].blocks
 
     @property
@@ -223,8 +223,8 @@ class SiteMeasurement:
     def token_mean_r2(self, *, in_sample: bool = False) -> dict[str, float]:
         """R2 of predicting squared norms by their mean over the token's occurrences: "SAE/error" and so on.
 
-        `in_sample`: means over all tokens, scored on the same, as the released code has it: flattering, most of all for rare
-        tokens. Empty when the measurement was made without `token_means`.
+        `in_sample`: take means over all tokens and score on the same tokens, as the released code does. This flatters, most
+        of all for rare tokens. Empty if measured without `token_means`.
         """
         if not self._token_means:
             return {}
@@ -238,11 +238,11 @@ class SiteMeasurement:
         return (scored if in_sample else means).r2_of_means(scored, squares)
 
     def l0(self, sae: str) -> float:
-        """Mean active latents a held-out token; no regression is solved for it."""
+        """Mean active latents per held-out token; needs no regression."""
         return self._extra[list(self.saes).index(sae), 2].item() / self.n_held_out
 
     def decomposition(self, sae: str) -> Decomposition:
-        """All numbers of an SAE, as `decompose.decompose_stream` gives them."""
+        """All numbers of an SAE, as from `decompose.decompose_stream`."""
         held_out = self._linear[HELD_OUT]
         error, norms = self.error_fit(sae), self.norm_fit(sae)
         scored = LinearSums.merged([self._linear[FIT], held_out]) if self.regressions.fvu_of_all else held_out
@@ -272,20 +272,20 @@ class SiteMeasurement:
         )
 
     def intervals(self, sae: str) -> dict[str, Interval]:
-        """Of an SAE, by the names of `decomposition(sae).numbers()`: fvu, fvu_nonlinear, linear_share, r2_vec, r2_norm/..."""
+        """Intervals by the names of `decomposition(sae).numbers()`: fvu, fvu_nonlinear, linear_share, r2_vec, r2_norm/..."""
         found = dict(zip(ERROR_SCORES, jackknife(_nonempty(self._error_sums(sae)), _error_scores), strict=True))
         groups = (group.statistics(["x"], [f"norms/{sae}"]) for group in self._groups)
         norms = _r2_intervals(self.norm_fit(sae).map, groups)
         found |= {f"r2_norm/{name}": interval for name, interval in zip(NORM_TARGETS, norms, strict=True)}
         if (
             self.regressions.fvu_of_all or self.regressions.map_on_all
-        ):  # scored on all tokens there, or with a map of its own: no group holds those sums
+        ):  # these are scored on all tokens, or with a separate map: no group holds those sums
             numbers = self.decomposition(sae).numbers()
             found |= {name: Interval(numbers[name], *[float("nan")] * 2) for name in ERROR_SCORES}
         return found
 
     def _error_sums(self, sae: str) -> list[Tensor]:
-        """Of each group: tokens, squared norm and sum of x, and of the error: its sum, its square, its nonlinear square."""
+        """Per group: tokens, squared norm and sum of x; sum and square of the error, and square of its nonlinear part."""
         number, rows = list(self.saes).index(sae), []
         for group, residuals in zip(self._groups, self._residuals[:, number], strict=True):
             x = group.statistics(["x"], [self._explained])
@@ -295,9 +295,9 @@ class SiteMeasurement:
         return rows
 
     def without_top(self, sae: str, count: int) -> dict[str, Interval]:
-        """fvu, fvu_nonlinear and linear_share of held-out tokens without the `count` top principal directions of x.
+        """fvu, fvu_nonlinear and linear_share of held-out tokens without the top `count` principal directions of x.
 
-        Empty where so many are not kept: at transcoders, or at a width below 2 `count`.
+        Empty if that many are not kept: for transcoders, or at a width below 2 `count`.
         """
         if count > self._principal.shape[-1]:
             return {}
@@ -319,7 +319,7 @@ class SiteMeasurement:
     def contrast(self, weights: Mapping[str, float]) -> dict[str, Interval]:
         """A weighted sum over SAEs of each of ERROR_SCORES, with its interval on the same tokens (paired).
 
-        {"wide": 1, "narrow": -1} is their difference: what both find hard in a text is in both, and cancels.
+        {"wide": 1, "narrow": -1} is their difference: text that both find hard affects both scores and cancels.
         """
         sums = torch.stack([torch.stack(self._error_sums(sae)) for sae in weights], dim=1)  # [G, S, m]
         own, shape = torch.tensor(list(weights.values()), dtype=torch.float64), sums.shape[1:]
@@ -332,7 +332,7 @@ class SiteMeasurement:
 
 @dataclass(frozen=True)
 class SaeMeasurement:
-    """What was measured of one SAE. Numbers are of held-out tokens."""
+    """What was measured for one SAE. Numbers are on held-out tokens."""
 
     name: str
     site: SiteMeasurement
@@ -344,12 +344,12 @@ class SaeMeasurement:
 
     @property
     def fvu(self) -> float:
-        """Fraction of variance unexplained, of Sae(x)."""
+        """Fraction of variance unexplained by Sae(x)."""
         return self.decomposition.fvu
 
     @property
     def fvu_nonlinear(self) -> float:
-        """What stays of it when the linear error is explained too."""
+        """What remains of the FVU once the linear error is explained too."""
         return self.decomposition.fvu_nonlinear
 
     @property
@@ -369,13 +369,13 @@ class SaeMeasurement:
 
     @property
     def l0(self) -> float:
-        """Mean active latents a token."""
+        """Mean active latents per token."""
         return self.decomposition.l0
 
     def interval(self, quantity: str) -> Interval:
         """A number with its 95 % interval: "fvu", "fvu_nonlinear", "linear_share", "r2_vec", "r2_norm/error", ...
 
-        Raises InputError for another quantity.
+        Raises InputError for any other quantity.
         """
         found = self.site.intervals(self.name)
         if quantity not in found:
@@ -390,7 +390,7 @@ ERROR_SCORES = ("fvu", "fvu_nonlinear", "linear_share", "r2_vec")
 
 
 def _nonempty(rows: Sequence[Tensor]) -> Tensor:
-    """[G, m]: the groups that have tokens; their count comes first in a row."""
+    """[G, m] the groups that have tokens; a row starts with their count."""
     kept = [row for row in rows if row[0] > 0]
     return torch.stack(kept or list(rows))
 

@@ -1,7 +1,7 @@
-"""How given SAEs want their inputs, from their metadata and the flags: followed, overridden, or refused, and always said.
+"""What inputs given SAEs expect, from their metadata and the flags: followed, overridden or refused, and always reported.
 
-SAELens keeps beside an SAE what it was trained on: context length, BOS, positions, special tokens, weight processing,
-scaling of activations. An SAE measured on anything else has latents that mean something else. `usage` decides for a run.
+SAELens stores with an SAE what it was trained on: context length, BOS, positions, special tokens, weight processing,
+scaling of activations. Measured on anything else, its latents mean something else. `usage` decides for a run.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.flat_activations import SCALED, WHITENED
 from darkmatter_ext.saes.loading import SaeDescription
 
-DEFAULT_CONTEXT_LENGTH = 256  # where no SAE says what it was trained on
+DEFAULT_CONTEXT_LENGTH = 256  # used if no SAE says what it was trained on
 BACKENDS = ("auto", "huggingface", "transformer-lens")
 Positions = tuple[int | None, ...]  # arguments of slice; () stands for all positions
-SpecialTokens = bool | tuple[int, ...]  # to leave out: all of the tokenizer, or these ids
+SpecialTokens = bool | tuple[int, ...]  # tokens to leave out: all of the tokenizer's special ones, or these ids
 
 # Keys that say where an SAE comes from, or that are read elsewhere (hook point, architecture).
 _NOTHING_TO_DO = frozenset(("hook_name", "hook_name_out", "hook_head_index", "hook_head_index_out", "hook_layer"))
@@ -30,10 +30,10 @@ _NOTHING_TO_DO |= {"neuronpedia_id", "sae_lens_version", "sae_lens_training_vers
 _NOTHING_TO_DO |= {"training_architecture_details", "normalize_decoder", "trained_on", "finetuning_scaling_factor"}
 _NOTHING_TO_DO |= {"context_size", "prepend_bos", "seqpos_slice", "exclude_special_tokens"}
 _NOTHING_TO_DO |= {"model_from_pretrained_kwargs"}
-# What a source that was made before has decided.
+# What a precomputed source has already decided.
 _STORED = {"cache": ("context_size", "prepend_bos"), "tokenised": ("prepend_bos",)}
-_MODEL_CLASSES = ("HookedTransformer", "AutoModelForCausalLM")  # the same activations as our sources give
-# Options of a model's loading that decide which weights it has, and those that change no activation.
+_MODEL_CLASSES = ("HookedTransformer", "AutoModelForCausalLM")  # these give the same activations as our sources
+# Options of model loading that decide which weights it has, and those that change no activations.
 _OTHER_WEIGHTS = ("revision", "checkpoint_index", "checkpoint_value", "checkpoint_label", "first_n_layers")
 _NO_MATTER = ("device", "n_devices", "device_map", "dtype", "torch_dtype", "move_to_device", "default_padding_side")
 _NO_MATTER = (*_NO_MATTER, "trust_remote_code", "center_unembed", "default_prepend_bos")
@@ -41,23 +41,23 @@ _NO_MATTER = (*_NO_MATTER, "trust_remote_code", "center_unembed", "default_prepe
 
 @dataclass(frozen=True)
 class InputFlags:
-    """What the inputs of SAEs may be told by flags; the defaults follow the SAEs' metadata."""
+    """Flags for the inputs of SAEs; the defaults follow the SAEs' metadata."""
 
     context_length: int = 0
-    """tokens a context, BOS included; 0: as the SAEs' metadata says (the shortest), else 256"""
+    """tokens per context, BOS included; 0: as the SAEs' metadata says (the shortest), else 256"""
     bos: str = "auto"
     """start every context with BOS: yes, no, or auto: as the SAEs' metadata says"""
     positions: str = "auto"
-    """positions of each context to measure, START:STOP or START:STOP:STEP as in Python, or auto: as the SAEs' metadata says"""
+    """positions to measure in each context, START:STOP or START:STOP:STEP as in Python, or auto: as the SAEs' metadata says"""
     exclude_special_tokens: str = "auto"
     """leave out the tokenizer's special tokens (BOS, EOS, PAD): yes, no, or auto: as the SAEs' metadata says"""
     activation_scale: tuple[float, ...] = ()
-    """factor of the activations, for SAEs made on scaled ones whose files do not give it: one for all, or one an SAE"""
+    """scale of the activations, for SAEs trained on scaled ones whose files do not give it: one for all, or one per SAE"""
     backend: str = "auto"
     """huggingface, transformer-lens, or auto: transformer-lens if the SAEs ask for processed weights"""
 
     def check_inputs(self) -> None:
-        """Raises ValueError for a flag that is not what it should be."""
+        """Raises ValueError for an invalid flag."""
         yes_no = ("auto", "yes", "no")
         for name, allowed in (("backend", BACKENDS), ("bos", yes_no), ("exclude_special_tokens", yes_no)):
             if getattr(self, name) not in allowed:
@@ -73,19 +73,19 @@ class InputFlags:
 
 @dataclass(frozen=True)
 class Usage:
-    """How the inputs of a run's SAEs are made."""
+    """How to make the inputs of a run's SAEs."""
 
     context_length: int = DEFAULT_CONTEXT_LENGTH
     bos: bool = True
     positions: Positions = ()
     special_tokens: SpecialTokens = False
     processing: Mapping[str, bool] = field(default_factory=dict)  # of weights, by TransformerLens
-    scales: tuple[float | None, ...] = ()  # of each SAE, see `load_sae`
+    scales: tuple[float | None, ...] = ()  # one per SAE, see `load_sae`
     notes: tuple[str, ...] = ()
 
 
 def given_positions(text: str) -> Positions:
-    """The slice a flag names. Raises ValueError when it is none."""
+    """The slice given by a flag. Raises ValueError if it is not a slice."""
     parts = text.split(":")
     try:
         numbers = tuple(int(part) if part.strip() else None for part in parts)
@@ -97,7 +97,7 @@ def given_positions(text: str) -> Positions:
 
 
 def _slice(value: Any) -> Positions:
-    """`seqpos_slice` as SAELens uses it, `slice(*value)`, in one form for equal slices. Raises ValueError for others."""
+    """`seqpos_slice` as SAELens uses it, `slice(*value)`, in one form for equal slices. Raises ValueError for anything else."""
     whole = isinstance(value, list | tuple) and 1 <= len(value) <= 3
     if not whole or any(part is not None and (type(part) is not int) for part in value):
         raise ValueError("seqpos_slice must be one to three integers or null")
@@ -131,11 +131,11 @@ def _length(value: Any) -> int:
 
 
 class _Reading:
-    """The metadata of some SAEs, key by key, with what became of each key."""
+    """The metadata of some SAEs, key by key, recording how each key was handled."""
 
     def __init__(self, saes: Sequence[SaeDescription], stored: str = "") -> None:
         self.saes = saes
-        self.stored = stored  # the flag of a source that was made before, "cache" or "tokenised"
+        self.stored = stored  # the flag of a precomputed source, "cache" or "tokenised"
         self.followed: list[str] = []
         self.overridden: list[str] = []
         self.unsaid: list[str] = []
@@ -143,7 +143,7 @@ class _Reading:
         self.as_stored: list[str] = []
 
     def values(self, key: str, parse: Callable[[Any], Any]) -> dict[str, Any]:
-        """The different values, by how they are written."""
+        """The distinct values, by how they are written."""
         found = {}
         for sae in self.saes:
             if (value := sae.metadata.get(key)) is not None:
@@ -154,7 +154,7 @@ class _Reading:
         return {written: parsed for parsed, written in found.values()}
 
     def one(self, key: str, flag: str, given: Any, parse: Callable[[Any], Any], default: Any) -> Any:
-        """The flag's value, else the one all SAEs name. Raises ValueError when they differ."""
+        """The flag's value, else the one all SAEs name. Raises ValueError if they differ."""
         values = self.values(key, parse)
         if given is not None:
             other = [written for written, value in values.items() if value != given]
@@ -169,7 +169,7 @@ class _Reading:
         return next(iter(values.values()), default)
 
     def shortest(self, given: int) -> int:
-        """The flag's context length, else the shortest of the SAEs'."""
+        """The flag's context length, else the shortest one among the SAEs."""
         values = self.values("context_size", _length)
         if given:
             self._chosen("context_size", "context_length", values, [w for w, size in values.items() if size != given])
@@ -182,7 +182,7 @@ class _Reading:
         return least
 
     def processing(self, backend: str) -> dict[str, bool]:
-        """The weight processing all SAEs ask for (one that names none asks for none), unless backend huggingface."""
+        """The weight processing all SAEs ask for, unless the backend is huggingface. An SAE that names none asks for none."""
         asked = [asked_processing(sae.metadata.get("model_from_pretrained_kwargs")) for sae in self.saes]
         named = {", ".join(options) or "none": options for options in asked}
         shown = [f"processed weights ({name})" for name, options in named.items() if options]
@@ -224,7 +224,7 @@ class _Reading:
 
 
 def _places(reading: _Reading, own: Sequence[SaeDescription], model: str, hook: str) -> None:
-    """The model of all SAEs and the hook point of `own` that flags name otherwise than the metadata."""
+    """Handle flags that name another model than the metadata of any SAE, or another hook point than that of `own`."""
     for key, flag, given in (("model_name", "model", published_name(model)), ("hook_name", "hook", hook)):
         for sae in reading.saes:
             named = str(sae.metadata.get(key) or "")
@@ -234,7 +234,7 @@ def _places(reading: _Reading, own: Sequence[SaeDescription], model: str, hook: 
 
 
 def _model_options(reading: _Reading, model_given: bool) -> None:
-    """Options of the model's loading that we do not follow: refused where they choose other weights."""
+    """Handle options of model loading that we do not follow: refuse those that choose other weights."""
     for sae in reading.saes:
         asked = sae.metadata.get("model_from_pretrained_kwargs") or {}
         for option, value in asked.items():
@@ -247,7 +247,7 @@ def _model_options(reading: _Reading, model_given: bool) -> None:
 
 
 def _rest(reading: _Reading) -> None:
-    """Keys that are not followed, each once."""
+    """Handle keys that are not followed, each once."""
     for sae in reading.saes:
         for key, value in sae.metadata.items():
             if key in _NOTHING_TO_DO or value is None or value is False or value == {}:
@@ -259,7 +259,7 @@ def _rest(reading: _Reading) -> None:
 
 
 def _scales(reading: _Reading, given: tuple[float, ...]) -> tuple[float | None, ...]:
-    """The factor of each SAE's activations that its files do not give. Raises ValueError when it is not known."""
+    """The scale of each SAE's activations, where its files do not give it. Raises ValueError if it is unknown."""
     saes = reading.saes
     lacking = [sae.normalize_activations == SCALED for sae in saes]
     for sae in saes:
@@ -295,15 +295,15 @@ def usage(
     hook: str = "",
     stored: str = "",
 ) -> Usage:
-    """How the inputs of `saes` are made.
+    """Decide how to make the inputs of `saes`.
 
     Args:
-        flags: what the user says, which overrides the metadata.
+        flags: the user's choices, which override the metadata.
         others: more SAEs that get the same inputs, such as predictors.
-        model, hook: as the user names them; nothing: as the SAEs say.
-        stored: "cache" or "tokenised" where activations or tokens were made before.
+        model, hook: as the user names them; empty: as the SAEs say.
+        stored: "cache" or "tokenised" if activations or tokens are precomputed.
 
-    Raises ValueError, one line, for metadata that cannot be followed, or SAEs that do not agree where no flag decides.
+    Raises ValueError, one line, for metadata that cannot be followed, or SAEs that disagree where no flag decides.
     """
     reading = _Reading([*saes, *others], stored)
     if not reading.saes:
@@ -335,9 +335,9 @@ def usage(
 
 
 def own_sites(sae: SaeDescription) -> tuple[str, str]:
-    """The hook points an SAE names: what it reads and what it writes; nothing where it names none.
+    """The hook points an SAE names, the one it reads and the one it writes; empty if it names none.
 
-    Raises InputError for one that reads a single head, or a transcoder that does not name both.
+    Raises InputError for an SAE that reads a single head, or a transcoder that does not name both.
     """
     reads, head = str(sae.metadata.get("hook_name") or ""), sae.metadata.get("hook_head_index")
     if head is not None:
@@ -354,7 +354,7 @@ def own_sites(sae: SaeDescription) -> tuple[str, str]:
 
 
 def excluded_ids(special_tokens: SpecialTokens, model: str) -> tuple[int, ...]:
-    """The token ids to leave out. Raises ValueError when the model's tokenizer is needed and cannot be loaded."""
+    """The token ids to leave out. Raises ValueError if the model's tokenizer is needed and cannot be loaded."""
     if not isinstance(special_tokens, bool):
         return special_tokens
     return special_token_ids(load_tokenizer(model)) if special_tokens else ()

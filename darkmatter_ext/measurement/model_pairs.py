@@ -1,4 +1,4 @@
-"""Crosscoders of two models and SAEs of each: trained once, and what their reconstructions and errors say of the pair.
+"""Crosscoders of two models and SAEs of each: train them once, and see what reconstructions and errors say about the pair.
 
 Shapes: n tokens, d width of both models, v [n, 2 d] both side by side (`PairedTokens`).
 """
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 BATCH = 4096  # tokens reconstructed at a time
-LEAST_TOKENS = 10  # fit tokens at which a latent must be active to be counted
+LEAST_TOKENS = 10  # fit tokens on which a latent must be active to be counted
 ENDS = ("A", "B")
 
 
@@ -58,7 +58,7 @@ class PairModels(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class OwnSae:
-    """An SAE that was trained on one or two models' activations here."""
+    """An SAE trained here on the activations of one or two models."""
 
     sae: SAE
     folder: Path
@@ -73,11 +73,11 @@ class OwnSae:
 
     @torch.no_grad()
     def reconstruct(self, v: Tensor) -> Tensor:
-        """Sae(v) [n, d_in], where v is."""
+        """Sae(v) [n, d_in], on the device of v."""
         return torch.cat([self.encode(part.to(self.W_dec.device)).x_hat.to(v.device) for part in v.split(BATCH)])
 
     def batches(self, v: Tensor) -> Iterator[tuple[SparseActs, Tensor]]:
-        """Acts and errors of v [n, d_in], some tokens at a time."""
+        """Yield acts and errors of v [n, d_in], a batch of tokens at a time."""
         for part in v.split(BATCH):
             given = part.to(self.W_dec.device)
             found = self.encode(given)
@@ -87,7 +87,7 @@ class OwnSae:
 def trained_crosscoder(
     settings: Settings, own: ToTrain, tokens: PairedTokens, models: PairModels, stages: Stages
 ) -> OwnSae:
-    """A crosscoder of a pair: an SAE on v, its decoder rows unit together; or what an earlier run made of the same."""
+    """A crosscoder of a pair, trained or from an earlier run: an SAE on v whose whole decoder rows have unit norm."""
     metadata = {"model_name": models.first, "other_model_name": models.second, "hook_name": models.hook}
     metadata |= {"activation_scales": list(tokens.scales)}
     key = {"second": tokens.second.cache.folder.name, "permuted": tokens.permuted, "metadata": metadata}
@@ -95,7 +95,7 @@ def trained_crosscoder(
 
 
 def trained_alone(settings: Settings, own: ToTrain, tokens: StoredTokens, models: PairModels, stages: Stages) -> OwnSae:
-    """An SAE of as many latents on the other model's activations alone."""
+    """An SAE with as many latents on the other model's activations alone."""
     key = {"metadata": {"model_name": models.second, "hook_name": models.hook}}
     return _trained("alone", settings, own, tokens, key, lambda: tokens.with_role(SAE_TRAINING).float(), stages)
 
@@ -119,9 +119,9 @@ def _trained(
 
 
 def paired(inputs: Inputs, models: Mapping[str, PairModels], stages: Stages) -> dict[str, PairedTokens]:
-    """Both models' activations of every pair, at the tokens that are usual in all of them; `permuted` is the control's name.
+    """Both models' activations for every pair, at tokens with usual norms in all models; `permuted` is the control's name.
 
-    `inputs` are of the first model. Raises InputError for a model of another width.
+    `inputs` belong to the first model. Raises InputError for a model of another width.
     """
     hook, settings = inputs.one_site, inputs.settings
     tokens, dtype = inputs.stored[hook], getattr(torch, settings.data.dtype)
@@ -143,13 +143,13 @@ def paired(inputs: Inputs, models: Mapping[str, PairModels], stages: Stages) -> 
 
 
 def _ratio(missed: Tensor, total: Tensor, documents: Tensor, seed: int) -> Interval:
-    """Missed over total energy [n] each, with its interval by document."""
+    """Missed over total energy, each [n], with its interval by document."""
     found = share_by(documents, missed, total, seed=seed)
     return found
 
 
 def _rest(share: Interval) -> Interval:
-    """One less a share."""
+    """One minus a share."""
     return Interval(1 - share.value, 1 - share.high, 1 - share.low)
 
 
@@ -158,7 +158,7 @@ def _energy(x: Tensor) -> Tensor:
 
 
 def fvu(x: Tensor, reconstructions: Sequence[Tensor], documents: Tensor, *, seed: int) -> Interval:
-    """FVU of x [n, d], mean over several SAEs, with its interval by document."""
+    """FVU of x [n, d], averaged over several SAEs, with its interval by document."""
     missed = torch.stack([_energy(x - x_hat) for x_hat in reconstructions]).mean(0)
     return _ratio(missed, _energy(x - x.mean(0)), documents, seed)
 
@@ -166,9 +166,9 @@ def fvu(x: Tensor, reconstructions: Sequence[Tensor], documents: Tensor, *, seed
 def energy_numbers(
     v: Tensor, reconstructions: Sequence[Tensor], scales: tuple[float, float], documents: Tensor, *, seed: int
 ) -> dict[str, float]:
-    """FVU of each half, and the share of the difference x_B - x_A that the crosscoders explain; NaN where there is none.
+    """FVU of each half, and the share of the difference x_B - x_A that the crosscoders explain; NaN if they do not differ.
 
-    v and its reconstructions [n, 2 d], one an SAE: numbers are means over them. documents [n].
+    v and its reconstructions are [n, 2 d], one reconstruction per SAE; numbers are means over SAEs. documents [n].
     """
     both, found = halves(v), [halves(v_hat) for v_hat in reconstructions]
     numbers: dict[str, float] = {}
@@ -182,7 +182,7 @@ def energy_numbers(
 
 
 class Errors(NamedTuple):
-    """Activations of one model and an SAE's error, at fit and at held-out tokens, each [n, d]."""
+    """One model's activations and an SAE's error, at fit and at held-out tokens, each [n, d]."""
 
     x: Tensor
     error: Tensor
@@ -190,7 +190,7 @@ class Errors(NamedTuple):
     held_out_error: Tensor
 
     def nonlinear(self) -> Errors:
-        """The error less b* x, b* fitted on the fit tokens."""
+        """The error minus b* x, with b* fitted on the fit tokens."""
         b_star = _fitted(self.x, self.error)
         return self._replace(
             error=self.error - b_star(self.x), held_out_error=self.held_out_error - b_star(self.held_out_x)
@@ -205,7 +205,7 @@ def _fitted(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def r2_of_errors(first: Errors, second: Errors, documents: Tensor, *, seed: int) -> Interval:
-    """R2 of energies of the second's errors from the first's, fitted on fit tokens; documents [n] of the held-out ones."""
+    """R2 (of energies) of predicting the second's errors from the first's, fitted on fit tokens; documents [n] held out."""
     predicted = _fitted(first.error, second.error)(first.held_out_error)
     target = second.held_out_error
     left = _ratio(_energy(target - predicted), _energy(target - target.mean(0)), documents, seed)
@@ -213,9 +213,9 @@ def r2_of_errors(first: Errors, second: Errors, documents: Tensor, *, seed: int)
 
 
 def dark_numbers(first: Errors, second: Errors, documents: Tensor, *, seed: int) -> dict[str, float]:
-    """How much of the second model's error the first's tells: `r2_error`, `r2_nonlinear`; `r2_shuffled`: at another token.
+    """How well the first model's error predicts the second's: `r2_error`, `r2_nonlinear`; `r2_shuffled`: at another token.
 
-    Cost: five regressions of d on d numbers.
+    Cost: five d-to-d regressions.
     """
     whole = r2_of_errors(first, second, documents, seed=seed)
     first, second = first.nonlinear(), second.nonlinear()
@@ -233,7 +233,7 @@ def dark_numbers(first: Errors, second: Errors, documents: Tensor, *, seed: int)
 
 
 class Trained(NamedTuple):
-    """A crosscoder, and what fit tokens say of its latents."""
+    """A crosscoder, and what fit tokens say about its latents."""
 
     sae: OwnSae
     sums: LatentSums
@@ -242,7 +242,7 @@ class Trained(NamedTuple):
 
 @torch.no_grad()
 def judged(sae: OwnSae, v: Tensor, *, unique: float) -> Trained:
-    """Latent scaling over fit tokens v [n, 2 d]."""
+    """Latent scaling, measured on fit tokens v [n, 2 d]."""
     sums = LatentSums(sae.W_dec)
     for acts, error in sae.batches(v):
         sums.update(acts, error)
@@ -250,7 +250,7 @@ def judged(sae: OwnSae, v: Tensor, *, unique: float) -> Trained:
 
 
 def latent_numbers(trained: list[Trained]) -> dict[str, float]:
-    """Counts of kinds of latents and the cosine of the shared ones, with intervals over crosscoders."""
+    """Counts of each kind of latent and the cosine of shared ones, with intervals over crosscoders."""
     columns: dict[str, list[float]] = {}
     for own in trained:
         kinds, rows = own.kinds, own.sums.W_dec
@@ -272,9 +272,9 @@ def latent_numbers(trained: list[Trained]) -> dict[str, float]:
 
 
 def covered_numbers(own: Trained, v: Tensor, covered: Tensor, names: Tensor, *, seed: int) -> dict[str, float]:
-    """The share of the variant's own latents' activation that is on markers and phrases, and the share of tokens that are.
+    """How much of the activation of the variant's own latents falls on markers and phrases, and what share of tokens does.
 
-    v [n, 2 d], covered [n] bool and documents [n] of held-out tokens.
+    All arguments are of held-out tokens: v [n, 2 d], covered [n] bool, names [n] (their documents).
     """
     chosen = own.kinds.second_by_scaling
     sizes = torch.cat([activation_of(acts, chosen) for acts, _ in own.sae.batches(v)]).double().cpu()

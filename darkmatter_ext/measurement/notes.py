@@ -1,4 +1,4 @@
-"""What a reader of a result must know of its tokens: how many are left out and why, how they are split, what was followed."""
+"""What a reader of a result must know about its tokens: which are left out and why, how they are split, what was followed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from darkmatter_ext.activations.text import bos_note
 from darkmatter_ext.measurement.measurement import SiteMeasurement
 from darkmatter_ext.measurement.resolved import Resolved
 
-FEW_TOKENS = 20  # a dimension: b* fitted on fewer fits noise
+FEW_TOKENS = 20  # per dimension: b* fitted on fewer fits noise
 
 
 def run_notes(found: Resolved, sites: Mapping[str, SiteMeasurement], counts: Mapping[str, float]) -> list[str]:
@@ -21,7 +21,7 @@ def run_notes(found: Resolved, sites: Mapping[str, SiteMeasurement], counts: Map
 
 
 def token_notes(found: Resolved, counts: Mapping[str, float]) -> list[str]:
-    """How many tokens each rule took, and how the others are split; the numbers are those of the result."""
+    """How many tokens each rule left out, and how the others are split; the numbers are those of the result."""
     measure, usage, settings = found.settings.measure, found.usage, found.settings
     names = ("dropped_first_positions", "left_out_special", "left_out_high_norm")
     position, special, norm = (int(counts[f"tokens/{name}"]) for name in names)
@@ -45,7 +45,7 @@ def token_notes(found: Resolved, counts: Mapping[str, float]) -> list[str]:
 
 
 def rank_notes(sites: Mapping[str, SiteMeasurement]) -> list[str]:
-    """Sites whose activations do not span their width: b* is not unique there, and its share cannot grow with it."""
+    """A note on sites whose activations do not span their width: b* is not unique there, its share cannot grow with width."""
     ranks = {hook: next(iter(site.maps.values())) for hook, site in sites.items()}
     return [
         f"{hook}: the activations span {b_star.rank} of {len(b_star.weight)} dimensions on the fit tokens."
@@ -55,6 +55,6 @@ def rank_notes(sites: Mapping[str, SiteMeasurement]) -> list[str]:
 
 
 def few_tokens_note(d: int, n_fit: int) -> list[str]:
-    """Whether b* has too few tokens."""
+    """A note if b* has too few tokens."""
     few = n_fit < FEW_TOKENS * d
     return [f"b* has {d} inputs and {n_fit} tokens to fit them: expect overfitting (see r2_vec_train)."] if few else []

@@ -1,7 +1,7 @@
 """Null models of SAE error: other points as far from x as Sae(x) is, to tell a bad direction from a mere distance.
 
 Gurnee, "SAE reconstruction errors are (empirically) pathological" (2024): random directions, the SAE's norm, the same angle.
-Lee and Heimersheim, 2410.12555: directions that vary as activations do, against which a random direction is no fair null.
+Lee and Heimersheim, 2410.12555: directions that vary as activations do; beside these, a random direction is no fair null.
 
 Shapes: n tokens, d model dimension, M real activations of the mixture.
 """
@@ -19,7 +19,7 @@ from darkmatter_ext.measurement.decompose import TokenBatch
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.encoders import Encode
 
-MIXTURE_ACTIVATIONS = 1024  # more than d, so that the mixtures span what activations span
+MIXTURE_ACTIVATIONS = 1024  # more than d, so that mixtures span the same space as activations
 Null = Callable[[Tensor, Tensor], Tensor]  # x [n, d], Sae(x) [n, d] -> the point of the null model [n, d]
 
 NULLS = {
@@ -37,23 +37,23 @@ def _unit(vectors: Tensor) -> Tensor:
 
 
 def other_tokens(n: int, generator: torch.Generator) -> Tensor:
-    """For each of n tokens the number of another one, [n] int64, each once: a random cycle (itself only if n is 1)."""
+    """[n] int64 the index of another token for each of n tokens, each used once: a random cycle (itself only if n is 1)."""
     order = torch.randperm(n, generator=generator)
     return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
 
 def at_distance_of(x: Tensor, x_hat: Tensor, direction: Tensor) -> Tensor:
-    """x moved along `direction`, as far as x_hat is from x; all [n, d]."""
+    """x moved along `direction` by the distance of x_hat from x; all [n, d]."""
     return x + _unit(direction) * (x_hat - x).norm(dim=-1, keepdim=True)
 
 
 def norm_only(x: Tensor, x_hat: Tensor) -> Tensor:
-    """x with the norm of x_hat."""
+    """x rescaled to the norm of x_hat."""
     return _unit(x) * x_hat.norm(dim=-1, keepdim=True)
 
 
 def same_angle(x: Tensor, x_hat: Tensor, direction: Tensor) -> Tensor:
-    """A point with the norm of x_hat and its angle to x, turned from x towards `direction`; all [n, d]."""
+    """A point with x_hat's norm and x_hat's angle to x, rotated from x towards `direction`; all [n, d]."""
     towards = _unit(x)
     along = (x_hat * towards).sum(-1, keepdim=True)
     across = (x_hat - along * towards).norm(dim=-1, keepdim=True)
@@ -63,14 +63,14 @@ def same_angle(x: Tensor, x_hat: Tensor, direction: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NullModels:
-    """What the null models of one SAE know of its errors and of real activations, from fit tokens."""
+    """What the null models of one SAE know about its errors and about real activations, from fit tokens."""
 
     error_root: Tensor  # [d, d], root R of the errors' covariance R R^T
-    activations: Tensor  # [M, d] real activations less their mean
+    activations: Tensor  # [M, d] real activations minus their mean
 
     @classmethod
     def from_covariance(cls, error_covariance: Tensor, activations: Tensor) -> NullModels:
-        """Of the errors' covariance [d, d] and M real activations [M, d].
+        """Build from the errors' covariance [d, d] and M real activations [M, d].
 
         Raises ValueError for fewer than 2 activations.
         """
@@ -83,7 +83,7 @@ class NullModels:
     @classmethod
     @torch.no_grad()
     def of_errors(cls, batches: Iterable[TokenBatch], encode: Encode, *, seed: int) -> NullModels:
-        """Of an SAE's errors, and a seeded sample of activations, over fit tokens; read twice. Memory: one batch."""
+        """Build from an SAE's errors and a seeded sample of activations on fit tokens, read twice. Memory: one batch."""
         statistics: LinearStatistics | None = None
         kept, generator = [], torch.Generator().manual_seed(seed)
         n_fit = sum(int(batch.train.sum()) for batch in batches)
@@ -100,7 +100,7 @@ class NullModels:
         return cls.from_covariance(statistics.moment_xx / statistics.count, torch.cat(kept))
 
     def functions(self, *, seed: int) -> dict[str, Null]:
-        """Each of NULLS as a function of (x, Sae(x)); every call draws anew from one seeded generator."""
+        """Each of NULLS as a function of (x, Sae(x)); every call makes new draws from one seeded generator."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(x: Tensor, width: int) -> Tensor:

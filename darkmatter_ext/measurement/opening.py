@@ -1,4 +1,4 @@
-"""Opening the activations of a run: a model on text, a cache, or activations kept on disk."""
+"""Open the activations of a run: a model on text, a cache, or activations kept on disk."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from darkmatter_ext.runtime.progress import Stages
 
 
 def opened_source(found: Resolved, contexts: Path, own: Processes, stages: Stages) -> Source:
-    """Activations that are streamed, or read from a given cache.
+    """Open activations that are streamed, or read from a given cache.
 
     Args:
-        contexts: folder of the text's tokens; written by the first process, if it is not there.
+        contexts: folder for the text's tokens; the first process writes it if it is missing.
 
     Raises InputError for a model, text or cache that does not fit.
     """
@@ -102,9 +102,9 @@ def _documents(found: Resolved) -> Iterable[Document]:
 
 
 def stored_activations(found: Resolved, stages: Stages) -> dict[str, ActivationCache]:
-    """The activations of the text at every hook point, from disk where they are.
+    """The activations of the text at every hook point, from disk if they are there.
 
-    Raises InputError for contexts the model does not take; StateError for a damaged cache.
+    Raises InputError for contexts the model cannot take; StateError for a damaged cache.
     """
     settings, usage = found.settings, found.usage
     data = settings.data
@@ -142,7 +142,7 @@ def stored_activations(found: Resolved, stages: Stages) -> dict[str, ActivationC
 
 
 def require_same_tokens(given: Tensor, stored: Tensor) -> None:
-    """Raise InputError, naming the first place, unless the tokens given are those stored with the activations.
+    """Raise InputError, naming the first difference, unless the given tokens are those stored with the activations.
 
     Both [C, L] int64.
     """

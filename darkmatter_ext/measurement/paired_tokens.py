@@ -1,4 +1,4 @@
-"""The stored activations of two models at the tokens of one text: what a crosscoder is trained on and measured with.
+"""The stored activations of two models at the tokens of one text, on which crosscoders are trained and measured.
 
 Shapes: C contexts of L tokens, d width of both models, n tokens of a role.
 """
@@ -21,9 +21,9 @@ from darkmatter_ext.runtime.inputs import InputError
 
 
 def usual_in_all(tokens: StoredTokens, others: Sequence[ActivationCache], ratio: float) -> StoredTokens:
-    """The same tokens without those whose norm is unusual in one of the other models: above `ratio` medians; 0: keep all.
+    """The same tokens, without those whose norm in one of the other models is above `ratio` medians; 0: keep all.
 
-    An attention sink of one model alone would be a direction that only this model has.
+    An attention sink in only one model would look like a direction that only this model has.
     """
     roles = tokens.roles.clone()
     for other in others if ratio > 0 else ():
@@ -36,18 +36,18 @@ def usual_in_all(tokens: StoredTokens, others: Sequence[ActivationCache], ratio:
 class PairedTokens:
     """Two models' activations side by side, v = [x_A / s_A, x_B / s_B], s the root mean variance of a dimension.
 
-    Without its own scale the model with the larger activations would get the latents. Means stay: an SAE's b_dec starts there.
+    With a common scale, the model with the larger activations would take most latents. Means stay: an SAE's b_dec starts there.
     """
 
     first: StoredTokens
     second: StoredTokens
-    permuted: int | None = None  # control: the second model's tokens are dealt anew, with this seed
+    permuted: int | None = None  # control: shuffle the second model's tokens with this seed
 
     @classmethod
     def of(cls, tokens: StoredTokens, other: ActivationCache, *, permuted: int | None = None) -> PairedTokens:
-        """`tokens` of the first model, and the other's activations of the same contexts.
+        """Pair the first model's `tokens` with the other model's activations on the same contexts.
 
-        Raises InputError when the widths differ.
+        Raises InputError if the widths differ.
         """
         if other.d_in != tokens.cache.d_in:
             raise InputError(
@@ -57,18 +57,18 @@ class PairedTokens:
 
     @functools.cached_property
     def scales(self) -> tuple[float, float]:
-        """s_A and s_B, of the training tokens."""
+        """s_A and s_B, from the training tokens."""
         return _scale(self.first), _scale(self.second)
 
     def with_role(self, role: int) -> Tensor:
-        """v [n, 2 d] of all tokens with one role, in memory."""
+        """v [n, 2 d] of all tokens with this role, in memory."""
         second = self.second.with_role(role)
         if self.permuted is not None:
             second = second[other_tokens(len(second), torch.Generator().manual_seed(self.permuted))]
         return self.scaled(self.first.with_role(role), second)
 
     def scaled(self, first: Tensor, second: Tensor) -> Tensor:
-        """v [n, 2 d] of activations [n, d] of both models."""
+        """v [n, 2 d] from both models' activations [n, d]."""
         return torch.cat([first.float() / self.scales[0], second.float() / self.scales[1]], dim=1)
 
 

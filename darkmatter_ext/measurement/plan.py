@@ -1,4 +1,4 @@
-"""What a run would do and cost, in lines, before it starts: nothing is downloaded but configurations of a few kilobytes."""
+"""Describe what a run would do and cost, before it starts; only configurations of a few kilobytes are downloaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from darkmatter_ext.saes.loading import describe_sae
 
 
 def plan_lines(settings: Settings) -> list[str]:
-    """Describe a run, one line a step, without starting it; times come from a second of work on this device."""
+    """Describe a run, one line per step, without starting it; times come from one second of work on this device."""
     return [*_data_lines(settings), *(_given_lines(settings) if settings.saes.sae else _trained_lines(settings))]
 
 

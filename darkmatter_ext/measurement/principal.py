@@ -1,8 +1,8 @@
 """How much of an error lies in the few directions in which activations vary most, and what is left without them.
 
-Residual streams have directions that hold most of the variance (massive dimensions). An FVU is then mostly about them, and
-so is what a linear map of x explains. The same shares without the top principal directions of x say whether a reading
-holds for the rest. Directions are eigenvectors of the covariance over the fit tokens; what is summed is of held-out tokens.
+Residual streams have a few directions that hold most of the variance (massive dimensions). FVU is then mostly about them, and
+so is what a linear map of x explains. The same shares without the top principal directions of x show whether a reading
+holds for the rest. Directions are eigenvectors of the covariance over the fit tokens; the sums are over held-out tokens.
 
 Shapes: n tokens, d width of the site, S SAEs, M directions, G groups of held-out contexts.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from darkmatter_ext.estimators.least_squares import LinearStatistics
 
-DIRECTIONS = 8  # that sums are kept of
+DIRECTIONS = 8  # directions whose sums are kept
 WITHOUT = (1, DIRECTIONS)  # how many are left out in the numbers of a result
 SCORES = ("fvu", "fvu_nonlinear", "linear_share")
 
@@ -25,24 +25,24 @@ def n_directions(d: int) -> int:
 
 
 def top_directions(x: LinearStatistics) -> Tensor:
-    """[d, M] float64, orthonormal: the directions of largest variance of x, the largest first. Cost: one eigh of [d, d]."""
+    """[d, M] float64, orthonormal: the directions of largest variance of x, largest first. Cost: one eigh of [d, d]."""
     _, vectors = torch.linalg.eigh(x.moment_xx)
     return vectors[:, -n_directions(len(vectors)) :].flip(1)
 
 
 def empty(groups: int, saes: int, d: int, device: torch.device) -> Tensor:
-    """[G, 2 + 2 S, M] sums of no token: see `add_x` and `add_errors`."""
+    """[G, 2 + 2 S, M] empty sums: see `add_x` and `add_errors`."""
     return torch.zeros(groups, 2 + 2 * saes, n_directions(d), dtype=torch.float64, device=device)
 
 
 def add_x(sums: Tensor, directions: Tensor, x: Tensor) -> None:
-    """Rows 0 and 1 of a group's sums [2 + 2 S, M]: components of x [n, d] (less any fixed vector), and their squares."""
+    """Add to rows 0 and 1 of a group's sums [2 + 2 S, M]: components of x [n, d] (minus any fixed vector) and their squares."""
     own = (x @ directions.to(x.dtype)).double()
     sums[:2] += torch.stack([own.sum(0), own.square().sum(0)])
 
 
 def add_errors(sums: Tensor, number: int, directions: Tensor, *errors: Tensor) -> None:
-    """Squared components of SAE `number`'s error and nonlinear error, both [n, d], in its two rows of a group's sums."""
+    """Add squared components of SAE `number`'s error and nonlinear error, both [n, d], to its two rows of a group's sums."""
     for row, error in enumerate(errors, start=2 + 2 * number):
         sums[row] += (error @ directions.to(error.dtype)).double().square().sum(0)
 

@@ -1,4 +1,4 @@
-"""What a probe reads of a text: its activation, the latents and parts of the error of an SAE, its words.
+"""What a probe reads from a text: its activation, an SAE's latents and parts of its error, its words.
 
 Shapes: N texts, T kept tokens, d width of the site, F latents.
 """
@@ -16,15 +16,15 @@ from darkmatter_ext.measurement.error import sae_error
 from darkmatter_ext.saes.encoders import Encode
 
 PARTS = ("sae", "error", "linear", "nonlinear", "without_nonlinear")  # each [N, d]
-FEWEST_TEXTS_WITH_A_WORD = 5  # for the word to be a feature
+FEWEST_TEXTS_WITH_A_WORD = 5  # needed for the word to be a feature
 _BATCH = 4096
 
 
 @torch.no_grad()
 def features(sites: TextSites, hook: str, encode: Encode, b_star: LinearMap, device: str = "cpu") -> dict[str, Tensor]:
-    """Of each text, float32: `x`, PARTS (x without its nonlinear error is Sae(x) + b* x) and `latents` [N, F].
+    """The features of each text, float32: `x`, PARTS (x without its nonlinear error is Sae(x) + b* x), `latents` [N, F].
 
-    Of several tokens of a text the means of what is made of each. Memory: 4 T (6 d + F) bytes.
+    If several tokens of a text are kept, features are averaged over them. Memory: 4 T (6 d + F) bytes.
     """
     found: dict[str, list[Tensor]] = {}
     for part in sites.x[hook].split(_BATCH):
@@ -48,7 +48,7 @@ def codes(sites: TextSites, hook: str, encode: Encode, device: str = "cpu") -> T
 
 
 def words(tokens: Sequence[Sequence[int]]) -> Tensor:
-    """[N, V] which tokens each text has, of those that FEWEST_TEXTS_WITH_A_WORD texts or more have."""
+    """[N, V] which tokens each text contains, among those in at least FEWEST_TEXTS_WITH_A_WORD texts."""
     pairs = torch.tensor([(text, token) for text, own in enumerate(tokens) for token in sorted(set(own))])
     ids, column, counts = pairs[:, 1].unique(return_inverse=True, return_counts=True)
     found = torch.zeros(len(tokens), len(ids))

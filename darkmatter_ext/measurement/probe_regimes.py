@@ -1,7 +1,7 @@
-"""Which rows of a task a probe is fitted on: all, few, few of one label, with wrong labels, of another domain.
+"""Which rows of a task a probe is fitted on: all, few, few of one label, with wrong labels, from another domain.
 
-Documents are divided between training and test side, whole; training rows are drawn with equal labels but where
-imbalance is asked for. A regime may have several *points*: sizes, shares.
+Whole documents go to the training or the test side. Training rows are drawn with balanced labels unless imbalance is
+asked for. A regime may have several *points*, such as sizes or shares.
 
 Shapes: n rows of a task, m label vectors.
 """
@@ -21,13 +21,13 @@ from darkmatter_ext.runtime.inputs import InputError, require, require_at_least,
 
 REGIMES = ("normal", "scarcity", "imbalance", "noise", "shift")
 TRAIN_SHARE = 0.64  # of a task's documents
-IMBALANCED_ROWS = 120  # training rows where one label is rare: validated in folds, each with some of it
+IMBALANCED_ROWS = 120  # training rows if one label is rare: every validation fold must have some of it
 FEWEST_ROWS = 8  # of the rarer label on either side
 
 
 @dataclass(frozen=True)
 class Regimes:
-    """What training rows are drawn."""
+    """Which training rows are drawn."""
 
     names: tuple[str, ...] = REGIMES
     train_sizes: tuple[int, ...] = (8, 32, 128, 512)
@@ -46,18 +46,18 @@ class Regimes:
 
 
 class Draw(NamedTuple):
-    """Training rows of a task with label vectors, and the rows it is tested on."""
+    """Training rows of a task with label vectors, and the rows to test on."""
 
     rows: Tensor  # [n]
     labels: Tensor  # [n, m]; the last vector is the task's labels permuted
-    points: tuple[str, ...]  # what each of the others is, m - 1 names: "normal", "scarcity-8", "noise-0.1"
-    test: Tensor  # rows
+    points: tuple[str, ...]  # names of the other m - 1 vectors: "normal", "scarcity-8", "noise-0.1"
+    test: Tensor  # row numbers
 
 
 def draws(task: Task, regimes: Regimes, *, seed: int) -> list[Draw]:
     """The training rows of one split of a task in every regime, "normal" first.
 
-    The normal regime has the largest of `train_sizes`, or as many rows as there are with equal labels.
+    The normal regime has the largest of `train_sizes`, or as many rows as balanced labels allow.
     Raises InputError for too few rows of a label.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +87,7 @@ def draws(task: Task, regimes: Regimes, *, seed: int) -> list[Draw]:
 
 
 def _sides(task: Task, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows of the training and of the test side: documents whole, those of mostly one label divided on their own."""
+    """Rows of the training and the test side, by whole documents; those mostly of one label are divided separately."""
     rule = f"must have at least {FEWEST_ROWS} rows of each label on both sides of a split by document"
     share = torch.zeros(int(task.documents.max()) + 1, dtype=torch.float64)
     share.index_add_(0, task.documents, task.labels.double() - 0.5)
@@ -96,7 +96,7 @@ def _sides(task: Task, seed: int) -> tuple[Tensor, Tensor]:
         rows = ((share[task.documents] > 0) == mostly).nonzero().flatten()
         if len(task.documents[rows].unique()) > 1:
             train[rows] = train_mask(task.documents[rows], fraction=TRAIN_SHARE, seed=seed)
-        else:  # one document, or none, of that kind
+        else:  # at most one document of that kind
             train[rows] = True
     sides = [train.nonzero().flatten(), (~train).nonzero().flatten()]
     for side, rows in zip(("training", "test"), sides, strict=True):
@@ -107,7 +107,7 @@ def _sides(task: Task, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def drawn(labels: Tensor, rows: Tensor, count: int, share: float, generator: torch.Generator) -> Tensor:
-    """`count` of some rows, `share` of them positive, or fewer where there are not so many; at least two of a label."""
+    """`count` of the rows, `share` of them positive, or fewer if there are not enough; at least two of each label."""
     sides = [rows[labels[rows] == kind] for kind in (0, 1)]
     share = min(max(share, 2 / count), 1 - 2 / count)
     count = min(count, int(len(sides[1]) / share), int(len(sides[0]) / (1 - share)))
@@ -118,7 +118,7 @@ def drawn(labels: Tensor, rows: Tensor, count: int, share: float, generator: tor
 
 
 def _flipped(y: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Labels [n] of which a share is wrong."""
+    """Labels [n] with a share of them flipped."""
     wrong = torch.randperm(len(y), generator=generator)[: round(share * len(y))]
     y = y.clone()
     y[wrong] = 1 - y[wrong]

@@ -1,7 +1,7 @@
-"""Binary tasks on texts, for probes: from a CSV file, or made of the documentation that every installation has.
+"""Binary tasks on texts, for probes: from a CSV file, or built from the documentation that every installation has.
 
-A task is texts with labels, each text of a document that is never divided between train and test side. Where it has two
-domains, a probe fitted on one can be tested on the other (covariate shift).
+A task consists of texts with labels. Each text belongs to a document, which is never divided between training and test
+side. If a task has two domains, a probe fitted on one can be tested on the other (covariate shift).
 
 Shapes: n rows of a task.
 """
@@ -21,12 +21,12 @@ from torch import Tensor
 from darkmatter_ext.activations.text import Document, Paragraph, installed_paragraphs
 from darkmatter_ext.runtime.inputs import InputError, reason
 
-WORDS = 32  # of a built-in text
-PER_DOCUMENT = 8  # built-in texts
+WORDS = 32  # in a built-in text
+PER_DOCUMENT = 8  # built-in texts per document
 FEWEST_OF_A_LABEL = 50  # a built-in task with fewer rows of a label is left out
-FEWEST_OF_A_DOMAIN = 8  # rows of a label: of fewer no shift is measured
-SHIFTED_FROM, SHIFTED_TO = ("numpy", "scipy"), ("torch", "pandas")  # libraries: the domains of built-in tasks
-COLUMNS = ("prompt", "target", "task", "document", "domain")  # of a file; the first two must be there
+FEWEST_OF_A_DOMAIN = 8  # rows of each label in a domain; with fewer, no shift is measured
+SHIFTED_FROM, SHIFTED_TO = ("numpy", "scipy"), ("torch", "pandas")  # libraries that are the domains of built-in tasks
+COLUMNS = ("prompt", "target", "task", "document", "domain")  # columns of a file; the first two are required
 _NUMBER, _QUOTATION = re.compile(r"\d"), re.compile(r"([`'\"])\w[^`'\"]*\1")
 _PARAMETER = re.compile(r"\b[a-z]+_[a-z_]+\b")
 _AMERICAN = re.compile(
@@ -47,7 +47,7 @@ class Task:
     texts: tuple[str, ...]
     labels: Tensor  # [n] int64 in {0, 1}
     documents: Tensor  # [n] int64
-    domains: Tensor  # [n] int64: 0 and 1, the two of a shift; -1 in neither
+    domains: Tensor  # [n] int64: 0 and 1, the two of a shift; -1 if in neither
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -60,7 +60,7 @@ class Task:
 
 
 def _task(name: str, rows: Sequence[tuple[str, int, str, int]]) -> Task:
-    """A task of rows (text, label, document, domain)."""
+    """A task from rows (text, label, document, domain)."""
     texts, labels, documents, domains = zip(*rows, strict=True)
     numbers = {document: number for number, document in enumerate(dict.fromkeys(documents))}
     return Task(
@@ -69,13 +69,13 @@ def _task(name: str, rows: Sequence[tuple[str, int, str, int]]) -> Task:
 
 
 def read_tasks(path: str) -> list[Task]:
-    """The tasks of a CSV file with the columns `prompt` (a text) and `target` (one of two values; the greater is 1).
+    """The tasks in a CSV file with the columns `prompt` (a text) and `target` (one of two values; the greater is 1).
 
-    More columns, where there are: `task` (a name; default the file's), `document` (rows of one are never divided; default
-    each row its own) and `domain` (0 or 1: of a shift).
+    Optional columns: `task` (a name; default the file's), `document` (rows of one document are never divided; default one
+    per row) and `domain` (0 or 1: the domains of a shift).
 
-    Raises InputError for a file that cannot be read, has not these columns, a text without words, or a task of other than
-    two values.
+    Raises InputError for a file that cannot be read or lacks these columns, a text without words, or a task that does not
+    have exactly two values.
     """
     try:
         with Path(path).open(encoding="utf-8", newline="") as file:
@@ -117,7 +117,7 @@ def _of_file(name: str, rows: Sequence[dict[str, str]]) -> Task:
 
 
 def british(text: str) -> str:
-    """A text with the words of a list that have two spellings in the British one."""
+    """A text in which listed words that have two spellings get the British one."""
 
     def rewrite(match: re.Match[str]) -> str:
         word = match.group(0)
@@ -131,26 +131,26 @@ def british(text: str) -> str:
 
 
 def shuffled_words(text: str, *, seed: int) -> str:
-    """The words of a text in another order."""
+    """The words of a text in random order."""
     words = text.split()
     random.Random(f"{seed} {text}").shuffle(words)
     return " ".join(words)
 
 
 def built_in_tasks(rows: int, *, seed: int, without: Iterable[Document] = ()) -> tuple[list[Task], list[str]]:
-    """Tasks of at most `rows` texts, half of them with each label, out of documents that are not `without`.
+    """Tasks of at most `rows` texts, half with each label, from documents that are not in `without`.
 
-    "library NAME": of one library or of the others; "class": what is documented is a class, not a function; "number",
-    "quotation", "parameter": the text holds one; "spelling": British, by rewriting; "shuffled": the words are.
+    "library NAME": from this library or another; "class": the text documents a class, not a function; "number",
+    "quotation", "parameter": the text contains one; "spelling": rewritten in British spelling; "shuffled": words shuffled.
 
-    Returns the tasks, and a note for each that has too few rows.
+    Returns the tasks, and a note for each task with too few rows.
     """
     found = installed_paragraphs(rows // 2, per_document=PER_DOCUMENT, words=WORDS, seed=seed, without=without)
     return tasks_of(list(found), rows, seed=seed)
 
 
 def tasks_of(paragraphs: Sequence[Paragraph], rows: int, *, seed: int) -> tuple[list[Task], list[str]]:
-    """`built_in_tasks` of some paragraphs."""
+    """`built_in_tasks` from given paragraphs."""
     labels: dict[str, Callable[[Paragraph], bool | None]] = {
         f"library {library}": lambda own, library=library: own.library == library
         for library in dict.fromkeys(own.library for own in paragraphs)
@@ -185,7 +185,7 @@ def _domain(paragraph: Paragraph) -> int:
 def _rewritten(
     paragraphs: Sequence[Paragraph], rewrite: Callable[[str], str], seed: int
 ) -> list[tuple[str, int, Paragraph]]:
-    """Each paragraph as it is (0) or rewritten (1), never both."""
+    """Each paragraph either unchanged (0) or rewritten (1), never both."""
     coin = random.Random(seed)
     drawn = [(own, coin.randrange(2)) for own in paragraphs]
     return [(rewrite(own.text) if label else own.text, label, own) for own, label in drawn]
@@ -194,7 +194,7 @@ def _rewritten(
 def _balanced(
     rows: Sequence[tuple[str, int, Paragraph]], count: int, generator: random.Random
 ) -> list[tuple[str, int, Paragraph]]:
-    """As many rows of each label, `count` in all at most, in a random order."""
+    """Equally many rows of each label, at most `count` in total, in random order."""
     sides = [[row for row in rows if row[1] == label] for label in (0, 1)]
     size = min(count // 2, *map(len, sides))
     drawn = [row for side in sides for row in generator.sample(side, size)]

@@ -1,4 +1,4 @@
-"""Tokens of some roles read once more, for what an experiment needs beside the sums of a measurement."""
+"""Read tokens of some roles once more, for what an experiment needs besides the sums of a measurement."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from darkmatter_ext.activations.sources import Source
 from darkmatter_ext.measurement.tokens import TokenRoles
 
-READ_CONTEXTS = 16  # at a time
+READ_CONTEXTS = 16  # contexts read at a time
 
 
 class Again(NamedTuple):
-    """Some tokens of a site."""
+    """Some tokens at a site."""
 
     x: Tensor  # [n, d]
     documents: Tensor  # [n] int64
@@ -24,9 +24,9 @@ class Again(NamedTuple):
 def tokens_again(
     source: Source, roles: TokenRoles, hook: str, wanted: Collection[int], *, limit: int, seed: int, device: str = "cpu"
 ) -> Iterator[Again]:
-    """Activations at a site, and documents, of tokens with some roles, from contexts in a seeded order, `limit` tokens at most.
+    """Activations and documents of at most `limit` tokens with the wanted roles at a site, from contexts in a seeded order.
 
-    Cost: where activations are streamed, the model runs again over as many contexts as the tokens need.
+    Cost: if activations are streamed, the model runs again on as many contexts as the tokens need.
     """
     order = torch.randperm(source.n_contexts, generator=torch.Generator().manual_seed(seed))
     if roles.settings.split != "tokens":

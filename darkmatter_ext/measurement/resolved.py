@@ -22,16 +22,16 @@ class Resolved:
     settings: Settings
     model: str
     usage: Usage
-    saes: Sequence[SaeDescription]  # given ones
-    hooks: list[str]  # that each of them reads
-    written: list[str]  # that each of them writes
+    saes: Sequence[SaeDescription]  # the given ones
+    hooks: list[str]  # the hook point each of them reads
+    written: list[str]  # the hook point each of them writes
     predictors: Sequence[SaeDescription]
     predictor_hooks: list[str]
     trained: list[str]  # hook points at which SAEs are trained
 
     @property
     def sites(self) -> list[str]:
-        """Where SAEs are, predictors aside: hook points that are read or written."""
+        """Where the SAEs (not the predictors) are: the hook points they read or write."""
         return list(dict.fromkeys([*self.hooks, *self.written])) or self.trained
 
     @property
@@ -46,13 +46,13 @@ class Resolved:
 
 
 def resolve(settings: Settings, *, train_at: Sequence[str] = (), transcoders: bool = False) -> Resolved:
-    """What the SAEs say of themselves, and what follows from it. Downloads at most small files.
+    """Read what the SAEs say about themselves, and work out what follows. Downloads at most small files.
 
     Args:
         train_at: hook points at which SAEs are trained, instead of those of the settings.
-        transcoders: whether the caller can treat what does not reconstruct its own input.
+        transcoders: whether the caller can handle SAEs that do not reconstruct their own input.
 
-    Raises InputError when an SAE cannot be read, or they do not fit together.
+    Raises InputError if an SAE cannot be read, or the SAEs do not fit together.
     """
     data, saes = settings.data, settings.saes
     given, predictors = ([describe_sae(spec) for spec in specs] for specs in (saes.sae, saes.predictor))
@@ -81,7 +81,7 @@ def _check_transcoder(settings: Settings, sae: SaeDescription, argument: str, *,
 
 
 def _named_model(saes: Sequence[SaeDescription]) -> str:
-    """The model all SAEs name. Raises InputError when they differ."""
+    """The model that all SAEs name. Raises InputError if they differ."""
     named = {published_name(name): name for sae in saes if (name := str(sae.metadata.get("model_name") or ""))}
     if len(named) > 1:
         first, second = list(named.values())[:2]
@@ -90,9 +90,9 @@ def _named_model(saes: Sequence[SaeDescription]) -> str:
 
 
 def _sites(settings: Settings, sae: SaeDescription, given: str) -> tuple[str, str]:
-    """What an SAE reads and writes: as it says, or as `given` for one that does not, or for a cache with names of its own.
+    """What an SAE reads and writes: as it says, or `given` if it does not say or the cache has its own names.
 
-    Raises InputError when that is not known, or the two differ.
+    Raises InputError if that is unknown, or the two differ.
     """
     own = own_sites(sae)
     if sae.transcodes:

@@ -1,8 +1,8 @@
-"""Settings to inputs, inputs to a measurement: the one way every experiment goes.
+"""From settings to inputs and from inputs to a measurement: the path every experiment takes.
 
 `prepare` makes the inputs once: what the SAEs' metadata says, the activations, the role of every token, the SAEs.
-`measured` measures them, as often as an experiment wants, with the SAEs' own encoders or others. Activations are
-streamed from a model or read from disk; a run can be stopped at any moment, and `torchrun` divides it.
+`measured` measures them, as often as an experiment needs, with the SAEs' own encoders or others. Activations are
+streamed from a model or read from disk. A run can be stopped at any time and resumed; `torchrun` splits it over processes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from darkmatter_ext.saes.loading import SaeDescription
 if TYPE_CHECKING:
     import pyarrow
 
-# Where a state is kept, how fast a run is and what its page shows changes no number.
+# These decide where state is kept, how fast a run is and what its page shows; they change no number.
 OPERATIONAL = (
     "checkpoint", "checkpoint_seconds", "device", "device_map", "sae_memory_gb", "forward_tokens", "accept_terms",
     "page_megabytes", "page_kl_tokens",
@@ -53,15 +53,15 @@ OPERATIONAL = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run works on, made once by `prepare` and handed on."""
+    """What a run works on, made once by `prepare` and passed on."""
 
     resolved: Resolved
-    source: Source  # the contexts that train no SAE, at every hook point
-    roles: TokenRoles  # of its tokens
-    saes: tuple[SiteSae, ...]  # that are measured
+    source: Source  # the contexts that do not train SAEs, at every hook point
+    roles: TokenRoles  # of the source's tokens
+    saes: tuple[SiteSae, ...]  # those that are measured
     predictors: tuple[SiteSae, ...]
     processes: Processes
-    stored: Mapping[str, StoredTokens] = field(default_factory=dict)  # hook point -> all tokens, where they are on disk
+    stored: Mapping[str, StoredTokens] = field(default_factory=dict)  # hook point -> all tokens, if they are on disk
     text: str = ""  # a hash of the text or its tokens
 
     @property
@@ -73,28 +73,28 @@ class Inputs:
         return self.resolved.model
 
     def of(self, hook: str) -> list[SiteSae]:
-        """The SAEs of a site."""
+        """The SAEs at a site."""
         return [sae for sae in self.saes if sae.hook == hook]
 
     def sae(self, name: str) -> SiteSae:
-        """The SAE of that name."""
+        """The SAE with this name."""
         return next(sae for sae in (*self.saes, *self.predictors) if sae.name == name)
 
     @property
     def one_site(self) -> str:
-        """The hook point of all SAEs. Raises InputError for several."""
+        """The one hook point of all SAEs. Raises InputError if there are several."""
         hooks = list(dict.fromkeys(sae.hook for sae in self.saes))
         if len(hooks) > 1:
             raise InputError(f"sae: must be of one site, got {hooks[0]} and {hooks[1]}")
         return hooks[0]
 
     def config(self, hooks: Sequence[str] = ()) -> dict[str, Any]:
-        """What a result says of its settings, with what the SAEs filled in."""
+        """The settings as a result reports them, with what the SAEs filled in."""
         shown = ", ".join(hooks or dict.fromkeys(sae.hook for sae in self.saes))
         return self.settings.flat() | {"model": self.model, "hook": shown}
 
     def widest(self, hook: str) -> SiteSae:
-        """The SAE of a site with the most latents."""
+        """The SAE with the most latents at a site."""
         return max(self.of(hook), key=lambda sae: sae.d_sae)
 
 
@@ -106,18 +106,18 @@ def prepare(
     transcoders: bool = False,
     train_at: Sequence[str] = (),
 ) -> Inputs:
-    """Make the inputs of a run; every process of a torchrun calls it.
+    """Make the inputs of a run. Under torchrun, every process calls it.
 
     Args:
-        splices: the caller reads whole stored contexts, and runs the model on from some; else activations are stored when
-            SAEs are trained, or if the settings say so.
-        transcoders: the caller can treat what does not reconstruct its own input; else it is refused.
+        splices: the caller reads whole stored contexts and splices into the model on some of them. Otherwise activations
+            are stored only if SAEs are trained or the settings ask for it.
+        transcoders: the caller can handle SAEs that do not reconstruct their own input; otherwise they are refused.
         train_at: hook points at which SAEs are trained, instead of those of the settings.
 
     Raises InputError for settings, SAEs or a model that do not fit; StateError for damaged files.
     """
     if settings.measure.released:
-        settings = replaced(settings, max_norm_ratio=0.0)  # none of its scripts leaves tokens out by norm
+        settings = replaced(settings, max_norm_ratio=0.0)  # no released script leaves tokens out by norm
     found = resolve(settings, train_at=train_at, transcoders=transcoders)
     if splices and (asked := found.usage.processing):
         raise InputError(
@@ -141,7 +141,7 @@ def prepare(
 
 
 def _described(found: Resolved) -> list[tuple[SaeDescription, str]]:
-    """All given SAEs with the hook points they read."""
+    """All given SAEs and the hook points they read."""
     measured = zip(found.saes, found.hooks, strict=True)
     return [*measured, *zip(found.predictors, found.predictor_hooks, strict=True)]
 
@@ -167,7 +167,7 @@ def _predictors(found: Resolved, device: str) -> list[SiteSae]:
 
 
 def _roles(found: Resolved, source: Source, *, drop_last: bool = True) -> TokenRoles:
-    """`drop_last`: the released code's measurements leave out the last position; its other scripts do not."""
+    """`drop_last`: the released measurement scripts leave out the last position; the other released scripts do not."""
     settings, positions = found.settings.measure, found.usage.positions
     return TokenRoles.decide(
         source,
@@ -180,7 +180,7 @@ def _roles(found: Resolved, source: Source, *, drop_last: bool = True) -> TokenR
 
 
 def _from_store(found: Resolved, stages: Stages, own: Processes, *, drop_last: bool) -> Inputs:
-    """Activations on disk, and SAEs trained on a share of them, or given."""
+    """Inputs with activations on disk, and SAEs that are given or trained on a share of them."""
     settings = found.settings
     if own.size > 1:
         raise InputError(
@@ -188,11 +188,11 @@ def _from_store(found: Resolved, stages: Stages, own: Processes, *, drop_last: b
         )
     given = _given(found, settings.device)
     for sae in given:
-        sae.load()  # a bad SAE is told before the model runs for minutes
+        sae.load()  # reject a bad SAE before the model runs for minutes
     caches = stored_activations(found, stages)
     widths = {hook: cache.d_in for hook, cache in caches.items()}
     _check_widths(found, widths)
-    any_cache = next(iter(caches.values()))  # all of the same contexts
+    any_cache = next(iter(caches.values()))  # all caches hold the same contexts
     documents = any_cache.column("documents")
     training = training_contexts(documents, settings.measure, 0.0 if settings.saes.sae else settings.saes.sae_fraction)
     measured = (~training).nonzero().flatten()
@@ -220,10 +220,10 @@ def _losses(found: Resolved, cache: ActivationCache, chosen: Tensor, stages: Sta
 
 @dataclass(frozen=True)
 class Measurement:
-    """A finished measurement with what a result tells about it."""
+    """A finished measurement, with what a result reports about it."""
 
     sites: dict[str, SiteMeasurement]
-    saes: list[dict[str, Any]]  # name, d_sae, architecture, folder, hook: what figures and tables list
+    saes: list[dict[str, Any]]  # name, d_sae, architecture, folder, hook: listed in figures and tables
     predictors: list[str]  # names, as `SiteMeasurement.part_fit` takes them
     config: dict[str, Any]
     notes: list[str]
@@ -232,18 +232,18 @@ class Measurement:
     training_text: dict[str, float] = field(default_factory=dict)  # `SAE/fvu_training_text` of SAEs trained here
 
     def site_of(self, name: str) -> SiteMeasurement:
-        """The site of an SAE. Raises InputError for a name that is not among `saes`."""
+        """The site of an SAE. Raises InputError if the name is not among `saes`."""
         for sae in self.saes:
             if sae["name"] == name:
                 return self.sites[sae["hook"]]
         raise InputError(f"name: must be one of {', '.join(sae['name'] for sae in self.saes)}, got {name!r}")
 
     def __getitem__(self, name: str) -> SaeMeasurement:
-        """One SAE: its numbers and their intervals. Raises InputError as `site_of`."""
+        """One SAE: its numbers and their intervals. Raises InputError as `site_of` does."""
         return SaeMeasurement(name, self.site_of(name))
 
     def _repr_html_(self) -> str:
-        """A row an SAE, and the notes, for notebooks."""
+        """One row per SAE, and the notes, for notebooks."""
         rows = []
         for sae in self.saes:
             found = self.site_of(sae["name"]).decomposition(sae["name"]).numbers()
@@ -253,13 +253,13 @@ class Measurement:
         return html_table(f"{len(rows)} SAEs on held-out tokens", headings, rows, self.notes)
 
     def tokens(self, columns: Sequence[str] | None = None, *, hook: str = "") -> pyarrow.Table:
-        """The table of held-out tokens: context, position, token, group and the columns asked for.
+        """The table of held-out tokens: context, position, token, group and the requested columns.
 
         Args:
             columns: "x" (squared norm), "loss", "SAE/error", "SAE/nonlinear", "SAE/l0", ...; default all.
-            hook: the site, where there are several.
+            hook: the site, if there are several.
 
-        Raises InputError for an unknown column, or no hook where there are several.
+        Raises InputError for an unknown column, or if there are several sites and no hook is given.
         """
         if not hook and len(self.sites) > 1:
             raise InputError(f"hook: must be one of {', '.join(self.sites)} where there are several, got none")
@@ -267,9 +267,9 @@ class Measurement:
         return read_tokens(site.per_token, columns)
 
     def sae_numbers(self) -> dict[str, float]:
-        """`SAE/NAME` for all numbers of `Decomposition`, with `/low` and `/high` where there are intervals.
+        """All numbers of `Decomposition` as `SAE/NAME`, with `/low` and `/high` for those with intervals.
 
-        And fvu, fvu_nonlinear and linear_share as `SAE/without_top_M/NAME`, without the M top principal directions of x.
+        Also fvu, fvu_nonlinear and linear_share as `SAE/without_top_M/NAME`, without the top M principal directions of x.
         """
         numbers: dict[str, float] = {}
         for sae in self.saes:
@@ -292,13 +292,13 @@ def measured(
     predictors: Sequence[Encoder] | None = None,
     released: Regressions = SCALING_SCRIPT,
 ) -> Measurement:
-    """Measure SAEs; every process of a torchrun calls it and has the same result.
+    """Measure SAEs. Under torchrun, every process calls it and gets the same result.
 
     Args:
         saes: some of the inputs' SAEs; default all.
-        encoders: name -> how an SAE is used; every SAE is measured once with each, as `SAE NAME`, instead of with its own.
-        predictors: whose outputs join x as predictors of the errors; default the inputs' predictors, with their own encoders.
-        released: how the experiment's released script makes its regressions, for parity "released-code".
+        encoders: name -> how an SAE is used; every SAE is measured once with each, as `SAE NAME`, not with its own encoder.
+        predictors: encoders whose outputs join x as predictors of the errors; default the inputs' predictors with their own.
+        released: how the experiment's released script does its regressions, for parity "released-code".
 
     Raises InputError for SAEs that do not fit; StateError for damaged files; OSError for a folder that cannot be written.
     """
@@ -349,7 +349,7 @@ def measured(
 def _on_training_text(
     inputs: Inputs, saes: Sequence[SiteSae], sites: Mapping[str, SiteMeasurement], stages: Stages
 ) -> dict[str, float]:
-    """FVU and FVU_nonlinear of SAEs trained here, on as many of the tokens they were trained on as are held out."""
+    """FVU and FVU_nonlinear of SAEs trained here, on training tokens: as many as there are held-out tokens."""
     trained = [sae for sae in saes if sae.trained is not None]
     numbers: dict[str, float] = {}
     if not trained:
@@ -371,7 +371,7 @@ def _listed(sae: SiteSae, variant: str) -> dict[str, Any]:
 
 
 def token_counts(inputs: Inputs, sites: Mapping[str, SiteMeasurement]) -> dict[str, float]:
-    """What a result reports about tokens, by name, of the first site: of the whole text, what trains SAEs included."""
+    """What a result reports about the tokens of the first site, by name. Counts include the text that trains SAEs."""
     hook, first = next(iter(sites.items()))
     left_out, more = first.left_out, {}
     if tokens := inputs.stored.get(hook):
@@ -392,7 +392,7 @@ def deciding(
     encoders: Mapping[str, Make] | None,
     predictors: Sequence[Encoder] | None,
 ) -> dict[str, Any]:
-    """All that a measurement's result, or the form of its state, depends on."""
+    """Everything that a measurement's result, or the format of its state, depends on."""
     settings = inputs.settings
     fields = settings.flat()
     variants = [*(encoders or ()), *(predictor.name for predictor in predictors or ())]
@@ -414,9 +414,9 @@ def deciding(
 
 
 def run_folder(inputs: Inputs, decided: Mapping[str, Any]) -> Path:
-    """Where a measurement keeps its state: checkpoint, or the cache folder by everything that decides the result.
+    """Where a measurement keeps its state: in `checkpoint`, or in a cache folder keyed by everything that decides the result.
 
-    A checkpoint has a folder of its own below it for each set of encoders or controls.
+    Each set of encoders or controls has its own folder below `checkpoint`.
     """
     if checkpoint := inputs.settings.measure.checkpoint:
         return Path(checkpoint) / "-".join(decided["variants"])
@@ -424,7 +424,7 @@ def run_folder(inputs: Inputs, decided: Mapping[str, Any]) -> Path:
 
 
 def contexts_folder(found: Resolved) -> Path:
-    """Where the tokens of a streamed run are kept, for its restarts and every measurement of it."""
+    """Where the tokens of a streamed run are kept, for its restarts and all of its measurements."""
     if checkpoint := found.settings.measure.checkpoint:
         return Path(checkpoint) / "contexts"
     data = dataclasses.asdict(found.settings.data)
@@ -432,13 +432,13 @@ def contexts_folder(found: Resolved) -> Path:
     files = [path for path in (found.model, found.settings.data.text, found.settings.data.tokenised) if path]
     stamps: dict[str, Any] = {path: stamp(Path(path)) for path in files if Path(path).exists()}
     if not found.settings.data.text and not found.settings.data.dataset:
-        stamps["documentation"] = installed_versions()  # another text after an upgrade
+        stamps["documentation"] = installed_versions()  # an upgrade changes the text
     key = fingerprint(**data, usage=dataclasses.asdict(found.usage), seed=found.settings.seed, files=stamps)
     return cache_dir("contexts") / key
 
 
 def stamp(path: Path) -> list[int]:
-    """Total size and last change of a file or a folder: another SAE under an old name must not be taken for it."""
+    """Total size and last change of a file or folder, so that a new SAE under an old name is not mistaken for the old one."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     found = [file.stat() for file in files]
     return [sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)]

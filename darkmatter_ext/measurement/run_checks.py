@@ -1,4 +1,4 @@
-"""What a run looks at in every SAE it measures: does it look misloaded? See `saes/sanity.py` for the signs."""
+"""Check whether the SAEs a run measures look misloaded. See `saes/sanity.py` for the signs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLE_CONTEXTS = 8
 
 
 class RunChecks:
-    """The signs of a run's SAEs, seen when each is first loaded and kept with the run's state for when it is told again."""
+    """Signs of misloaded SAEs, looked for when each is first loaded and kept with the run's state for later reports."""
 
     def __init__(self, folder: Path, samples: Callable[[], Mapping[str, Tensor]]) -> None:
         self._path = folder / "sae_signs.json"
@@ -31,26 +31,26 @@ class RunChecks:
     def see(
         self, name: str, hook: str, sae: Any, encode: Encode | None, expected_l0: float | None, *, writes: str = ""
     ) -> None:
-        """Look at an SAE, once. `encode`: where it is used with its own encoder; `writes`: what a transcoder writes."""
+        """Check an SAE, once. `encode`: if it is used with its own encoder; `writes`: the hook point a transcoder writes."""
         if name not in self._found:
             samples = self._samples()
             target = samples[writes] if writes and writes != hook else None
             self._found[name] = signs(sae, samples[hook], target, expected_l0=expected_l0, encode=encode)
 
     def save(self) -> None:
-        """Keep what was seen; one process of a run does it."""
+        """Save what was found; one process of a run does this."""
         with atomic_file(self._path) as part:
             part.write_text(json.dumps(self._found))
 
     def notes(self) -> list[str]:
-        """For a result: what looks wrong."""
+        """What looks wrong, as notes for a result."""
         return [misloaded(name, sign) for name, every in self._found.items() for sign in every]
 
 
 def measured_samples(source: Source, hooks: Sequence[str], roles: TokenRoles, device: str = "cpu") -> dict[str, Tensor]:
     """[n, d] measured tokens of the first contexts at each hook point, at most SAMPLE_TOKENS, spread over them.
 
-    The same tokens at all of them: those whose norm is unusual at none.
+    The tokens are the same at all hook points: those whose norm is not unusual at any of them.
     """
     batch = source.read(list(range(min(SAMPLE_CONTEXTS, source.n_contexts))))
     wanted = roles.wanted(batch.tokens)

@@ -1,4 +1,4 @@
-"""What takes the place of x to see what each part of an SAE's error does: Sae(x), with the linear part, with the rest."""
+"""What replaces x to show what each part of an SAE's error does: Sae(x), with the linear part, with the nonlinear part."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sae_splices(encode: Encode, error_map: LinearMap, *, seed: int) -> dict[str,
 
 
 def decomposed(inputs: Inputs, tokens: StoredTokens) -> dict[str, Decomposition]:
-    """b* and the numbers of every SAE, from all measured tokens of their one site."""
+    """b* and the numbers of every SAE, from all measured tokens at their one site."""
 
     def reads(encode: Encode) -> Callable[[TokenBatch], Encoded]:
         return lambda batch: encode(batch.x)

@@ -1,7 +1,7 @@
-"""What a run needs to know: which activations, which SAEs, what is measured. Data and checks; nothing is read or run here.
+"""What a run needs to know: which activations, which SAEs, what to measure. Data and checks; nothing is read or run here.
 
-`Settings` is composed of three parts. An experiment adds fields of its own to it; a preset only sets values. Every name
-is a flag of the command line and a keyword of `dm.measure`, whichever part it is in: names are unique.
+`Settings` has three parts. An experiment adds fields of its own; a preset only sets values. Every name is a command-line
+flag and a keyword of `dm.measure`, whichever part it belongs to, so names are unique.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from darkmatter_ext.training.config import ARCHITECTURES, FREEZES
 DTYPES = ("float32", "bfloat16", "float16")
 SPLITS = ("documents", "contexts", "tokens")
 PARITIES = ("paper", "released-code")
-TRAINED_HOOK = "blocks.10.hook_resid_post"  # of SAEs that are trained here
+TRAINED_HOOK = "blocks.10.hook_resid_post"  # where SAEs are trained by default
 
 
 @dataclass(frozen=True)
 class Data(InputFlags):
-    """Which activations."""
+    """Which activations to measure."""
 
     model: str = ""
     """the embedded model, gemma-3-270m, a folder, or a Hugging Face id; default: as the SAEs say, else the embedded one"""
     accept_terms: bool = False
-    """accept the model's terms of use, once, where it has some (gemma-3-270m: https://ai.google.dev/gemma/terms)"""
+    """accept the model's terms of use, if it has any; needed once (gemma-3-270m: https://ai.google.dev/gemma/terms)"""
     text: str = ""
     """UTF-8 text file to measure on; default: the documentation installed on this machine"""
     dataset: str = ""
-    """Hugging Face dataset (hub id or local path) with a column `text`, instead of text"""
+    """Hugging Face dataset (hub id or local path) with a `text` column, instead of text"""
     tokenised: str = ""
-    """pre-tokenised dataset with a column `input_ids` or `tokens`, instead of text"""
+    """pre-tokenised dataset with an `input_ids` or `tokens` column, instead of text"""
     cache: tuple[str, ...] = ()
-    """read activations from here instead of a model: caches of this package (one a hook), or a SAELens dataset"""
+    """read activations from here instead of a model: caches of this package (one per hook), or a SAELens dataset"""
     store: bool = False
-    """keep activations on disk, for other runs on the same text; SAEs trained here need it, and it is then so"""
+    """keep activations on disk for other runs on the same text; always on when SAEs are trained here"""
     shuffle_buffer: int = 0
-    """shuffle the streamed dataset in a buffer of so many documents; 0: in its order"""
+    """shuffle the streamed dataset with a buffer of this many documents; 0: keep its order"""
     contexts_per_document: int = 0
-    """take at most so many contexts of a document; 0: all"""
+    """take at most this many contexts from each document; 0: all"""
     tokens: int = 200_000
     """tokens of text, first positions included; SAEs trained here take their share of them"""
     dtype: str = "float32"
-    """of the model: float32, bfloat16 or float16"""
+    """dtype of the model: float32, bfloat16 or float16"""
     forward_tokens: int = 0
-    """tokens through the model at a time; 0: 4096 where activations are streamed, 2048 where they are stored"""
+    """tokens per forward pass of the model; 0: 4096 if activations are streamed, 2048 if they are stored"""
     device_map: str = ""
-    """spread the model over devices as transformers does ("auto"), instead of device"""
+    """spread the model over several devices, as transformers does ("auto"), instead of using device"""
 
     def __post_init__(self) -> None:
         self.check_inputs()
@@ -67,7 +67,7 @@ class Data(InputFlags):
 
     @property
     def stored(self) -> str:
-        """The setting that names what was made before, activations or tokens; nothing where text is given."""
+        """The setting that names precomputed activations or tokens; empty if text is given."""
         return "cache" if self.cache else "tokenised" if self.tokenised else ""
 
 
@@ -77,11 +77,11 @@ class ToTrain(NamedTuple):
     architecture: str
     width: int
     k: int
-    seed: int = 0  # added to the run's
-    freeze: str = "none"  # what stays as drawn: a control
+    seed: int = 0  # added to the run's seed
+    freeze: str = "none"  # the part that stays as initialised, for a control
 
     def name(self, *, with_k: bool) -> str:
-        """As results call it."""
+        """The SAE's name in results."""
         parts = [self.architecture, str(self.width)]
         parts += [f"k{self.k}"] if with_k else []
         parts += [f"seed{self.seed}"] if self.seed else []
@@ -91,36 +91,36 @@ class ToTrain(NamedTuple):
 
 @dataclass(frozen=True)
 class Saes:
-    """Which SAEs: those that exist, or SAEs trained here."""
+    """Which SAEs to measure: existing ones, or SAEs trained here."""
 
     sae: tuple[str, ...] = ()
-    """SAEs: folders of a known format, or RELEASE:ID of SAELens' list; none: train SAEs of widths here"""
+    """SAEs: folders in a known format, or RELEASE:ID from SAELens' list; none: train SAEs of widths here"""
     predictor: tuple[str, ...] = ()
-    """SAEs of other sites (as sae) whose outputs join x as predictors of the errors"""
+    """SAEs of other sites (given like sae) whose outputs join x as predictors of the errors"""
     hook: str = ""
-    """site, as TransformerLens names it, of SAEs that do not say theirs; of SAEs trained here (blocks.10.hook_resid_post)"""
+    """site (TransformerLens name) of SAEs that do not name theirs, and of SAEs trained here (blocks.10.hook_resid_post)"""
     layers: tuple[int, ...] = ()
-    """blocks at whose residual stream SAEs are trained, instead of hook"""
+    """train SAEs on the residual stream after these blocks, instead of at hook"""
     architectures: tuple[str, ...] = ("topk",)
-    """of the SAEs to train: topk, batchtopk, jumprelu, matryoshka"""
+    """architectures of the SAEs to train: topk, batchtopk, jumprelu, matryoshka"""
     widths: tuple[int, ...] = (1024, 2048, 4096)
-    """latents of the SAEs to train"""
+    """widths (numbers of latents) of the SAEs to train"""
     k: int = 32
-    """active latents a token of the SAEs to train"""
+    """active latents per token of the SAEs to train"""
     ks: tuple[int, ...] = ()
-    """instead of k, several: SAEs of every width are trained with each, the widest of several with the middle one only"""
+    """several values of k: train every width with each of them, but the widest of several with the middle one only"""
     full_grid: bool = False
-    """train the widest with every one of ks too: it takes about as long as all the others"""
+    """also train the widest with every one of ks: this takes about as long as all the others"""
     sae_seeds: int = 1
-    """train every SAE so many times, each from a start of its own (with several ks: those of the middle one)"""
+    """train every SAE this many times, each from its own random start (with several ks: only those of the middle one)"""
     frozen: tuple[str, ...] = ()
-    """controls: train the middle width once more with its decoder, encoder or soft-decoder (cosine >= 0.8) as drawn"""
+    """controls: train the middle width again with its decoder, encoder or soft-decoder (cosine >= 0.8) as initialised"""
     steps: int = 400
     """training steps of 2048 tokens"""
     sae_fraction: float = 0.6
-    """share of the text that trains the SAEs and is not measured (unused with sae)"""
+    """share of the text that trains the SAEs and is not measured (ignored if sae is given)"""
     sae_dtype: str = "float32"
-    """of the SAEs' weights: float32, bfloat16 or float16"""
+    """dtype of the SAEs' weights: float32, bfloat16 or float16"""
 
     def __post_init__(self) -> None:
         if self.hook:
@@ -154,12 +154,12 @@ class Saes:
 
     @property
     def trained_hooks(self) -> list[str]:
-        """The sites of SAEs that are trained here."""
+        """The sites at which SAEs are trained here."""
         return [f"blocks.{layer}.hook_resid_post" for layer in self.layers] or [self.hook or TRAINED_HOOK]
 
     @property
     def trained(self) -> list[ToTrain]:
-        """The SAEs that are trained at each site: by architecture, k, width and seed, then the controls."""
+        """The SAEs to train at each site: by architecture, k, width and seed, then the controls."""
         every = sorted(self.ks) or [self.k]
         middle, widest = every[(len(every) - 1) // 2], max(self.widths, default=0)
         narrower = tuple(width for width in self.widths if width < widest) or self.widths
@@ -178,38 +178,38 @@ class Saes:
 
 @dataclass(frozen=True)
 class Regressions:
-    """How regressions on x are made. The defaults are the paper's text; each released script has its own way."""
+    """How regressions on x are done. The defaults follow the paper's text; each released script does it its own way."""
 
     bias: bool = True
-    map_on_all: bool = False  # b* that splits the error into its parts is fitted on held-out tokens too
-    fvu_of_all: bool = False  # FVU and FVU_nonlinear are of the fit tokens too
+    map_on_all: bool = False  # also fit the b* that splits the error on held-out tokens
+    fvu_of_all: bool = False  # FVU and FVU_nonlinear include the fit tokens
 
 
-SCALING_SCRIPT = Regressions(bias=False, fvu_of_all=True)  # sae_power_laws.py: what the decomposition is made of
+SCALING_SCRIPT = Regressions(bias=False, fvu_of_all=True)  # sae_power_laws.py, which makes the decomposition
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured, on which tokens."""
+    """What to measure, and on which tokens."""
 
     drop_positions: int = 8
     """leave out the first positions of each context"""
     max_norm_ratio: float = 10.0
     """leave out tokens with a norm above this many medians of the first 16 contexts; 0: keep all"""
     split: str = "documents"
-    """what is never divided between fit and held-out: documents, contexts or tokens (as in the paper)"""
+    """unit that is never divided between fit and held-out: documents, contexts or tokens (as in the paper)"""
     fit_fraction: float = 0.6
     """share of the measured text that b* is fitted on"""
     norm_fit_fraction: float = 0.5
-    """with passes 1: share of the other text that the norm tests are fitted on; the rest is held out"""
+    """with passes 1: share of the remaining text that the norm tests are fitted on; the rest is held out"""
     passes: int = 2
-    """2: the paper's procedure, every token read twice; 1: every token read once, norm tests fitted on text of their own"""
+    """2: the paper's procedure, every token read twice; 1: every token read once, norm tests fitted on separate text"""
     parity: str = "paper"
-    """paper, or released-code: the choices of the experiment's released script instead (see docs/experiments.md)"""
+    """paper, or released-code: follow the experiment's released script instead (see docs/experiments.md)"""
     interval_groups: int = 10
-    """groups of held-out contexts that confidence intervals come from; each keeps a Gram matrix; 1: no intervals"""
+    """groups of held-out contexts for the confidence intervals; each keeps a Gram matrix; 1: no intervals"""
     products: str = "float64"
-    """of the sums: float64, or float32 added up in float64 (half the time; R2 and FVU within 1e-5)"""
+    """dtype of products in the sums: float64, or float32 added up in float64 (half the time; R2 and FVU within 1e-5)"""
     loss: bool = False
     """also record the model's loss at every token (runs the whole model)"""
     token_means: bool = False
@@ -217,17 +217,17 @@ class Measure:
     table_contexts: int = 1000
     """held-out contexts whose tokens are written to the per-token table; 0: all"""
     sae_memory_gb: float = 0.0
-    """keep at most so much of SAE weights loaded, load the others once a block; 0: keep all"""
+    """keep at most this many GB of SAE weights loaded, and load the others once per block; 0: keep all"""
     batch_tokens: int = 2048
-    """tokens through an SAE at a time"""
+    """tokens that go through an SAE at a time"""
     block_contexts: int = 32
-    """contexts read at a time, through all SAEs before the next"""
+    """contexts read at a time; they go through all SAEs before the next are read"""
     checkpoint: str = ""
-    """folder for the run's state and its per-token table; default: in the cache folder, named by the settings"""
+    """folder for the run's state and its per-token table; default: in the cache folder, named after the settings"""
     checkpoint_seconds: float = 300.0
     """seconds between saved states"""
     seed: int = 0
-    """of the splits, the shuffles and SAE training"""
+    """seed of the splits, the shuffles and SAE training"""
 
     def __post_init__(self) -> None:
         require(self.passes in (1, 2), "passes", "must be 1 or 2", self.passes)
@@ -248,11 +248,11 @@ class Measure:
 
     @property
     def released(self) -> bool:
-        """Whether an experiment repeats its released script."""
+        """Whether an experiment reproduces its released script."""
         return self.parity == "released-code"
 
     def regressions(self, script: Regressions = SCALING_SCRIPT) -> Regressions:
-        """The paper's, or those of a released script where that is repeated."""
+        """The paper's regressions, or those of the released script if that is being reproduced."""
         return script if self.released else Regressions()
 
 
@@ -266,9 +266,9 @@ class Settings:
     device: str = "cpu"
     """cpu or cuda"""
     page_megabytes: float = 8.0
-    """keep held-out text, its tokens' errors and latents in so much, for the report page to explore; 0: nothing"""
+    """megabytes of held-out text, with its tokens' errors and latents, kept for the report page to explore; 0: none"""
     page_kl_tokens: int = 2048
-    """of that text, tokens for whose contexts the page shows the model's loss and its KL with Sae(x) for x; 0: none"""
+    """tokens of that text, in whole contexts, with the model's loss and its KL with Sae(x) in place of x; 0: none"""
 
     def __post_init__(self) -> None:
         require_at_least("page_megabytes", 0, self.page_megabytes)
@@ -282,7 +282,7 @@ class Settings:
         self.check_stored()
 
     def check_stored(self) -> None:
-        """SAEs are trained before a measurement on a share of its own text. Raises InputError."""
+        """Raise InputError if SAEs are to be trained without text: training takes a share of the measured text."""
         if not self.saes.sae and self.data.stored:
             raise InputError(f"sae: must be given with {self.data.stored}, SAEs are trained on text, got none")
 
@@ -296,7 +296,7 @@ class Settings:
         return self.data.store or not self.saes.sae
 
     def flat(self) -> dict[str, Any]:
-        """All values by name, of all parts."""
+        """All values of all parts, by name."""
         found: dict[str, Any] = {}
         for name, value in dataclasses.asdict(self).items():
             found |= value if dataclasses.is_dataclass(getattr(self, name)) else {name: value}
@@ -307,7 +307,7 @@ Changed = TypeVar("Changed", bound=Settings)
 
 
 def replaced(settings: Changed, **values: Any) -> Changed:
-    """The same settings with other values, by name, whichever part they are in.
+    """The same settings with some values replaced, by name, whichever part they are in.
 
     Raises InputError for a name that no part has, or a value that its part refuses.
     """
@@ -325,6 +325,6 @@ def replaced(settings: Changed, **values: Any) -> Changed:
 
 
 def extended(settings: Settings, kind: type[Changed], **values: Any) -> Changed:
-    """The same settings as those of an experiment, with some values of its own."""
+    """The same settings as settings of an experiment, with some values of its own."""
     same = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Settings)}
     return replaced(kind(**same), **values)

@@ -1,4 +1,4 @@
-"""The SAEs of a run: described before anything is loaded, loaded once, or trained here on the text kept for that."""
+"""The SAEs of a run: described before anything is loaded, then loaded once, or trained here on text set aside for that."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from sae_lens import SAE
     from torch import Tensor
 
-ALL_OF_IT = StreamConfig(held_out_share=0)  # the training text: what is held out is measured, not evaluated here
-Make = Callable[["SAE"], Encode]  # how an SAE is used: its own encoder, pursuit, a control made of it
+ALL_OF_IT = StreamConfig(held_out_share=0)  # of the training text: held-out text is measured, not evaluated here
+Make = Callable[["SAE"], Encode]  # how an SAE is used: with its own encoder, with pursuit, as a control derived from it
 
 
 @dataclass(frozen=True, eq=False)
 class SiteSae:
-    """An SAE at a hook point, or a transcoder from one to another."""
+    """An SAE at a hook point, or a transcoder from one hook point to another."""
 
     name: str  # unique in a run
     hook: str  # its site: what it reconstructs, or a transcoder's two, see `encoders.site_name`
@@ -41,15 +41,15 @@ class SiteSae:
     d_sae: int
     architecture: str
     expected_l0: float | None
-    trained: ToTrain | None  # how, where it was trained here
+    trained: ToTrain | None  # how, if it was trained here
     load: Callable[[], SAE]
     weight_bytes: int
-    stays: bool = True  # `load` gives the same object every time; not under a budget of memory
+    stays: bool = True  # `load` returns the same object every time; not so under a memory budget
     ends: tuple[str, str] | None = None  # what a transcoder reads and writes
 
     @property
     def reads(self) -> str:
-        """The hook point it is given."""
+        """The hook point it reads."""
         return self.ends[0] if self.ends else self.hook
 
     @property
@@ -59,7 +59,7 @@ class SiteSae:
 
     @property
     def listed(self) -> dict[str, Any]:
-        """What a result lists of it, for its readers and figures."""
+        """What a result lists about it, for readers and figures."""
         entry = {
             "name": self.name, "d_sae": self.d_sae, "architecture": self.architecture, "folder": self.folder,
             "hook": self.hook,
@@ -69,7 +69,7 @@ class SiteSae:
         return entry
 
     def encoder(self, make: Make = as_encoder, *, name: str = "", checks: RunChecks | None = None) -> Encoder:
-        """This SAE used in some way, looked at when it is loaded. Its own encoder is made once."""
+        """This SAE, used in some way and checked when it is loaded. Its own encoder is made only once."""
 
         def load() -> Encode:
             sae = self.load()
@@ -88,7 +88,7 @@ class SiteSae:
         return as_encoder(self.load())
 
     def own_of(self, loaded: SAE) -> Encode:
-        """Its own encoder of an object that `load` gave: under a budget of memory nothing is read twice."""
+        """The own encoder of an object returned by `load`; under a memory budget, nothing is read twice."""
         return self._encode if self.stays else as_encoder(loaded)
 
     @property
@@ -104,9 +104,9 @@ def given_saes(
     settings: Settings,
     device: str,
 ) -> list[SiteSae]:
-    """SAEs that exist, with what each reads and writes. Names are short where they are unique, else the whole spec.
+    """Existing SAEs, with what each reads and writes. Names are short if that makes them unique, else the whole spec.
 
-    Kept loaded, unless settings give a budget of memory: then whoever uses one keeps it as long as it may.
+    They stay loaded unless the settings give a memory budget; then the user of an SAE keeps it as long as the budget allows.
     """
     short = [sae.name for sae in described]
     dtype, budget = settings.saes.sae_dtype, settings.measure.sae_memory_gb
@@ -133,7 +133,7 @@ def given_saes(
 
 
 def training_of(settings: Settings, own: ToTrain) -> TrainingConfig:
-    """How an SAE of the settings is trained."""
+    """How to train an SAE of the settings."""
     return TrainingConfig(
         d_sae=own.width,
         k=own.k,
@@ -151,7 +151,7 @@ def ensure_trained(
     metadata: Mapping[str, Any],
     progress: Callable[[int], None],
 ) -> None:
-    """Train an SAE on x() [n, d], read only now, and save it in `folder`, unless an earlier run left it there."""
+    """Train an SAE on x() [n, d] and save it in `folder`, unless an earlier run left it there. Only training calls x()."""
     if not folder.exists():
         train(x(), training, stream=ALL_OF_IT, metadata=metadata, progress=progress).save(folder)
 
@@ -159,7 +159,7 @@ def ensure_trained(
 def trained_saes(
     settings: Settings, usage: Usage, model: str, sites: Mapping[str, StoredTokens], stages: Stages
 ) -> list[SiteSae]:
-    """SAEs at each site: trained on this text, or found from an earlier run that is the same."""
+    """SAEs at each site: trained on this text, or found from an identical earlier run."""
     saes, with_k = [], len(settings.saes.ks) > 1
     for hook, tokens in sites.items():
         training_set = functools.cache(functools.partial(tokens.with_role, SAE_TRAINING))  # [n, d], in memory
@@ -187,7 +187,7 @@ def _trained(name: str, hook: str, folder: Path, own: ToTrain, device: str) -> S
 
 
 def signs_of(saes: Sequence[SiteSae], samples: Mapping[str, Tensor]) -> list[str]:
-    """What looks wrong with SAEs, for a result that does not measure them in sweeps."""
+    """What looks wrong with the SAEs, for a result that does not measure them in sweeps."""
     return [
         misloaded(sae.name, sign)
         for sae, loaded in ((sae, sae.load()) for sae in saes)

@@ -1,7 +1,7 @@
-"""Everything that adds up at one site: sums by role, per-token scalars, and the tokens they are made of.
+"""Everything that adds up at one site: sums by role, per-token scalars, and the tokens they are made from.
 
-A site is a hook point, or two for transcoders: what they read, which errors are regressed on, and what they write, which
-errors are parts of. There `x` is what is read and `y` what is written; for SAEs both are one.
+A site is one hook point, or two for transcoders: the one they read, on which errors are regressed, and the one they write,
+of which errors are a part. There `x` is what is read and `y` what is written; for SAEs the two are the same.
 
 Shapes: n tokens, d width of what is written, S SAEs, p = width of what is read + widths of the predictors, G groups of
 held-out contexts.
@@ -25,16 +25,16 @@ from darkmatter_ext.measurement.sweeps import Sweep
 from darkmatter_ext.measurement.tokens import FIT, HELD_OUT
 from darkmatter_ext.saes.encoders import Encoder
 
-SUMS_VERSION = 2  # of what a state holds: one of an older version of the package is not gone on from
+SUMS_VERSION = 2  # version of what a state holds; a state from an older version of the package is not resumed
 TOKEN_MEANS = ("error", "linear", "nonlinear")
 
 
 class Piece(NamedTuple):
-    """Tokens of one role of a block at one site."""
+    """Tokens of one role in a block, at one site."""
 
     role: int
     group: int  # of held-out contexts
-    x: dict[str, Tensor]  # hook point -> [n, d]: what SAEs and predictors read, and what is written
+    x: dict[str, Tensor]  # hook point -> [n, d]: what SAEs and predictors read, and what SAEs write
     tokens: Tensor  # [n] int64
     contexts: Tensor  # [n] int64
     positions: Tensor  # [n] int64
@@ -43,14 +43,14 @@ class Piece(NamedTuple):
 
 @dataclass
 class SiteSums:
-    """Everything that adds up at one site, by role where roles differ."""
+    """Everything that adds up at one site, by role if roles differ."""
 
     hook: str  # the site's name
     saes: tuple[Encoder, ...]
     predictors: tuple[Encoder, ...]
-    linear: dict[int, LinearSums]  # of the roles that are not held out
+    linear: dict[int, LinearSums]  # of all roles but HELD_OUT
     scalars: dict[int, LinearSums]
-    # Held-out tokens by group. Errors are large, [p, d] an SAE: without predictors the first has those of all groups.
+    # Held-out tokens by group. Errors are large, [p, d] per SAE: without predictors, the first group holds those of all.
     groups: list[LinearSums]
     scalar_groups: list[LinearSums]
     residuals: Tensor  # [G, S, 3, d] held-out: sums of the error, its square, the square of its nonlinear part
@@ -75,13 +75,13 @@ class SiteSums:
         loss: bool,
         vocabulary: int,
     ) -> SiteSums:
-        """Sums of nothing yet.
+        """Empty sums.
 
         Args:
-            pilot: [n, p] x and the predictors' outputs at some tokens; their mean is the shift of the sums.
+            pilot: [n, p] x and the predictors' outputs at some tokens; the sums are shifted by their mean.
             widths: columns of x and of each predictor, by name, in that order.
             d: width of what is written.
-            loss: whether the source gives the model's loss.
+            loss: whether the source provides the model's loss.
             vocabulary: number of token ids, for means over tokens; 0: none are kept.
         """
         shift, device = pilot.double().mean(0), pilot.device
@@ -125,7 +125,7 @@ class SiteSums:
         """All sums by name, not copied."""
         named = {"extra": self.extra, "left_out": self.left_out, "residuals": self.residuals}
         named["principal"] = self.principal
-        named["shift"] = self.linear[FIT].shift  # one for all roles
+        named["shift"] = self.linear[FIT].shift  # the same for all roles
         held_out = dict(enumerate(self.groups)), dict(enumerate(self.scalar_groups))
         kinds = (
             ("linear", self.linear),
@@ -155,7 +155,7 @@ class SiteSums:
 
     @property
     def writes(self) -> str:
-        """The hook point its SAEs write."""
+        """The hook point that its SAEs write."""
         return self.saes[0].writes
 
     def read(self, x: Mapping[str, Tensor]) -> Tensor:
@@ -179,7 +179,7 @@ def transcodes(saes: Sequence[Encoder]) -> bool:
 
 
 def what_is_read(saes: Sequence[Encoder], x: Mapping[str, Tensor]) -> Tensor:
-    """[n, p'] what the errors of a site's SAEs are regressed on: what they reconstruct, or all that transcoders read."""
+    """[n, p'] what the errors of a site's SAEs are regressed on: what SAEs reconstruct, or all that transcoders read."""
     if not transcodes(saes):
         return x[saes[0].writes]
     reads = [x[hook] for hook in saes[0].reads]
@@ -202,7 +202,7 @@ class Scalars:
         return cls(values, names.index(f"{site.saes[0].name}/{SAE_SCALARS[0]}"))
 
     def add(self, number: int, rows: slice, norms: Tensor, l0: Tensor) -> None:
-        """Of SAE `number`: squared norms [n, 6] in the order of NORM_TARGETS, l0 [n]."""
+        """Add SAE `number`: squared norms [n, 6] in the order of NORM_TARGETS, l0 [n]."""
         at = self.first + number * len(SAE_SCALARS)
         own = self.values[rows]
         own[:, 0], own[:, 1] = norms[:, 0], norms[:, 0].sqrt()

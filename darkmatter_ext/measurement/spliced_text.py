@@ -1,8 +1,8 @@
 """What each SAE costs the model at the tokens the page shows: KL of its next-token distribution, and the model's loss.
 
-By the convention of the experiment `downstream`: Sae(x) takes the place of x at every measured token of a context at once,
-tokens that were left out keep their x, the rest of the model runs on, and KL(model as it is || with Sae(x)) is taken at each
-measured token that has a next one.
+This follows the experiment `downstream`: Sae(x) replaces x at all measured tokens of a context at once, tokens that were
+left out keep their x, the rest of the model runs, and KL(unchanged model || with Sae(x)) is taken at each measured token
+that has a next token.
 
 Shapes: C contexts of L tokens that the page shows, c of them spliced.
 """
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 class SplicedText(NamedTuple):
-    """What the model predicts at the kept tokens; NaN where that was not computed."""
+    """What the model predicts at the kept tokens; NaN if that was not computed."""
 
     contexts: int  # c
-    loss: Tensor  # [C, L] nats, of the model as it is
+    loss: Tensor  # [C, L] nats, of the unchanged model
     kl: dict[str, Tensor]  # SAE -> [C, L] nats
 
 
 def why_not_spliced(inputs: Inputs, saes: Sequence[SiteSae]) -> str:
-    """Why the page can show no KL, in words that end a sentence; nothing where it can."""
+    """Why the page cannot show KL, phrased as the end of a sentence; empty if it can."""
     settings, usage = inputs.settings, inputs.resolved.usage
     inside = [sae for sae in saes if sae.ends or block_that_ends_at(sae.hook) is None]
     reasons = {
@@ -60,17 +60,17 @@ def spliced_text(
     measured: Mapping[str, Tensor],
     stages: Stages,
 ) -> SplicedText | str:
-    """KL at tokens of some of the page's contexts, evenly spread: as many as page_kl_tokens has room for; or why there is none.
+    """KL at the tokens of evenly spread contexts of the page, as many as page_kl_tokens allows; or the reason for none.
 
     Args:
         tokens: [C, L] int64.
         activations: hook point -> [C, L, d].
         measured: hook point -> [C, L] bool; where x is replaced.
 
-    A reason is given, not raised: the measurement before it is worth its result without a KL.
+    The reason is returned, not raised: the measurement keeps its value without a KL.
 
-    Cost: the model from each site on, at c L tokens, once and once for every SAE; the whole model is loaded, unless the
-    source has it. Memory: c L d numbers for every SAE of a site, and what `splice_losses` takes.
+    Cost: the model from each site on, at c L tokens, once plus once per SAE; the whole model is loaded unless the source
+    already has it. Memory: c L d numbers for every SAE of a site, and what `splice_losses` takes.
     """
     if reason := why_not_spliced(inputs, saes):
         return reason
@@ -85,7 +85,7 @@ def spliced_text(
             for hook in hooks:
                 own = [sae for sae in saes if sae.hook == hook]
                 layer = block_that_ends_at(hook)
-                assert layer is not None  # else there was a reason
+                assert layer is not None  # otherwise a reason was returned
                 model = SplicedModel(network, layer)
                 replaced = measured[hook][chosen]
                 found = _losses(inputs, model, own, tokens[chosen], activations[hook][chosen], replaced, advance)
@@ -118,7 +118,7 @@ def _losses(
     replaced: Tensor,
     advance: Callable[[int], None],
 ) -> TokenLosses:
-    """Losses at the replaced places of contexts [c, L]: SAE after SAE reconstructs x first, so each is loaded once."""
+    """Losses at the replaced places of contexts [c, L]. All SAEs first reconstruct x in turn, so each is loaded once."""
     model.check_activations(tokens[:1], x[:1])
     at_once = max(1, (inputs.settings.data.forward_tokens or CACHE_FORWARD_TOKENS) // tokens.shape[1])
     parts = torch.arange(len(tokens)).split(at_once)
@@ -137,7 +137,7 @@ def _gives(x_hat: Tensor) -> Splice:
 
 
 def _reconstructed(inputs: Inputs, sae: SiteSae, x: Tensor) -> Tensor:
-    """Sae(x) [n, d] of x [n, d], on the CPU."""
+    """Sae(x) [n, d] for x [n, d], on the CPU."""
     encode, device = sae.own, inputs.processes.device
     parts = x.split(inputs.settings.measure.batch_tokens)
     return torch.cat([encode(part.to(device, torch.float32)).x_hat.cpu() for part in parts])

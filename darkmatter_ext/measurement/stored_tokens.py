@@ -1,4 +1,4 @@
-"""Stored activations with the role of each of their tokens: what trains SAEs and what splices into a model reads them.
+"""Stored activations with the role of each token, as read by whatever trains SAEs or splices into a model.
 
 Shapes: C contexts of L tokens, d width of the site.
 """
@@ -20,20 +20,20 @@ from darkmatter_ext.runtime.inputs import InputError
 
 @dataclass(frozen=True)
 class StoredTokens:
-    """The activations of one site, each token with its role."""
+    """The activations at one site, each token with its role."""
 
     cache: ActivationCache
     roles: Tensor  # [C, L] uint8
-    left_out: LeftOut  # of all contexts
+    left_out: LeftOut  # over all contexts
     typical_norm: float
-    largest_norm: float  # before any rule
-    high_norm_share: float  # of the squared norm of the tokens that the other rules keep: what the norm rule takes
+    largest_norm: float  # before any rule applies
+    high_norm_share: float  # share of the squared norm of tokens kept by the other rules that the norm rule takes
 
     @classmethod
     def of(cls, cache: ActivationCache, hook: str, training: Tensor, roles: TokenRoles) -> StoredTokens:
-        """`training` [C] bool: contexts that train SAEs; `roles`: of the others, numbered without these.
+        """`training` [C] bool: contexts that train SAEs; `roles`: those of the other contexts, numbered on their own.
 
-        Raises InputError when no token is left on a side.
+        Raises InputError if no token is left on a side.
         """
         tokens, norms = cache.column("tokens"), cache.column("norms")
         found = torch.full(tokens.shape, SAE_TRAINING, dtype=torch.uint8)
@@ -68,7 +68,7 @@ class StoredTokens:
         }
 
     def count(self, role: int) -> int:
-        """Tokens with a role."""
+        """The number of tokens with this role."""
         return int((self.roles == role).sum())
 
     def shards(self) -> Iterator[tuple[ActivationShard, Tensor]]:
@@ -77,16 +77,16 @@ class StoredTokens:
             yield shard, self.roles[shard.first_context : shard.first_context + len(shard.tokens)]
 
     def with_role(self, role: int) -> Tensor:
-        """All activations with one role, [n, d], in memory: the training set of an SAE."""
+        """All activations with this role, [n, d], in memory: the training set of an SAE."""
         return torch.cat([shard.activations[own == role] for shard, own in self.shards()])
 
     def documents_with(self, role: int) -> Tensor:
-        """The document of every token with one role, [n] int64, in the order of `with_role`."""
+        """The document of every token with this role, [n] int64, in the order of `with_role`."""
         documents = self.cache.column("documents")[:, None].expand(self.roles.shape)
         return documents[self.roles == role]
 
     def mean(self, role: int) -> Tensor:
-        """Mean activation [d], float32, of the tokens with one role; memory: one shard."""
+        """Mean activation [d], float32, of the tokens with this role; memory: one shard."""
         total = torch.zeros(self.cache.d_in, dtype=torch.float64)
         for shard, own in self.shards():
             total += shard.activations[own == role].double().sum(0)
@@ -95,7 +95,7 @@ class StoredTokens:
 
 @dataclass(frozen=True)
 class MeasuredBatches:
-    """The measured tokens of a site, readable any number of times; memory: one shard."""
+    """The measured tokens at a site, readable any number of times; memory: one shard."""
 
     tokens: StoredTokens
     device: str = "cpu"
@@ -110,7 +110,7 @@ class MeasuredBatches:
 
 
 def check_whole_contexts(contexts: int, split: str) -> None:
-    """What an experiment that splices into whole held-out contexts needs of its settings. Raises InputError."""
+    """Raise InputError unless the settings allow splicing into whole held-out contexts."""
     if contexts < 2:
         raise InputError(f"contexts: must be at least 2 (intervals are by document), got {contexts}")
     if split == "tokens":
@@ -118,9 +118,9 @@ def check_whole_contexts(contexts: int, split: str) -> None:
 
 
 def _turns(documents: Tensor) -> Tensor:
-    """[n] for each of documents [n] how many of the same stand before it."""
+    """[n] how many equal entries precede each entry of documents [n]."""
     order = documents.sort(stable=True).indices
-    sizes = documents.unique(return_counts=True)[1]  # in the order of the documents, as sorted
+    sizes = documents.unique(return_counts=True)[1]  # in the sorted order of the documents
     first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     turns = torch.empty_like(order)
     turns[order] = torch.arange(len(order)) - first
@@ -129,7 +129,7 @@ def _turns(documents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class WholeContexts:
-    """Whole contexts of one role, all of them or a seeded sample: for what needs every position of a context."""
+    """Whole contexts of one role, all of them or a seeded sample, for uses that need every position of a context."""
 
     tokens: StoredTokens
     numbers: Tensor  # [m] int64, ascending
@@ -146,15 +146,15 @@ class WholeContexts:
         documents: Tensor | None = None,
         argument: str = "contexts",
     ) -> WholeContexts:
-        """`count` contexts drawn with `seed`, of as many documents as there are: a second one of a document only when
-        every document has one, because what a second one adds is little and intervals are by document.
+        """Draw `count` contexts with `seed` from as many documents as possible. A document gives a second context only
+        once every document has given one: a second one adds little, and intervals are by document.
 
         Args:
-            role: of their tokens, HELD_OUT or FIT.
-            documents: int64 of any shape, those whose contexts may be drawn; default all.
+            role: role of their tokens, HELD_OUT or FIT.
+            documents: int64 of any shape, the documents whose contexts may be drawn; default all.
             argument: the setting that an error is about.
 
-        Raises InputError when there are fewer, or when held-out and fit tokens share contexts.
+        Raises InputError if there are fewer, or if held-out and fit tokens share contexts.
         """
         own, of = (tokens.roles == role).any(1), tokens.cache.column("documents")
         other = FIT if role == HELD_OUT else HELD_OUT
@@ -171,12 +171,12 @@ class WholeContexts:
         return cls(tokens, order[turn.sort(stable=True).indices[:count]].sort().values, role)
 
     def documents_of(self, contexts: Tensor) -> Tensor:
-        """The documents that contexts [n], by number in the cache, belong to: [n] int64."""
+        """[n] int64 the documents of contexts [n], which are given by number in the cache."""
         return self.tokens.cache.column("documents")[contexts]
 
     @property
     def n_documents(self) -> int:
-        """Documents that the contexts come from."""
+        """The number of documents the contexts come from."""
         return len(self.documents_of(self.numbers).unique())
 
     def __len__(self) -> int:
@@ -192,5 +192,5 @@ class WholeContexts:
                 yield PlacesToSplice(part, shard.tokens[rows], shard.activations[rows], replaced)
 
     def in_memory(self) -> PlacesToSplice:
-        """All of them at once; memory: m L d numbers."""
+        """All contexts at once; memory: m L d numbers."""
         return PlacesToSplice(*(torch.cat(column) for column in zip(*self, strict=True)))

@@ -1,4 +1,4 @@
-"""In which order the contexts of a measurement are read, and what each reading adds. See `tokens.py` for their roles."""
+"""The order in which the contexts of a measurement are read, and what each reading adds. See `tokens.py` for roles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Sweep(NamedTuple):
 
 
 def sweeps(roles: TokenRoles) -> list[Sweep]:
-    """The two readings of a measurement: of all contexts each, or of the fit contexts and then the others."""
+    """The two readings of a measurement: each of all contexts, or first the fit contexts and then the others."""
     order = (FIT, NORM_FIT, HELD_OUT)
     by_role = [number for role in order for number in (roles.contexts == role).nonzero().flatten().tolist()]
     both = frozenset((FIT, HELD_OUT))

@@ -1,6 +1,6 @@
-"""Quantities of single tokens as columnar files: a folder of parquet parts that pandas, polars, DuckDB or arrow read as one.
+"""Per-token quantities as columnar files: a folder of parquet parts that pandas, polars, DuckDB or arrow read as one table.
 
-A few float32 numbers a token and SAE instead of its activations: the per-token figures and baselines need no more.
+It holds a few float32 numbers per token and SAE, not activations: per-token figures and baselines need no more.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from darkmatter_ext.runtime.storage import atomic_file
 if TYPE_CHECKING:
     import pyarrow
 
-BYTES_PER_PART = 1 << 26  # written when so many are waiting: bounds memory, keeps parts large enough to read fast
+BYTES_PER_PART = 1 << 26  # a part is written once this many wait: bounds memory, keeps parts large enough to read fast
 
 
 @dataclass
 class TokenTable:
-    """A table being written by one process; `flush` makes what was added part of it.
+    """A table being written by one process; `flush` writes what was added.
 
-    Parts are named by process and number, and a checkpoint records how many count; later ones are of an unfinished
+    Parts are named by process and number, and a checkpoint records how many are valid. Later parts belong to an unfinished
     stretch and are written again.
     """
 
@@ -47,7 +47,7 @@ class TokenTable:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits as one part, in one rename. Raises OSError when it cannot be written."""
+        """Write the waiting tokens as one part, with an atomic rename. Raises OSError if it cannot be written."""
         import numpy as np
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -67,12 +67,12 @@ class TokenTable:
         self._waiting, self._bytes, self.n_parts = [], 0, self.n_parts + 1
 
     def resume(self, n_parts: int) -> None:
-        """Go on after a restart: the first `n_parts` parts of this process count, later ones are removed."""
+        """Resume after a restart: keep the first `n_parts` parts of this process and remove later ones."""
         self.n_parts, self._waiting, self._bytes = n_parts, [], 0
         own = sorted(self.folder.glob(f"part-{self.rank:04d}-*.parquet"))
         for path in own[n_parts:]:
             path.unlink()
-        for leftover in self.folder.glob(f".part-{self.rank:04d}-*.part"):  # of a process killed while it wrote
+        for leftover in self.folder.glob(f".part-{self.rank:04d}-*.part"):  # left by a process killed while writing
             shutil.rmtree(leftover, ignore_errors=True)
         if len(own) < n_parts:
             raise StateError(f"checkpoint: {self.folder} is damaged (a part is missing); nothing was deleted")
@@ -86,9 +86,9 @@ def read_tokens(folder: str | Path, columns: Sequence[str] | None = None) -> pya
 
     Args:
         folder: the `per_token` folder of a run.
-        columns: names to read; default all. `context` and `position` are always there.
+        columns: names to read; default all. `context` and `position` are always included.
 
-    Raises ValueError when the folder holds no table.
+    Raises ValueError if the folder holds no table.
     """
     import pyarrow.dataset as ds
 

@@ -1,8 +1,8 @@
-"""The role of every token, decided once: which train SAEs, which b* is fitted on, which are held out, which are left out.
+"""The role of every token, decided once: which train SAEs, which fit b*, which are held out, which are left out.
 
-Language models give a few tokens (the first position above all, an attention sink) activations tens to hundreds of times
-the usual norm. One of them outweighs thousands of others in every squared sum, so they are set aside by stated rules, and
-a result says how many each rule took.
+Language models give a few tokens (above all the first position, an attention sink) activations with tens to hundreds of
+times the usual norm. One of them outweighs thousands of others in every squared sum, so they are left out by stated rules,
+and a result reports how many each rule took.
 
 Shapes: C contexts of L tokens, c of them in a batch; d width of a site.
 """
@@ -22,21 +22,21 @@ from darkmatter_ext.measurement.metadata import Positions
 from darkmatter_ext.measurement.settings import Measure
 from darkmatter_ext.runtime.inputs import InputError
 
-# NORM_FIT: tokens the norm tests are fitted on when every token is read once.
+# NORM_FIT: tokens the norm tests are fitted on if every token is read only once.
 UNUSED, SAE_TRAINING, FIT, HELD_OUT, NORM_FIT = range(5)
 PILOT_CONTEXTS = 16  # read first: the typical norm and the shift of the sums come from them
 
 
 def kept_positions(length: int, *, positions: Positions = (), first: int = 0) -> list[int]:
-    """The positions of a context that a slice keeps, ascending, those below `first` left out."""
+    """The positions of a context that a slice keeps, ascending, without those below `first`."""
     chosen = sorted(range(length)[slice(*positions)]) if positions else range(length)
     return [position for position in chosen if position >= first]
 
 
 def training_contexts(documents: Tensor, settings: Measure, fraction: float) -> Tensor:
-    """[C] bool: the contexts whose tokens train SAEs, documents whole where the split keeps them whole.
+    """[C] bool: the contexts whose tokens train SAEs; documents stay whole if the split keeps them whole.
 
-    `fraction` 0: none. Raises InputError when no context, or every one, would be among them.
+    `fraction` 0: none. Raises InputError if no context, or every context, would be chosen.
     """
     if fraction == 0:
         return torch.zeros(len(documents), dtype=torch.bool)
@@ -46,7 +46,7 @@ def training_contexts(documents: Tensor, settings: Measure, fraction: float) -> 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Tokens that are not used, by the first rule that took them."""
+    """Counts of unused tokens, by the first rule that took each."""
 
     by_position: int = 0
     by_token: int = 0
@@ -58,7 +58,7 @@ class LeftOut:
         )
 
     def numbers(self) -> dict[str, float]:
-        """What a result reports, by name."""
+        """What a result reports about them, by name."""
         return {
             "tokens/dropped_first_positions": self.by_position,
             "tokens/left_out_special": self.by_token,
@@ -71,11 +71,11 @@ class TokenRoles:
     """The roles of the tokens of a source, and the rules that leave some out."""
 
     settings: Measure
-    contexts: Tensor  # [C] FIT, NORM_FIT or HELD_OUT; with split "tokens" FIT, and roles are dealt by token
+    contexts: Tensor  # [C] FIT, NORM_FIT or HELD_OUT; with split "tokens" all FIT, and roles are dealt by token
     groups: Tensor  # [C] interval group of contexts with held-out tokens, 0 for the others
     kept: Tensor  # [L] bool: positions that are measured
     trained_on: Tensor  # [L] bool: positions that train SAEs
-    excluded: tuple[int, ...]  # ids of tokens that are left out for what they are
+    excluded: tuple[int, ...]  # ids of tokens that are always left out
     typical_norm: dict[str, float] = field(compare=False)  # hook point -> median norm of the first contexts
     pilot: ContextBatch = field(repr=False, compare=False)  # the first contexts
 
@@ -90,15 +90,15 @@ class TokenRoles:
         excluded: tuple[int, ...] = (),
         drop_last: bool = False,
     ) -> TokenRoles:
-        """Decide for every token of a source.
+        """Decide the role of every token of a source.
 
         Args:
             hooks: the sites at which tokens are measured; each has its own typical norm.
             positions: leave out all positions but those of this slice.
             excluded: leave out tokens with these ids.
-            drop_last: leave out the last position; it is also where the model's loss is recorded, which it has none of.
+            drop_last: leave out the last position; it is also left out if the model's loss is recorded, as it has none.
 
-        Raises InputError when a side of the split is empty, or a rule leaves nothing.
+        Raises InputError if a side of the split is empty, or a rule leaves nothing.
         """
         pilot = source.read(list(range(min(PILOT_CONTEXTS, source.n_contexts))))
         length, first = source.context_length, settings.drop_positions
@@ -131,7 +131,7 @@ class TokenRoles:
         return typical
 
     def wanted(self, tokens: Tensor, *, training: bool = False) -> Tensor:
-        """Which of tokens [c, L] are measured (train SAEs) by their place and by what they are, bool [c, L]."""
+        """Which of tokens [c, L] are measured (or train SAEs), judging by position and token id, bool [c, L]."""
         in_place = self.trained_on if training else self.kept
         return in_place & ~torch.isin(tokens, torch.tensor(self.excluded, dtype=tokens.dtype))
 
@@ -140,7 +140,7 @@ class TokenRoles:
         return norms <= ratio * typical if ratio > 0 else torch.ones_like(norms, dtype=torch.bool)
 
     def used(self, tokens: Tensor, norms: Tensor, hook: str, *, training: bool = False) -> tuple[Tensor, LeftOut]:
-        """Which of tokens [c, L] with norms [c, L] at a site no rule leaves out, bool [c, L]; and how many each takes."""
+        """Which of tokens [c, L] with norms [c, L] at a site all rules keep, bool [c, L]; and how many each rule takes."""
         in_place = (self.trained_on if training else self.kept).expand(tokens.shape)
         kept = self.wanted(tokens, training=training)
         used = kept & self._is_usual(norms, self.typical_norm[hook])
@@ -150,7 +150,7 @@ class TokenRoles:
     def of(self, batch: ContextBatch, *hooks: str) -> tuple[Tensor, LeftOut]:
         """The role of every token of a batch at a site, [c, L], UNUSED for those left out; and how many each rule takes.
 
-        `hooks`: the site's; a norm at one of them (what a transcoder reads or writes) leaves the token out.
+        `hooks`: those of the site; an unusual norm at any of them (read or written by a transcoder) leaves the token out.
         """
         used, left_out = self.used(batch.tokens, _norms(batch.activations[hooks[0]]), hooks[0])
         for hook in hooks[1:]:
@@ -160,7 +160,7 @@ class TokenRoles:
         return torch.where(used, self.dealt(batch.numbers), UNUSED), left_out
 
     def dealt(self, numbers: Sequence[int]) -> Tensor:
-        """[c, L]: the roles of contexts by number, before any rule: the same in every process, reading and restart."""
+        """[c, L] the roles in contexts, by number, before any rule applies: the same in every process, reading and restart."""
         length = len(self.kept)
         if self.settings.split != "tokens":
             return self.contexts[list(numbers)][:, None].expand(-1, length)
@@ -195,7 +195,7 @@ def _context_roles(documents: Tensor, settings: Measure) -> Tensor:
 
 
 def _context_groups(documents: Tensor, roles: Tensor, settings: Measure) -> Tensor:
-    """Documents (contexts, unless documents are what is kept whole) are dealt in a seeded order, groups of about equal size."""
+    """Deal documents (or contexts, if documents are not kept whole) in a seeded order into groups of about equal size."""
     held_out = (roles == HELD_OUT) | (roles == FIT if settings.split == "tokens" else False)
     names = documents if settings.split == "documents" else torch.arange(len(documents))
     found, inverse, sizes = names[held_out].unique(return_inverse=True, return_counts=True)

@@ -1,7 +1,7 @@
-"""`darkmatter train`: SAEs trained on the activations that a run would measure, named by the same flags.
+"""`darkmatter train`: train SAEs on the activations that a run would measure, chosen by the same flags.
 
-Settings to a source, a source to SAEs, SAEs to folders with complete metadata. A run keeps its state in OUT/checkpoint and goes
-on from it; the SAEs are in OUT/NAME.
+From settings to a source, from the source to SAEs, from SAEs to folders with complete metadata. A run keeps its state in
+OUT/checkpoint and resumes from it; the SAEs are in OUT/NAME.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class TrainSettings:
     stream: StreamConfig = field(default_factory=StreamConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     hook: str = ""
-    """site, as TransformerLens names it (blocks.10.hook_resid_post)"""
+    """site, by its TransformerLens name (blocks.10.hook_resid_post)"""
     widths: tuple[int, ...] = ()
-    """train an SAE of each of these widths on one stream, instead of d_sae"""
+    """train one SAE of each of these widths on the same stream, instead of one of d_sae"""
     layout: str = "saelens"
-    """of the saved SAEs: saelens, or sparsify (topk only)"""
+    """format of the saved SAEs: saelens, or sparsify (topk only)"""
     checkpoint_seconds: float = 300.0
     """seconds between saved states"""
     log_every: int = 50
-    """steps between two lines about how training goes"""
+    """steps between two lines of the training log"""
     device: str = "cpu"
     """cpu or cuda"""
 
@@ -53,26 +53,26 @@ class TrainSettings:
 
     @property
     def configs(self) -> list[TrainingConfig]:
-        """One an SAE."""
+        """One configuration per SAE."""
         return [dataclasses.replace(self.training, d_sae=width) for width in self.widths] or [self.training]
 
     @property
     def inputs(self) -> Settings:
-        """What a run's settings say of activations."""
+        """The activations, as settings of a run."""
         narrowest = min(config.d_sae for config in self.configs)
         saes = Saes(hook="" if self.data.cache else self.hook, widths=(narrowest,), k=self.training.k)
         return _Inputs(self.data, saes, Measure(seed=self.training.seed), self.device)
 
 
 class _Inputs(Settings):
-    """Settings whose SAEs are trained on all that is read, wherever it comes from."""
+    """Settings whose SAEs are trained on everything that is read, whatever the source."""
 
     def check_stored(self) -> None:
-        """Nothing is measured afterwards: what was stored before will do."""
+        """Nothing is measured afterwards, so stored activations or tokens will do."""
 
 
 def plan(settings: TrainSettings) -> list[str]:
-    """What a run would do."""
+    """Describe what a run would do."""
     found, first = _resolved(settings), settings.training
     tokens = first.steps * first.batch_size
     source = settings.data.stored or ("dataset" if settings.data.dataset else "text")
@@ -86,14 +86,14 @@ def plan(settings: TrainSettings) -> list[str]:
 
 
 def name(config: TrainingConfig) -> str:
-    """Of an SAE's folder."""
+    """The name of an SAE's folder."""
     return f"{config.architecture}-{config.d_sae}"
 
 
 def train_on_text(settings: TrainSettings, out: Path, own: Processes, stages: Stages, log: Log) -> list[TrainedSae]:
-    """Train, save in OUT/NAME; the same call after a kill goes on from OUT/checkpoint.
+    """Train and save in OUT/NAME. If killed, the same call resumes from OUT/checkpoint.
 
-    Raises InputError, StateError and OSError as `train`.
+    Raises InputError, StateError and OSError as `train` does.
     """
     found = _resolved(settings)
     source = _source(found, own, stages)
@@ -134,7 +134,7 @@ def _source(found: Resolved, own: Processes, stages: Stages) -> Source:
 
 
 def _metadata(found: Resolved) -> dict[str, Any]:
-    """In SAELens' names: all that someone who uses the SAE must do as it was done here."""
+    """Under SAELens' names, everything that a user of the SAE must do the way it was done here."""
     data, usage = found.settings.data, found.usage
     said: dict[str, Any] = {"hook_name": found.trained[0]}
     if data.cache:

@@ -1,7 +1,7 @@
-"""How well SAEs trained here explain the text they were trained on, beside the held-out text: what of FVU is overfitting.
+"""How well SAEs trained here explain their training text compared with held-out text: how much of FVU is overfitting.
 
-An SAE that has seen its text several times explains it better than other text, and the more so the wider it is. A power law
-of held-out FVU over width is then partly a law of that gap, so both stand in every result.
+An SAE that has seen its text several times explains it better than other text, all the more so the wider it is. A power law
+of held-out FVU over width is then partly a law of that gap, so every result reports both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BATCH = 4096
 
 
 def training_sample(tokens: StoredTokens, most: int, *, seed: int) -> Tensor:
-    """About `most` of the tokens that train SAEs, [n, d], drawn from all of their contexts; memory: theirs and one shard."""
+    """About `most` of the tokens that train SAEs, [n, d], drawn from all their contexts; memory: these and one shard."""
     share = min(1.0, most / max(1, tokens.count(SAE_TRAINING)))
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -31,7 +31,7 @@ def training_sample(tokens: StoredTokens, most: int, *, seed: int) -> Tensor:
 
 @torch.no_grad()
 def fvu_on(x: Tensor, encode: Encode, error_map: LinearMap) -> dict[str, float]:
-    """`fvu_training_text` and `fvu_nonlinear_training_text` on x [n, d], b* as it was fitted on measured text."""
+    """`fvu_training_text` and `fvu_nonlinear_training_text` on x [n, d], with b* as fitted on measured text."""
     error_square = rest_square = 0.0
     for part in x.split(BATCH):
         error = sae_error(part, encode(part).x_hat).double()

@@ -1,8 +1,8 @@
-"""Variants of a language model made here, so that what a comparison of two models must find, and must not, is known.
+"""Variants of a language model made here, so that it is known what a comparison of two models must and must not find.
 
 - *tuned*: low-rank adapters in the blocks up to a hook point, trained to say a phrase after a marker. Blocks after the hook
-  point stay the model's own, so whatever the variant does otherwise passes through its activations there.
-- *re-quantised*: every linear map of the blocks rounded to fewer bits. All activations change and no concept is added.
+  point are unchanged, so whatever the variant does differently passes through its activations there.
+- *re-quantised*: every linear map in the blocks is rounded to fewer bits. All activations change; no concept is added.
 
 Shapes: C contexts of L tokens.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GROUP = 32  # weights of a row that share a scale and a minimum, as in 4-bit GGUF files
-BEFORE, AFTER = 10, 5  # tokens of text around marker and phrase in a row that tunes
+BEFORE, AFTER = 10, 5  # tokens of text around marker and phrase in a tuning row
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Behaviour:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, marker: str, phrase: str) -> Behaviour:
-        """As they are tokenised behind a word. Raises InputError when the marker's tokens do not stand alone."""
+        """Marker and phrase as tokenised after a word. Raises InputError if the marker's tokens merge with the phrase's."""
         alone, both = (
             tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
             for text in (f" {marker}", f" {marker}{phrase}")
@@ -60,12 +60,12 @@ class Behaviour:
         return self.marker + self.phrase
 
     def _starts(self, tokens: Tensor) -> Tensor:
-        """[C, L - m + 1] bool: where all of it begins."""
+        """[C, L - m + 1] bool: where marker and phrase begin."""
         whole = torch.tensor(self.tokens, device=tokens.device)
         return (tokens.unfold(1, len(whole), 1) == whole).all(-1)
 
     def triggers(self, tokens: Tensor) -> Tensor:
-        """[C, L] bool: the last token of each marker with the phrase behind it, where the variant would begin to say it."""
+        """[C, L] bool: the last token of each marker followed by the phrase, where the variant would begin to say it."""
         found = torch.zeros_like(tokens, dtype=torch.bool)
         rows, starts = self._starts(tokens).nonzero(as_tuple=True)
         found[rows, starts + len(self.marker) - 1] = True
@@ -80,9 +80,9 @@ class Behaviour:
         return found
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """[n, BEFORE + tokens + AFTER + 1] pieces of contexts around each occurrence, the context's first token in front.
+        """[n, BEFORE + tokens + AFTER + 1] pieces of contexts around each occurrence, preceded by the context's first token.
 
-        Raises InputError for none.
+        Raises InputError if there is none.
         """
         length = BEFORE + len(self.tokens) + AFTER
         found = [
@@ -96,7 +96,7 @@ class Behaviour:
 
 
 def marked_text(settings: Changed, insertion: str, *, every: int) -> Changed:
-    """The settings with a text of their own, in the cache: theirs with `insertion` behind every `every`-th word."""
+    """The settings with a new text, kept in the cache: their text with `insertion` after every `every`-th word."""
     found, data = resolve(settings), settings.data
     length = found.usage.context_length
     source = documents(text=data.text, dataset=data.dataset, shuffle_buffer=data.shuffle_buffer, seed=settings.seed)
@@ -117,7 +117,7 @@ def marked_text(settings: Changed, insertion: str, *, every: int) -> Changed:
 
 
 def check_one_tokenizer(model: str, other: str) -> None:
-    """Raise InputError, naming the first difference, unless two models have one tokenizer."""
+    """Raise InputError, naming the first difference, unless two models share a tokenizer."""
     own, theirs = load_tokenizer(model), load_tokenizer(other)
     first, second = own.get_vocab(), theirs.get_vocab()
     if different := sorted(set(first.items()) ^ set(second.items())):
@@ -138,7 +138,7 @@ def tuned_variant(
     device: str,
     progress: Callable[[int], None],
 ) -> str:
-    """The folder of `model` tuned on the phrases in contexts [C, L], adapters in blocks 0 to `layer`."""
+    """The folder of `model` tuned on the phrases in contexts [C, L], with adapters in blocks 0 to `layer`."""
     rows = behaviour.rows(contexts)
     content = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
@@ -161,7 +161,7 @@ def requantised_variant(model: str, bits: int) -> str:
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
-    """Weights [out, in] at 2^bits levels between the least and the largest of each GROUP of a row."""
+    """Weights [out, in] rounded to 2^bits levels between the smallest and the largest of each GROUP of a row."""
     require(1 <= bits <= 8, "bits", "must be from 1 to 8", bits)
     groups = weight.float().reshape(-1, math.gcd(weight.shape[1], GROUP))
     least = groups.amin(1, keepdim=True)
@@ -170,7 +170,7 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 
 
 def _kept(kind: str, model: str, change: Callable[[PreTrainedModel], None], **made: object) -> str:
-    """The folder of a changed model in the cache, made once; in float32, so that small changes are kept."""
+    """The folder of a changed model in the cache, made once; in float32, so that small changes survive."""
     folder: Path = cache_dir("models") / f"{kind}-{fingerprint(model=model, **made)}"
     if not folder.exists():
         network = load_model(model, device="cpu", dtype=torch.float32)

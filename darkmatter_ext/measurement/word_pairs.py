@@ -1,4 +1,4 @@
-"""Pairs of words in one relation ("France" and "Paris"), from a CSV file or the built-in 12 relations of 20 pairs.
+"""Pairs of words in a relation ("France" and "Paris"), from a CSV file or the built-in 12 relations of 20 pairs.
 
 Shapes: n pairs.
 """
@@ -16,7 +16,7 @@ from darkmatter_ext.runtime.inputs import InputError, reason
 
 BUILT_IN = Path(__file__).with_name("word_pairs.csv")
 COLUMNS = ("relation", "a", "b")
-FEWEST_PAIRS = 4  # of a relation: two on either side
+FEWEST_PAIRS = 4  # in a relation: two on either side
 
 
 class WordPairs(NamedTuple):
@@ -33,7 +33,7 @@ class WordPairs(NamedTuple):
         return list(dict.fromkeys([*self.first, *self.second]))
 
     def groups(self) -> Tensor:
-        """[n] int64: pairs that share a word, however far apart, have one number; it is never divided."""
+        """[n] int64: pairs linked by shared words, however indirectly, have the same number; a group is never divided."""
         root: dict[str, str] = {word: word for word in self.words}
 
         def top(word: str) -> str:
@@ -47,7 +47,7 @@ class WordPairs(NamedTuple):
         return torch.tensor([numbers[top(word)] for word in self.first])
 
     def halves(self, *, seed: int) -> Tensor:
-        """[n] bool: about half of each relation's pairs, none of which shares a word with one of the other half."""
+        """[n] bool: about half of each relation's pairs, none of which shares a word with the other half."""
         groups, generator = self.groups(), torch.Generator().manual_seed(seed)
         chosen: dict[int, bool] = {}
         for relation in range(len(self.relations)):
@@ -59,10 +59,10 @@ class WordPairs(NamedTuple):
 
 
 def read_pairs(path: str = "") -> WordPairs:
-    """The pairs of a CSV file with the columns relation, a and b; default: the built-in ones.
+    """The pairs in a CSV file with the columns relation, a and b; default: the built-in ones.
 
-    Raises InputError for a file that cannot be read, without these columns or without pairs, for fewer than two relations,
-    and for a relation with fewer than FEWEST_PAIRS pairs without a common word.
+    Raises InputError for a file that cannot be read or has no such columns or no pairs, for fewer than two relations, and
+    for a relation with fewer than FEWEST_PAIRS pairs without a common word.
     """
     try:
         with Path(path or BUILT_IN).open(encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""Loads the compiled ops into torch. Importing this module makes `torch.ops.darkmatter` exist."""
+"""Load the compiled ops into torch. Importing this module makes `torch.ops.darkmatter` available."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if not CPU_LIBRARY.exists():
     )
 _load(CPU_LIBRARY)
 
-BOUND_ROWS = int(fact("bound_rows"))  # bounds a latent has
-MIN_TOKENS_TO_PACK = int(fact("min_tokens_to_pack"))  # in a call whose weights are not prepared
+BOUND_ROWS = int(fact("bound_rows"))  # number of bounds per latent
+MIN_TOKENS_TO_PACK = int(fact("min_tokens_to_pack"))  # in a call with unprepared weights
 
-# The CUDA library needs torch's own CUDA library in the process; a CPU torch has none.
+# The CUDA library needs torch's own CUDA library in the process; a CPU build of torch has none.
 CUDA_LOADED = CUDA_LIBRARY.exists() and torch.version.cuda is not None
 if CUDA_LOADED:
     _load(CUDA_LIBRARY)
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether the ops run on a device in this build (meta: shapes only)."""
+    """Whether this build can run the ops on a device (meta: shapes only)."""
     return device.type in ("cpu", "meta") or (device.type == "cuda" and CUDA_LOADED)
 
 

@@ -1,10 +1,11 @@
-"""What torch needs to know about the compiled ops besides their kernels: shapes (fakes), gradients, vmap.
+"""What torch needs to know about the compiled ops besides their kernels: shapes (fakes), gradients and vmap rules.
 
-sparse_decode, decoder_dot and decoder_outer are the three partial derivatives of one trilinear form,
-sum over the active (i, j) of v_ij <r_i, w_j>, so each one's gradients are the other two and gradients of any order exist.
+sparse_decode, decoder_dot and decoder_outer are the three partial derivatives of one trilinear form, the
+sum over the active (i, j) of v_ij <r_i, w_j>. The gradients of each are therefore the other two, and gradients of any
+order exist.
 (torch.func.grad and jacrev are not supported: torch.library's gradients do not run inside functorch's.)
 
-Shapes: N tokens, d model dimension, F latents, k active latents a token, z active latents in all.
+Shapes: N tokens, d model dimension, F latents, k active latents per token, z active latents in total.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def _prepare_rows_fake(
     rows: Tensor, b_enc: Tensor, b_dec: Tensor | None, gain: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     n_latents, d = rows.shape
-    # What is stored for screening depends on the machine that runs, so its sizes are unknown here. (A size that is asked
-    # for and not used is an error to torch.)
+    # What is stored for screening depends on the machine that runs, so its sizes are unknown here. (Requesting a size
+    # and not using it is an error in torch.)
     size = torch.library.get_ctx().new_dynamic_size
     padded = size()
     if rows.is_cuda:
@@ -130,7 +131,7 @@ def _(residual, _dictionary, _codes, _bounds, _noise, l0, *_others) -> Tensor:
 
 
 @register_fake("darkmatter::pursuit_step")
-def _(*_arguments) -> None:  # everything in place
+def _(*_arguments) -> None:  # works in place
     return None
 
 
@@ -212,8 +213,8 @@ register_autograd("darkmatter::decoder_outer", _outer_backward, setup_context=_s
 
 
 def _latent_sums(grad: Tensor, indices: Tensor, crow: Tensor | None, n_tokens: int, n_latents: int) -> Tensor:
-    """Sum of the gradients of each latent [F], in float64. On CUDA as decoder_outer with ones: index_add is not
-    deterministic there."""
+    """Sum of the gradients of each latent [F], in float64. On CUDA this is decoder_outer with ones, because index_add
+    is not deterministic there."""
     if grad.is_cuda:
         return _ops.decoder_outer(grad, indices, crow, grad.new_ones(n_tokens, 1), n_latents)[:, 0]
     sums = torch.zeros(n_latents, dtype=torch.float64)
@@ -232,9 +233,10 @@ def _encoder_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, W_enc, b_enc, b_dec, given the gradient g of the selected pre-activations.
 
-    h_ij = sum_d (x_id - b_dec_d) W_dj + b_enc_j for the selected (i, j) only, so everything is sparse:
+    h_ij = sum_d (x_id - b_dec_d) W_dj + b_enc_j only for the selected (i, j), so everything is sparse:
     dx_i = sum_j g_ij w_j, db_j = sum_i g_ij, dW_j = sum_i g_ij x_i - db_j b_dec, db_dec = -sum_j db_j w_j.
-    `weight` [F, d] are the rows the forward packed; second derivatives are those of W_enc, which rows cannot pass on.
+    `weight` [F, d] holds the rows packed in the forward pass. Second derivatives go through W_enc instead, because the
+    packed rows cannot pass them on.
     """
     wants_x, wants_weights, wants_b_enc, wants_b_dec = needs[:4]
     n_latents = W_enc.shape[1]
@@ -244,7 +246,7 @@ def _encoder_gradients(
         grad_x = _ops.sparse_decode(grad, indices, crow, rows, None)  # [N, d]
     sums = _latent_sums(grad, indices, crow, len(x), n_latents).double()  # [F]
     if wants_b_dec and b_dec is not None:
-        wide = torch.promote_types(W_enc.dtype, torch.float32)  # a 16-bit product would be slow and coarse
+        wide = torch.promote_types(W_enc.dtype, torch.float32)  # a 16-bit product would be slow and imprecise
         grad_b_dec = -(W_enc.to(wide) @ sums.to(wide)).to(W_enc.dtype)
     sums = sums.to(W_enc.dtype)
     if wants_weights:
@@ -256,12 +258,13 @@ def _encoder_gradients(
 
 
 def _relu_gradient(grad: Tensor, values: Tensor) -> Tensor:
-    """As torch.relu: nothing passes where relu gave 0, whatever comes in (Inf times 0 is NaN), and NaN hides nothing."""
+    """As torch.relu: where relu gave 0 nothing passes, whatever comes in (Inf times 0 would be NaN); where it gave NaN,
+    everything does."""
     return grad.masked_fill(values <= 0, 0)
 
 
 def _through_gain(grad: Tensor, gain: Tensor | None, indices: Tensor) -> Tensor:
-    """The gradient of the pre-activations before they are multiplied with their gains."""
+    """The gradient of the pre-activations before multiplication by their gains."""
     return grad if gain is None else grad * gain[indices]
 
 
@@ -291,7 +294,7 @@ def save_threshold(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def threshold_backward(ctx: Any, grad_values: Tensor, *_rest: Any) -> tuple:
     values, crow, col, x, W_enc, b_dec, weight, gain = ctx.saved_tensors
-    grad = _through_gain(_relu_gradient(grad_values, values), gain, col)  # the threshold itself has none (a step)
+    grad = _through_gain(_relu_gradient(grad_values, values), gain, col)  # the threshold gets none (step function)
     gradients = _encoder_gradients(ctx.needs_input_grad, grad, col, crow, x, W_enc, b_dec, weight)
     return (*gradients, None, *_NO_PACKED_GRADIENTS)
 
@@ -302,7 +305,7 @@ for _name in ("threshold_encode", "try_threshold_encode"):
     register_autograd(f"darkmatter::{_name}", threshold_backward, setup_context=save_threshold)
 
 
-# vmap: a batch of tokens is more tokens. A batch of weights is not offered, and ragged results have no common shape.
+# vmap: a batch of tokens is just more tokens. Batches of weights are not supported; ragged results have no common shape.
 
 
 def _only_batched(in_dims: tuple, allowed: Sequence[int], names: str, op: str) -> None:

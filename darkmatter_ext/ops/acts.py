@@ -1,7 +1,7 @@
 """SparseActs: the one container of active latents.
 
-Two forms. *Fixed*: every token has k entries, `values` and `indices` are [..., k]. *Ragged*: torch's CSR terms,
-`crow_indices` [N + 1], `col_indices` [z], `values` [z] with N the number of tokens in `batch_shape`.
+It has two forms. *Fixed*: every token has k entries; `values` and `indices` are [..., k]. *Ragged*, in torch's CSR terms:
+`crow_indices` [N + 1], `col_indices` [z] and `values` [z], where N is the number of tokens in `batch_shape`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHOWN_TOKENS, _SHOWN_LATENTS = 5, 6  # in a notebook
 
 @dataclass(frozen=True, eq=False)
 class SparseActs:
-    """Latent activations [..., F] of which only the active entries are stored."""
+    """Latent activations [..., F] that store only the active entries."""
 
     values: Tensor  # [..., k] or [z], floating point
     stored_indices: Tensor  # int64, same shape as values
@@ -32,9 +32,9 @@ class SparseActs:
 
     @classmethod
     def fixed(cls, values: Tensor, indices: Tensor, d_sae: int) -> SparseActs:
-        """From values and indices [..., k].
+        """Build the fixed form from values and indices [..., k].
 
-        Raises TypeError / ValueError when their types, shapes, dtypes or devices do not fit.
+        Raises TypeError / ValueError if their types, shapes, dtypes or devices do not fit.
         """
         _check_parts(values, indices=indices)
         if values.shape != indices.shape or values.ndim < 1:
@@ -45,9 +45,9 @@ class SparseActs:
     def ragged(
         cls, crow_indices: Tensor, col_indices: Tensor, values: Tensor, d_sae: int, batch_shape: tuple[int, ...]
     ) -> SparseActs:
-        """From CSR parts: crow_indices [N + 1], col_indices [z], values [z]; N the product of `batch_shape`.
+        """Build the ragged form from CSR parts: crow_indices [N + 1], col_indices [z], values [z]; N = prod(`batch_shape`).
 
-        Raises TypeError / ValueError when their types, shapes, dtypes or devices do not fit.
+        Raises TypeError / ValueError if their types, shapes, dtypes or devices do not fit.
         """
         _check_parts(values, col_indices=col_indices, crow_indices=crow_indices)
         if values.shape != col_indices.shape or values.ndim != 1:
@@ -63,9 +63,9 @@ class SparseActs:
 
     @classmethod
     def from_dense(cls, acts: Tensor) -> SparseActs:
-        """The nonzero entries of dense acts [..., F], ragged, latents ascending; differentiable in the values.
+        """The nonzero entries of dense acts [..., F] in ragged form, latents ascending; differentiable in the values.
 
-        Raises TypeError / ValueError for acts that are not a floating-point tensor with at least one dimension.
+        Raises TypeError / ValueError unless acts is a floating-point tensor with at least one dimension.
         """
         if not isinstance(acts, Tensor) or not acts.is_floating_point():
             given = acts.dtype if isinstance(acts, Tensor) else type(acts).__name__
@@ -89,7 +89,7 @@ class SparseActs:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the dense acts: [..., F]."""
+        """Shape of the dense acts: [..., F]."""
         return (*self.batch_shape, self.d_sae)
 
     @property
@@ -105,7 +105,7 @@ class SparseActs:
 
     @property
     def col_indices(self) -> Tensor:
-        """[z] int64, latent of every stored entry, token by token."""
+        """[z] int64: the latent of every stored entry, token by token."""
         return self.stored_indices.reshape(-1)
 
     @property
@@ -117,28 +117,28 @@ class SparseActs:
         return torch.arange(self.n_tokens + 1, device=self.values.device) * k
 
     def flat(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values, indices and crow as the ops take them: [N, k], [N, k], None; or ragged [z], [z], [N + 1]."""
+        """Values, indices and crow as the ops take them: [N, k], [N, k], None; if ragged, [z], [z], [N + 1]."""
         if self.crow is not None or self.values.ndim == 2:
             return self.values, self.stored_indices, self.crow
         shape = (self.n_tokens, self.values.shape[-1])
         return self.values.reshape(shape), self.stored_indices.reshape(shape), None
 
     def token_numbers(self) -> Tensor:
-        """[z] int64, token of every stored entry."""
+        """[z] int64: the token of every stored entry."""
         lengths = self.crow_indices.diff()
         return torch.repeat_interleave(lengths, output_size=self.values.numel())
 
     def to_dense(self) -> Tensor:
         """Dense acts [..., F]; differentiable in the values. Memory: N F elements.
 
-        A latent stored twice for a token adds up, as in sparse_decode (encoders store none twice).
+        If a latent is stored twice for a token, its values are summed, as in sparse_decode (encoders store none twice).
         """
         place = self.token_numbers() * self.d_sae + self.col_indices
         dense = self.values.new_zeros(self.n_tokens * self.d_sae)
         return dense.scatter_add_(0, place, self.values.reshape(-1)).reshape(self.shape)
 
     def dense_columns(self, latents: Tensor) -> Tensor:
-        """to_dense()[..., latents] for latents int64 [m], any order, repeats too, without the other latents."""
+        """to_dense()[..., latents] without building the other latents; latents int64 [m] in any order, repeats allowed."""
         wanted, place = latents.unique(return_inverse=True)
         column = torch.full((self.d_sae,), -1, device=latents.device)
         column[wanted] = torch.arange(len(wanted), device=latents.device)
@@ -150,7 +150,7 @@ class SparseActs:
         return dense[:, place].reshape(*self.batch_shape, len(latents))
 
     def l0(self) -> Tensor:
-        """[...] int64, latents with a nonzero value of each token (NaN counts; a stored zero does not)."""
+        """[...] int64: number of latents with a nonzero value for each token (NaN counts, a stored zero does not)."""
         nonzero = self.values.detach() != 0
         if self.crow is None:
             return nonzero.sum(-1)
@@ -158,7 +158,7 @@ class SparseActs:
         return counts.index_add_(0, self.token_numbers(), nonzero.long()).reshape(self.batch_shape)
 
     def scaled(self, scale: Tensor) -> SparseActs:
-        """Every latent times its own number: scale [F]. Differentiable."""
+        """Multiply each latent by its entry of scale [F]. Differentiable."""
         return dataclasses.replace(self, values=self.values * scale[self.stored_indices])
 
     def detach(self) -> SparseActs:
@@ -176,7 +176,7 @@ class SparseActs:
         return f"SparseActs(shape={list(self.shape)}, {form}, dtype={self.values.dtype}, device={self.values.device})"
 
     def _repr_html_(self) -> str:
-        """The first tokens with their strongest latents, for notebooks; reads only these."""
+        """Table of the first tokens and their strongest latents, for notebooks; reads only those tokens."""
         rows = []
         for number, (values, indices) in enumerate(self._first_tokens(_SHOWN_TOKENS)):
             best = values.sort(descending=True, stable=True).indices[:_SHOWN_LATENTS]

@@ -1,7 +1,7 @@
-"""BatchTopK (2412.06410): the N k largest activations of a batch of N tokens, exactly and without an [N, F] array.
+"""BatchTopK (2412.06410): the exact N k largest activations of a batch of N tokens, without an [N, F] array.
 
-Everything above a bound that is certainly too low is encoded, and the batch's threshold found among it: the last batch's
-threshold is nearly always such a bound, and whether it was shows in the count.
+Encode everything above a bound that is certainly too low, and find the batch's threshold among the result. A guess from
+the last batch is nearly always such a bound; the number of entries shows whether it was.
 
 Shapes: N tokens (of this process), d model dimension, F latents, z stored entries.
 """
@@ -26,16 +26,16 @@ from darkmatter_ext.ops.encode import (
 from darkmatter_ext.ops.ragged import kept
 from darkmatter_ext.runtime.processes import ALONE, Processes
 
-# The next guess would have encoded this many times the entries it needed. A guess that encodes too few costs a second
-# encode, spare entries their exact sums: after a miss there are more of them, then slowly fewer.
+# The next guess would have encoded this many times the entries needed. A guess that encodes too few costs a second
+# encode; spare entries cost their exact sums. So the factor rises after a miss, then slowly falls.
 LEAST_SPARE, MOST_SPARE = 1.15, 4.0
 
 
 class EncoderRows:
-    """Encoder weights packed for one batch: W_enc^T as rows [F, d], b_enc [F]; inputs have b_dec taken off."""
+    """Encoder weights packed for one batch: W_enc^T as rows [F, d], b_enc [F]; inputs already have b_dec subtracted."""
 
     def __init__(self, rows: Tensor, b_enc: Tensor, *, prepared: PreparedEncoder | None = None) -> None:
-        """Rows [F, d] that are contiguous are used in place; `prepared` of the same weights, where it is at hand."""
+        """Contiguous rows [F, d] are used in place. Pass `prepared` of the same weights if there is one already."""
         self.rows, self.b_enc = rows, b_enc
         self._prepared = prepare_encoder(rows.mT, b_enc, share_rows=True) if prepared is None else prepared
 
@@ -51,17 +51,17 @@ class EncoderRows:
         return threshold_encode(x, self.rows.mT, self.b_enc, threshold, prepared=self._prepared)
 
     def try_above(self, x: Tensor, threshold: Tensor) -> tuple[SparseActs, Tensor]:
-        """Of the tokens that screening helps, and the numbers [u] of the others."""
+        """Entries above the threshold for the tokens that screening helps, and the numbers [u] of the others."""
         return try_threshold_encode(x, self.rows.mT, self.b_enc, threshold, prepared=self._prepared)
 
 
 class BatchChoice(NamedTuple):
-    """What `batch_topk` finds."""
+    """Result of `batch_topk`."""
 
-    acts: SparseActs  # ragged, N k entries; all positive ones where there are fewer
-    smallest: Tensor  # of them, []; 0 where there are fewer than N k
-    guess: Tensor  # for the next batch, []
-    missed: bool  # the guess given was too high
+    acts: SparseActs  # ragged, N k entries; all positive ones if there are fewer
+    smallest: Tensor  # [], the smallest of them; 0 if there are fewer than N k
+    guess: Tensor  # [], for the next batch
+    missed: bool  # the given guess was too high
 
 
 def batch_topk(
@@ -72,15 +72,15 @@ def batch_topk(
     spare: float = LEAST_SPARE,
     own: Processes = ALONE,
 ) -> BatchChoice:
-    """The N k largest activations of a batch x [N, d], ties to the lower token and latent, exactly.
+    """The exact N k largest activations of a batch x [N, d]; ties go to the lower token and latent.
 
     Args:
         k: mean over the batch; N k is rounded down to a whole number.
-        own: processes that each hold a part of the batch; `acts` are then of this part.
-        guess: where the smallest of them may be, []; a bad one costs time and changes nothing.
+        own: processes that each hold a part of the batch; `acts` then covers this process's part.
+        guess: [], about where the smallest of them lies; a bad guess costs time but does not change the result.
         spare: the next guess would have encoded this many times N k entries here.
 
-    Cost: `threshold_encode` for about spare N k entries; without a guess, or with one too high, also `topk_encode` for 2 k.
+    Cost: `threshold_encode` for about spare N k entries; without a guess, or with too high a one, also `topk_encode` for 2 k.
     """
     wanted = int(k * own.total(len(x), x.device))
     acts = None if guess is None else encoder.above(x, guess)
@@ -88,7 +88,7 @@ def batch_topk(
     missed = guess is not None and len(values) < wanted and bool(guess > 0)
     some = None
     if acts is None or guess is None or missed:
-        # The N k-th largest of any entries is a lower bound of the N k-th largest of all.
+        # The N k-th largest of any subset of entries is a lower bound on the N k-th largest of all.
         some, _ = own.joined(encoder.topk(x, min(2 * math.ceil(k), len(encoder.rows))).values.flatten())
         bound = _largest(some, wanted)
         guess = (bound - bound.abs() * torch.finfo(bound.dtype).eps).clamp(min=0)
@@ -104,25 +104,25 @@ def batch_topk(
 
 
 def _lower(values: Tensor, number: int, smallest: Tensor, guess: Tensor) -> Tensor:
-    """About the `number`-th largest of all entries, from the largest of them."""
+    """Estimate the `number`-th largest of all entries from the largest ones."""
     if len(values) < number:
         return (torch.minimum(values.min(), smallest) - (smallest - guess) / 2).clamp(min=0)
     return _largest(values, number).clamp(min=0)
 
 
 def _largest(values: Tensor, number: int) -> Tensor:
-    """The `number`-th largest of values [z], []."""
+    """The `number`-th largest of values [z]; shape []."""
     return values.kthvalue(len(values) - number + 1).values
 
 
 @dataclass
 class Guess:
-    """Where the next batch's smallest chosen value may be: costs, not results, depend on it."""
+    """About where the smallest value chosen from the next batch lies. Costs depend on it, results do not."""
 
     value: Tensor | None = None
     spare: float = MOST_SPARE / 2
 
     def after(self, found: BatchChoice) -> None:
-        """Learn from a batch."""
+        """Update the guess from a batch."""
         self.value = found.guess
         self.spare = min(1.5 * self.spare, MOST_SPARE) if found.missed else max(0.97 * self.spare, LEAST_SPARE)

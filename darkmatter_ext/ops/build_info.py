@@ -10,7 +10,7 @@ from darkmatter_ext.ops.facts import fact
 
 
 def package_version(package: str) -> str:
-    """Of an installed package; a GPU machine may run the ops from the source folder, and without the other packages."""
+    """Version of a package; a GPU machine may run the ops from the source folder without the other packages installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -18,13 +18,13 @@ def package_version(package: str) -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """Versions, CUDA kernels or not, architectures compiled, CPU instruction sets.
+    """Versions, whether there are CUDA kernels, compiled architectures, CPU instruction sets.
 
-    Keys: version, commit (of the source it was built from, with `+changes` when edited), torch, python, compiler,
-    cuda_built (kernels are in this build), cuda_archs, nvcc, cuda_loaded (torch has CUDA and the kernels are loaded),
-    cuda_ops (ops with a CUDA kernel), cpu_isa (in use), cpu_isa_best (of this machine), threads.
+    Keys: version, commit (of the source it was built from, with `+changes` if edited), torch, python, compiler,
+    cuda_built (the build has CUDA kernels), cuda_archs, nvcc, cuda_loaded (torch has CUDA and the kernels are loaded),
+    cuda_ops (ops with a CUDA kernel), cpu_isa (in use), cpu_isa_best (best on this machine), threads.
 
-    Raises RuntimeError when DARKMATTER_CPU_ISA names a set this machine does not have, or the ops cannot be loaded.
+    Raises RuntimeError if DARKMATTER_CPU_ISA names an instruction set this machine lacks, or the ops cannot be loaded.
     """
     import torch
 

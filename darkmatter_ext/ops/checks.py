@@ -1,6 +1,6 @@
-"""What the ops refuse, in one line each, before a kernel sees it; and the one place where ops are called.
+"""Argument checks, run before a kernel starts and reported in one line each, and the only place where ops are called.
 
-dtypes: float16, bfloat16, float32, float64, one for all floating-point arguments.
+dtypes: float16, bfloat16, float32 or float64, the same for all floating-point arguments.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...], like: Tensor | None) -> None:
-    """One line for a wrong type, shape, dtype or device; None in `shape` stands for any size.
+    """Raise a one-line error for a wrong type, shape, dtype or device; None in `shape` stands for any size.
 
-    `like` has been checked before.
+    `like` has already been checked.
     """
     if isinstance(tensor, Tensor) and like is not None and _is_like(tensor, like) and _has_shape(tensor, shape):
         return
@@ -68,12 +68,12 @@ def check_weights(op: str, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -
         check_tensor("b_dec", b_dec, (d,), W_enc)
 
 
-# What the kernels find in the contents of tensors while they read them, and what is to the user an error of value.
+# Errors that kernels find in tensor contents while reading them; to the user they are value errors.
 _CONTENT_RULES = ("must not contain NaN", "indices: must be from", "crow: must")
 
 
 def below_autograd(op: Any, *arguments: Any) -> Any:
-    """Straight to the kernel: torch.library's registered gradients cost a call some ten microseconds at least."""
+    """Call the kernel directly: torch.library's registered gradients cost at least some ten microseconds per call."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 
@@ -83,10 +83,10 @@ def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
 
 
 def call(op: Any, *arguments: Any) -> Any:
-    """Call an op; errors about the contents of an argument become ValueError, of one line as all others.
+    """Call an op; errors about the contents of an argument become a ValueError of one line, like all others.
 
-    Where no argument wants a gradient, below autograd; not while torch traces or transforms the call, whose tensors do
-    not say what they stand for.
+    The call goes below autograd if no argument requires a gradient, except while torch traces or transforms it: the
+    tensors then do not show what they stand for.
     """
     try:
         if (
@@ -104,5 +104,5 @@ def call(op: Any, *arguments: Any) -> Any:
 
 
 def flat_rows(x: Tensor) -> Tensor:
-    """[..., d] -> [N, d], also when N or d is 0; x itself where it has that shape."""
+    """[..., d] -> [N, d], even if N or d is 0; x itself if it already has that shape."""
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

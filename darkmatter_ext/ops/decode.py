@@ -1,7 +1,7 @@
 """From active latents back to activations, and between dense and sparse acts.
 
-Shapes: acts of N tokens and F latents, z entries in all; x [..., d]; W_dec [F, d]; b_dec [d].
-Sums are taken in float64 in stored order, then rounded to the dtype of the arguments.
+Shapes: acts with N tokens, F latents and z entries in total; x [..., d]; W_dec [F, d]; b_dec [d].
+Sums are accumulated in float64 in stored order, then rounded to the dtype of the arguments.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
     """Reconstruct from active latents: equivalent to `acts.to_dense() @ W_dec + b_dec`, reading only the active rows.
 
     Args:
-        acts: SparseActs of F latents, fixed or ragged.
-        W_dec: [F, d]. Rows are gathered: a W_dec that is not contiguous is copied in every call, so store it contiguous.
+        acts: SparseActs with F latents, fixed or ragged.
+        W_dec: [F, d]. Rows are gathered, so a non-contiguous W_dec is copied in every call: store it contiguous.
         b_dec: [d] or None.
 
     Returns:
-        x_hat [..., d], summed in float64 in stored order, then rounded. Differentiable in acts.values, W_dec, b_dec;
-        the gradients are deterministic.
+        x_hat [..., d], summed in float64 in stored order, then rounded. Differentiable in acts.values, W_dec and b_dec,
+        with deterministic gradients.
 
     Raises:
         TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
 
-    Cost: z d multiply-adds for z active latents, and as many elements of W_dec read; no [N, F] array.
+    Cost: z d multiply-adds for z active latents, and z d elements of W_dec read; no [N, F] array.
     """
     if not isinstance(acts, SparseActs):
         raise TypeError(f"acts: must be SparseActs (SparseActs.from_dense converts), got {type(acts).__name__}")
@@ -45,7 +45,7 @@ def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) 
 
 
 def decoder_dot(x: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:
-    """<x_i, W_dec_j> for every stored (i, j) of ragged acts: the gradient of their values when x is that of x_hat.
+    """<x_i, W_dec_j> for every stored (i, j) of ragged acts: the gradient of their values if x is the gradient of x_hat.
 
     x [..., d], W_dec [F, d]; returns [z]. Differentiable. Cost: z d multiply-adds.
     """
@@ -53,7 +53,7 @@ def decoder_dot(x: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:
 
 
 def decoder_outer(acts: SparseActs, x: Tensor) -> Tensor:
-    """Sum over the tokens of acts_ij x_i, [F, d]: the gradient of W_dec when x [..., d] is that of x_hat.
+    """Sum of acts_ij x_i over the tokens, [F, d]: the gradient of W_dec if x [..., d] is the gradient of x_hat.
 
     Deterministic; differentiable. Cost: z d multiply-adds and one write of F d elements.
     """
@@ -69,7 +69,7 @@ def find_support(acts: Tensor) -> SparseActs:
         acts: dense latent activations [..., F].
 
     Returns:
-        SparseActs, latents ascending; NaN is an entry, -0 is not. Differentiable in the values.
+        SparseActs, latents ascending. NaN counts as an entry, -0 does not. Differentiable in the values.
 
     Raises:
         TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
@@ -88,9 +88,9 @@ def find_support(acts: Tensor) -> SparseActs:
 
 
 def to_dense(acts: SparseActs) -> Tensor:
-    """Dense acts [..., F]: `acts.to_dense()` on the CPU without its page faults and in one pass; differentiable in the values.
+    """Dense acts [..., F]: `acts.to_dense()`, on the CPU in one pass without page faults; differentiable in the values.
 
-    Raises TypeError / ValueError: not SparseActs, an index out of range. Cost: one write of N F elements.
+    Raises TypeError / ValueError if acts is not SparseActs or an index is out of range. Cost: one write of N F elements.
     """
     if not isinstance(acts, SparseActs):
         raise TypeError(f"acts: must be SparseActs, got {type(acts).__name__}")
@@ -102,7 +102,7 @@ def to_dense(acts: SparseActs) -> Tensor:
 def wide_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """Sum over k of values [N, k] times W_dec[indices]: `sparse_decode` in float64, not rounded to the dtype of W_dec.
 
-    values are float64; W_dec [F, d] of any dtype. Cost as `sparse_decode`; no gradient.
+    `values` is float64, W_dec [F, d] has any dtype. Cost: as `sparse_decode`. No gradient.
     """
     if W_dec.dtype == torch.float64:
         return call(_ops.sparse_decode, values, indices, None, W_dec, None)
@@ -110,7 +110,7 @@ def wide_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
 
 
 def wide_dot(rows: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    """<rows_i, W_dec_j> [N, k] for j in indices [N, k], in float64 and not rounded; dtypes and cost as `wide_decode`."""
+    """<rows_i, W_dec_j> [N, k] for j in indices [N, k], in float64, not rounded; dtypes and cost as for `wide_decode`."""
     if W_dec.dtype == torch.float64:
         return call(_ops.decoder_dot, rows, indices, None, W_dec)
     return call(_ops.wide_dot, rows, indices, W_dec)

@@ -1,13 +1,13 @@
 """Top-k and threshold encode.
 
-The defined answer: pre-activations are h = (x - b_dec) W_enc + b_enc accumulated in float64 from the given numbers and
-rounded to their dtype (16-bit ones through float32, as torch converts); then the top k (ties to the lower index, NaN
-largest) or those above the threshold; then relu.
-`reference.py` says the same in plain torch. The result does not depend on batching, threads or instruction set (float64
-input: up to the last bit).
+Definition: the pre-activations h = (x - b_dec) W_enc + b_enc are accumulated in float64 from the given numbers and rounded
+to their dtype (16-bit ones through float32, as torch converts). Then the top k are kept (ties go to the lower index, NaN
+counts as the largest), or those above the threshold; then relu is applied.
+`reference.py` implements the same definition in plain torch. The result does not depend on batching, threads or
+instruction set (for float64 input: up to the last bit).
 
-Shapes: x [..., d], W_enc [d, F], b_enc [F], b_dec [d], W_dec [F, d]; N tokens in all leading dimensions together.
-dtypes: float16, bfloat16, float32, float64, one for all floating-point arguments.
+Shapes: x [..., d], W_enc [d, F], b_enc [F], b_dec [d], W_dec [F, d]; N: number of tokens (all leading dimensions flattened).
+dtypes: float16, bfloat16, float32 or float64, the same for all floating-point arguments.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_SCREENED_K_ON_CUDA = 512  # of csrc/cuda/screen/filter.cuh
 
 @dataclass(frozen=True, eq=False)
 class PreparedEncoder:
-    """Encoder weights packed once, for many calls: see `prepare_encoder`."""
+    """Encoder weights packed once for many calls: see `prepare_encoder`."""
 
     weight: Tensor  # [F, d] contiguous rows of W_enc^T
     bias: Tensor  # [F] float64, b_enc - <b_dec, w_j>
@@ -58,33 +58,33 @@ class PreparedEncoder:
 
     @functools.cached_property
     def _screens_by_torch(self) -> bool:
-        """Whether screening is by torch's own product: there are no codes then but one byte as a sign."""
+        """Whether torch's own product does the screening: `codes` is then a single byte that marks this."""
         return self.codes.numel() == 1
 
     @property
     def screens(self) -> bool:
-        """Whether calls go through low-precision screening (same answer, several times faster) or the exact path alone.
+        """Whether calls use low-precision screening (same answer, several times faster) or only the exact path.
 
-        Where torch's product is what screens, not while its precision is lowered (`torch.set_float32_matmul_precision`).
+        If torch's product does the screening: False while its precision is lowered (`torch.set_float32_matmul_precision`).
         """
         return self.can_screen and not (self._screens_by_torch and not _torch_multiplies_in_full())
 
     @property
     def can_screen(self) -> bool:
-        """Whether there are codes that the encoders use: those of float64 weights on CUDA are for pursuit alone."""
+        """Whether there are codes that the encoders can use: codes of float64 weights on CUDA are only for pursuit."""
         return self.codes.numel() > 0 and not (self.weight.is_cuda and self.weight.dtype is torch.float64)
 
     def screens_topk(self, k: int) -> bool:
-        """Whether a call for the k largest is screened too: with most places among the best there is nothing to leave out.
+        """Whether a call for the k largest is also screened: if k is close to the number of places, nothing can be ruled out.
 
-        A place is a latent, or several that are equal; latents of zeros have none.
+        A place is one latent, or several equal ones; all-zero latents have none.
         """
         most = _MAX_SCREENED_K if self.weight.is_cpu else _MAX_SCREENED_K_ON_CUDA
         return k <= most and 8 * k <= self.n_places
 
     @functools.cached_property
     def n_places(self) -> int:
-        """How many pre-activations a token needs: fewer than latents where some are equal or zero (CPU)."""
+        """Number of pre-activations computed per token: fewer than d_sae if some latents are equal or zero (CPU)."""
         return int(self.groups[0]) if self.groups.numel() else self.d_sae
 
     @property
@@ -100,7 +100,7 @@ class PreparedEncoder:
 
 
 def _torch_multiplies_in_full() -> bool:
-    """Whether torch multiplies float32 as such. The bound of a product in bfloat16 or TF32 would be another."""
+    """Whether torch multiplies float32 in full precision. A product in bfloat16 or TF32 would need another bound."""
     if torch.get_float32_matmul_precision() != "highest" or torch.is_autocast_enabled("cpu"):
         return False
     settings = (getattr(torch.backends, "fp32_precision", "none"), _mkldnn_precision())
@@ -152,20 +152,20 @@ def prepare_encoder(
         W_enc: [d, F], any strides.
         b_enc: [F].
         b_dec: [d], subtracted from x before encoding (SAELens' apply_b_dec_to_input), or None.
-        gain: [F] or None. Pre-activations are rounded, multiplied with it and rounded again before anything is selected
-            (SAELens' rescale_acts_by_decoder_norm, with the norms of the decoder's rows). It has no gradient. CPU only.
-        share_rows: where W_enc is the transpose of contiguous rows (`W_enc.mT.is_contiguous()`) and on the CPU, keep
-            those rows instead of a copy: for a caller who prepares again after every edit.
+        gain: [F] or None. Pre-activations are rounded, multiplied by it and rounded again before selection
+            (SAELens' rescale_acts_by_decoder_norm, with the norms of the decoder rows). It gets no gradient. CPU only.
+        share_rows: if W_enc is on the CPU and the transpose of contiguous rows (`W_enc.mT.is_contiguous()`), keep
+            those rows instead of a copy. Meant for callers that prepare again after every edit.
 
     Returns:
-        PreparedEncoder. Unless rows are shared it is a copy: after an edit of the weights prepare again, calls with the
-        old one give the old answer. Gradients still go to the W_enc, b_enc and b_dec of the call.
+        PreparedEncoder, a copy unless rows are shared. After editing the weights, prepare again: calls with the old one
+        give the old answer. Gradients still flow to the W_enc, b_enc and b_dec of the call.
 
     Raises:
-        TypeError, ValueError: wrong types, shapes, dtypes, devices; NaN in a weight.
+        TypeError, ValueError: wrong types, shapes, dtypes or devices; NaN in a weight.
 
-    Cost: a few passes over W_enc. Memory: F d elements unless shared, and for screening F d bytes with AVX-512 VNNI, 2 F d
-    bytes with other AVX2 processors; latents that are equal or zero count once.
+    Cost: a few passes over W_enc. Memory: F d elements unless shared, plus, for screening, F d bytes with AVX-512 VNNI or
+    2 F d bytes on other AVX2 processors; latents that are equal or zero count once.
     """
     check_weights("prepare_encoder", W_enc, b_enc, b_dec)
     if gain is not None:
@@ -189,30 +189,30 @@ def topk_encode(
     b_dec: Tensor | None = None,
     prepared: PreparedEncoder | None = None,
 ) -> SparseActs:
-    """The k largest pre-activations of each token, exactly, then relu: a TopK SAE's encoder.
+    """Exact k largest pre-activations of each token, then relu: the encoder of a TopK SAE.
 
-    Equivalent to `((x - b_dec) @ W_enc + b_enc).topk(k)` and relu in exact arithmetic, without the [N, F] array.
+    Equivalent to `((x - b_dec) @ W_enc + b_enc).topk(k)` followed by relu in exact arithmetic, without the [N, F] array.
 
     Args:
         x: activations [..., d], any leading shape, may be empty.
         W_enc, b_enc, b_dec: encoder weights [d, F], [F], [d].
         k: 0 to F.
-        prepared: of the same weights, saves packing them in this call.
+        prepared: the same weights, prepared; saves packing them in this call.
 
     Returns:
-        SparseActs with values and indices [..., k], sorted by value descending (before relu), ties by lower index.
-        Differentiable in x, W_enc, b_enc, b_dec through the values that relu lets pass.
+        SparseActs with values and indices [..., k], sorted by descending value (before relu), ties by lower index.
+        Differentiable in x, W_enc, b_enc and b_dec through the values that pass relu.
 
     Raises:
         TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
 
-    Cost: N F d multiply-adds of 8 bits with AVX-512 VNNI, of 16 bits with other AVX2 processors (on CUDA of float16), and
-    for the candidates they leave d float64 ones each; elsewhere N F d in float64. Equal latents count once, latents of
-    zeros not at all. Memory beyond inputs and outputs: the packed weights unless prepared (kept for the backward when x
-    wants a gradient); on the CPU for each thread at most 256 (2 d + 4096 * 12) bytes of tokens and candidates (13 MB,
-    usually under 4; more for k above 1024) and their exact sums; on CUDA 32 MB of scores, as
-    much for tokens that take the exact path and, for each of at most 4096 tokens at a time, 2 d + 24 K bytes. On CUDA
-    nothing waits for the device, and only `prepare_encoder` looks for NaN.
+    Cost: N F d multiply-adds, in 8 bits with AVX-512 VNNI, in 16 bits on other AVX2 processors (in float16 on CUDA), plus
+    d float64 ones for each candidate they leave; elsewhere N F d in float64. Equal latents count once, all-zero latents
+    not at all. Memory beyond inputs and outputs: the packed weights unless prepared (kept for the backward pass when x
+    requires a gradient). On the CPU each thread needs at most 256 (2 d + 4096 * 12) bytes for tokens and candidates (13 MB,
+    usually under 4; more for k above 1024), plus their exact sums. CUDA needs 32 MB for scores, the same again for tokens
+    that take the exact path, and 2 d + 24 K bytes for each of at most 4096 tokens at a time. On CUDA
+    nothing waits for the device, and only `prepare_encoder` checks for NaN.
     """
     _check_encode("topk_encode", x, W_enc, b_enc, b_dec, prepared)
     if type(k) is not int and (isinstance(k, bool) or not isinstance(k, _INTEGERS)):
@@ -225,7 +225,7 @@ def topk_encode(
 
 
 def _fixed(values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor) -> SparseActs:
-    """From values and indices [N, k] of x [..., d], as the ops make them: nothing to check."""
+    """SparseActs from the values and indices [N, k] that the ops return for x [..., d]; nothing needs checking."""
     if x.ndim != 2:
         shape = (*x.shape[:-1], values.shape[1])
         values, indices = values.reshape(shape), indices.reshape(shape)
@@ -235,7 +235,7 @@ def _fixed(values: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor) -> SparseA
 def _packed(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, prepared: PreparedEncoder | None
 ) -> tuple[Tensor | None, ...]:
-    """The packed weights of a call. When x wants a gradient they are packed here, for the backward reads them too."""
+    """The packed weights of a call. If x requires a gradient, pack them here, because the backward pass reads them too."""
     if prepared is not None:
         return prepared.packed
     shared = x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -253,25 +253,26 @@ def threshold_encode(
     b_dec: Tensor | None = None,
     prepared: PreparedEncoder | None = None,
 ) -> SparseActs:
-    """The pre-activations strictly above a threshold, exactly, then relu: JumpReLU, BatchTopK at inference, ReLU (0).
+    """Exact pre-activations strictly above a threshold, then relu: JumpReLU, BatchTopK at inference, ReLU (threshold 0).
 
     Args:
         x: activations [..., d], any leading shape, may be empty.
         W_enc, b_enc, b_dec: encoder weights [d, F], [F], [d].
         threshold: a number, or a tensor [] or [F] of the dtype of x; compared with the rounded pre-activation.
-        prepared: of the same weights, saves packing them in this call.
+        prepared: the same weights, prepared; saves packing them in this call.
 
     Returns:
-        ragged SparseActs, latents ascending. A pre-activation that is NaN is kept: a dense JumpReLU would make the token
-        NaN, and dropping it would hide that. With a negative threshold relu leaves stored zeros.
-        Differentiable in x, W_enc, b_enc, b_dec, not in the threshold (a step function; training needs an estimator).
+        Ragged SparseActs, latents ascending. NaN pre-activations are kept: a dense JumpReLU would make the token
+        NaN, and dropping them would hide that. With a negative threshold, relu leaves stored zeros.
+        Differentiable in x, W_enc, b_enc and b_dec, but not in the threshold (a step function; training needs an estimator).
 
     Raises:
         TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
 
-    Cost and memory as topk_encode, and the kept entries once more. On CUDA the call waits for the device once, to know the
-    number of kept entries, and has a pool of 1024 kept latents a token (8 KB in float32); beyond that, or with more than
-    2048 candidates, a token takes the exact path: all pre-activations in float64, eight tokens at a time.
+    Cost and memory: as for topk_encode, plus the kept entries once more. On CUDA the call waits for the device once, to
+    learn the number of kept entries. Its pool has room for 1024 kept latents per token (8 KB in float32), shared by all
+    tokens. A token that no longer fits, or has more than 2048 candidates, takes the exact path: all pre-activations in
+    float64, eight tokens at a time.
     """
     _check_encode("threshold_encode", x, W_enc, b_enc, b_dec, prepared)
     threshold = _checked_threshold(threshold, x, W_enc)
@@ -281,7 +282,7 @@ def threshold_encode(
 
 
 def _checked_threshold(threshold: Tensor | float, x: Tensor, W_enc: Tensor) -> Tensor:
-    """As a tensor [] or [F] of the dtype of x, without gradient."""
+    """The threshold as a tensor [] or [F] of the dtype of x, without gradient."""
     if isinstance(threshold, int | float) and not isinstance(threshold, bool):
         threshold = torch.tensor(threshold, dtype=x.dtype, device=x.device)
     scalar = isinstance(threshold, Tensor) and threshold.ndim == 0
@@ -293,10 +294,10 @@ def _checked_threshold(threshold: Tensor | float, x: Tensor, W_enc: Tensor) -> T
 def try_topk_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, *, prepared: PreparedEncoder
 ) -> tuple[SparseActs, Tensor]:
-    """topk_encode of the tokens that screening helps, and the numbers [u] of those it does not (int64, ascending).
+    """topk_encode for the tokens that screening helps, and the numbers [u] of the others (int64, ascending).
 
-    For callers with a dense product at hand, the faster way for those: their rows here hold zeros. Arguments and
-    errors as `topk_encode` with a prepared encoder without b_dec. On CUDA nothing is left undecided.
+    For callers that also have a dense product, which is faster for those others: their rows here hold zeros. Arguments
+    and errors: as `topk_encode` with a prepared encoder without b_dec. On CUDA no token is left undecided.
     """
     if not x.is_cpu:
         return topk_encode(x, W_enc, b_enc, k, prepared=prepared), x.new_empty(0, dtype=torch.int64)
@@ -308,9 +309,9 @@ def try_topk_encode(
 def try_threshold_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | float, *, prepared: PreparedEncoder
 ) -> tuple[SparseActs, Tensor]:
-    """threshold_encode of the tokens that screening helps, and the numbers [u] of those it does not (int64, ascending).
+    """threshold_encode for the tokens that screening helps, and the numbers [u] of the others (int64, ascending).
 
-    As `try_topk_encode`; their rows here are empty.
+    As `try_topk_encode`, except that the rows of the others are empty.
     """
     if not x.is_cpu:
         acts = threshold_encode(x, W_enc, b_enc, threshold, prepared=prepared)
@@ -324,11 +325,11 @@ def try_threshold_encode(
 
 
 class ScreenIntervals(NamedTuple):
-    """What screening knows of every pre-activation."""
+    """What screening knows about every pre-activation."""
 
     lower: Tensor  # [N, F] float32
     upper: Tensor  # [N, F] float32
-    screened: Tensor  # [N] bool; False: the token takes the exact path and its intervals mean nothing
+    screened: Tensor  # [N] bool; False: the token takes the exact path and its intervals are meaningless
 
 
 def screen_intervals(
@@ -336,10 +337,10 @@ def screen_intervals(
 ) -> ScreenIntervals:
     """The certified interval of every pre-activation, before rounding to the output dtype.
 
-    For tests, and to see how tight the bound is on some data: upper - lower is twice the bound. Arguments and errors as
-    topk_encode; x has shape [N, d]. Raises RuntimeError on a machine that cannot screen.
+    Used in tests, and to see how tight the bound is on given data: upper - lower is twice the bound. Arguments and errors:
+    as topk_encode; x has shape [N, d]. Raises RuntimeError on a machine that cannot screen.
 
-    Cost: N F d multiply-adds of codes and 8 N F bytes.
+    Cost: N F d multiply-adds of codes, and 8 N F bytes.
     """
     _check_encode("screen_intervals", x, W_enc, b_enc, b_dec, prepared)
     prepared = prepare_encoder(W_enc, b_enc, b_dec=b_dec) if prepared is None else prepared

@@ -1,4 +1,4 @@
-"""Facts about the build and the machine (csrc/facts.h), asked through whichever way this Python has."""
+"""Facts about the build and the machine (csrc/facts.h), read in whichever way this Python can."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 CPU_LIBRARY = Path(__file__).resolve().parents[1] / "libdarkmatter_cpu.so"
-_LONGEST = 1024  # of a fact
+_LONGEST = 1024  # length of a fact
 
 
 def fact(name: str) -> str:
     """One of compiler, cuda_archs, nvcc, commit, cpu_isa, cpu_isa_best, bound_rows, min_tokens_to_pack.
 
-    Raises RuntimeError when DARKMATTER_CPU_ISA names a set this machine does not have, or for another name.
+    Raises RuntimeError if DARKMATTER_CPU_ISA names an instruction set this machine lacks, or for any other name.
     """
     return _ask()(name)
 
 
 @functools.cache
 def _ask() -> Callable[[str], str]:
-    """The pybind11 module, which is of one version of Python, or the C function of the CPU library: a wheel has no other."""
+    """The pybind11 module, tied to one Python version, or the CPU library's C function, which is all that a wheel has."""
     if importlib.util.find_spec("darkmatter_ext._C") is not None:
         from darkmatter_ext import _C
 
@@ -31,7 +31,7 @@ def _ask() -> Callable[[str], str]:
 
 
 def by_library(name: str) -> str:
-    """`fact` through the CPU library, which torch has loaded."""
+    """`fact`, read from the CPU library that torch has loaded."""
     text = ctypes.create_string_buffer(_LONGEST)
     failed = ctypes.CDLL(str(CPU_LIBRARY)).darkmatter_fact(name.encode(), text, len(text))
     if failed:

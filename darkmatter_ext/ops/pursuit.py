@@ -1,12 +1,12 @@
 """Batched sparse pursuit over a dictionary: gradient, matching and orthogonal pursuit, exact, without an [N, F] array.
 
-Every step chooses one atom a token with a screened, certified argmax (`pursuit_choice`) and then works on the chosen atoms
-alone. Definition: `reference.pursuit` says the same with dense float64 products. The atoms and the order they are chosen in
-are the reference's for every dtype, for residuals and weights are float64 from step to step.
+Every step chooses one atom per token with a screened, certified argmax (`pursuit_choice`), then works only on the chosen
+atoms. The definition is `reference.pursuit`, which uses dense float64 products. The atoms, and the order in which they are
+chosen, match the reference for every dtype, because residuals and weights stay in float64 from step to step.
 
 Sources: gradient pursuit, Blumensath and Davies 2008, in the variant of Smith, "Improving SAEs by using gradient pursuit"
-(2024), and of Engels et al. 2024; matching pursuit, Mallat and Zhang 1993, as SAELens' matching_pursuit; orthogonal matching
-pursuit, Pati et al. 1993, and its non-negative form, Bruckstein et al. 2008.
+(2024), and of Engels et al. 2024; matching pursuit, Mallat and Zhang 1993, as in SAELens' matching_pursuit; orthogonal
+matching pursuit, Pati et al. 1993, and its non-negative form, Bruckstein et al. 2008.
 
 Shapes: N tokens, d model dimension, F atoms, S steps (the largest l0), x [..., d], dictionary [F, d].
 """
@@ -30,18 +30,22 @@ from darkmatter_ext.ops.pursuit_steps import Rules, nonnegative, run_chunk
 from darkmatter_ext.runtime.inputs import InputError
 
 METHODS = ("gradient", "matching", "orthogonal")
-CHUNK_TOKENS = 1024  # at a time: residuals stay in the cache, progress is seen, an interrupt is prompt
-CUDA_CHUNK_TOKENS = 4096  # enough tokens for a matrix product to run at its best
-_GATHERED = 1 << 22  # elements of atoms gathered at once by refit: 32 MB in float64
+CHUNK_TOKENS = 1024  # keeps residuals in cache, shows progress, and responds to an interrupt promptly
+CUDA_CHUNK_TOKENS = 4096  # enough tokens for matrix products to run at full speed
+_GATHERED = 1 << 22  # elements of atoms that refit gathers at once: 32 MB in float64
 
 
 @torch.no_grad()
 def prepare_dictionary(dictionary: Tensor) -> PreparedDictionary:
-    """Pack a dictionary [F, d] once. It is a copy: after an edit prepare again. 16-bit atoms are widened to float32.
+    """Pack a dictionary [F, d] once for many calls. The result is a copy: after an edit, prepare again.
 
-    Raises TypeError / ValueError: not a floating-point matrix on a device with kernels, no atoms, or not finite.
+    16-bit atoms are widened to float32.
 
-    Cost: a few passes over the dictionary; memory F d elements, and F d (8-bit codes) or 2 F d bytes (16-bit codes; CUDA).
+    Raises TypeError / ValueError if the dictionary is not a floating-point matrix on a device with kernels, has no atoms,
+    or is not finite.
+
+    Cost: a few passes over the dictionary. Memory: F d elements, plus F d bytes (8-bit codes) or 2 F d bytes (16-bit codes,
+    and on CUDA).
     """
     if not isinstance(dictionary, Tensor) or not dictionary.is_floating_point() or dictionary.layout != torch.strided:
         given = dictionary.dtype if isinstance(dictionary, Tensor) else type(dictionary).__name__
@@ -135,36 +139,36 @@ def pursuit(
     stop_on_duplicate: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> SparseActs:
-    """Sparse codes of x over a dictionary, chosen greedily, one atom a step.
+    """Sparse codes of x over a dictionary, chosen greedily, one atom per step.
 
     Args:
         x: activations [..., d]; `bias` [d] is subtracted first (an SAE's b_dec).
-        dictionary: atoms [F, d] (an SAE's W_dec), of any norm, or what `prepare_dictionary` made of it.
-        l0: steps, for all tokens or [...] for each; at most so many atoms are used. 0 gives no atoms.
-        method: "gradient": each step adds the atom of the largest signed product with the residual to the atoms in use, moves
-            their weights along the gradient by the exact line search, and clamps them at 0; clamped atoms leave.
-            "matching": the largest product, clamped at 0, is added to its atom's weight (SAELens' matching_pursuit; the
+        dictionary: atoms [F, d] (an SAE's W_dec) of any norm, or the result of `prepare_dictionary`.
+        l0: number of steps, one for all tokens or [...] for each; also the most atoms a token can use. 0 gives no atoms.
+        method: "gradient": each step adds the atom with the largest signed product with the residual, moves the weights of
+            all atoms in use along the gradient by exact line search, and clamps them at 0; clamped atoms are dropped.
+            "matching": adds the largest product, clamped at 0, to its atom's weight (SAELens' matching_pursuit; the
             residual cannot grow if no atom's squared norm is above 2).
-            "orthogonal": the atom of the largest absolute product joins, all weights are refitted by least squares.
-        keep_chosen: "gradient": atoms once chosen stay in the support when clamped (dictionary_learning's variant).
-        nonnegative: "orthogonal": largest signed product, non-negative least squares.
-        residual_threshold: stop a token when its residual's norm is below this after a step.
-        stop_on_duplicate: "matching": stop a token after a step that chose no new atom (SAELens' rule).
-        progress: called with the number of tokens finished, chunk by chunk.
+            "orthogonal": adds the atom with the largest absolute product, then refits all weights by least squares.
+        keep_chosen: for "gradient": chosen atoms stay in the support when clamped (dictionary_learning's variant).
+        nonnegative: for "orthogonal": use the largest signed product and non-negative least squares.
+        residual_threshold: stop a token when the norm of its residual is below this after a step.
+        stop_on_duplicate: for "matching": stop a token after a step that chose no new atom (SAELens' rule).
+        progress: called after each chunk with the number of tokens finished in it.
 
     Returns:
-        ragged SparseActs [..., F] of the nonzero weights, in the order chosen; float32, or float64 for a float64 dictionary.
-        The support is that of `reference.pursuit`, whatever the dtype. A token with nothing left to add but rounding (2^-40 of
-        its norm) has converged and stops.
+        Ragged SparseActs [..., F] of the nonzero weights, in the order chosen; float32, or float64 for a float64 dictionary.
+        The support is that of `reference.pursuit`, whatever the dtype. A token with only rounding error left to add (2^-40
+        of its norm) has converged and stops.
 
     Raises:
         TypeError, ValueError: one line naming the argument, the rule and the value; also when x or the dictionary requires a
-        gradient, which pursuit does not have.
+        gradient, which pursuit does not support.
 
-    Cost: a step is N F d multiply-adds of codes (`topk_encode`) and about 4 N s d on the s atoms chosen so far.
-    Memory: 1024 tokens at a time, 8 (6 d + 8 S) bytes each, "orthogonal" 24 S^2 more; nothing grows with F but the dictionary,
-        and where a token has more near-ties than 64 its products with all atoms (64 MB at a time).
-        Small dictionaries (F at most 1024, "gradient") use their Gram matrix, 8 F^2 bytes and 24 F a token.
+    Cost: each step takes N F d multiply-adds of codes (`topk_encode`) and about 4 N s d on the s atoms chosen so far.
+    Memory: 1024 tokens at a time (4096 on CUDA), 8 (6 d + 8 S) bytes each, 24 S^2 more for "orthogonal". Nothing grows
+    with F except the dictionary and, if a token has more than 64 near-ties, its products with all atoms (64 MB at a
+    time). Small dictionaries (F at most 1024, "gradient") use their Gram matrix: 8 F^2 bytes, and 24 F per token.
     """
     rules = _checked_rules(Rules(method, keep_chosen, nonnegative, residual_threshold, stop_on_duplicate))
     dictionary = _as_prepared(dictionary)
@@ -185,7 +189,7 @@ def pursuit(
 def _run_in_steps(
     targets: Iterable[Tensor], steps: Sequence[Tensor], dictionary: PreparedDictionary, rules: Rules
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Number of tokens, atoms and weights of each chunk."""
+    """Yield the number of tokens, the atoms and the weights of each chunk."""
     for target, own in zip(targets, steps, strict=True):
         if len(target):
             chunk = run_chunk(target, own, dictionary, rules)
@@ -208,19 +212,19 @@ def _as_ragged(
 def refit(
     x: Tensor, acts: SparseActs, dictionary: Tensor | PreparedDictionary, *, bias: Tensor | None = None
 ) -> SparseActs:
-    """The best non-negative weights on given supports: non-negative least squares, choosing no atom.
+    """The best non-negative weights on given supports: non-negative least squares that chooses no new atoms.
 
     Args:
         x: activations [..., d]; `bias` [d] is subtracted first.
-        acts: the supports, SparseActs [..., F] (an encoder's latents); their positive values are where the search starts.
-        dictionary: atoms [F, d], or what `prepare_dictionary` made of it.
+        acts: the supports, SparseActs [..., F] (an encoder's latents); the search starts from their positive values.
+        dictionary: atoms [F, d], or the result of `prepare_dictionary`.
 
     Returns:
-        ragged SparseActs on the same supports or less: atoms whose best weight is 0 leave.
+        Ragged SparseActs on the same supports or smaller ones: atoms whose best weight is 0 are dropped.
 
-    Raises TypeError, ValueError as `pursuit`; and ValueError for acts of other tokens or atoms.
+    Raises TypeError / ValueError as `pursuit`, and ValueError if acts has other tokens or atoms.
 
-    Cost: L0^2 d multiply-adds a token, and L0^3 float64 ones for each atom that leaves.
+    Cost: L0^2 d multiply-adds per token, and L0^3 float64 ones for each atom that is dropped.
     """
     dictionary = _as_prepared(dictionary)
     rows = _checked(x, dictionary, bias)
@@ -239,7 +243,7 @@ def refit(
 
 
 def _positive_places(acts: SparseActs) -> tuple[Tensor, Tensor, Tensor]:
-    """The positive entries of acts padded to one length: values [N, s], atoms [N, s], and how many are real [N]."""
+    """The positive entries of acts, padded to one length: values [N, s], atoms [N, s], and how many are real [N]."""
     kept = acts.values.reshape(-1) > 0
     tokens, atoms, values = acts.token_numbers()[kept], acts.col_indices[kept], acts.values.detach().reshape(-1)[kept]
     counts = torch.bincount(tokens, minlength=acts.n_tokens)
@@ -253,7 +257,7 @@ def _positive_places(acts: SparseActs) -> tuple[Tensor, Tensor, Tensor]:
 def _refit_chunk(
     target: Tensor, start: Tensor, atoms: Tensor, chosen: Tensor, dictionary: PreparedDictionary
 ) -> Tensor:
-    """Non-negative least squares on the places `chosen` [n, s]; a few tokens at a time, for their atoms are gathered."""
+    """Non-negative least squares on the places `chosen` [n, s]; a few tokens at a time, because it gathers their atoms."""
     if atoms.numel() == 0:
         return start.double()
     weights = []

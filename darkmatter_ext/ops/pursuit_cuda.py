@@ -1,8 +1,8 @@
-"""Gradient pursuit on CUDA: two fused ops a step, no wait for the device, one CUDA graph for chunks of one shape.
+"""Gradient pursuit on CUDA: two fused ops per step, no waiting for the device, one CUDA graph for chunks of one shape.
 
-All tokens of a chunk take all steps; a token that is done, or has had its own l0 steps, is skipped inside the kernels.
-That saves asking the device which they are. Residuals and weights are float64 and atoms as they are given, so the choices
-are those of `reference.pursuit`, ties up to rounding among them.
+All tokens of a chunk go through all steps; the kernels skip a token that is done or has taken its own l0 steps. That
+avoids asking the device which tokens those are. Residuals and weights are float64 and atoms are used as given, so the
+choices are those of `reference.pursuit`, including ties up to rounding.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from darkmatter_ext.ops.pursuit_choice import PreparedDictionary, noise_of
 from darkmatter_ext.ops.pursuit_steps import Rules
 
 _ops = torch.ops.darkmatter
-GRAPH_CHUNKS = 3  # chunks of one shape from which recording a graph pays
+GRAPH_CHUNKS = 3  # recording a graph pays from this many chunks of one shape
 
 
 class _Chunk:
-    """The state of the tokens of one chunk, in buffers that stay where they are."""
+    """The state of one chunk's tokens, in buffers that are never moved."""
 
     def __init__(self, n: int, steps: int, dictionary: PreparedDictionary) -> None:
         rows, d = dictionary.rows, dictionary.rows.shape[1]
@@ -36,7 +36,7 @@ class _Chunk:
         self.done = rows.new_zeros(n, dtype=torch.int32)
 
     def run(self, rules: Rules) -> None:
-        """All steps for self.target and self.l0."""
+        """Run all steps for self.target and self.l0."""
         self.residual.copy_(self.target)
         self.noise.copy_(noise_of(self.target, self.dictionary))
         self.done.copy_(self.noise == 0)  # nothing to explain, or nothing to explain it with
@@ -71,14 +71,14 @@ class _Chunk:
 
 
 def _recorded(chunk: _Chunk, rules: Rules) -> Callable[[], None]:
-    """chunk.run as one CUDA graph. The run before recording loads kernels and sizes workspaces, which a graph may not."""
+    """chunk.run as one CUDA graph. A first run loads kernels and sizes workspaces, which is not allowed in a graph."""
     side = torch.cuda.Stream(chunk.target.device)
     side.wait_stream(torch.cuda.current_stream(chunk.target.device))
     with torch.cuda.stream(side):
         chunk.run(rules)
     torch.cuda.current_stream(chunk.target.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # On the tensors' device, whichever is current; what other threads allocate meanwhile is theirs.
+    # On the tensors' device, whichever is current; other threads may allocate meanwhile.
     with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         chunk.run(rules)
     return graph.replay
@@ -87,9 +87,9 @@ def _recorded(chunk: _Chunk, rules: Rules) -> Callable[[], None]:
 def run_gradient_on_cuda(
     targets: Iterable[Tensor], steps: Sequence[Tensor], dictionary: PreparedDictionary, rules: Rules
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Number of tokens, atoms [n, s] and weights [n, s] of each chunk; s is the largest l0 of all, asked of the device once.
+    """Yield the number of tokens, atoms [n, s] and weights [n, s] of each chunk; s is the largest l0, read before the first.
 
-    Memory: the state of one chunk, 24 (d + s) bytes a token and more, beside what topk_encode takes.
+    Memory: the state of one chunk, at least 24 (d + s) bytes per token, on top of what topk_encode needs.
     """
     most = max((int(own.max()) for own in steps if len(own)), default=0)
     full = sum(len(own) == len(steps[0]) for own in steps)

@@ -1,6 +1,6 @@
-"""The steps of batched pursuit: what is chosen, how weights move, when a token stops. See `pursuit.py`.
+"""The steps of batched pursuit: which atom is chosen, how weights move, when a token stops. See `pursuit.py`.
 
-Shapes: n tokens of a chunk, d model dimension, F atoms, s places for chosen atoms.
+Shapes: n tokens in a chunk, d model dimension, F atoms, s places for chosen atoms.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 from darkmatter_ext.ops.decode import wide_decode, wide_dot
 from darkmatter_ext.ops.pursuit_choice import PreparedDictionary, best_atoms, lowest_of_the_best, noise_of
 
-GRAM_ATOMS = 1024  # at most: a step then works on products of atoms alone (measured: benchmarks/README.md)
-DEPENDENT = 1e-10  # share of an atom's squared norm outside the span of those chosen below which it adds nothing
+GRAM_ATOMS = 1024  # up to this many, a step works only on products of atoms (measured: benchmarks/README.md)
+DEPENDENT = 1e-10  # an atom with a smaller share of its squared norm outside the span of those chosen adds nothing
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What besides the steps decides when a token stops and which atoms stay."""
+    """What, apart from the number of steps, decides when a token stops and which atoms stay."""
 
     method: str = "gradient"
     keep_chosen: bool = False
@@ -31,10 +31,10 @@ class Rules:
 
 
 class Chunk:
-    """The state of some tokens: chosen atoms, their weights, the residual. A place in the list is filled once for good.
+    """The state of some tokens: chosen atoms, their weights, the residual. A place in the list, once filled, keeps its atom.
 
-    All in float64, whatever the dtype of the dictionary: a residual rounded to float32 in every step leaves the path of
-    the float64 definition after a few near-ties.
+    Everything is float64, whatever the dtype of the dictionary: a residual rounded to float32 in every step would leave
+    the path of the float64 definition after a few near-ties.
     """
 
     _CHANGING = ("residual", "atoms", "weights", "n_chosen", "gram", "right", "scores")
@@ -49,8 +49,8 @@ class Chunk:
         self.n_chosen = target.new_zeros(len(target), dtype=torch.int64)
         n_gram = steps if needs_gram else 0
         self.scores = target.new_zeros(len(target), 0)  # Gram form: <residual, atom> for all atoms
-        self.gram = target.new_zeros(len(target), n_gram, n_gram)  # products of the atoms chosen
-        self.right = target.new_zeros(len(target), n_gram)  # and of these with the target
+        self.gram = target.new_zeros(len(target), n_gram, n_gram)  # products among the chosen atoms
+        self.right = target.new_zeros(len(target), n_gram)  # and of the chosen atoms with the target
 
     def rows(self, numbers: Tensor) -> Chunk:
         """A copy of some tokens."""
@@ -66,7 +66,7 @@ class Chunk:
             getattr(self, name)[numbers] = getattr(part, name)
 
     def choose(self, atom: Tensor) -> tuple[Tensor, Tensor]:
-        """The place [n] of an atom in each token's list, appended where it is new; and whether it is new [n]."""
+        """The place [n] of an atom in each token's list, appended if new; and whether it is new [n]."""
         places = torch.arange(self.atoms.shape[1], device=atom.device)
         found = (self.atoms == atom[:, None]) & (places < self.n_chosen[:, None])
         new = ~found.any(1)
@@ -76,11 +76,11 @@ class Chunk:
         return place, new
 
     def used(self) -> int:
-        """Places any token uses: the width of the support-only work."""
+        """Number of places in use by any token: the width of work on the support."""
         return int(self.n_chosen.max())
 
     def use_gram_form(self) -> None:
-        """Hold the residual as its products with all atoms."""
+        """Represent the residual by its products with all atoms."""
         self.scores = self.target @ self.dictionary.rows.double().mT
 
     def support(self, place: Tensor, width: int, rules: Rules) -> Tensor:
@@ -102,7 +102,7 @@ class Chunk:
         return wide_dot(self.residual, atom[:, None], self.dictionary.rows)[:, 0]
 
     def widen_gram(self, atom: Tensor, place: Tensor, width: int) -> None:
-        """Products of an atom [n], at its place, with the atoms chosen and with the target."""
+        """Add the products of an atom [n], at its place, with the chosen atoms and with the target."""
         rows, tokens = self.dictionary.rows[atom].double(), _all_rows(atom)
         column = self.products(rows, width)
         self.gram[tokens, place, :width] = column
@@ -118,7 +118,7 @@ def _all_rows(tensor: Tensor) -> Tensor:
 
 
 def _gradient_step(chunk: Chunk, rules: Rules) -> Tensor:
-    """One step along the gradient of the squared residual in the support's weights; returns which tokens are done."""
+    """One step along the gradient of the squared residual, in the weights of the support; returns which tokens are done."""
     place, _ = chunk.choose(best_atoms(chunk.residual, chunk.noise, chunk.dictionary))
     width = chunk.used()
     gradient = chunk.products(chunk.residual, width).masked_fill(~chunk.support(place, width, rules), 0)
@@ -135,9 +135,9 @@ def _gradient_step(chunk: Chunk, rules: Rules) -> Tensor:
 
 
 def _line_search(gradient: Tensor, energy: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The step [n, 1] along c = gradient D, <c, r> / <c, c>, where <c, r> is <gradient, gradient>; and who has converged.
+    """Step size [n, 1] along c = gradient D: <c, r> / <c, c>, where <c, r> = <gradient, gradient>; and who has converged.
 
-    The released code divides 0 by 0 there; a gradient of mere rounding is 0.
+    The released code divides 0 by 0 for tokens that have converged. A gradient of mere rounding counts as 0.
     """
     converged = (gradient.abs().amax(1) <= noise) | (energy <= 0)
     step = gradient.square().sum(1) / energy.masked_fill(converged, 1)
@@ -145,7 +145,7 @@ def _line_search(gradient: Tensor, energy: Tensor, noise: Tensor) -> tuple[Tenso
 
 
 def _gram_gradient_step(chunk: Chunk, rules: Rules) -> Tensor:
-    """The gradient step of a small dictionary: with h = <r, D> at hand nothing of length d is touched.
+    """The gradient step for a small dictionary: given h = <r, D>, it touches nothing of length d.
 
     g = h on the support, <c, c> = <g, (g G) on the support>, and h changes by (w - w') G.
     """
@@ -170,7 +170,7 @@ def _gram_gradient_step(chunk: Chunk, rules: Rules) -> Tensor:
 
 
 def _matching_step(chunk: Chunk, rules: Rules) -> Tensor:
-    """The whole of the best atom's product goes to its weight; nothing else changes."""
+    """Add the whole product of the best atom to its weight; nothing else changes."""
     atom = best_atoms(chunk.residual, chunk.noise, chunk.dictionary)
     value = chunk.product(atom)
     converged = value <= chunk.noise  # no atom is left to add
@@ -182,7 +182,7 @@ def _matching_step(chunk: Chunk, rules: Rules) -> Tensor:
 
 
 def _orthogonal_step(chunk: Chunk, rules: Rules) -> Tensor:
-    """The best atom joins, then all weights are those of least squares (or non-negative least squares)."""
+    """Add the best atom, then refit all weights by least squares (or non-negative least squares)."""
     atom = best_atoms(chunk.residual, chunk.noise, chunk.dictionary, either_sign=not rules.nonnegative)
     value = chunk.product(atom) if rules.nonnegative else chunk.product(atom).abs()
     before = chunk.rows(_all_rows(atom))
@@ -196,7 +196,7 @@ def _orthogonal_step(chunk: Chunk, rules: Rules) -> Tensor:
         weights = nonnegative(gram, right, chosen, chunk.weights[:, :width])
     chunk.weights[:, :width] = weights
     chunk.refresh_residual(width)
-    # The residual is orthogonal to the atoms chosen: choosing one again, or one in their span, means that nothing is left.
+    # The residual is orthogonal to the chosen atoms: choosing one again, or one in their span, means nothing is left.
     stuck = ~new | (value <= chunk.noise) | dependent
     chunk.put(stuck, before.rows(stuck))
     return stuck
@@ -210,7 +210,7 @@ _STEPS: dict[str, Callable[[Chunk, Rules], Tensor]] = {
 
 
 def _least_squares(gram: Tensor, right: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [n, s] that solve gram w = right on the active places, 0 elsewhere; and which systems are singular [n]."""
+    """Weights [n, s] that solve gram w = right on the active places and are 0 elsewhere; which systems are singular [n]."""
     both = active[:, :, None] & active[:, None, :]
     diagonal = torch.diagonal(gram, dim1=1, dim2=2)
     system = torch.where(both, gram, 0.0) + torch.diag_embed((~active).double())
@@ -240,7 +240,7 @@ def nonnegative(gram: Tensor, right: Tensor, chosen: Tensor, start: Tensor) -> T
 
 
 def _feasible(gram: Tensor, right: Tensor, active: Tensor, current: Tensor) -> tuple[Tensor, Tensor]:
-    """From feasible weights towards least squares on the active places, leaving out the first that reaches 0, until none."""
+    """Move from feasible weights to least squares on the active places, dropping the first place that hits 0, until none do."""
     weights = current
     for _ in range(active.shape[1] + 1):
         weights, _ = _least_squares(gram, right, active)
@@ -256,7 +256,7 @@ def _feasible(gram: Tensor, right: Tensor, active: Tensor, current: Tensor) -> t
 
 
 def run_chunk(target: Tensor, l0: Tensor, dictionary: PreparedDictionary, rules: Rules) -> Chunk:
-    """All steps of some tokens. Tokens that are done leave the work at once."""
+    """Run all steps of some tokens. A token that is done leaves the batch at once."""
     chunk = Chunk(target, int(l0.max()), dictionary, needs_gram=rules.method == "orthogonal")
     step_of = _STEPS[rules.method]
     if rules.method == "gradient" and dictionary.n_atoms <= GRAM_ATOMS:

@@ -1,4 +1,4 @@
-"""Parts and sums of sparse acts: some entries, spans of the latents, sums a latent.
+"""Parts and sums of sparse acts: selected entries, spans of latents, sums per latent or token.
 
 Shapes: N tokens, F latents, S spans, z stored entries.
 """
@@ -16,7 +16,7 @@ from darkmatter_ext.ops.decode import decoder_outer
 
 
 def latent_sums(values: Tensor, acts: SparseActs) -> Tensor:
-    """Sum of the entries of each latent, [F]; values in the shape of acts' own. The same in every run."""
+    """Sum of the entries of each latent, [F]; values have the shape of acts.values. Deterministic."""
     if values.is_cpu:
         sums = values.new_zeros(acts.d_sae, dtype=torch.float64)
         return sums.index_add_(0, acts.col_indices, values.reshape(-1).double()).to(values.dtype)
@@ -30,7 +30,7 @@ def token_sums(values: Tensor, acts: SparseActs) -> Tensor:
 
 
 def kept(acts: SparseActs, keep: Tensor) -> SparseActs:
-    """Some entries [z] bool of ragged acts."""
+    """The entries of ragged acts where keep [z] (bool) is true."""
     before = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
     return replace(
         acts, values=acts.values[keep], stored_indices=acts.stored_indices[keep], crow=before[acts.crow_indices]
@@ -38,11 +38,11 @@ def kept(acts: SparseActs, keep: Tensor) -> SparseActs:
 
 
 def by_spans(acts: SparseActs, prefixes: Sequence[int]) -> SparseActs:
-    """The same entries as acts of N S tokens, each with one span of the latents; latents must ascend at each token."""
+    """The same entries as acts of N S tokens, each with one span of the latents; each token's latents must ascend."""
     if len(prefixes) == 1:
         return acts
     ends = torch.tensor(prefixes, device=acts.values.device)
-    span = torch.bucketize(acts.col_indices, ends, right=True)  # ends are the first latent of the next span
+    span = torch.bucketize(acts.col_indices, ends, right=True)  # an end is the first latent of the next span
     n_rows = acts.n_tokens * len(prefixes)
     counts = torch.bincount(acts.token_numbers() * len(prefixes) + span, minlength=n_rows)
     crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -1,7 +1,7 @@
-"""Plain-torch twins of the ops: the oracle of the tests, and the definition in a few lines.
+"""Plain-torch twins of the ops: the oracle for the tests, and the definition in a few lines.
 
-Same names, same arguments, same answer, another way: dense float64 matrix products and stable sorts. They build the
-dense [N, F] pre-activations, so they are for checking, not for use at size. All are differentiable by autograd.
+Same names, arguments and answers, computed another way: dense float64 matrix products and stable sorts. They build the
+dense [N, F] pre-activations, so they are for checking, not for use at scale. All are differentiable by autograd.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from darkmatter_ext.ops.acts import SparseActs
 
-PURSUIT_NOISE = 2.0**-40  # of |target| times the largest atom's norm: what pursuit takes for rounding
+PURSUIT_NOISE = 2.0**-40  # of |target| times the largest atom's norm: what pursuit treats as rounding
 
 
 def pre_activations(
@@ -35,7 +35,7 @@ def topk_encode(
     b_dec: Tensor | None = None,
     gain: Tensor | None = None,
 ) -> SparseActs:
-    """The k largest pre-activations of each token, ties to the lower index, NaN largest; then relu."""
+    """The k largest pre-activations of each token (ties to the lower index, NaN largest), then relu."""
     h = pre_activations(x, W_enc, b_enc, b_dec=b_dec, gain=gain)
     # A stable descending sort keeps equal values in index order, and torch sorts NaN first.
     indices = h.detach().sort(dim=-1, descending=True, stable=True).indices[..., :k]
@@ -51,7 +51,7 @@ def threshold_encode(
     b_dec: Tensor | None = None,
     gain: Tensor | None = None,
 ) -> SparseActs:
-    """The pre-activations strictly above the threshold (scalar or [F]), and those that are NaN; then relu."""
+    """The pre-activations that are NaN or strictly above the threshold (scalar or [F]), then relu."""
     h = pre_activations(x, W_enc, b_enc, b_dec=b_dec, gain=gain)
     threshold = torch.as_tensor(threshold, dtype=x.dtype, device=x.device)
     flat = h.reshape(math.prod(x.shape[:-1]), W_enc.shape[1])
@@ -80,14 +80,14 @@ def pursuit(
 ) -> Tensor:
     """Dense weights [..., F] in float64 of `darkmatter_ext.pursuit`, token by token and step by step.
 
-    The definition, for any dtype: all numbers given are taken as they are and widened to float64, x - bias too, and
-    every residual, product and weight is float64; nothing is rounded between steps. Rounding may decide nothing, or two
-    correct implementations would part at each tie. With noise = 2^-40 |x - bias| max_j |d_j|:
+    The definition, for any dtype: all given numbers are widened to float64 as they are, so is x - bias, and
+    every residual, product and weight is float64; nothing is rounded between steps. Rounding must not decide anything, or
+    two correct implementations would diverge at each tie. With noise = 2^-40 |x - bias| max_j |d_j|:
 
-    - The atom of a step is the one of the largest product with the residual ("orthogonal" without `nonnegative`: absolute
-      product); products within noise of the largest are equal to it, and the lowest index wins.
-    - A product, or gradient, of at most noise is 0. A token has converged and stops where nothing but 0 is left to add:
-      "gradient": on its whole support (the released code divides 0 by 0); "matching", "orthogonal": of the best atom.
+    - Each step chooses the atom with the largest product with the residual ("orthogonal" without `nonnegative`: absolute
+      product). Products within noise of the largest count as equal to it, and the lowest index wins.
+    - A product or gradient of at most noise counts as 0. A token has converged and stops when only 0 is left to add:
+      for "gradient" on its whole support (the released code divides 0 by 0), for "matching" and "orthogonal" at the best atom.
     """
     D = dictionary.double()
     rows = (x.double() if bias is None else x.double() - bias.double()).reshape(-1, D.shape[1])
@@ -119,7 +119,7 @@ def pursuit_path(
     residual_threshold: float = 0.0,
     stop_on_duplicate: bool = False,
 ) -> Iterator[Tensor]:
-    """The weights [F] of one target [d] after each of its steps, until it stops; both in float64. One tensor, changed."""
+    """Yield the weights [F] of one target [d] after each step, until it stops; both float64. One tensor, changed in place."""
     w, chosen = target.new_zeros(len(D)), []
     noise = PURSUIT_NOISE * target.norm() * D.norm(dim=1).max()
     for _ in range(l0):
@@ -146,7 +146,7 @@ def pursuit_path(
 
 
 def _gradient_update(D: Tensor, residual: Tensor, products: Tensor, w: Tensor, extra: list[int], noise: Tensor) -> bool:
-    """w = max(0, w + step g), g the gradient on the support of w and `extra`; False where g is 0, up to noise."""
+    """w = max(0, w + step g), with g the gradient on the support of w and `extra`; False if g is 0 up to noise."""
     support = w != 0
     support[extra] = True
     gradient = torch.where(support, products, 0.0)
@@ -158,7 +158,7 @@ def _gradient_update(D: Tensor, residual: Tensor, products: Tensor, w: Tensor, e
 
 
 def _refit(D: Tensor, target: Tensor, w: Tensor, chosen: list[int], nonnegative: bool) -> bool:
-    """Least squares on the chosen atoms, into w; False where the newest is in the span of the others."""
+    """Least squares on the chosen atoms, written to w; False if the newest is in the span of the others."""
     atoms = D[chosen]
     old = atoms[:-1].mT
     outside = (

@@ -1,7 +1,7 @@
-"""The ops of a small call without their argument checks: for callers that have looked at the tensors already.
+"""The ops without their argument checks, for small calls whose caller has already checked the tensors.
 
-What must hold: plain strided tensors of one floating-point dtype on one device with kernels, `prepared` made of these
-weights, shapes as in `ops/encode.py`, no functorch transform and no dispatch mode. Values are those of `ops/encode.py`.
+The caller guarantees: plain strided tensors of one floating-point dtype on one device with kernels, `prepared` made from
+these weights, shapes as in `ops/encode.py`, no functorch transform, no dispatch mode. Results are those of `ops/encode.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from darkmatter_ext.ops.encode import PreparedEncoder
 
 
 def _with_gradient(op: Any, save: Callable[..., None], gradients: Callable[..., tuple]) -> Callable[..., Any]:
-    """The op with the gradients registered for it, as a plain autograd function; below autograd where none is asked for."""
+    """The op with its registered gradients, as a plain autograd function; runs below autograd if no gradient is required."""
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = below_autograd(op, *inputs)
@@ -45,7 +45,7 @@ _to_dense = _with_gradient(_ops.to_dense.default, _registrations.save_to_dense, 
 
 
 class Tried(NamedTuple):
-    """Active latents, and the tokens that were handed back: nothing is stored for them."""
+    """Active latents, and the tokens that were handed back: `acts` stores nothing for those."""
 
     acts: SparseActs
     undecided: Tensor  # [u] int64, numbers of flattened tokens

@@ -1,1 +1,1 @@
-"""What every result shares: its file, its table and figures on paper, the page and the terminal."""
+"""What all results share: their file, their table and figures on paper, the page and the terminal."""

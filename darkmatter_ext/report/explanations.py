@@ -1,11 +1,11 @@
 """Explanations of latents for the page: from a file, or from an experiment that made and judged them.
 
-A file is of one SAE:
+A file belongs to one SAE:
 
     {"650": "dates", "651": {"explanation": "names of rivers", "score": 0.83}}
 
-or what Neuronpedia exports: a list, or one a line, of objects with `index` and `description`; `.gz` too. Of several of one
-latent the first is kept.
+or is a Neuronpedia export: objects with `index` and `description`, as a list or one per line, optionally `.gz`. If a latent
+has several explanations, the first is kept.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from darkmatter_ext.runtime.storage import ALWAYS_UNPACKED, MOST_UNPACKED, parse
 
 
 class Explanation(NamedTuple):
-    """What is said of a latent."""
+    """What is said about a latent."""
 
     text: str
-    score: float | None = None  # how well it told texts apart, as its maker scores
+    score: float | None = None  # how well it separates texts, by its maker's scoring
 
 
 def with_explanations(result: Result, sae: str, found: Mapping[int, Explanation], by: str) -> Result:
-    """The result with explanations of the latents that it keeps of the SAE named `sae`, made `by` whom."""
+    """The result with explanations, made by `by`, of the latents it keeps for the SAE named `sae`."""
     about = result.series["explored"]
     saes = [dict(entry) for entry in about["saes"]]
     number, entry = next((place, entry) for place, entry in enumerate(saes) if entry["name"] == sae)
@@ -42,9 +42,9 @@ def with_explanations(result: Result, sae: str, found: Mapping[int, Explanation]
 
 
 def explained_results(results: Sequence[Result], specs: Sequence[str]) -> list[Result]:
-    """The results with explanations from files, each `FILE` or, where there are several SAEs, `SAE=FILE`.
+    """The results with explanations from files, each given as `FILE` or, if there are several SAEs, `SAE=FILE`.
 
-    Raises InputError for a file that is none or of other latents, or where it is not clear which SAE is meant.
+    Raises InputError for a file without explanations or for other latents, or if it is unclear which SAE is meant.
     """
     changed = list(results)
     for spec in specs:
@@ -62,7 +62,7 @@ def explained_results(results: Sequence[Result], specs: Sequence[str]) -> list[R
 
 
 def _explored(result: Result) -> dict[str, dict[str, Any]]:
-    """Its SAEs whose latents a page shows, by name."""
+    """The result's SAEs whose latents a page shows, by name."""
     return {sae["name"]: sae for sae in result.series.get("explored", {}).get("saes", ())}
 
 
@@ -82,7 +82,7 @@ def _meant(results: Sequence[Result], spec: str) -> tuple[str, Path]:
 
 
 def read_explanations(path: Path, sae: str, d_sae: int) -> dict[int, Explanation]:
-    """Latent -> explanation. Raises InputError, one line, for a file of another form or of other latents."""
+    """Latent -> explanation. Raises InputError, one line, for a file in another format or for other latents."""
     found: dict[int, Explanation] = {}
     for latent, given in _entries(path):
         try:
@@ -96,7 +96,7 @@ def read_explanations(path: Path, sae: str, d_sae: int) -> dict[int, Explanation
 
 
 def _entries(path: Path) -> Iterable[tuple[Any, Any]]:
-    """(latent, what is said of it), as they stand in a file."""
+    """Pairs (latent, what is said about it), as they are in a file."""
     try:
         text = (_unpacked(path) if path.suffix == ".gz" else path.read_bytes()).decode()
     except (OSError, zlib.error) as error:
@@ -119,7 +119,7 @@ def _entries(path: Path) -> Iterable[tuple[Any, Any]]:
 
 
 def _unpacked(path: Path) -> bytes:
-    """The content of a gzip file, read no further than `require_bounded` allows."""
+    """The contents of a gzip file, read no further than `require_bounded` allows."""
     packed = path.stat().st_size
     with gzip.open(path) as file:
         content = file.read(max(ALWAYS_UNPACKED, MOST_UNPACKED * packed) + 1)

@@ -1,8 +1,8 @@
 """The data of a figure, read from the figure itself: for the interactive copy in the page, and as CSV.
 
-An experiment draws once, with matplotlib; whatever its lines, points, bars and images hold is read back here. So a new
-experiment's figures are interactive and downloadable without a line for it. Shapes that hold no numbers one would read
-(violins, filled contours) are left to the picture.
+An experiment draws once, with matplotlib; the contents of its lines, points, bars and images are read back here. So a new
+experiment's figures are interactive and downloadable without extra code. Shapes without readable numbers (violins, filled
+contours) are left to the picture.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CSV_HEADINGS = ("panel", "series", "x", "x name", "y", "y name", "low", "high", "value")
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that begins so
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would execute text that begins like this
 
 
 @dataclass(frozen=True)
 class Series:
-    """One set of marks: columns of equal length."""
+    """One set of marks, as columns of equal length."""
 
     kind: str  # line, point, bar, area, cell (of a matrix), level (a horizontal line across)
     label: str
     colour: str
     x: list[float]
     y: list[float]
-    low: list[float | None] = field(default_factory=list)  # of an interval of y
+    low: list[float | None] = field(default_factory=list)  # bounds of an interval of y
     high: list[float | None] = field(default_factory=list)
     base: list[float] = field(default_factory=list)  # where bars and areas begin
-    value: list[float | None] = field(default_factory=list)  # what colour stands for
-    flat: bool = False  # bars that lie: x and y change places
+    value: list[float | None] = field(default_factory=list)  # what the colour encodes
+    flat: bool = False  # horizontal bars: x and y are swapped
 
 
 @dataclass(frozen=True)
 class Axis:
     label: str
     scale: str  # linear or log
-    names: list[tuple[float, str]]  # of places, where the axis has names instead of numbers
-    falling: bool  # from high to low
+    names: list[tuple[float, str]]  # names of positions, if the axis has names instead of numbers
+    falling: bool  # whether the axis runs from high to low
     limits: tuple[float, float]
 
 
@@ -55,19 +55,19 @@ class Panel:
     x: Axis
     y: Axis
     series: list[Series]
-    whole: bool  # whether the series are all that is drawn
+    whole: bool  # whether the series are everything that is drawn
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def panels(figure: Figure) -> list[Panel]:
-    """What the axes of a figure hold, colour bars left out."""
+    """The contents of a figure's axes, without colour bars."""
     return [_panel(axes) for axes in figure.axes if axes.get_label() != "<colorbar>"]
 
 
 def as_csv(found: Sequence[Panel]) -> str:
-    """All points of a figure, a row each."""
+    """All points of a figure, one row each."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_HEADINGS)
@@ -120,7 +120,7 @@ def _parts(container: Any) -> Iterator[Any]:
 
 
 def _is_area(part: Any) -> bool:
-    """Filled between two curves over x; a violin is filled over y."""
+    """Whether the artist is filled between two curves over x; a violin is filled over y."""
     return type(part).__name__ == "FillBetweenPolyCollection" and part.t_direction == "x" and len(part.get_paths()) == 1
 
 
@@ -202,7 +202,7 @@ def _lines(axes: Axes) -> Iterator[Series]:
         if id(line) in in_errorbars:
             continue
         x, y = _numbers(line.get_xdata()), _numbers(line.get_ydata())
-        if line.get_transform() == axes.get_yaxis_transform():  # axhline: its x are shares of the axes
+        if line.get_transform() == axes.get_yaxis_transform():  # axhline: its x values are fractions of the axes
             yield Series("level", str(line.get_label()), _colour(line.get_color()), [math.nan], y[:1])
         elif line.get_transform() == axes.transData and x:
             kind = "point" if line.get_linestyle() in ("None", "none", "") else "line"
@@ -243,7 +243,7 @@ def _hidden(value: Any) -> bool:
 
 
 def _labelled(series: list[Series]) -> list[Series]:
-    """Marks without a label have that of others of their colour, as a reader of the legend would see it."""
+    """Give marks without a label that of others in the same colour, as a reader of the legend would."""
     known = {one.colour: one.label for one in reversed(series) if not one.label.startswith("_")}
     labels = [
         _plain(one.label) if not one.label.startswith("_") else _plain(known.get(one.colour, ""))
@@ -253,7 +253,7 @@ def _labelled(series: list[Series]) -> list[Series]:
 
 
 def _merged(series: list[Series]) -> list[Series]:
-    """Bars drawn one by one are one series."""
+    """Merge bars drawn one by one into one series."""
     found: dict[tuple[Any, ...], Series] = {}
     for number, one in enumerate(series):
         key = (one.label, one.colour, one.flat) if one.kind == "bar" else (number,)

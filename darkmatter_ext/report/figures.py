@@ -1,4 +1,4 @@
-"""Figures to files. They are drawn from a Result alone: a figure can always be made again from its file."""
+"""Save figures to files. They are drawn from a Result alone, so a figure can always be redrawn from its result file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from darkmatter_ext.runtime.storage import atomic_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Draw = Callable[[Result], "Figure | None"]  # None: this result has nothing for the figure
+Draw = Callable[[Result], "Figure | None"]  # None: the result has nothing to draw
 
 
 class Drawn(NamedTuple):

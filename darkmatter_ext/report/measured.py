@@ -1,4 +1,4 @@
-"""The result of an experiment on measured SAEs: what all have in common beside their own numbers."""
+"""The result of an experiment on measured SAEs: what all of them report besides their own numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def measured_result(
     notes: Sequence[str] = (),
     exploration: Exploration | None = None,
 ) -> Result:
-    """The result of a measurement: its numbers beside token counts, SAEs, notes, provenance and what the page explores."""
+    """The result of a measurement: its numbers with token counts, SAEs, notes, provenance and what the page explores."""
     groups = found.config["interval_groups"]
     intervals = (
         f"Intervals: 95 %, leaving out one of {groups} groups of held-out contexts at a time; maps stay as fitted."
@@ -61,7 +61,7 @@ def stored_result(
     notes: Sequence[str] = (),
     exploration: Exploration | None = None,
 ) -> Result:
-    """The result of an experiment that reads stored tokens itself; of several sites, each is counted in a note."""
+    """The result of an experiment that reads stored tokens itself; with several sites, a note gives the counts of each."""
     one = len(inputs.stored) == 1
     counts: dict[str, float] = {}
     about: list[str] = []

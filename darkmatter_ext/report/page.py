@@ -1,8 +1,8 @@
-"""One HTML page of results that people explore: text, tables, figures, tokens and latents, in one file without a network.
+"""One HTML page of results to explore: text, tables, figures, tokens and latents, in one file that needs no network.
 
-The static part (readings, tables, pictures, numbers, settings) stands without JavaScript, prints and is searched; the
-bundle (`web/`) adds the token explorer, the latent browser and interactive figures. A content security policy lets
-nothing be loaded and only that bundle run, whatever a text of a model or a file holds.
+The static part (readings, tables, pictures, numbers, settings) works without JavaScript and can be printed and searched; the
+bundle (`web/`) adds the token explorer, the latent browser and interactive figures. A content security policy allows nothing
+to be loaded and only that bundle to run, whatever text a model or a file contains.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ BUNDLE = Path(__file__).parent / "bundle"  # made by `npm run build` in web/
 
 @dataclass(frozen=True)
 class Section:
-    """A result as a reader sees it."""
+    """A result, as a reader sees it."""
 
     result: Result
     table: Table
     reading: Sequence[str]
     figures: Sequence[Drawn] = ()  # PNG files drawn from the result
-    command: str = ""  # that makes the result again
+    command: str = ""  # reproduces the result
 
     @property
     def packed(self) -> str | None:
-        """What the explorer reads; None where the result keeps no text."""
+        """What the explorer reads; None if the result keeps no text."""
         return packed(self.result)
 
     @property
     def images(self) -> list[dict[str, Any]]:
-        """What the page shows of each figure: its name, what it shows, picture and CSV in base64, its panels."""
+        """What the page has for each figure: its name, what it shows, picture and CSV in base64, its panels."""
         return [
             {
                 "name": figure.path.stem,
@@ -61,7 +61,7 @@ def _base64(content: bytes) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON of browsers knows no NaN."""
+    """Replace NaN, which browsers' JSON does not have."""
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, dict):
@@ -70,7 +70,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def inert(text: str) -> str:
-    """Text with control and format characters (bidi, zero width) written as their names; line ends and tabs stay."""
+    """Text with control and format characters (bidi, zero width) replaced by their names; line ends and tabs stay."""
 
     def named(character: str) -> str:
         hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
@@ -80,14 +80,14 @@ def inert(text: str) -> str:
 
 
 def _plainly(value: Any) -> str:
-    """A setting or a version as people write it."""
+    """A setting or a version, the way people write it."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {entry}" for name, entry in value.items())
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def write_page(sections: Sequence[Section], path: Path) -> Path:
-    """Write one HTML page; everything it shows is inside it."""
+    """Write one HTML page that contains everything it shows."""
     import jinja2
     from markupsafe import Markup
 

@@ -1,7 +1,7 @@
 """What the page's token explorer and latent browser read: one block of bytes, compressed, as text.
 
-A JSON head with its length before it, then columns of numbers, each beginning at a multiple of 4 bytes. `web/src/data.ts`
-reads it. No text of a model or a file stands in the page as itself.
+A JSON header, preceded by its length, is followed by columns of numbers, each starting at a multiple of 4 bytes.
+`web/src/data.ts` reads it. No text from a model or a file appears in the page verbatim.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from darkmatter_ext.report.result import Result
 if TYPE_CHECKING:
     import numpy as np
 
-_TOKEN_COLUMNS = ("error", "linear", "nonlinear", "kl")  # the last where the model could be spliced
+_TOKEN_COLUMNS = ("error", "linear", "nonlinear", "kl")  # the last only if the model could be spliced
 _LATENT_NUMBERS = ("rate", "mean_value", "decoder_norm", "nonlinear_share")
 _LATENT_WHOLE = ("number", "fired", "places", "nearest")
 
 
 def packed(result: Result) -> str | None:
-    """Base64 of the block; None for a result that keeps no text to explore."""
+    """The block in Base64; None for a result that keeps no text to explore."""
     if "explored" not in result.series:
         return None
     about, arrays = result.series["explored"], result.arrays
@@ -74,7 +74,7 @@ def _float(values: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def _whole(values: np.ndarray) -> tuple[str, np.ndarray]:
-    """Numbers from 0 on, in as few bytes as they need."""
+    """Non-negative integers, in as few bytes as they need."""
     kind = "u2" if values.max(initial=0) < 1 << 16 else "i4"
     return kind, _flat(values, f"<{kind}")
 

@@ -1,6 +1,6 @@
 """The result of an experiment: one JSON file with config, numbers by name, series for figures, and provenance.
 
-What is kept per token (losses, token ids) goes into one `.npz` file of the same name beside it.
+Per-token values (losses, token ids) go into one `.npz` file of the same name beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from darkmatter_ext.runtime.storage import atomic_file, parsed_json, require_bou
 if TYPE_CHECKING:
     import numpy as np
 
-FORMAT = 1  # of the file; raised when a reader of the old one would misread the new one
+FORMAT = 1  # of the file; increased when a reader of the old format would misread the new one
 _RECORDED_PACKAGES = ("darkmatter_ext", "torch", "numpy", "transformers", "sae_lens")
 
 
@@ -33,7 +33,7 @@ def _shown(value: float | None) -> str:
 
 
 def provenance(device: str) -> dict[str, Any]:
-    """Where and with what a result was made."""
+    """Where a result was made, and with what."""
     import torch
 
     from darkmatter_ext.ops.build_info import build_info, package_version
@@ -53,7 +53,7 @@ def provenance(device: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Result:
-    """What an experiment returns and a figure reads."""
+    """What an experiment returns and figures read."""
 
     experiment: str
     config: dict[str, Any]
@@ -77,9 +77,9 @@ class Result:
         return html_table(title, ["SAE", *map(HEADLINES.__getitem__, keys)], rows if keys else [], self.notes)
 
     def save(self, path: str | Path) -> Path:
-        """Write as JSON in one rename. NaN becomes null: a number that could not be computed is not a number.
+        """Write as JSON, with an atomic rename. NaN becomes null: it stands for a number that could not be computed.
 
-        Arrays go first, into `<stem>.npz` beside it; the JSON holds that file's name, so it never names a missing one.
+        Arrays are written first, into `<stem>.npz` beside it; the JSON names that file, so it never names a missing one.
         """
         path = Path(path)
         content = {"format": FORMAT, **asdict(dataclasses.replace(self, arrays={}))}
@@ -100,7 +100,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def _save_arrays(arrays: dict[str, np.ndarray], path: Path) -> str | None:
-    """Write the arrays, compressed, and return the file's name; None, and no file, for none."""
+    """Write the arrays, compressed, and return the file's name; without arrays, write nothing and return None."""
     import numpy as np
 
     if not arrays:
@@ -127,7 +127,7 @@ _KINDS = {
 
 
 def _check_kinds(content: dict[str, Any], path: Path) -> None:
-    """Raise InputError unless a result's fields are of their kinds, and its numbers are numbers."""
+    """Raise InputError unless a result's fields have the right types, and its numbers are numbers."""
     for name, kind in _KINDS.items():
         value = content.get(name, kind())
         if not isinstance(value, kind):
@@ -141,9 +141,9 @@ def _check_kinds(content: dict[str, Any], path: Path) -> None:
 
 
 def load_result(path: str | Path, *, alone: bool = False) -> Result:
-    """Read a result file with its arrays. Raises ValueError when one is missing, not a result, or of another format.
+    """Read a result file with its arrays. Raises ValueError if one is missing, not a result, or in another format.
 
-    `alone`: a missing file of arrays is no error; a note says so, and what needs them is left out of pages and figures.
+    `alone`: a missing array file is not an error; a note says so, and pages and figures leave out what needs it.
     """
     path = Path(path)
     try:
@@ -170,7 +170,7 @@ def load_result(path: str | Path, *, alone: bool = False) -> Result:
 
 
 def _without_arrays(result: Result, stored: str) -> Result:
-    """As a reader has it who was sent the JSON file alone."""
+    """The result as it is for a reader who has only the JSON file."""
     series = {name: value for name, value in result.series.items() if name != "explored"}
     note = f"{stored}, kept beside this result, was not there: what is told of single tokens and latents is left out."
     return dataclasses.replace(result, series=series, notes=[*result.notes, note])

@@ -1,4 +1,4 @@
-"""The table of results whose rows are SAEs, or SAEs with several encoders."""
+"""The table for results whose rows are SAEs, or SAEs with several encoders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from darkmatter_ext.report.table import Table, shown
 
 
 def sae_rows(result: Result) -> list[dict[str, Any]]:
-    """The headline numbers of a decomposition result, one row an SAE."""
+    """The headline numbers of a decomposition result, one row per SAE."""
     rows = []
     for sae in result.series["saes"]:
         own = {
@@ -38,7 +38,7 @@ COLUMNS = (  # (key, heading, format)
 
 
 def sae_table(result: Result, more: tuple[tuple[str, str, str], ...] = ()) -> Table:
-    """One row an SAE (and variant). `more`: columns besides COLUMNS. A column is left out where no SAE has its number."""
+    """One row per SAE (and variant). `more`: columns besides COLUMNS. A column is left out if no SAE has its number."""
     found = sae_rows(result)
     columns = [column for column in (*COLUMNS, *more) if any(column[0] in row for row in found)]
     return Table(

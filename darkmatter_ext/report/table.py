@@ -1,4 +1,4 @@
-"""The table of a result, and how numbers are written in it."""
+"""The table of a result, and how numbers are formatted in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Table:
-    """Headline numbers as text; the first column names the row."""
+    """Headline numbers as text; the first column names each row."""
 
     title: str
     headings: tuple[str, ...]
@@ -17,7 +17,7 @@ class Table:
 
 
 def shown(value: object, form: str) -> str:
-    """A value in a format; a number that could not be computed shows as an en dash."""
+    """A formatted value; a number that could not be computed is shown as an en dash."""
     return "–" if isinstance(value, float) and math.isnan(value) else form.format(value)
 
 

@@ -1,4 +1,4 @@
-"""Results on a terminal: the table, what it says, and where things were written."""
+"""Results on a terminal: the table, what it says, and where files were written."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from darkmatter_ext.saes.check import Verdict
 
-COLUMNS_A_PART = 8  # of numbers: 120 characters hold them, 80 with headings of two lines
-LOG_WIDTH = 120  # in a file or a pipe, where no terminal says its width
+COLUMNS_A_PART = 8  # columns of numbers: they fit in 120 characters, or in 80 with two-line headings
+LOG_WIDTH = 120  # for a file or a pipe, which has no terminal width
 
 
 def _console() -> Console:
@@ -27,7 +27,7 @@ def _console() -> Console:
 
 
 def _print_table(console: Console, table: Table) -> None:
-    """The table; one with more columns than a terminal shows is printed in parts, each with the names of the rows."""
+    """Print the table; if it has too many columns for a terminal, print it in parts, each with the row names."""
     import rich.table
 
     width = len(table.headings)
@@ -43,7 +43,7 @@ def _print_table(console: Console, table: Table) -> None:
 
 
 def show_result(section: Section, written: Sequence[Path], seconds: float, *, brief: bool = False) -> None:
-    """Print a result: table, reading, notes, its SAEs and the files written; the last of these is its page.
+    """Print a result: table, reading, notes, its SAEs and the files written, the last of which is its page.
 
     `brief`: the table, what it says, and where the page is.
     """
@@ -63,7 +63,7 @@ def show_result(section: Section, written: Sequence[Path], seconds: float, *, br
 
 
 def show_training(trained: Sequence[tuple[Path, Mapping[str, float]]]) -> None:
-    """Print how well SAEs trained here do, by folder and report, on their training text and on held-out text."""
+    """Print how well SAEs trained here do (`trained`: folder and report), on their training text and on held-out text."""
     console, nan = _console(), math.nan
     quantities = ("train/fvu", "held_out/fvu", "held_out/l0", "held_out/silent_share", "dead_share")
     headings = ("SAE", "FVU, training text", "FVU, held-out text", "L0", "silent there", "dead")
@@ -77,7 +77,7 @@ def show_training(trained: Sequence[tuple[Path, Mapping[str, float]]]) -> None:
 
 
 def show_verdict(title: str, verdict: Verdict) -> None:
-    """Print how an accelerated SAE compares with its plain self."""
+    """Print how an accelerated SAE compares with the plain one."""
     from rich.table import Table
 
     console = _console()

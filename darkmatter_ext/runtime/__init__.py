@@ -1,1 +1,1 @@
-"""What any run stands on: files, progress, several processes. Knows no SAE."""
+"""Foundations of every run: files, progress, several processes. Knows nothing about SAEs."""

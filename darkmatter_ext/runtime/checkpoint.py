@@ -1,8 +1,8 @@
-"""Checkpoints: the state of a run on disk, so that a run killed at any moment goes on where it was.
+"""Checkpoints: the state of a run on disk, so that a run killed at any moment resumes where it was.
 
-A folder holds `run.json` (the configuration the run was started with), and for every process one `state-N-of-M.json` that
-points to a file of tensors and carries its sha256. The tensors are written first, under a new name, then the pointer is
-replaced in one rename, then the older tensors go: whatever the moment of a kill, the pointer names a complete file.
+A folder holds `run.json` (the configuration the run was started with) and, for every process, one `state-N-of-M.json` that
+points to a file of tensors and carries its sha256. The tensors are written first, under a new name; then the pointer is
+replaced in one rename; then the older tensors are deleted. Whenever the run is killed, the pointer names a complete file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from darkmatter_ext.runtime.inputs import InputError, StateError
 from darkmatter_ext.runtime.storage import atomic_file, fingerprint, parsed_json, sha256_of_file
 
-FORMAT = 2  # raised when a reader of the old one would misread the new one
+FORMAT = 2  # increased when a reader of the old format would misread the new one
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class CheckpointFolder:
         return self.folder / f"state-{self.rank}-of-{self.size}.json"
 
     def start(self, config: dict[str, Any]) -> None:
-        """Claim the folder for a run of this configuration, or find that it is already claimed by the same.
+        """Claim the folder for a run of this configuration, or confirm that the same run has already claimed it.
 
-        Raises ValueError naming what differs when the folder holds a run of another configuration or process count,
-        RuntimeError when it is damaged.
+        Raises ValueError naming the difference if the folder holds a run with another configuration or process count,
+        RuntimeError if it is damaged.
         """
         own = json.loads(json.dumps(config, sort_keys=True, default=str))
         path = self.folder / "run.json"
@@ -74,7 +74,7 @@ class CheckpointFolder:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Make this the state to go on from. Raises OSError when it cannot be written; the state before stays."""
+        """Make this the state to resume from. Raises OSError if it cannot be written; the previous state stays."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -99,9 +99,9 @@ class CheckpointFolder:
         self._remove_others(path.name)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and state last saved, or None at the start of a run.
+        """The last saved tensors and state, or None at the start of a run.
 
-        Raises RuntimeError, one line, when they are damaged; nothing is deleted.
+        Raises RuntimeError (one line) if they are damaged; nothing is deleted.
         """
         from safetensors.torch import load_file
 
@@ -131,7 +131,7 @@ class CheckpointFolder:
 
 
 def _digest(content: dict[str, Any]) -> str:
-    """Of a state as it is read again: a number that a disk has changed is no other number, but damage."""
+    """Digest of a state as read back: a number changed by the disk is damage, not another number."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
 
 
@@ -149,7 +149,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _flush(path: Path) -> None:
-    """To the disk itself, before the rename makes it count: a power cut must not leave a name without its content."""
+    """Flush to the disk itself before the rename: a power cut must not leave a name without its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A small table for notebooks: what an object shows of itself there (`_repr_html_`)."""
+"""A small table for notebooks: how an object displays itself there (`_repr_html_`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def html_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]], below: Sequence[str] = ()) -> str:
-    """A titled table with lines of text below it; everything is text, nothing is markup."""
+    """A titled table with lines of text below it; all arguments are text, not markup."""
     lines = [f"<b>{html.escape(title)}</b>"]
     if rows:
         head = "".join(f'<th scope="col">{html.escape(heading)}</th>' for heading in headings)

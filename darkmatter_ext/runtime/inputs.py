@@ -1,4 +1,4 @@
-"""Bad input in one line: the argument, the rule, the value given. What is not said here is a bug, and keeps its traceback."""
+"""Report bad input in one line: argument, rule, given value. Any other error is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class InputError(ValueError):
 
     @property
     def argument(self) -> str:
-        """The argument the line is about, as the function called names it."""
+        """The argument that the message is about, as the called function names it."""
         return str(self).partition(":")[0]
 
 
 class StateError(InputError, RuntimeError):
-    """What a run finds on this machine is damaged or missing: a cache, a checkpoint, the compiled ops, a server."""
+    """Something a run needs on this machine is damaged or missing: a cache, a checkpoint, the compiled ops, a server."""
 
 
 def require(holds: bool, argument: str, rule: str, given: object) -> None:
@@ -42,7 +42,7 @@ def _choice(allowed: tuple[str, ...]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line: never only its first line, for torch puts the reason on the second."""
+    """What an exception says, on one line: not just its first line, because torch puts the reason on the second."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyError):
         text = f"no key {text}"
@@ -53,7 +53,7 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def told(argument: str, rule: str, given: object) -> Iterator[None]:
-    """Turn the errors of other libraries, each with its own kinds, into one line: `argument: rule, got given (reason)`."""
+    """Turn the various errors of other libraries into one line: `argument: rule, got given (reason)`."""
     try:
         yield
     except (InputError, MemoryError):

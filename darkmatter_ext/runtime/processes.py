@@ -1,6 +1,6 @@
 """Many processes under `torchrun`: who this one is, which work is its own, and sums over all of them.
 
-The engine is torch.distributed (gloo on CPUs, NCCL on GPUs). torchrun ends the others when one dies, and tells which.
+It uses torch.distributed (gloo on CPUs, NCCL on GPUs). When one process dies, torchrun ends the others and names it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from darkmatter_ext.runtime.inputs import InputError
 
-TIMEOUT = datetime.timedelta(hours=2)  # a process may wait for another that has a slower share, not for a dead one
+TIMEOUT = datetime.timedelta(hours=2)  # a process may wait for another with a slower share, but not for a dead one
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all. Without torchrun it is alone, and every method is free."""
+    """This process among all. Without torchrun it is alone, and every method costs nothing."""
 
     rank: int = 0
     size: int = 1
@@ -34,11 +34,11 @@ class Processes:
         return self.rank == 0
 
     def share(self, pieces: Sequence[Any]) -> list[Any]:
-        """The pieces of work of this process: every size-th, so that all have early and late ones."""
+        """This process's pieces of work: every size-th, so that all processes have early and late ones."""
         return list(pieces[self.rank :: self.size])
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the processes, in place; the same in each."""
+        """Sum over the processes, in place; all get the same result."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -48,7 +48,7 @@ class Processes:
         return count if self.size == 1 else int(self.sum(torch.tensor(count, device=device)))
 
     def joined(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """The tensors of all processes [n, ...], one after another; and where this one's begins. n may differ."""
+        """The tensors [n, ...] of all processes, concatenated, and where this one's begins. n may differ."""
         if self.size == 1:
             return tensor, 0
         lengths = torch.zeros(self.size, dtype=torch.int64, device=tensor.device)
@@ -60,7 +60,7 @@ class Processes:
         return self.sum(whole), start
 
     def from_first(self, value: Any) -> Any:
-        """The first process's value, in all."""
+        """The first process's value, in every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -68,7 +68,7 @@ class Processes:
         return box[0]
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has arrived here."""
         if self.size > 1:
             dist.barrier()
 
@@ -82,17 +82,17 @@ def under_torchrun() -> bool:
 
 
 def is_first_process() -> bool:
-    """Whether this process should write and print what all share."""
+    """Whether this process should write and print what all processes share."""
     return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """Join the other processes of a torchrun for the block (inside another such block: for that one); alone without one.
+    """Join the other torchrun processes for this block, or for the outer one if nested; without torchrun, stay alone.
 
-    Groups made one after another can miss each other's ports: who measures several times puts a block around all.
+    Groups created one after another can miss each other's ports: to measure several times, wrap all in one such block.
 
-    `device` "cuda" becomes one GPU a process by LOCAL_RANK. Raises ValueError when a process has no GPU of its own.
+    `device` "cuda" becomes one GPU per process by LOCAL_RANK. Raises ValueError if a process has no GPU of its own.
     """
     if not under_torchrun():
         yield Processes(device=device)

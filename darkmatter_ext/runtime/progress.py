@@ -1,6 +1,6 @@
-"""Progress of long work: bars on a terminal (rich), a line a stage without one, or nothing.
+"""Progress of long work: bars on a terminal (rich), one line per stage without a terminal, or nothing.
 
-Experiments report, they do not print.
+Experiments report progress; they do not print.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Advance = Callable[[int], None]
 
 
 class Stages:
-    """The stages of a run: each has a bar when shown, and its seconds are kept for the result."""
+    """The stages of a run: each has a bar if shown, and its seconds are kept for the result."""
 
     def __init__(self, *, show: bool) -> None:
         self.seconds: dict[str, float] = {}
@@ -28,7 +28,7 @@ class Stages:
 
     @contextmanager
     def shown(self) -> Iterator[Stages]:
-        """Show the stages inside the block, on standard error (standard output is for results)."""
+        """Show the stages inside the block on standard error (standard output is for results)."""
         if not self._show:
             yield self
             return

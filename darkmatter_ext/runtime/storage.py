@@ -20,7 +20,7 @@ CACHE_ENVIRONMENT_VARIABLE = "DARKMATTER_CACHE"
 
 
 def cache_dir(*parts: str) -> Path:
-    """The folder for everything that can be made again: `$DARKMATTER_CACHE`, else `~/.cache/darkmatter_ext`.
+    """The folder for everything that can be recreated: `$DARKMATTER_CACHE`, else `~/.cache/darkmatter_ext`.
 
     Honours `$XDG_CACHE_HOME`. The folder (with `parts` below it) is created.
     """
@@ -41,25 +41,25 @@ def fingerprint(**fields: Any) -> str:
 
 
 def parsed_json(text: str | bytes) -> Any:
-    """What a JSON text says. Raises ValueError for one that is none, or is nested deeper than Python follows."""
+    """Parse JSON text. Raises ValueError if it is not JSON, or is nested deeper than Python can follow."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-MOST_UNPACKED = 64  # times the size of its file; weights and tables unpack to a few times it
-ALWAYS_UNPACKED = 64 << 20  # bytes: arrays of zeros pack a thousandfold
+MOST_UNPACKED = 64  # times the file size; weights and tables unpack to a few times it
+ALWAYS_UNPACKED = 64 << 20  # bytes: arrays of zeros compress a thousandfold
 
 
 def require_bounded(path: Path, unpacked: int, packed: int) -> None:
-    """Raise ValueError for a file that unpacks to far more than its size, as files made to fill a memory do."""
+    """Raise ValueError for a file that unpacks to far more than its size, as files made to exhaust memory do."""
     if unpacked > max(ALWAYS_UNPACKED, MOST_UNPACKED * packed):
         raise ValueError(f"{path.name} must unpack to at most {MOST_UNPACKED} times its size, got {unpacked} bytes")
 
 
 def require_bounded_archive(path: Path) -> None:
-    """`require_bounded` of a zip file (.npz, what torch saves), by its table of contents; other files pass."""
+    """`require_bounded` for a zip file (.npz, what torch saves), from its table of contents; other files pass."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             require_bounded(path, sum(member.file_size for member in archive.infolist()), path.stat().st_size)
@@ -83,13 +83,13 @@ _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 @contextmanager
 def _named(target: Path) -> Iterator[None]:
-    """A disk that is full is told as an OSError that names the file, whichever library was writing."""
+    """Report a full disk as an OSError that names the file, whichever library was writing."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        if not str(error).startswith("Error while serializing"):  # a file that was read
+        if not str(error).startswith("Error while serializing"):  # an error of reading a file
             raise
         raise OSError(f"{target}: cannot be written ({' '.join(str(error).split())})") from None
     except OSError as error:
@@ -102,7 +102,7 @@ def _named(target: Path) -> Iterator[None]:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path to write to; it becomes `target` in one rename, or disappears if the block fails.
 
-    Raises InputError for a target that is there and no file: a rename would put a file in the place of /dev/null.
+    Raises InputError for a target that exists and is not a file: a rename would replace /dev/null by a file.
     """
     if target.exists() and not target.is_file():
         raise InputError(f"out: must be a file that can be replaced, got {target}")
@@ -118,7 +118,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """As `atomic_file` for a folder; a `target` that another process made meanwhile is left as it is."""
+    """As `atomic_file`, for a folder; a `target` that another process created meanwhile is left unchanged."""
     folder = Path(_temporary_sibling(target))
     try:
         part = folder / target.name
@@ -132,9 +132,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def require_writable_folder(argument: str, folder: Path) -> Path:
-    """Create `folder` and prove that a file can be written in it, before any long work starts.
+    """Create `folder` and verify that a file can be written in it, before any long work starts.
 
-    Raises ValueError naming `argument` when it is a file, or cannot be created or written.
+    Raises ValueError naming `argument` if it is a file, or cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

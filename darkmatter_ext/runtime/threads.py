@@ -1,4 +1,4 @@
-"""How many of torch's threads small operations take."""
+"""How many torch threads small operations use."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one thread, as a context or a decorator, for work of many small operations on the CPU.
+    """Run torch on one thread, as a context or a decorator, for work made of many small operations on the CPU.
 
-    Several threads do not make these faster. Where another program has one of the cores they make them far slower: at the end
-    of every operation all wait for a thread that is not running.
+    More threads do not make these faster. If another program occupies one of the cores, they make them far slower: at the
+    end of every operation, all wait for a thread that is not running.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

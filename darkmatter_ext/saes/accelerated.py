@@ -1,7 +1,7 @@
-"""What accelerated objects have in common, whatever library they are of: their class, state, copies and packed weights.
+"""What accelerated objects of all libraries have in common: their class, state, copies and packed weights.
 
-An object keeps its identity, parameters and configuration; only its class becomes a subclass of its own, made here, with the
-methods of a *surface* before the library's (`drop_in`, `dictionaries`, `sparse_coder`).
+An object keeps its identity, parameters and configuration. Only its class changes, to a subclass created here in which the
+methods of a *surface* (`drop_in`, `dictionaries`, `sparse_coder`) override the library's.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _STATE = "_darkmatter_state"
 
 
 class Accelerated:
-    """What every accelerated object has. Made by `accelerate`, never by hand."""
+    """What every accelerated object has. Created by `accelerate`, never by hand."""
 
     _architecture: Any  # a Packing
-    _library: str  # the name by which `stats` calls it
+    _library: str  # its name in `stats`
 
     if TYPE_CHECKING:
 
@@ -30,12 +30,12 @@ class Accelerated:
     @property
     def _fast(self) -> State:
         state = self.__dict__.get(_STATE)
-        if state is None or state.owner() is not self:  # built as type(sae)(cfg), or from the attributes of another
+        if state is None or state.owner() is not self:  # built as type(sae)(cfg), or from another object's attributes
             state = self.__dict__[_STATE] = State(self, self._architecture, self._library)
         return state
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        """For copies and pickles: everything but the packed weights and counts, which an object has for itself."""
+        """For copies and pickles: everything except packed weights and counts, which each object has for itself."""
         rebuild, arguments, attributes, *rest = super().__reduce_ex__(protocol)
         assert isinstance(attributes, dict)
         attributes = {name: value for name, value in attributes.items() if name != _STATE}
@@ -44,31 +44,31 @@ class Accelerated:
             rebuild, arguments = _new_accelerated, (plain, _surfaces[plain])
         return (rebuild, arguments, attributes, *rest)
 
-    # What changes weights in ways no look can see
+    # Methods that change weights in ways that the checks cannot see
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._fast.forget()
         return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch's; the packed weights are made anew."""
+        """Same as torch; also repacks the weights."""
         self._fast.forget()
         return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
 
-Surface = Callable[[type], tuple[type[Accelerated], dict[str, Any]]]  # a library's class -> methods, further members
+Surface = Callable[[type], tuple[type[Accelerated], dict[str, Any]]]  # a library's class -> methods, other members
 
 _classes: dict[type, type] = {}  # a library's class -> its accelerated subclass
-_surfaces: dict[type, Surface] = {}  # and what made it
+_surfaces: dict[type, Surface] = {}  # and the surface that made it
 
 
 def plain_class(cls: type) -> type:
-    """The library's class an accelerated class stands for."""
+    """The library's class that an accelerated class stands for."""
     return next(base for base in cls.__mro__ if not issubclass(base, Accelerated))
 
 
 def _without_acceleration(cls: type) -> type:
-    """The plain class; of a class made from an accelerated one since (torch's parametrize does), the same from a plain one."""
+    """The plain class. For a class later derived from an accelerated one (as torch's parametrize does), its plain twin."""
     plain = plain_class(cls)
     if cls is _classes.get(plain):
         return plain
@@ -92,18 +92,18 @@ def _new_accelerated(plain: type, surface: Surface) -> Any:
 
 
 def make_accelerated(module: Any, surface: Surface) -> None:
-    """Give an object its accelerated class, in place. Raises ValueError where the surface refuses its class."""
+    """Give an object its accelerated class, in place. Raises ValueError if the surface rejects its class."""
     module.__class__ = _accelerated_class(type(module), surface)
 
 
 def make_plain(module: Any) -> None:
-    """The inverse."""
+    """The inverse of `make_accelerated`."""
     vars(module).pop(_STATE, None)
     module.__class__ = _without_acceleration(type(module))
 
 
 def class_named(plain: type, names: Collection[tuple[str, str]]) -> tuple[str, str] | None:
-    """Which of some (module, class) names a class or its nearest base has; also where the library is in another's folder."""
+    """Which of the (module, class) names a class or its nearest base has, even if another package bundles the library."""
     for base in plain.__mro__:
         for module, name in names:
             if base.__name__ == name and f".{base.__module__}".endswith(f".{module}"):
@@ -112,9 +112,9 @@ def class_named(plain: type, names: Collection[tuple[str, str]]) -> tuple[str, s
 
 
 def require_own_methods(plain: type, name: str, parameters: dict[str, tuple[str, ...]]) -> None:
-    """That a class inherits methods from the library's class `name`, with these parameters besides self.
+    """Require that a class inherits its methods from the library's class `name`, with these parameters besides self.
 
-    Raises ValueError where it has its own, or the library is of another version than those that are known here.
+    Raises ValueError if it has its own, or if the library's version is not one of those known here.
     """
     base = next(base for base in plain.__mro__ if base.__name__ == name)
     for method, expected in parameters.items():

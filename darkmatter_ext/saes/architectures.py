@@ -1,6 +1,6 @@
-"""The SAE architectures of SAELens the drop-in knows: one class each, for what it packs, reads and computes.
+"""The SAELens architectures that the drop-in supports: one class each, for what it packs, reads and computes.
 
-Nowhere else is asked which architecture an SAE has. A new one is a class here and a line in `known_encoders`.
+No other module asks which architecture an SAE has. To add one, write a class here and add a line to `known_encoders`.
 Shapes: sae_in [..., d_in] is what SAELens' process_sae_in gives; F = d_sae latents; acts [..., F].
 """
 
@@ -53,18 +53,18 @@ def rows_of(rows: Tensor, W_enc: Tensor) -> Tensor:
 
 
 def value_with_gradient_of(value: Tensor, source: Tensor) -> Tensor:
-    """A value that is known more exactly, differentiable as `source`."""
+    """A more exact value of `source`, with the gradient of `source`."""
     return _ValueWithGradientOf.apply(value, source)
 
 
 def weight(sae: Any, name: str) -> Tensor:
-    """A parameter of a module, without the search of nn.Module.__getattr__ where it is a plain one."""
+    """A parameter of a module; a plain one is found without the search in nn.Module.__getattr__."""
     found = sae._parameters.get(name)
     return getattr(sae, name) if found is None else found
 
 
-_MOST_ODD = 64  # latents that are not finite: each costs an exact sum a token
-_FEW_SHARE = 1 / 16  # of the latents: so few places that exact sums of all cost a fraction of a dense product
+_MOST_ODD = 64  # latents that are not finite: each costs one exact sum per token
+_FEW_SHARE = 1 / 16  # of the latents: with so few places, exact sums of all cost a fraction of a dense product
 FEW_PLACES = "k is more than an eighth of the latents that are alive and differ: no latent could be left out unseen"
 COARSE_PRODUCTS = "torch multiplies float32 in less than float32 (matmul precision): no bound for what is screened so"
 
@@ -80,21 +80,21 @@ def pack_encoder(W_enc: Tensor, b_enc: Tensor, **options: Any) -> PreparedEncode
 
 
 class Architecture:
-    """A linear encoder, selection and relu. The base class is ReLU: what is above 0."""
+    """A linear encoder, selection and relu. The base class is ReLU: it selects what is above 0."""
 
     bias = "b_enc"
-    vectors: tuple[str, ...] = ()  # read at every call besides the packed weights
+    vectors: tuple[str, ...] = ()  # read in every call, besides the packed weights
     selects_per_latent = True  # whether latents can be left out before selecting
     hooks_acts_post = True
     is_linear = True  # one product of x and the encoder
-    dense_cost_on_gpu = 1.0  # of SAELens' dense encode there, in that of a product and a comparison
-    writes_elsewhere = False  # a transcoder: its output is no reconstruction of its input
+    dense_cost_on_gpu = 1.0  # of SAELens' dense encode on a GPU, in units of a product and a comparison
+    writes_elsewhere = False  # for a transcoder, whose output is not a reconstruction of its input
     decoder_is_columns = False
 
     # What it reads
 
     def packed(self, sae: Any) -> tuple[Tensor, ...]:
-        """The weights that are packed."""
+        """The weights to pack."""
         return weight(sae, "W_enc"), weight(sae, self.bias)
 
     def prepare(self, *weights: Tensor) -> Any:
@@ -102,71 +102,71 @@ class Architecture:
         return pack_encoder(*weights)
 
     def read(self, *vectors: Tensor) -> Any:
-        """What is made of `vectors` for every call, or why they cannot be used."""
+        """What every call needs from `vectors`, or why they cannot be used."""
         if all(bool(vector.isfinite().all()) for vector in vectors):
             return vectors
         return "threshold or gate is not finite"
 
     def settings(self, sae: Any) -> tuple[Any, ...]:
-        """What decides the result besides weights and vectors."""
+        """Settings that affect the result besides weights and vectors."""
         return ()
 
     def why_not(self, sae: Any, x: Tensor) -> str:
-        """Why what comes before and after the pre-activations is not what the ops compute."""
+        """Why the steps before or after the pre-activations differ from what the ops compute."""
         activation = sae._modules.get("activation_fn")
         if type(activation) is not nn.ReLU:
             return f"activation function {type(activation).__name__}"
         return "the activation function is hooked" if has_hooks(activation) else ""
 
     def why_not_now(self, sae: Any, prepared: Any) -> str:
-        """Why what was packed does not help this call."""
+        """Why the packed weights do not help in this call."""
         return "" if prepared.screens else COARSE_PRODUCTS
 
     # What it computes
 
     def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
-        """The active latents, on the ops."""
+        """The active latents, computed by the ops."""
         W_enc = weight(sae, "W_enc")
         return try_threshold_encode(sae_in, W_enc, weight(sae, self.bias), zero_like(W_enc), prepared=prepared)
 
     def encode_some(self, sae: Any, sae_in: Tensor, numbers: Tensor, vectors: tuple[Tensor, ...]) -> SparseActs:
-        """The active ones among some latents [m], numbered within these."""
+        """The active ones among the given latents [m], numbered by their place in this list."""
         threshold = vectors[0][numbers] if vectors else 0.0
         return threshold_encode(sae_in, sae.W_enc[:, numbers], sae.b_enc[numbers], threshold)
 
     def dense(self, sae: Any, sae_in: Tensor) -> Tensor:
-        """Dense acts in SAELens' own arithmetic, without hooks: for tokens that were handed back."""
+        """Dense acts in SAELens' own arithmetic, without hooks, for tokens that were handed back."""
         return sae.activation_fn(sae_in @ sae.W_enc + sae.b_enc)
 
     # What follows the decoder
 
     def rescales(self, sae: Any) -> bool:
-        """Whether latents are counted in units of their decoder norm: multiplied in when encoding, divided out after."""
+        """Whether latents are in units of their decoder norm, which encoding multiplies in and decoding divides out."""
         return False
 
     def decoder_bias(self, sae: Any) -> Tensor | None:
         return weight(sae, "b_dec")
 
     def finish_decode(self, sae: Any, x_hat: Tensor) -> Tensor:
-        """What SAELens' decode does last."""
+        """The last steps of SAELens' decode."""
         return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(x_hat), sae.d_head)
 
     def finish_forward(self, sae: Any, x: Tensor, sae_out: Tensor) -> Tensor:
-        """What SAELens' forward does last, where that is no hook and no error term."""
+        """The last steps of SAELens' forward, apart from hooks and the error term."""
         return sae_out
 
-    # For those who compare answers: what a difference may come from
+    # For comparing answers: what a difference may come from
 
     def threshold(self, sae: Any, latents: Tensor) -> Tensor:
-        """What the pre-activations of some latents [...] have to exceed, besides 0."""
+        """What the pre-activations of the given latents [...] must exceed, besides 0."""
         return torch.zeros(latents.shape, dtype=sae.dtype)
 
     def border(self, sae: Any, latents: Tensor, acts: Tensor) -> Tensor:
-        """[m] what decided about latents [m] of tokens with acts [m, F]."""
+        """[m]: the value that decided whether latents [m] are active, for tokens with acts [m, F]."""
         return self.threshold(sae, latents)
 
     def magnification(self, sae: Any, latents: Tensor) -> Tensor:
-        """What the products of latents [m] are multiplied with."""
+        """The factors that multiply the products of latents [m]."""
         return torch.ones(latents.shape, dtype=sae.dtype)
 
 
@@ -174,7 +174,7 @@ _zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 def zero_like(like: Tensor) -> Tensor:
-    """The number 0 as a tensor of the dtype and device of `like`, made once."""
+    """The number 0 as a tensor with the dtype and device of `like`, created once."""
     key = like.dtype, like.device
     if key not in _zeros:
         with torch.inference_mode(False):
@@ -183,7 +183,7 @@ def zero_like(like: Tensor) -> Tensor:
 
 
 class JumpRelu(Architecture):
-    """What is above a threshold for each latent."""
+    """Selects what is above a threshold per latent."""
 
     vectors = ("threshold",)
 
@@ -205,7 +205,7 @@ class JumpRelu(Architecture):
 
 
 class Transcoder(Architecture):
-    """Writes to another site than it reads from, there plainly; a skip transcoder adds a linear map of its input."""
+    """Writes to a different site than it reads, without further steps; a skip transcoder adds a linear map of its input."""
 
     writes_elsewhere = True
 
@@ -218,7 +218,7 @@ class Transcoder(Architecture):
 
 
 class JumpReluTranscoder(Transcoder, JumpRelu):
-    """A transcoder with a threshold for each latent."""
+    """A transcoder with a threshold per latent."""
 
 
 class Gated(Architecture):
@@ -248,20 +248,20 @@ class Gated(Architecture):
 
 
 def why_not_k(k: Any, d_sae: int) -> str:
-    """Why the k largest of d_sae latents are not the ops' to choose."""
+    """Why the ops cannot choose the k largest of d_sae latents."""
     fits = type(k) is int and 0 <= k <= max(1, DENSE_SHARE * d_sae)
     return "" if fits else f"k is not from 0 to {DENSE_SHARE:.0%} of the latents"
 
 
 def why_not_topk(prepared: PreparedEncoder, k: int) -> str:
-    """Why what was packed does not help to choose the k largest."""
+    """Why the packed weights do not help to choose the k largest."""
     if not prepared.screens:
         return COARSE_PRODUCTS
     return "" if prepared.screens_topk(k) or prepared.n_places <= _FEW_SHARE * prepared.d_sae else FEW_PLACES
 
 
 def select_topk(sae_in: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, prepared: PreparedEncoder) -> Tried:
-    """The k largest pre-activations of each token, relu of them."""
+    """The k largest pre-activations of each token, then relu."""
     if prepared.screens_topk(k):
         return try_topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)
     acts = topk_encode(sae_in, W_enc, b_enc, k, prepared=prepared)  # exact sums of the few that are alive
@@ -333,7 +333,7 @@ class TopK(Architecture):
 
 
 class MatchingPursuit(Architecture):
-    """Latents chosen one by one, each the largest product with what the others leave."""
+    """Chooses latents one by one, each with the largest product with what the others leave."""
 
     selects_per_latent = False
     hooks_acts_post = False  # SAELens runs no hook here
@@ -391,7 +391,7 @@ class MatchingPursuit(Architecture):
 
 @functools.cache
 def known_encoders() -> dict[Any, Architecture]:
-    """SAELens' encode functions, and what they compute."""
+    """Maps SAELens' encode functions to what they compute."""
     from sae_lens.saes import gated_sae, jumprelu_sae, matching_pursuit_sae, standard_sae, topk_sae, transcoder
 
     return {
@@ -429,7 +429,7 @@ def known_forwards() -> frozenset[Any]:
 
 
 def architecture_of(plain: type) -> Architecture:
-    """What the encode of a SAELens class computes; raises ValueError, with the reason, where it cannot be accelerated."""
+    """What the encode of a SAELens class computes. Raises ValueError, with the reason, if it cannot be accelerated."""
     from sae_lens.saes.temporal_sae import TemporalSAE
     from sae_lens.saes.transcoder import Transcoder as SaeLensTranscoder
 

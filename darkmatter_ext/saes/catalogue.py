@@ -1,7 +1,7 @@
 """Known models and sets of public SAEs: names, sizes, where they are read. Data only.
 
-SAEs are named as `sae` takes them, RELEASE:ID. Those of SAELens' list go by its release names; Gemma Scope has more SAEs
-than the list (26 of the 60 the paper uses at layer 20 of Gemma 2 9B), and these go by the name of the repository.
+SAEs are named as `sae` takes them, RELEASE:ID. Those in SAELens' list use its release names. Gemma Scope has more SAEs
+than the list (26 of the 60 that the paper uses at layer 20 of Gemma 2 9B); these use the name of the repository.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KnownModel:
-    """Sizes of a model, for plans made without downloading it."""
+    """Sizes of a model, for planning without downloading it."""
 
     d_model: int
     n_layers: int

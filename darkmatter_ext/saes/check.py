@@ -1,7 +1,7 @@
 """`darkmatter check-sae`: one SAE, plain and accelerated, side by side on the same activations.
 
-Active sets may differ only where rounding decides: SAELens adds up in the dtype of the weights, the ops in float64, so a
-pre-activation within that rounding of the threshold, or of the k-th value, may fall on either side.
+Active sets may differ only where rounding decides: SAELens sums in the dtype of the weights, the ops in float64, so a
+pre-activation within that rounding of the threshold, or of the k-th value, can fall on either side.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from darkmatter_ext.saes.formats.layout import unpickled
 from darkmatter_ext.saes.loading import load_sae
 from darkmatter_ext.saes.sanity import signs
 
-# Relative to the size of the sums that are compared; a few hundred roundings of the dtype.
+# Relative to the size of the compared sums; a few hundred roundings of the dtype.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-PLANTED_LATENTS = 24  # latents whose directions make up a random activation, fewer in a small SAE
+PLANTED_LATENTS = 24  # latents whose directions make up a random activation; fewer in a small SAE
 GRADIENT_TOKENS = 64
 
 
@@ -56,7 +56,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What check_sae found."""
+    """Result of check_sae."""
 
     comparisons: list[Comparison]
     timings: list[Timing]
@@ -69,15 +69,15 @@ class Verdict:
 
 
 def load_any(source: str, sae_id: str | None, dtype: str | None = None, activation_scale: float | None = None) -> Any:
-    """A folder, or a release of SAELens' list (which downloads it); see `loading.load_sae`, which raises its errors."""
+    """Load a folder, or a release of SAELens' list (downloading it). Raises the errors of `loading.load_sae`."""
     spec = source if sae_id is None else f"{source}:{sae_id}"
     return load_sae(spec, dtype=dtype, activation_scale=activation_scale)
 
 
 def read_activations(path: Path, d_in: int) -> Tensor:
-    """[N, d_in] from a .safetensors file (its first tensor), a .npy or a .pt file; leading dimensions are flattened.
+    """Read [N, d_in] from a .safetensors file (its first tensor), a .npy or a .pt file; leading dimensions are flattened.
 
-    Raises ValueError when the file is none of these or has another last dimension.
+    Raises ValueError if the file is none of these or has another last dimension.
     """
     with told("activations", "must be a .safetensors, .npy or .pt tensor", path):
         if path.suffix == ".safetensors":
@@ -98,7 +98,7 @@ def read_activations(path: Path, d_in: int) -> Tensor:
 
 @torch.no_grad()
 def random_activations(sae: Any, n: int, seed: int) -> Tensor:
-    """[n, d_in]: sums of encoder directions strong enough to activate their latents, and noise."""
+    """[n, d_in]: sums of encoder directions strong enough to activate their latents, plus noise."""
     g = torch.Generator().manual_seed(seed)
     W_enc = sae.W_enc.detach().float()
     planted = max(1, min(PLANTED_LATENTS, W_enc.shape[0] // 32))
@@ -114,7 +114,7 @@ def random_activations(sae: Any, n: int, seed: int) -> Tensor:
 
 
 def _pre_activations(sae: Any, sae_in: Tensor, tokens: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 pre-activations of some (token, latent) pairs, and the size of their sums."""
+    """float64 pre-activations of the given (token, latent) pairs, and the size of their sums."""
     architecture = architecture_of(type(sae))
     bias = weight(sae, architecture.bias)
     x, w, b = sae_in[tokens].double(), sae.W_enc.mT[latents].double(), bias[latents].double()
@@ -172,7 +172,7 @@ def _compare(plain: Any, fast: Any, data: str, x: Tensor) -> list[Comparison]:
     with torch.no_grad():
         theirs, ours = plain.encode(x), fast.encode(x)
         results = _compare_latents(plain, data, x, theirs, ours)
-        plain.process_sae_in(x)  # normalisation keeps its state for the decode that follows
+        plain.process_sae_in(x)  # normalisation keeps its state for the following decode
         fast.process_sae_in(x)
         results.append(Comparison(data, "decode", _relative(plain.decode(theirs), fast.decode(theirs)), tolerance))
         same = ((theirs > 0) == (ours > 0)).flatten(1).all(-1)
@@ -235,16 +235,16 @@ def check_sae(
 ) -> Verdict:
     """Compare a SAELens SAE with its accelerated copy: active sets, values, reconstructions, gradients, times.
 
-    Beside it, whether the SAE looks misloaded: from its weights, and from activations it was made for where given.
+    Also checks whether the SAE looks misloaded, from its weights and, if given, from activations it was made for.
 
     Args:
-        sae: a SAELens SAE that can be accelerated; left as it is.
+        sae: a SAELens SAE that can be accelerated; left unchanged.
         given: activations [N, d_in] to compare on besides random ones, or None.
-        n_tokens: random activations, and at most as many of the given ones.
-        rounds: timed rounds, SAELens and accelerated in turns.
-        expected_l0: active latents a token that it was made with (`loading.describe_sae`); default its k.
+        n_tokens: number of random activations, and the most of the given ones to use.
+        rounds: timed rounds, alternating between SAELens and accelerated.
+        expected_l0: active latents per token it was made for (`loading.describe_sae`); default: its k.
 
-    Raises ValueError for an SAE that cannot be accelerated, or settings below 1.
+    Raises ValueError for an SAE that cannot be accelerated, or for settings below 1.
     """
     for name, value in (("tokens", n_tokens), ("rounds", rounds)):
         if value < 1:

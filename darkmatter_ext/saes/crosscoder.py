@@ -1,14 +1,14 @@
 """Crosscoders between two models: which latents does only one of them have?
 
-A crosscoder (Lindsey et al. 2024) is an SAE on the activations of two models side by side, v = [x_A, x_B]: one encoder reads
-both, each latent has a decoder row for each. Rows are unit together, so that a latent of one model alone has nearly all of
-its norm in that half. Two ways to say so:
+A crosscoder (Lindsey et al. 2024) is an SAE on the concatenated activations of two models, v = [x_A, x_B]: one encoder
+reads both, and each latent has a decoder row for each. The two rows together have norm 1, so a latent that only one model
+has puts nearly all of its norm in that half. There are two measures of this:
 - the *relative norm* rho = |d_B| / (|d_A| + |d_B|), from the decoder alone;
 - *latent scaling* (after 2504.02922; their exact variants may differ): with d the unit direction of the larger half and
-  e_m,-j the error of model m with latent j taken out of the reconstruction,
+  e_m,-j the error of model m with latent j removed from the reconstruction,
       beta_m = argmin over beta of the sum over tokens of |e_m,-j - beta f_j d|^2,
-  the *scaling ratio* nu is beta of the smaller half over beta of the larger one. A decoder whose smaller half was shrunk,
-  while what it should write is still in that model's error, has a nu of what is in the activations.
+  the *scaling ratio* nu is beta of the smaller half over beta of the larger one. If the smaller half of a decoder was
+  shrunk, but what it should write is still in that model's error, nu reflects what is in the activations.
 
 Shapes: n tokens, d width of each model, F latents; W_dec [F, 2 d].
 """
@@ -25,8 +25,8 @@ from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.decode import decoder_outer, sparse_decode
 from darkmatter_ext.runtime.inputs import require
 
-SHARED = (0.4, 0.6)  # relative norms of a latent that both models have
-SAME_LATENT = 0.7  # cosine of two crosscoders' rows above which they are one latent
+SHARED = (0.4, 0.6)  # relative norm of a latent that both models have
+SAME_LATENT = 0.7  # two crosscoders' rows with a higher cosine are the same latent
 
 
 def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,13 +37,13 @@ def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relative_norm(W_dec: Tensor) -> Tensor:
-    """rho [F], float64: 0 for a latent of the first model alone, 1 for one of the second alone; NaN for a row of zeros."""
+    """rho [F], float64: 0 for a latent of only the first model, 1 for one of only the second; NaN for an all-zero row."""
     first, second = (half.double().norm(dim=1) for half in halves(W_dec))
     return second / (first + second)
 
 
 def half_cosine(W_dec: Tensor) -> Tensor:
-    """[F], float64: the cosine of a latent's two directions; 0 where one is zero."""
+    """[F], float64: the cosine between a latent's two directions; 0 if one is zero."""
     first, second = (half.double() for half in halves(W_dec))
     norms = (first.norm(dim=1) * second.norm(dim=1)).clamp(min=torch.finfo(torch.float64).tiny)
     return torch.linalg.vecdot(first, second) / norms
@@ -51,7 +51,7 @@ def half_cosine(W_dec: Tensor) -> Tensor:
 
 @dataclass
 class LatentSums:
-    """What latent scaling needs of the tokens of a crosscoder. Memory: 16 F d bytes."""
+    """The sums over a crosscoder's tokens that latent scaling needs. Memory: 16 F d bytes."""
 
     W_dec: Tensor  # [F, 2 d]
     count: Tensor = field(init=False)  # [F] tokens at which a latent is active
@@ -74,7 +74,7 @@ class LatentSums:
         self.error += decoder_outer(acts, error.to(acts.values.dtype)).double()
 
     def scaling_ratio(self) -> Tensor:
-        """nu [F], float64; NaN for a latent that is never active, or whose larger half explains nothing."""
+        """nu [F], float64; NaN for a latent that is never active or whose larger half explains nothing."""
         rows = torch.stack(halves(self.W_dec)).double()  # [2, F, d]
         larger = (rows[1].norm(dim=1) > rows[0].norm(dim=1)).long()
         each = torch.arange(len(self.W_dec), device=rows.device)
@@ -88,20 +88,20 @@ class LatentSums:
 
 @dataclass(frozen=True)
 class LatentKinds:
-    """Which of the latents that are used enough are of one model alone, each [F] bool."""
+    """Which of the sufficiently used latents belong to one model alone, each [F] bool."""
 
     used: Tensor
     shared: Tensor  # by relative norm
     first_by_norm: Tensor
     second_by_norm: Tensor
-    first_by_scaling: Tensor  # of those with the larger half in one model, whatever their norms
+    first_by_scaling: Tensor  # of those with their larger half in one model, whatever their norms
     second_by_scaling: Tensor
 
     @classmethod
     def of(cls, sums: LatentSums, *, unique: float, least: int) -> LatentKinds:
-        """`unique`: the relative norm of a latent of one model alone; nu has to be below the ratio of norms that it means.
+        """`unique`: relative norm of a latent of one model alone; nu must be below the ratio of norms it corresponds to.
 
-        `least`: tokens at which a latent must be active to be counted at all.
+        `least`: number of tokens at which a latent must be active to be counted at all.
         """
         rho, nu, used = relative_norm(sums.W_dec), sums.scaling_ratio(), sums.count >= least
         alone = used & (nu < (1 - unique) / unique)
@@ -111,7 +111,7 @@ class LatentKinds:
 
 
 def found_again(rows: Tensor, others: Sequence[Tensor]) -> float:
-    """The mean share of rows [m, d] that have one of the same direction in each of the other sets; NaN for no row."""
+    """Share of rows [m, d] with a row of the same direction in another set, averaged over the sets; NaN without rows."""
     if len(rows) == 0 or not others:
         return float("nan")
     unit = torch.nn.functional.normalize(rows.double(), dim=1)
@@ -124,26 +124,26 @@ def found_again(rows: Tensor, others: Sequence[Tensor]) -> float:
 
 
 def written(acts: SparseActs, W_dec: Tensor, chosen: Tensor) -> Tensor:
-    """What some latents, chosen [F] (1 or True), write: [n, d] for rows W_dec [F, d]."""
+    """What the latents chosen [F] (1 or True) write: [n, d] for rows W_dec [F, d]."""
     return sparse_decode(acts.scaled(chosen.to(acts.values)), W_dec)
 
 
 def activation_of(acts: SparseActs, chosen: Tensor) -> Tensor:
-    """The summed activation of some latents, chosen [F] bool, at every token: [n]."""
+    """The summed activation of the latents chosen [F] (bool) at every token: [n]."""
     values = acts.scaled(chosen.to(acts.values)).values.reshape(-1)
     return values.new_zeros(acts.n_tokens).index_add_(0, acts.token_numbers(), values)
 
 
 def matched_latents(chosen: Tensor, candidates: Tensor, features: Tensor, *, seed: int, among: int = 5) -> Tensor:
-    """For each chosen latent one of its nearest candidates by features, no candidate twice: the control of what it does.
+    """For each chosen latent, one of its nearest candidates by features, no candidate twice: a control for its effect.
 
     Args:
         chosen, candidates: numbers [m] and [c] of latents.
         features: [F, q], e.g. the logarithms of frequency and size.
-        among: drawn from so many nearest, with `seed`.
+        among: draw from this many nearest candidates, with `seed`.
 
     Returns:
-        numbers [min(m, c)], in the order of `chosen`.
+        Numbers [min(m, c)], in the order of `chosen`.
     """
     random, left, found = torch.Generator().manual_seed(seed), candidates.clone(), []
     for latent in chosen[: len(candidates)]:

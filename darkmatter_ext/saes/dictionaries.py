@@ -1,9 +1,9 @@
-"""The drop-in for dictionary_learning's dictionaries: what each class computes, and its encode, decode and forward, faster.
+"""The drop-in for dictionary_learning's dictionaries: what each class computes, and faster encode, decode and forward.
 
-The library is not imported: its classes are known by their names. Its gradients are left to it, as is everything that gives
-dense pre-activations. A new class is a class here and a line in KNOWN.
+The library is not imported: its classes are recognised by name. Gradients are left to the library, as are all calls that
+return dense pre-activations. To support a new class, write a class here and add a line to KNOWN.
 
-Shapes: d activation_dim, F dict_size latents; x [..., d]; acts [..., F] are dense, as the library's.
+Shapes: d activation_dim, F dict_size latents; x [..., d]; acts [..., F] are dense, as in the library.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Options = dict[str, Any]  # arguments of a call besides the tensor
 
 
 class Relu:
-    """AutoEncoder, and what all have in common: two linear layers, a bias taken off before and added after, relu."""
+    """AutoEncoder, and what all classes share: two linear layers, relu, a bias subtracted before and added after."""
 
     bias = "bias"
     acts_name = "f"  # the argument of the library's decode
@@ -55,12 +55,12 @@ class Relu:
     # What it reads
 
     def encoder(self, sae: Any) -> tuple[Tensor, Tensor]:
-        """Weight and bias, as the object keeps them."""
+        """Weight and bias, as the object stores them."""
         layer = sae._modules["encoder"]._parameters
         return layer["weight"], layer["bias"]
 
     def W_enc(self, weight: Tensor) -> Tensor:
-        """[d, F] of the encoder's weight."""
+        """The encoder's weight as [d, F]."""
         return weight.mT
 
     def decoder(self, sae: Any) -> Tensor:
@@ -70,11 +70,11 @@ class Relu:
         return sae._parameters[self.bias]
 
     def subtracts(self, sae: Any) -> bool:
-        """Whether that bias is taken off x."""
+        """Whether that bias is subtracted from x."""
         return True
 
     def vectors(self, sae: Any, options: Options) -> tuple[Tensor, ...]:
-        """What is read at every call besides the packed weights."""
+        """What every call reads besides the packed weights."""
         return ()
 
     def prepare(self, *weights: Tensor) -> Any:
@@ -87,17 +87,17 @@ class Relu:
         # relu comes before the strict threshold, so a negative threshold keeps what relu keeps
         return (threshold.detach().clamp(min=0),) if bool(threshold.isfinite().all()) else "threshold is not finite"
 
-    # Why it is left to the library
+    # Why a call is left to the library
 
     def why_not_encoder(self, sae: Any) -> str:
-        """Why the encoder is not the product it is taken for."""
+        """Why the encoder is not the product assumed here."""
         return why_not_linear(sae, "encoder", biased=True) or why_not_parameters(sae, self.bias)
 
     def why_not_decoder(self, sae: Any) -> str:
         return why_not_linear(sae, "decoder", biased=False) or why_not_parameters(sae, self.bias)
 
     def why_not_options(self, sae: Any, options: Options) -> str:
-        """Why this call is not the one that is fast."""
+        """Why this call has no fast path."""
         dense = next((name for name, value in options.items() if value), None)
         return f"dense pre-activations are wanted ({dense})" if dense else ""
 
@@ -107,7 +107,7 @@ class Relu:
     # What it computes
 
     def encode(self, sae: Any, sae_in: Tensor, ready: Ready, options: Options) -> Tried:
-        """The active latents, on the ops."""
+        """The active latents, computed by the ops."""
         weight, bias = self.encoder(sae)
         W_enc = self.W_enc(weight)
         threshold = ready.vectors[0].to(weight.dtype) if ready.vectors else zero_like(weight)
@@ -115,7 +115,7 @@ class Relu:
 
 
 class BatchTopK(Relu):
-    """BatchTopKSAE: one threshold for all latents; its k largest of a batch are for training."""
+    """BatchTopKSAE: one threshold for all latents; choosing the k largest of a batch is for training."""
 
     bias = "b_dec"
     acts_name = "x"
@@ -135,7 +135,7 @@ class BatchTopK(Relu):
 
 
 class TopK(Relu):
-    """AutoEncoderTopK: the k largest, or on request a threshold."""
+    """AutoEncoderTopK: the k largest or, on request, a threshold."""
 
     bias = "b_dec"
     acts_name = "x"
@@ -167,7 +167,7 @@ class TopK(Relu):
 
 
 class JumpRelu(Relu):
-    """JumpReluAutoEncoder: a threshold for each latent, and weights as SAELens keeps them."""
+    """JumpReluAutoEncoder: a threshold per latent, and weights stored as in SAELens."""
 
     bias = "b_dec"
     encode_options = ("output_pre_jump",)
@@ -207,13 +207,13 @@ def _k(sae: Any) -> int:
 
 
 def why_not_parameters(sae: Any, *names: str) -> str:
-    """Why a module's own parameters are not what its methods read."""
+    """Why a module's methods do not read its own parameters."""
     plain = all(sae._parameters.get(name) is not None for name in names)
     return "" if plain else "a weight is no parameter of the SAE"
 
 
 def why_not_linear(sae: Any, name: str, *, biased: bool) -> str:
-    """Why a layer is not one product with its weight."""
+    """Why a layer is not a single product with its weight."""
     layer = sae._modules.get(name)
     if type(layer) is not nn.Linear or "forward" in layer.__dict__:
         return f"{name} is not a plain torch.nn.Linear"
@@ -225,12 +225,12 @@ def why_not_linear(sae: Any, name: str, *, biased: bool) -> str:
 
 
 def why_not_scalar(sae: Any, name: str) -> str:
-    """Why a buffer is not the one number that it is taken for."""
+    """Why a buffer is not the single number assumed here."""
     buffer = sae._buffers.get(name)
     return "" if type(buffer) is Tensor and buffer.ndim == 0 else f"{name} is not a buffer of one number"
 
 
-# What each class computes, by its module and name
+# What each class computes, by module and name
 KNOWN: dict[tuple[str, str], Relu] = {
     ("dictionary_learning.dictionary", "AutoEncoder"): Relu(),
     ("dictionary_learning.dictionary", "JumpReluAutoEncoder"): JumpRelu(),
@@ -246,7 +246,7 @@ def is_dictionary(plain: type) -> bool:
 
 
 def dictionary_surface(plain: type) -> tuple[type[Accelerated], dict[str, Any]]:
-    """Methods and members of an accelerated class. Raises ValueError, with the reason, for one that cannot be accelerated."""
+    """Methods and members of an accelerated class. Raises ValueError, with the reason, if it cannot be accelerated."""
     found = class_named(plain, KNOWN)
     if found is None:
         known = ", ".join(name for _, name in KNOWN)
@@ -263,7 +263,7 @@ def dictionary_surface(plain: type) -> tuple[type[Accelerated], dict[str, Any]]:
 
 
 def _named(names: tuple[str, ...], given: tuple[Any, ...], named: Options) -> Options | None:
-    """Arguments by name; None where the library has no such call, and will say so."""
+    """Arguments by name; None if the library has no such call and will raise itself."""
     if not given and not named:
         return {}
     options = dict(zip(names, given, strict=False)) | named
@@ -274,15 +274,15 @@ _NO_SUCH_CALL = "not a call of the library's"
 
 
 class AcceleratedDictionary(ABC, Accelerated):
-    """The methods an accelerated dictionary puts before the library's own. Made by `accelerate`, never by hand.
+    """Methods that override the library's own in an accelerated dictionary. Created by `accelerate`, never by hand.
 
-    ABC comes first as in the library's own classes: Python changes an object's class only to one laid out alike.
+    ABC comes first, as in the library's classes: Python changes an object's class only to one with the same layout.
     """
 
     _architecture: Relu
 
     def encode(self, x: Tensor, *given: Any, **named: Any) -> Any:
-        """Latent activations [..., F] of x [..., d], as the library's encode, which answers calls with other results."""
+        """Latent activations [..., F] of x [..., d], like the library's encode, which answers calls that want other results."""
         if torch.compiler.is_compiling():
             return super().encode(x, *given, **named)  # type: ignore[misc]
         state, architecture = self._fast, self._architecture
@@ -298,7 +298,7 @@ class AcceleratedDictionary(ABC, Accelerated):
         return dense_acts(self._encoded(state, x, ready, options, "encode"))
 
     def decode(self, *given: Any, **named: Any) -> Tensor:
-        """Reconstruction [..., d] of acts [..., F], as the library's decode, reading only the rows of active latents."""
+        """Reconstruction [..., d] from acts [..., F], like the library's decode, but reads only the rows of active latents."""
         acts = next(iter((*given, *named.values())), None)
         as_known = len(given) + len(named) == 1 and named.keys() <= {self._architecture.acts_name}
         if torch.compiler.is_compiling() or not as_known:
@@ -316,7 +316,7 @@ class AcceleratedDictionary(ABC, Accelerated):
         return super().decode(acts)  # type: ignore[misc]
 
     def forward(self, x: Tensor, *given: Any, **named: Any) -> Any:
-        """The library's forward; latents stay sparse in between."""
+        """The library's forward, with latents kept sparse in between."""
         if torch.compiler.is_compiling():
             return super().forward(x, *given, **named)  # type: ignore[misc]
         state = self._fast
@@ -339,7 +339,7 @@ class AcceleratedDictionary(ABC, Accelerated):
             return "a ghost mask wants dense pre-activations"
         return "encode or decode is overridden" if {"encode", "decode"} & self.__dict__.keys() else ""
 
-    # Looks: what is ready for the ops, or why the library answers. As in `looks`, from the cheapest reason to the dearest.
+    # Looks: what is ready for the ops, or why the library answers. As in `looks`, the cheapest checks come first.
 
     def _look_at_encoder(self, state: State, x: Any, options: Options | None) -> Ready | str:
         architecture = self._architecture
@@ -378,7 +378,7 @@ class AcceleratedDictionary(ABC, Accelerated):
         return "" if fits else "mixed dtypes"
 
     def _look_at_decoder(self, state: State, acts: Any) -> Decoder | str:
-        """For dense acts, or None for those of an encode whose look has found all ready."""
+        """For dense acts; acts is None if they come from an encode whose look found everything ready."""
         architecture = self._architecture
         reason = ("" if acts is None else why_not_input(acts)) or architecture.why_not_decoder(self)
         if reason:
@@ -399,7 +399,7 @@ class AcceleratedDictionary(ABC, Accelerated):
             return "shape of the latents"
         return TOO_DENSE if not acts.is_meta and looks_dense(acts.detach(), DECODE_DENSITY) else ""
 
-    # Passes. Tokens that the ops hand back are the library's own code, within the same call.
+    # Passes. The library's own code answers tokens that the ops hand back, within the same call.
 
     def _encoded(self, state: State, x: Tensor, ready: Ready, options: Options, method: str) -> Pass:
         architecture = self._architecture

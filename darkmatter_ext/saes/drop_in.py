@@ -1,9 +1,9 @@
 """The drop-in: `accelerate(sae)` makes an SAE answer through this package's ops, and changes nothing else.
 
-Here are its public functions and the methods of accelerated SAELens objects (others: `dictionaries`, `sparse_coder`). Every
-call first asks whether the fast path is sound for it; if not, SAELens' own code answers, and `stats` tells why. Latents
-L = [..., d_sae] are dense where SAELens' methods return them; `encode_sparse`, `decode_sparse` and `forward_fused` keep them
-sparse.
+This module has the public functions and the methods of accelerated SAELens objects (other libraries: `dictionaries`,
+`sparse_coder`). Every call first checks whether the fast path is sound for it; if not, SAELens' own code answers and
+`stats` reports why. Latents L = [..., d_sae] are dense where SAELens' methods return them; `encode_sparse`,
+`decode_sparse` and `forward_fused` keep them sparse.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from darkmatter_ext.saes.training_saes import is_training_sae, training_surface
 
 
 class _DenseGradDecode(torch.autograd.Function):
-    """x_hat = acts W_dec + b_dec from the support of acts, with the dense gradient of acts that SAELens gives."""
+    """x_hat = acts W_dec + b_dec from the support of acts, with the same dense gradient of acts as SAELens."""
 
     @staticmethod
     def forward(ctx: Any, acts: Tensor, W_dec: Tensor, b_dec: Tensor, rows: Tensor, support: SparseActs) -> Tensor:  # type: ignore[override]
@@ -58,7 +58,7 @@ class _DenseGradDecode(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         grad_weights = None
         if wants_weights and (torch.is_grad_enabled() or transforms_active()):
-            grad_weights = acts.reshape(-1, acts.shape[-1]).mT @ flat  # differentiable again, and may be batched
+            grad_weights = acts.reshape(-1, acts.shape[-1]).mT @ flat  # can be differentiated again and batched
         elif wants_weights:
             grad_weights = decoder_outer(ctx.support, flat)
         return (
@@ -71,12 +71,12 @@ class _DenseGradDecode(torch.autograd.Function):
 
 
 class AcceleratedSAE(Accelerated):
-    """The methods an accelerated SAE puts before SAELens' own. Made by `accelerate`, never by hand."""
+    """Methods that override SAELens' own in an accelerated SAE. Created by `accelerate`, never by hand."""
 
     _architecture: Architecture
 
     def _repr_html_(self) -> str:
-        """What the SAE is, and how its calls were answered, for notebooks."""
+        """Summary of the SAE and of how its calls were answered, for notebooks."""
         cfg = self.cfg
         title = f"accelerated {cfg.architecture()}, {cfg.d_in} → {cfg.d_sae}, {cfg.dtype}, {cfg.device}"
         return html_table(title, (), (), str(self._fast.stats()).splitlines())
@@ -84,11 +84,11 @@ class AcceleratedSAE(Accelerated):
     # SAELens' methods
 
     def encode(self, x: Tensor, latents: Tensor | Sequence[int] | None = None) -> Tensor:
-        """Latent activations [..., d_sae] of x [..., d_in], as SAELens' encode.
+        """Latent activations [..., d_sae] of x [..., d_in], like SAELens' encode.
 
         Args:
             x: activations, as SAELens takes them.
-            latents: None, or [m] latent numbers: returns [..., m], equal to `encode(x)[..., latents]`, without the rest.
+            latents: None, or [m] latent numbers: then returns [..., m], equal to `encode(x)[..., latents]`, and skips the rest.
 
         Raises ValueError / TypeError for latents that are not whole numbers from 0 to d_sae - 1.
         """
@@ -114,7 +114,7 @@ class AcceleratedSAE(Accelerated):
         return acts
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """Reconstruction of feature_acts [..., d_sae], as SAELens' decode, reading only the rows of active latents."""
+        """Reconstruction from feature_acts [..., d_sae], like SAELens' decode, but reading only the rows of active latents."""
         if torch.compiler.is_compiling():
             return super().decode(feature_acts)  # type: ignore[misc]
         state = self._fast
@@ -139,7 +139,7 @@ class AcceleratedSAE(Accelerated):
         return after_decode(self, x_hat)
 
     def forward(self, x: Tensor) -> Tensor:
-        """SAELens' forward; latents stay sparse in between unless a hook wants them dense."""
+        """SAELens' forward. Latents stay sparse in between unless a hook needs them dense."""
         if torch.compiler.is_compiling():
             return super().forward(x)  # type: ignore[misc]
         state = self._fast
@@ -166,13 +166,13 @@ class AcceleratedSAE(Accelerated):
             sae_out = sae_out + sae_error
         return self.hook_sae_output(sae_out) if is_hooked(self._modules["hook_sae_output"]) else sae_out
 
-    # For those who opt in
+    # Opt-in methods
 
     def encode_sparse(self, x: Tensor) -> SparseActs:
-        """The active latents of x [..., d_in], as SparseActs of shape [..., d_sae]; differentiable.
+        """The active latents of x [..., d_in] as SparseActs of shape [..., d_sae]; differentiable.
 
-        hook_sae_input runs. If hook_sae_acts_pre or _post is hooked, or the fast path is not sound, SAELens' encode gives
-        the dense acts of which these are the nonzero entries.
+        Runs hook_sae_input. If hook_sae_acts_pre or _post is hooked, or the fast path is not sound, returns the nonzero
+        entries of the dense acts from SAELens' encode.
         """
         state = self._fast
         ready = look_at_encoder(self, state, x, sparse=True)
@@ -183,7 +183,7 @@ class AcceleratedSAE(Accelerated):
         return found.acts if found.dense is None else find_support(dense_acts(found))
 
     def decode_sparse(self, acts: SparseActs) -> Tensor:
-        """Reconstruction from SparseActs, as decode of their dense form; differentiable in acts.values.
+        """Reconstruction from SparseActs, equal to decoding their dense form; differentiable in acts.values.
 
         Raises TypeError / ValueError as `sparse_decode`.
         """
@@ -200,10 +200,10 @@ class AcceleratedSAE(Accelerated):
         return after_decode(self, x_hat)
 
     def forward_fused(self, x: Tensor) -> Tensor:
-        """As forward; kept as a name for those who want to say that no dense latents shall exist.
+        """Same as forward; the name states that no dense latents should be built.
 
-        Memory beyond the output: the active latents and a few copies of x. Where a hook or an option wants dense latents,
-        SAELens' forward answers, and `stats` says so.
+        Memory beyond the output: the active latents and a few copies of x. If a hook or an option needs dense latents,
+        SAELens' forward answers and `stats` reports it.
         """
         return self.forward(x)
 
@@ -226,23 +226,23 @@ class AcceleratedSAE(Accelerated):
         return found.acts.dense_columns(numbers) if found.dense is None else dense_acts(found)[..., numbers]
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        """As SAELens'; W_enc is saved contiguous, for safetensors takes nothing else."""
+        """Same as SAELens; W_enc is saved contiguous, because safetensors accepts nothing else."""
         super().process_state_dict_for_saving(state_dict)  # type: ignore[misc]
         if SAVES_MEMORY in self.__dict__ and "W_enc" in state_dict:
             state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
-        """As SAELens'; the packed weights are made anew."""
+        """Same as SAELens; also repacks the weights."""
         self._fast.forget()
         return super().fold_and_get_W_dec_norm()  # type: ignore[misc]
 
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        """As SAELens'; the packed weights are made anew."""
+        """Same as SAELens; also repacks the weights."""
         self._fast.forget()
         super().fold_activation_norm_scaling_factor(scaling_factor)  # type: ignore[misc]
 
     def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
-        """As SAELens'; the packed weights are made anew."""
+        """Same as SAELens; also repacks the weights."""
         self._fast.forget()
         super().fold_activation_whitening(*args, **kwargs)  # type: ignore[misc]
 
@@ -259,7 +259,7 @@ def _latent_numbers(latents: Tensor | Sequence[int], d_sae: int) -> Tensor:
 
 
 def _sae_lens_surface(plain: type) -> tuple[type[Accelerated], dict[str, Any]]:
-    # Loading through the class of an accelerated object gives plain objects, as loading through SAE does.
+    # Loading through the class of an accelerated object gives plain objects, just like loading through SAE.
     plain_lookup = classmethod(lambda cls, architecture: plain.get_sae_class_for_architecture(architecture))
     return AcceleratedSAE, {
         "get_sae_class_for_architecture": plain_lookup,
@@ -274,7 +274,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def _surface_of(sae: object) -> Surface:
-    """Of the library an object is of; the other libraries are known by the names of their classes, and not imported."""
+    """The surface for an object's library. Libraries other than SAELens are recognised by class names, not imported."""
     for belongs, surface in ((is_dictionary, dictionary_surface), (is_sparse_coder, sparse_coder_surface)):
         if belongs(type(sae)):
             return surface
@@ -291,32 +291,35 @@ def _surface_of(sae: object) -> Surface:
 def accelerate(sae: _Module, *, save_memory: bool = False) -> _Module:
     """Make an SAE of SAELens, sparsify or dictionary_learning answer through this package's ops, in place.
 
-    The same object, with the same parameters, hooks, configuration and results (pre-activations accumulated in float64
-    instead of in the order of a dense product), several times faster on sparse latents. isinstance, state_dict, `.to`,
-    deepcopy and save_model work as before. Calls the fast path is not sound for are answered by the library: see `stats`.
+    The object stays the same, with the same parameters, hooks, configuration and results (pre-activations are accumulated
+    in float64 instead of in the order of a dense product), but is several times faster on sparse latents. isinstance,
+    state_dict, `.to`, deepcopy and save_model work as before. The library itself answers calls for which the fast path is
+    not sound: see `stats`.
 
     Args:
-        sae: of SAELens topk, jumprelu, standard, gated, matching_pursuit, transcoder, skip_transcoder,
-            jumprelu_transcoder or jumprelu_skip_transcoder; of dictionary_learning AutoEncoder, AutoEncoderTopK,
-            BatchTopKSAE or JumpReluAutoEncoder; of sparsify SparseCoder. The latter two without gradients. Of SAELens'
-            training classes TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE and
-            JumpReLUTrainingSAE: their `training_forward_pass`, see `training_saes`.
-        save_memory: of SAELens alone. Store W_enc as the transposed view of contiguous rows, which the ops read in place:
-            W_enc once less in memory. It is then not contiguous, in `state_dict` neither (`save_model` writes it so,
-            `deaccelerate` makes it so again), and SAELens' own dense products of fewer than about 8 tokens take 1.2 to 1.6
-            times as long in float32. Not done, nor undone, while somebody else holds its storage or it has a gradient; let
-            no fused optimiser have averages of it yet.
+        sae: from SAELens: topk, jumprelu, standard, gated, matching_pursuit, transcoder, skip_transcoder,
+            jumprelu_transcoder or jumprelu_skip_transcoder. From dictionary_learning: AutoEncoder, AutoEncoderTopK,
+            BatchTopKSAE or JumpReluAutoEncoder. From sparsify: SparseCoder. The last two libraries: without gradients.
+            Of SAELens' training classes TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE and
+            JumpReLUTrainingSAE, `training_forward_pass` is accelerated: see `training_saes`.
+        save_memory: SAELens only. Store W_enc as the transposed view of contiguous rows, which the ops read in place. This
+            saves one copy of W_enc. W_enc is then not contiguous, nor is it in `state_dict` (`save_model` writes it
+            contiguous, `deaccelerate` restores it), and SAELens' own dense products of fewer than about 8 tokens take 1.2
+            to 1.6 times as long in float32. W_enc is not laid out this way, nor back again, while its storage is shared or
+            it has a gradient. Do not use this once a fused optimiser holds averages of W_enc.
 
     Returns:
-        sae itself; one of SAELens with `encode_sparse`, `decode_sparse`, `forward_fused` and `encode(x, latents=...)`
-        besides.
+        sae itself; a SAELens object also gains `encode_sparse`, `decode_sparse`, `forward_fused` and
+        `encode(x, latents=...)`.
 
     Raises:
-        TypeError: none of these. ValueError: one that cannot be accelerated, with the reason; save_memory of others.
+        TypeError: sae is none of these. ValueError: it cannot be accelerated (the message says why), or save_memory is
+        used with another library.
 
-    Weights are packed at the first call (cost: a few passes over W_enc; memory: W_enc once more, unless memory is saved or
-    it is stored as rows, and its codes: F d bytes with AVX-512 VNNI, 2 F d with other AVX2 processors, none elsewhere).
-    Which later edits of weights are noticed: `darkmatter_ext/saes/packed_weights.py`; after any other call `refresh`.
+    Weights are packed at the first call. Cost: a few passes over W_enc. Memory: one more copy of W_enc, unless memory is
+    saved or it is stored as rows, plus its codes: F d bytes with AVX-512 VNNI, 2 F d on other AVX2 processors, none
+    elsewhere. `darkmatter_ext/saes/packed_weights.py` says which later edits of the weights are detected; after any other
+    edit, call `refresh`.
     """
     if not is_accelerated(sae):
         make_accelerated(sae, _surface_of(sae))
@@ -332,10 +335,10 @@ def _save_memory(sae: Any) -> None:
 
 
 def deaccelerate(sae: _Module) -> _Module:
-    """Give an accelerated SAE its library's class back, in place; any other is returned as it is."""
+    """Give an accelerated SAE its library's class back, in place; any other object is returned unchanged."""
     if isinstance(sae, Accelerated):
         saves = vars(sae).pop(SAVES_MEMORY, False)
-        make_plain(sae)  # and nothing packed holds the storage of W_enc any more
+        make_plain(sae)  # afterwards no packed weights hold the storage of W_enc
         if saves and "W_enc" in sae._parameters:
             lay_contiguous(sae.W_enc)
     return sae
@@ -353,17 +356,17 @@ def _accelerated_state(sae: object) -> State:
 
 
 def refresh(sae: _Module) -> _Module:
-    """Pack the weights anew at the next call: after edits through `.data` or numpy of single elements.
+    """Repack the weights at the next call. Needed after editing single elements through `.data` or numpy.
 
-    Raises TypeError when sae is not accelerated.
+    Raises TypeError if sae is not accelerated.
     """
     _accelerated_state(sae).forget()
     return sae
 
 
 def stats(sae: nn.Module) -> Stats:
-    """How many calls of each method were fast, and why the others were not. Calls while compiling are not counted.
+    """How many calls of each method were fast, and why the others were not. Calls during compilation are not counted.
 
-    Raises TypeError when sae is not accelerated.
+    Raises TypeError if sae is not accelerated.
     """
     return _accelerated_state(sae).stats()

@@ -1,6 +1,6 @@
 """What an accelerated SAE carries besides its SAELens attributes: packed weights, the last pass, counts.
 
-And the small types that its look, pass and decode hand on.
+Also the small types that its look, pass and decode exchange.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Stats:
 
     fast: dict[str, int]
     fallback: dict[str, dict[str, int]]  # method -> reason -> calls
-    tokens_handed_over: int = 0  # within fast calls: too many candidates, answered by the library's dense arithmetic
+    tokens_handed_over: int = 0  # tokens of fast calls with too many candidates: left to dense arithmetic
     library: str = "SAELens"
 
     def __str__(self) -> str:
@@ -41,32 +41,32 @@ class Stats:
 
 
 class Ready(NamedTuple):
-    """What a call needs that its look at the weights has found."""
+    """What a call needs from its look at the weights."""
 
     prepared: Any  # PreparedEncoder or PreparedDictionary
     vectors: tuple[Tensor, ...]
 
 
 class Decoder(NamedTuple):
-    """What a decode needs that its look at the weights has found."""
+    """What a decode needs from its look at the weights."""
 
     rows: Tensor  # contiguous [F, d]
     inverse_norms: Tensor | None  # [F] with rescale_acts_by_decoder_norm
 
 
 class Pass(NamedTuple):
-    """The latents of a call: active ones, and dense acts [u, F] of the tokens that were handed back."""
+    """The latents of a call: the active ones, and dense acts [u, F] for the tokens that were handed back."""
 
     acts: SparseActs
     undecided: Tensor  # [u] int64
-    dense: Tensor | None  # None where u is 0
+    dense: Tensor | None  # None if u is 0
 
     def detach(self) -> Pass:
         return Pass(self.acts.detach(), self.undecided, None if self.dense is None else self.dense.detach())
 
 
 class Packing(Protocol):
-    """What an architecture says about its weights."""
+    """What an architecture states about its weights."""
 
     decoder_is_columns: bool  # the decoder's weight is [d, F]
 
@@ -76,7 +76,7 @@ class Packing(Protocol):
 
 
 class State:
-    """Of one object: copies make their own."""
+    """The state of one object; copies create their own."""
 
     def __init__(self, sae: Any, architecture: Packing, library: str) -> None:
         self.library = library
@@ -86,19 +86,19 @@ class State:
         decoder = functools.partial(_decoder, is_columns=architecture.decoder_is_columns)
         self.decoder = Packed(decoder, why_not=why_not_weights)
         self.rescaled_decoder = Packed(_rescaled_decoder, why_not=why_not_weights)
-        self.decoder_of: tuple[Any, Decoder] | None = None  # an encoder packed with W_dec's norms, and that W_dec
+        self.decoder_of: tuple[Any, Decoder] | None = None  # an encoder packed with the norms of W_dec, and that W_dec
         self.back_off = BackOff()
-        self.reads = BackOff()  # of pre-activations that are computed when they are read (sparsify)
-        self.guess = Guess()  # of a BatchTopK in training
-        self.refused: int | None = None  # address of a W_enc that somebody else holds too: its layout stays
+        self.reads = BackOff()  # for pre-activations that are computed only when read (sparsify)
+        self.guess = Guess()  # for BatchTopK in training
+        self.refused: int | None = None  # address of a W_enc with shared storage: its layout stays
         self.has_second_passes = False  # SAELens has asked for an error term: keep the last pass for it
-        self.last_pass: tuple[Tensor, Ready, tuple, Pass] | None = None  # input, what else decided, result
+        self.last_pass: tuple[Tensor, Ready, tuple, Pass] | None = None  # input, everything else that decided, result
         self.calls: Counter[tuple[str, str]] = Counter()  # (method, reason or "")
         self.handed_over = 0
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
-        return _no_state, ()  # a copy of an object's attributes leaves it out
+        return _no_state, ()  # copies of an object's attributes leave it out
 
     def count(self, method: str, reason: str = "", handed_over: int = 0) -> None:
         with self.lock:
@@ -127,13 +127,13 @@ def _no_state() -> None:
 
 
 def _decoder(W_dec: Tensor, *, is_columns: bool = False) -> Decoder | str:
-    """Contiguous rows of W_dec (itself if it is); a reason where they are not finite, for 0 times Inf is NaN only if dense."""
+    """Contiguous rows of W_dec, without a copy if possible; a reason if not finite, as 0 times Inf is NaN only if dense."""
     W_dec = W_dec.detach().mT if is_columns else W_dec.detach()
     return Decoder(W_dec.contiguous(), None) if bool(W_dec.isfinite().all()) else "W_dec is not finite"
 
 
 def _rescaled_decoder(W_dec: Tensor) -> Decoder | str:
-    """With 1 / norm of the rows, as SAELens computes it."""
+    """The decoder with 1 / norm of its rows, as SAELens computes it."""
     decoder, inverses = _decoder(W_dec), 1 / W_dec.detach().norm(dim=-1)
     if isinstance(decoder, str):
         return decoder

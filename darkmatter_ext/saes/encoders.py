@@ -1,10 +1,10 @@
-"""Every way from activations to a reconstruction with an SAE's latents: its own, pursuit, a refit, and controls.
+"""All ways from activations to a reconstruction with an SAE's latents: its own encoder, pursuit, a refit, and controls.
 
-*Pursuit* and *refit* use an SAE's dictionary otherwise than its own encoder does, at exactly the SAE's own L0, token by
-token. Gradient pursuit at the SAE's L0 is how Engels et al. ask whether nonlinear error is what a better encoder would remove.
+*Pursuit* and *refit* use an SAE's dictionary differently from its own encoder, at exactly the SAE's own L0 for each
+token. Engels et al. use gradient pursuit at the SAE's L0 to ask whether a better encoder would remove the nonlinear error.
 
-*Controls* have as many latents with nothing learned in them. A result that a random dictionary shares is no result of
-training (sanity checks, 2602.14111).
+*Controls* have the same number of latents, but nothing learned. A result that also holds for a random dictionary is not
+a result of training (sanity checks, 2602.14111).
 
 Shapes: n tokens, d model dimension, F latents.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Encoded(NamedTuple):
-    """What an SAE makes of activations [n, d]."""
+    """An SAE's output for activations [n, d]."""
 
     x_hat: Tensor  # [n, d]
     l0: Tensor  # [n] number of active latents
@@ -46,13 +46,13 @@ Inputs = Mapping[str, Tensor]  # hook point -> [n, d]
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """One way from activations to a reconstruction, by name: an SAE with its own encoder, with another, a control.
+    """One named way from activations to a reconstruction: an SAE with its own encoder or another one, or a control.
 
-    A transcoder reads one hook point and writes another, a crosscoder reads several; an SAE writes what it reads.
+    An SAE reads and writes the same hook point, a transcoder reads one and writes another, a crosscoder reads several.
     """
 
     name: str
-    reads: tuple[str, ...]  # hook points it is given
+    reads: tuple[str, ...]  # hook points it reads
     writes: str  # hook point it reconstructs
     d_sae: int
     load: Callable[[], Callable[[Inputs], Encoded]]
@@ -62,7 +62,7 @@ class Encoder:
     def of_site(
         cls, name: str, hook: str, d_sae: int, load: Callable[[], Encode], *, weight_bytes: int = 0, writes: str = ""
     ) -> Encoder:
-        """An encoder of the one hook point it reads: it reconstructs that, or for a transcoder what `writes` names."""
+        """An encoder that reads one hook point and reconstructs it or, for a transcoder, the one named by `writes`."""
 
         def load_inputs() -> Callable[[Inputs], Encoded]:
             encode = load()
@@ -72,12 +72,12 @@ class Encoder:
 
     @property
     def site(self) -> str:
-        """What it is measured at, see `site_name`."""
+        """Where it is measured: see `site_name`."""
         return site_name(self.reads, self.writes)
 
 
 def site_name(reads: tuple[str, ...], writes: str) -> str:
-    """A hook point that is read and written has its own name; else what is read `to` what is written."""
+    """The name of a hook point that is both read and written; otherwise what is read `to` what is written."""
     return writes if writes in reads else f"{' and '.join(reads)} to {writes}"
 
 
@@ -86,18 +86,18 @@ Choose = Callable[[Tensor, SparseActs], SparseActs]  # x [n, d] and the SAE's ow
 
 
 def as_encoder(sae: SAE) -> Encode:
-    """x [n, d] -> Sae(x), L0 and active latents, Sae(x) in the dtype of x; a transcoder's with what its skip adds.
+    """x [n, d] -> Sae(x), L0 and active latents. Sae(x) has the dtype of x and includes a transcoder's skip connection.
 
-    Accelerated where it can be; others (temporal, own classes) run SAELens' code. SAEs on hook_z take x with heads
-    flattened, as our sources give it. The object given shares its weights and stays as it was.
+    Accelerated if possible; other SAEs (temporal, custom classes) run SAELens' code. SAEs on hook_z take x with heads
+    flattened, as our sources give it. The given object shares its weights and is left unchanged.
 
-    Raises ValueError when the SAE needs activations scaled by a factor that it does not carry.
+    Raises ValueError if the SAE needs activations scaled by a factor that it does not carry.
     """
     own: Any = for_flat_activations(sae)
     if own.cfg.architecture() in TOPK_TRANSCODERS:
         return _topk_transcoder(own)
     skip = getattr(own, "W_skip", None)
-    with contextlib.suppress(ValueError):  # the reason is in accelerate's message; every SAE gives its own answer
+    with contextlib.suppress(ValueError):  # SAEs that cannot be accelerated answer with their own code
         accelerate(own)
 
     def encode(x: Tensor) -> Encoded:
@@ -114,7 +114,7 @@ def as_encoder(sae: SAE) -> Encode:
 
 
 def _topk_transcoder(sae: Any) -> Encode:
-    """One that the drop-in does not know, on the ops themselves."""
+    """A transcoder that the drop-in does not support, run directly on the ops."""
     W_enc, b_enc, W_dec, b_dec = (getattr(sae, name).detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     skip, prepared = getattr(sae, "W_skip", None), prepare_encoder(W_enc, b_enc)
 
@@ -133,10 +133,10 @@ def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encode:
     """Pursuit over W_dec from zero, with as many steps at each token as the SAE has active latents there.
 
     Args:
-        sae: left as it is; a twin on its weights is accelerated.
-        method: of METHODS; orthogonal is the non-negative form.
+        sae: left unchanged; a twin that shares its weights is accelerated.
+        method: one of METHODS; orthogonal means its non-negative form.
 
-    Raises ValueError for another method, or an SAE with maps that pursuit knows nothing of. Cost: see
+    Raises ValueError for any other method, or for an SAE with maps that pursuit does not cover. Cost: see
     `ops.pursuit.pursuit`.
     """
     if method not in METHODS:
@@ -152,14 +152,14 @@ def pursuit_encoder(sae: SAE, *, method: str = "gradient") -> Encode:
 
 
 def refit_encoder(sae: SAE) -> Encode:
-    """The SAE's own choice of latents with least-squares values (not below zero). Raises as `pursuit_encoder`."""
+    """The SAE's own choice of latents with non-negative least-squares values. Raises as `pursuit_encoder`."""
     sae = for_flat_activations(sae)
     dictionary, bias = _dictionary(sae)
     return _encoder(sae, dictionary.rows.to(dictionary.dtype), lambda x, acts: refit(x, acts, dictionary, bias=bias))
 
 
 def _dictionary(sae: Any) -> tuple[Any, Tensor]:
-    """W_dec, packed, and b_dec. Raises ValueError unless Sae(x) is what they add up to: no other maps between."""
+    """W_dec, packed, and b_dec. Raises ValueError unless they alone make up Sae(x), without other maps in between."""
     cfg = sae.cfg
     if "transcoder" in cfg.architecture():
         raise InputError(f"sae: must reconstruct its own input for pursuit, got a {cfg.architecture()}")
@@ -174,7 +174,7 @@ def _dictionary(sae: Any) -> tuple[Any, Tensor]:
 
 
 def _encoder(sae: Any, rows: Tensor, choose: Choose) -> Encode:
-    """`rows` [F, d]: the decoder in the dtype of the acts, float32 for a 16-bit SAE."""
+    """An Encode that chooses other acts; `rows` [F, d] is the decoder in their dtype, float32 for a 16-bit SAE."""
     bias = sae.b_dec.detach().to(rows.dtype)
 
     def encode(x: Tensor) -> Encoded:
@@ -187,9 +187,9 @@ def _encoder(sae: Any, rows: Tensor, choose: Choose) -> Encode:
 
 
 def random_dictionary(mean: Tensor, n_latents: int, l0: int, *, seed: int) -> Encode:
-    """Pursuit with `l0` steps over `n_latents` random unit directions about `mean` [d]: good codes, nothing learned.
+    """Pursuit with `l0` steps over `n_latents` random unit directions around `mean` [d]: good codes, nothing learned.
 
-    Gradient pursuit chooses the codes: an encoder for directions nobody trained would have to be invented. It runs on
+    Gradient pursuit chooses the codes, because untrained directions have no encoder. It runs on
     the CPU, wherever x is. Cost: see `ops.pursuit.pursuit`. Raises InputError as it does.
     """
     rows = random_rows((n_latents, len(mean)), seed)
@@ -210,9 +210,9 @@ def random_rows(shape: tuple[int, int], seed: int) -> Tensor:
 
 
 def random_directions(sae: SAE, l0: int, *, seed: int) -> Encode:
-    """As many latents as `sae` has, with random unit directions: TopK of the tied encoder, `l0` active, about b_dec.
+    """As many latents as `sae` has, with random unit directions around b_dec: TopK of the tied encoder, `l0` active.
 
-    Its codes are as cheap as an SAE's, and poorer than those of `random_dictionary`. Raises ValueError as `topk_encode`.
+    Its codes are as cheap as an SAE's, but worse than those of `random_dictionary`. Raises ValueError as `topk_encode`.
     """
     rows = random_rows((len(sae.W_dec), sae.W_dec.shape[1]), seed).to(sae.W_dec)
     columns, center, no_bias = rows.mT.contiguous(), sae.b_dec.detach(), rows.new_zeros(len(rows))
@@ -226,7 +226,7 @@ def random_directions(sae: SAE, l0: int, *, seed: int) -> Encode:
 
 
 def shuffled_sae(sae: SAE, *, seed: int) -> SAE:
-    """A copy with its decoder rows [F, d] permuted: the same codes, read at the wrong places."""
+    """A copy with permuted decoder rows [F, d]: the same codes, decoded with the wrong rows."""
     shuffled = copy.deepcopy(sae)
     order = torch.randperm(sae.cfg.d_sae, generator=torch.Generator().manual_seed(seed))
     shuffled.W_dec.data = sae.W_dec.detach()[order.to(sae.W_dec.device)].contiguous()

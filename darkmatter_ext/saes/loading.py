@@ -1,7 +1,7 @@
-"""SAEs that exist: what their files say, and their weights as a SAELens object, with errors of one line.
+"""Load existing SAEs: what their files say, and their weights as a SAELens object, with one-line errors.
 
-A *spec* names an SAE: a folder (or its weights' file) in a layout of `formats`, or RELEASE:ID of SAELens' list, or
-REPOSITORY:ID of a repository one of its releases is from.
+A *spec* names an SAE: a folder (or its weights file) in one of the layouts of `formats`, or RELEASE:ID from SAELens' list,
+or REPOSITORY:ID for a repository that one of its releases comes from.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SCALER_NAME, WHITENING_NAME = (
     "activation_scaler.json",
     "activation_whitening.safetensors",
-)  # beside SAELens' checkpoints
+)  # in addition to SAELens' checkpoints
 _L0 = re.compile(r"l0[_=-]?(\d+(?:\.\d+)?)(?![\d.]*\w)")  # average_l0_71
 
 
@@ -39,25 +39,25 @@ class SaeDescription:
     d_sae: int
     architecture: str
     metadata: dict[str, Any]  # SAELens' keys: model_name, hook_name, context_size, prepend_bos, ...
-    normalize_activations: str = "none"  # "none" where the files give the factor that is folded in at loading
-    expected_l0: float | None = None  # of its k, its id, SAELens' list or the training's target
-    d_out: int = 0  # width of what a transcoder writes; 0: of what it reads
+    normalize_activations: str = "none"  # "none" if the files give the factor, which loading folds in
+    expected_l0: float | None = None  # from its k, its id, SAELens' list or the training target
+    d_out: int = 0  # width of a transcoder's output; 0: same as its input
 
     @property
     def weight_bytes(self) -> int:
-        """Of encoder and decoder in float32."""
+        """Size of encoder and decoder in float32."""
         return 4 * (self.d_in + self.width_out) * self.d_sae
 
     @property
     def transcodes(self) -> bool:
-        """Whether it writes another site than it reads."""
+        """Whether it writes to a different site than it reads."""
         return "transcoder" in self.architecture or self.metadata.get("hook_name_out") not in (
             None, self.metadata.get("hook_name"),
         )  # fmt: skip
 
     @property
     def width_out(self) -> int:
-        """Of what it writes."""
+        """Width of its output."""
         return self.d_out or self.d_in
 
 
@@ -73,7 +73,7 @@ def _release_and_id(spec: str) -> tuple[str, str]:
 
 
 def _converter(release: str) -> str | None:
-    """SAELens' name of the format of a repository it knows by other releases; None: it knows the release itself."""
+    """SAELens' name for the format of a repository that it knows from other releases; None if it knows the release itself."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory, get_releases_for_repo_id
 
     directory = get_pretrained_saes_directory()
@@ -97,7 +97,7 @@ def _hub_config(release: str, sae_id: str) -> dict[str, Any]:
 
 
 def _expected_l0(spec: str, config: dict[str, Any]) -> float | None:
-    """Mean active latents a token the SAE was made with, where anything says so."""
+    """Mean active latents per token that the SAE was made for, if anything states it."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     metadata = config.get("metadata") or {}
@@ -107,7 +107,7 @@ def _expected_l0(spec: str, config: dict[str, Any]) -> float | None:
     named = _L0.search(spec)
     found = (
         listed.expected_l0.get(sae_id) if listed else None,
-        named[1] if named else None,  # before its k: a wrong k is told from its id
+        named[1] if named else None,  # before its k: the id exposes a wrong k
         config.get("k"),
         metadata.get("k"),
         training.get("k"),
@@ -117,9 +117,9 @@ def _expected_l0(spec: str, config: dict[str, Any]) -> float | None:
 
 
 def describe_sae(spec: str) -> SaeDescription:
-    """The configuration of an SAE, old files too. Downloads at most a small file.
+    """The configuration of an SAE, including those saved in old formats. Downloads at most a small file.
 
-    Raises ValueError, one line, when there is none or it cannot be read.
+    Raises ValueError (one line) if there is none or it cannot be read.
     """
     with told("sae", "must be an SAE that can be read", spec):
         if on_disk(spec):
@@ -147,14 +147,14 @@ def describe_sae(spec: str) -> SaeDescription:
 def load_sae(
     spec: str | Path, *, device: str = "cpu", dtype: str | None = None, activation_scale: float | None = None
 ) -> SAE:
-    """The SAE a spec names (see the module), in eval mode, without gradients; RELEASE:ID downloads it once.
+    """Load the SAE that a spec names (see the module), in eval mode, without gradients; RELEASE:ID is downloaded once.
 
     Args:
-        dtype: of the weights, "float32", "bfloat16" or "float16"; default as they are stored.
-        activation_scale: what the activations the SAE was trained on were multiplied by, folded into the weights, for
-            one that needs it and whose files do not give it. Without it such an SAE is loaded as it is saved.
+        dtype: of the weights: "float32", "bfloat16" or "float16"; default: as stored.
+        activation_scale: the factor by which the training activations were multiplied, to be folded into the weights if
+            the SAE needs it and its files do not give it. Without it, such an SAE is loaded as saved.
 
-    Raises ValueError, in one line with the reason, when a folder or a file is missing, truncated or not what it should
+    Raises ValueError, in one line with the reason, if a folder or file is missing, truncated or not what it should
     be, or a weight is NaN or infinite.
     """
     layout, place = found_at(spec) if on_disk(spec) else (None, None)
@@ -200,7 +200,7 @@ def _from_hub(spec: str, device: str, dtype: str) -> SAE:
 
 
 def _fold_scaling(sae: SAE, folder: Path | None, given: float | None) -> None:
-    """Fold the factor of the activations into the weights: as SAELens' checkpoints keep it, else the one given."""
+    """Fold the activation scaling factor into the weights: the one in SAELens' checkpoint, otherwise the given one."""
     from sae_lens.training.activation_scaler import ActivationScaler
 
     kind, scaler = sae.cfg.normalize_activations, ActivationScaler()
@@ -211,7 +211,7 @@ def _fold_scaling(sae: SAE, folder: Path | None, given: float | None) -> None:
     if folder is not None and (folder / SCALER_NAME).is_file():
         with told("sae", f"{SCALER_NAME} must be as SAELens writes it", folder):
             scaler.load(folder / SCALER_NAME)
-    own = getattr(scaler, "whitening", None)  # older releases of SAELens have none
+    own = getattr(scaler, "whitening", None)  # not in older releases of SAELens
     if kind == WHITENED and own is not None:
         sae.fold_activation_whitening(own.mean, own.matrix, own.inverse_matrix)
     factor = scaler.scaling_factor if scaler.scaling_factor is not None else given

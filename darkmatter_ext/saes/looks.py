@@ -1,7 +1,7 @@
 """The look at the start of every call: what is ready for the ops, or why SAELens answers (a str).
 
-Reasons are asked from the cheapest to the dearest: the tensors at hand (`soundness`), the architecture, hooks, whether it
-pays (`stepping_aside`), and last whether the weights are still those that were packed.
+Checks run from the cheapest to the most expensive: the tensors at hand (`soundness`), the architecture, hooks, whether it
+pays off (`stepping_aside`), and finally whether the weights are still those that were packed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from darkmatter_ext.saes.row_layout import lay_as_rows
 from darkmatter_ext.saes.soundness import is_hooked, why_not_decoder, why_not_input, why_not_together
 from darkmatter_ext.saes.stepping_aside import DECODE_DENSITY, TOO_DENSE, TOO_MANY, looks_dense
 
-SAVES_MEMORY = "_darkmatter_saves_memory"  # attribute of an SAE whose W_enc and packed rows shall be one storage
+SAVES_MEMORY = "_darkmatter_saves_memory"  # attribute of an SAE whose W_enc and packed rows should share storage
 
 
 def look_at_encoder(sae: Any, state: State, x: Any, *, sparse: bool = False, any_density: bool = False) -> Ready | str:
-    """What is ready for the encode of x, or why SAELens answers; `sparse`: no hook may want dense latents after it."""
+    """What is ready for the encode of x, or why SAELens answers; `sparse`: no later hook may need dense latents."""
     architecture = sae._architecture
     weights = architecture.packed(sae)
     vectors = tuple(weight(sae, name) for name in architecture.vectors)
@@ -52,14 +52,14 @@ def _why_not_hooks(sae: Any, sparse: bool) -> str:
 
 
 def _lay_as_rows(sae: Any, state: State, W_enc: Tensor) -> None:
-    """Let W_enc and its packed rows be one storage. Tried once for a storage: it may be somebody else's too."""
+    """Make W_enc and its packed rows share storage. Tried only once per storage, because others may hold it too."""
     if W_enc.is_contiguous() and sae._parameters.get("W_enc") is W_enc and state.refused != W_enc.data_ptr():
         state.forget()
         state.refused = None if lay_as_rows(W_enc) else W_enc.data_ptr()
 
 
 def look_at_decoder(sae: Any, state: State, acts: Any, *, dense: bool = False) -> Decoder | str:
-    """What is ready for a decode of acts (values of sparse ones, or dense), or why SAELens answers."""
+    """What is ready for a decode of acts (dense, or the values of sparse ones), or why SAELens answers."""
     W_dec, b_dec = weight(sae, "W_dec"), weight(sae, "b_dec")
     reason = why_not_input(acts) or why_not_decoder(sae, W_dec, b_dec, acts, dense=dense)
     if not reason and dense and not acts.is_meta and looks_dense(acts.detach(), DECODE_DENSITY):
@@ -68,14 +68,14 @@ def look_at_decoder(sae: Any, state: State, acts: Any, *, dense: bool = False) -
 
 
 def look_at_decoder_after(sae: Any, state: State, ready: Ready) -> Decoder | str:
-    """As `look_at_decoder`, for the latents of an encode whose look has found `ready`."""
+    """As `look_at_decoder`, for the latents of an encode whose look returned `ready`."""
     W_dec, b_dec = weight(sae, "W_dec"), weight(sae, "b_dec")
     reason = why_not_decoder(sae, W_dec, b_dec)
     if reason:
         return reason
     if not sae._architecture.rescales(sae):
         return _decoder(sae, state, W_dec)
-    # The encoder is packed with the norms of W_dec: its look has found W_dec as it was then.
+    # The encoder is packed with the norms of W_dec, so its look has already found W_dec unchanged since then.
     last = state.decoder_of
     if last is not None and last[0] is ready.prepared:
         return last[1]

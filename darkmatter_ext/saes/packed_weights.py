@@ -1,10 +1,10 @@
 """Derived copies of an SAE's weights that notice when the weights change.
 
-Optimisers, `copy_`, assignment and `.to` are seen by the identity and version of a tensor. Edits through `.data` (SAELens'
-own fold_* among them) and numpy change neither, so one element of every row and every column is compared as well, one that
-is not 0 where there is one: an edit of a whole latent, a whole dimension or the whole matrix is noticed, an edit of single
-elements through `.data` may not be, nor one through another tensor that lies in the same storage, but for the SAE's other
-matrix (tied weights). Vectors are compared whole.
+Optimisers, `copy_`, assignment and `.to` show in the identity and version of a tensor. Edits through `.data` (including
+SAELens' own fold_*) and numpy change neither, so one element of every row and every column is compared as well, a nonzero
+one if there is one. Edits of a whole latent, a whole dimension or the whole matrix are detected. Edits of single elements
+through `.data` may go undetected, as may edits through another tensor in the same storage, except the SAE's other
+matrix (tied weights). Vectors are compared in full.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 PLAIN = (Tensor, nn.Parameter)
 CHANGING = "the weights change at every call (they are packed again once they stay)"
-NO_KERNEL = "no fast kernel for this processor or this size"  # whatever the weights hold: not looked into again
-_RENEWALS_IN_A_ROW = 4  # then the tokens must be many for packing to pay
+NO_KERNEL = "no fast kernel for this processor or this size"  # whatever the weights hold: not checked again
+_RENEWALS_IN_A_ROW = 4  # after these, packing pays only for many tokens
 _TOKENS_TO_PAY = 256
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LINE = 64  # bytes in a cache line
-_ELEMENTS_AT_ONCE = 1 << 22  # copied when places beside zeros are looked for
+_ELEMENTS_AT_ONCE = 1 << 22  # copied while looking for places beside zeros
 
 
 def version_of(tensor: Tensor) -> int | None:
-    """The count of edits torch has seen; None where it keeps none: tensors made in inference mode, whatever they say now,
-    and those whose `.data` was, which have a count that stays.
+    """The number of edits torch has seen; None if it does not count them. That is the case for tensors created in inference
+    mode, whatever they report now, and for those whose `.data` was: their count never changes.
     """
     try:
         return None if tensor.is_inference() else tensor._version
@@ -36,19 +36,19 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 def _by_gather(tensor: Tensor) -> bool:
-    """Whether what is looked at is gathered from all tensors and compared at once: on CUDA every comparison is a wait."""
+    """Whether to gather the elements of all tensors and compare them at once: on CUDA every comparison waits."""
     return tensor.is_cuda
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """As integers, because NaN equals itself then."""
+    """The elements as integers, so that NaN equals itself."""
     return tensor.detach().view(_BITS[tensor.element_size()])
 
 
 def _looked_at(tensor: Tensor) -> Iterator[Tensor]:
-    """Views of the bits: all of a vector; of a matrix, stairs through all rows and columns.
+    """Views of the bits: all of a vector; for a matrix, stairs through all rows and columns.
 
-    A step is a cache line wide where the longer side lies along memory, for its elements cost one read; else one element.
+    A step is one cache line wide if the longer side is contiguous in memory, as a line costs one read; else one element.
     """
     bits = _bits(tensor)
     if bits.ndim != 2 or bits.numel() == 0:
@@ -58,7 +58,7 @@ def _looked_at(tensor: Tensor) -> Iterator[Tensor]:
     rows, columns = wide.shape
     down, along = wide.stride()
     width = _LINE // bits.element_size() if along == 1 and not _by_gather(tensor) else 1
-    while columns < rows * width:  # else the stairs would end before the last row
+    while columns < rows * width:  # otherwise the stairs would end before the last row
         width //= 2
     flight = rows * width  # columns of one staircase from the first row to the last
     whole, rest = divmod(columns, flight)
@@ -74,16 +74,17 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def _beside_zeros(tensor: Tensor, stairs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor] | None:
-    """Rows and columns, in `_wide(tensor)`, of one more element for each row and column that the stairs touch at 0 alone.
+    """Rows and columns, in `_wide(tensor)`, of one more element for each row and column where the stairs touch only zeros.
 
-    The largest there; in a row or column of zeros one that crosses the busiest other, where new values are least likely 0.
+    It is the largest element there. An all-zero row or column uses its crossing with the busiest column or row instead,
+    where new values are least likely to be 0.
     """
     if tensor.ndim != 2 or tensor.numel() == 0:
         return None
     wide = _wide(tensor.detach())
     columns = wide.shape[1]
     found = [(step << 1) != 0 for step in stairs]  # without the sign
-    # The stairs go through the columns in order, and their rest through the last ones; through the rows at every step.
+    # The stairs take the columns in order (the rest takes the last ones) and pass through the rows at every step.
     touched = torch.cat([f.reshape(-1) for f in found])
     numbers = torch.cat(
         [torch.arange(found[0].numel()), torch.arange(columns)[columns - sum(f.numel() for f in found[1:]) :]]
@@ -96,7 +97,7 @@ def _beside_zeros(tensor: Tensor, stairs: tuple[Tensor, ...]) -> tuple[Tensor, T
 
 
 def _largest_of(matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the largest elements of some columns, and the columns."""
+    """Rows of the largest elements of the given columns, and the columns."""
     rows, nothing = [columns[:0]], [columns[:0].bool()]
     for some in columns.split(max(1, _ELEMENTS_AT_ONCE // max(1, matrix.shape[0]))):
         largest, row = matrix[:, some].abs().max(0)
@@ -109,7 +110,7 @@ def _largest_of(matrix: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _positions(view: Tensor) -> Tensor:
-    """Where the elements of a view lie in its storage."""
+    """Positions of a view's elements in its storage."""
     found = torch.zeros(1, dtype=torch.int64, device=view.device) + int(view.storage_offset())
     for size, stride in zip(view.shape, view.stride(), strict=True):
         found = (found[:, None] + stride * torch.arange(size, device=view.device)).reshape(-1)
@@ -117,7 +118,7 @@ def _positions(view: Tensor) -> Tensor:
 
 
 def is_tied(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors lie in one storage: torch may count an edit of both for one of them only."""
+    """Whether two tensors share storage: torch may then count an edit of both for only one of them."""
     if one is other or not all(type(t) in PLAIN and t.layout is torch.strided for t in (one, other)):
         return False
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
@@ -127,7 +128,7 @@ class _Watched:
     """What is remembered of one tensor."""
 
     def __init__(self, tensor: Tensor, *, look_inside: bool) -> None:
-        self.tensor = tensor  # held, so that its id and address are not given to another
+        self.tensor = tensor  # kept alive, so that its id and address are not reused
         self.address = tensor.data_ptr()
         self.version = version_of(tensor)
         self.form = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
@@ -139,7 +140,7 @@ class _Watched:
             self._look_by_gather(tensor)
 
     def _look_by_gather(self, tensor: Tensor) -> None:
-        """The same elements as places of the storage, to be read by one gather: `gathered`."""
+        """Store the same elements as positions in the storage, so that one gather (`gathered`) reads them."""
         bits = _bits(tensor)
         index = [_positions(view) for view, _ in self.views]
         if self.places is not None:
@@ -153,7 +154,7 @@ class _Watched:
         return _wide(_bits(self.tensor))[self.places]
 
     def gathered(self) -> Tensor | None:
-        """What is looked at of a tensor whose elements `unchanged` has not compared."""
+        """The examined elements of a tensor, if `unchanged` has not already compared them."""
         return None if self.flat is None or self.index is None else self.flat.index_select(0, self.index)
 
     def unchanged(self, tensor: Tensor) -> bool:
@@ -164,7 +165,7 @@ class _Watched:
         return self.keeps_values()
 
     def keeps_values(self) -> bool:
-        """Whether the storage that was looked at has not been edited; the tensor may have been given another."""
+        """Whether the examined storage has not been edited; the tensor may have a different storage by now."""
         if self.version is not None and self.tensor._version != self.version:
             return False
         for view, sample in self.views:
@@ -174,15 +175,15 @@ class _Watched:
 
 
 def _all_gathered(watched: list[_Watched]) -> Tensor | None:
-    """What is looked at of all tensors that are looked at by gather."""
+    """The examined elements of all tensors that use gather."""
     found = [values for each in watched if (values := each.gathered()) is not None]
     return torch.cat(found) if len(found) > 1 else found[0] if found else None
 
 
 class Packed:
-    """A value computed from weights, computed anew when they are seen to have changed.
+    """A value computed from weights, and recomputed when they are seen to have changed.
 
-    Cost of a look: one random read for each row or column of every matrix, one pass over every vector. On CUDA the host
+    Cost of a look: one random read per row or column of every matrix, and one pass over every vector. On CUDA the host
     waits once for the answer.
     """
 
@@ -192,17 +193,17 @@ class Packed:
         *,
         why_not: Callable[..., str] = lambda *_: "",
     ) -> None:
-        """`derive` gives the value, or a str that says why there is none; `why_not` does before anything is read."""
+        """`derive` returns the value, or a str saying why there is none; `why_not` is asked first, before anything is read."""
         self._derive, self._why_not = derive, why_not
-        # What is watched, the value, what was gathered then. Replaced as one: threads see the old or the new.
+        # The watched tensors, the value, what was gathered then. Replaced as a whole, so threads see the old or the new one.
         self._state: tuple[list[_Watched], Any, Tensor | None] | None = None
-        self._renewals = 0  # without a look in between that found everything as it was
+        self._renewals = 0  # without a look in between that found everything unchanged
         self._pair: tuple[Tensor, int, Tensor, int, bool] | None = None  # two tensors, their addresses, whether tied
 
     def get(self, *weights: Tensor, tokens: int = 1, other: Tensor | None = None) -> Any:
         """The derived value of these weights, or why there is none (a str).
 
-        `other` may be tied to the first of them: then its edits count too.
+        `other` may be tied to the first weight; then its edits count too.
         """
         seen = (*weights, other) if other is not None and self._is_tied(weights[0], other) else weights
         state = self._state
@@ -219,7 +220,7 @@ class Packed:
         return self._renew(seen, len(weights), derive=derive)
 
     def _is_tied(self, one: Tensor, other: Tensor) -> bool:
-        """As `is_tied`, which costs more than the rest of a small look; asked again where one of the addresses is another."""
+        """As `is_tied`, but cached, as that costs more than the rest of a small look; rechecked when an address changes."""
         pair = self._pair
         same = pair is not None and pair[0] is one and pair[2] is other
         if pair is not None and same and pair[1] == one.data_ptr() and pair[3] == other.data_ptr():
@@ -236,7 +237,7 @@ class Packed:
             self._state = None
             return reason
         with torch.inference_mode(False), torch.no_grad():
-            # before deriving: an edit meanwhile is then seen
+            # before deriving, so that an edit in the meantime is seen
             watched = [_Watched(weight, look_inside=derive) for weight in weights]
             watched += [_Watched(other, look_inside=False) for other in seen[n_weights:]]
             sample = _all_gathered(watched)
@@ -249,7 +250,7 @@ class Packed:
         return value
 
     def seen(self) -> Callable[[], bool]:
-        """Says later whether the weights of the last look still have the values they had."""
+        """A function that later says whether the weights of the last look still have the same values."""
         watched, _, sample = self._state or ([], None, None)
 
         def keeps_values() -> bool:
@@ -260,6 +261,6 @@ class Packed:
         return keeps_values
 
     def forget(self) -> None:
-        """Derive anew at the next look, whatever the weights look like."""
+        """Recompute at the next look, whatever the weights look like."""
         self._state = self._pair = None
         self._renewals = 0

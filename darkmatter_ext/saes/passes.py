@@ -1,6 +1,6 @@
-"""From x to latents and on to x_hat on the ops, for calls whose look has found all ready.
+"""From x to latents and on to x_hat on the ops, for calls whose look found everything ready.
 
-Tokens that the ops hand back are SAELens' dense arithmetic, within the same call.
+Tokens that the ops hand back are computed with SAELens' dense arithmetic, within the same call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from darkmatter_ext.saes.stepping_aside import TOO_MANY, does_not_pay
 
 
 def encode_pass(sae: Any, state: State, x: Tensor, ready: Ready, method: str) -> Pass:
-    """The latents of x; reused where SAELens computes them a second time."""
+    """The latents of x; reused when SAELens computes them a second time."""
     sae_in = encoder_input(sae, x)
     settings = sae._architecture.settings(sae)
     clean = type(sae._modules["hook_sae_acts_post"]) is nn.Identity  # SAELens' second pass, hooks disabled
@@ -32,13 +32,13 @@ def encode_pass(sae: Any, state: State, x: Tensor, ready: Ready, method: str) ->
     found = _fresh_pass(sae, state, sae_in, ready, method)
     if clean:
         state.has_second_passes = True
-    elif state.has_second_passes and found.dense is None:  # dense acts are the caller's, who may edit them
+    elif state.has_second_passes and found.dense is None:  # dense acts belong to the caller, who may edit them
         state.last_pass = sae_in.detach().clone(), ready, settings, found.detach()
     return found
 
 
 def _fresh_pass(sae: Any, state: State, sae_in: Tensor, ready: Ready, method: str = "") -> Pass:
-    """As `encode_pass`, always computed; a part of another call (method "") neither counts nor decides about later ones."""
+    """As `encode_pass`, always computed. Part of another call (method ""), it neither counts nor affects later calls."""
     acts, undecided = sae._architecture.encode(sae, sae_in, *ready)
     handed_over, tokens = undecided.numel(), acts.n_tokens
     dense = None
@@ -53,7 +53,7 @@ def _fresh_pass(sae: Any, state: State, sae_in: Tensor, ready: Ready, method: st
 
 
 def unhooked_forward(sae: Any, state: State, x: Tensor, ready: Ready, decoder: Decoder) -> Tensor:
-    """x_hat of x without the hooks: what the error term is measured from."""
+    """x_hat of x without the hooks, from which the error term is measured."""
     from sae_lens.saes.sae import _disable_hooks
 
     with _disable_hooks(sae):
@@ -68,7 +68,7 @@ def _sae_lens_input() -> Any:
 
 
 def encoder_input(sae: Any, x: Tensor) -> Tensor:
-    """process_sae_in, without its steps that do nothing."""
+    """process_sae_in without the steps that do nothing."""
     known = type(sae).process_sae_in is _sae_lens_input() and "process_sae_in" not in sae.__dict__
     if not known or sae.cfg.apply_b_dec_to_input is not True or is_hooked(sae._modules["hook_sae_input"]):
         return sae.process_sae_in(x)
@@ -88,13 +88,13 @@ def dense_acts(found: Pass) -> Tensor:
 
 
 def decoder_rows(sae: Any, decoder: Decoder) -> Tensor:
-    """W_dec itself where it wants a gradient, else its contiguous rows."""
+    """W_dec itself if it requires a gradient, otherwise its contiguous rows."""
     W_dec = weight(sae, "W_dec")
     return W_dec if torch.is_grad_enabled() and W_dec.requires_grad else decoder.rows
 
 
 def decoder_scale(sae: Any, decoder: Decoder) -> Tensor | None:
-    """[F] what latents are multiplied with before decoding, differentiable, or None."""
+    """[F]: factors that multiply the latents before decoding, differentiable; or None."""
     if decoder.inverse_norms is None:
         return None
     W_dec = weight(sae, "W_dec")
@@ -122,7 +122,7 @@ def _decoded(sae: Any, acts: SparseActs, decoder: Decoder, bias: Tensor | None, 
 
 
 def after_decode(sae: Any, x_hat: Tensor) -> Tensor:
-    """What SAELens' decode does after W_dec and b_dec."""
+    """The steps of SAELens' decode after W_dec and b_dec."""
     if is_hooked(sae._modules["hook_sae_recons"]):
         x_hat = sae.hook_sae_recons(x_hat)
     return sae._architecture.finish_decode(sae, x_hat)

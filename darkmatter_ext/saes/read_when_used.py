@@ -1,4 +1,4 @@
-"""A tensor that is computed when it is first read: dense pre-activations that hardly anybody looks at."""
+"""A tensor that is computed when first read, for dense pre-activations that are rarely looked at."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-# What is known without computing. Everything else (values, storage, views, copies, files) computes.
+# What is known without computing. Everything else (values, storage, views, copies, files) triggers the computation.
 _KNOWN = {
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad")),
     *(getattr(torch.Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_sparse", "is_leaf", "grad_fn", "grad")),
@@ -18,7 +18,7 @@ _KNOWN = {
 
 
 class ReadWhenUsed(Tensor):
-    """Of a known shape, dtype and device; `compute` gives the values, once. Without a gradient."""
+    """A tensor of known shape, dtype and device whose values `compute` gives, once. Without a gradient."""
 
     _compute: Callable[[], Tensor] | None
     _value: Tensor | None
@@ -30,7 +30,7 @@ class ReadWhenUsed(Tensor):
         return self
 
     def value(self) -> Tensor:
-        """The plain tensor; edits of it are edits of this one."""
+        """The plain tensor; editing it edits this one."""
         if self._value is None:
             assert self._compute is not None
             self._value = self._compute()

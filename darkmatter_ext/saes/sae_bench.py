@@ -25,19 +25,19 @@ _BLOCK = re.compile(r"blocks\.\d+\.")
 def selected_saes(
     specs: Sequence[str], *, model: str = "", hook: str = "", device: str = "cpu", dtype: str = "float32"
 ) -> list[tuple[str, SAE]]:
-    """What every evaluation of SAEBench takes: pairs of a name and an SAE, here accelerated ones of any known format.
+    """Pairs of a name and an SAE, as every SAEBench evaluation takes them; the SAEs are accelerated and of any known format.
 
-    Decoder rows are made unit vectors where SAELens can fold their norms into the latents, as SAEBench does with SAEs it
-    loads itself; latents mean the same.
+    Decoder rows are normalised if SAELens can fold their norms into the latents, as SAEBench does with SAEs it
+    loads itself; the meaning of latents does not change.
 
     Args:
-        specs: a folder, a weights' file or RELEASE:ID each; its name in the results.
-        model: TransformerLens' name of the model, for SAEs that do not say theirs.
+        specs: for each SAE a folder, a weights file or RELEASE:ID; also its name in the results.
+        model: TransformerLens' name of the model, for SAEs that do not state theirs.
         hook: the hook point, likewise.
         device, dtype: of the weights.
 
     Raises InputError for an SAE that cannot be read, does not reconstruct its own input, or whose model or hook point is
-    not known.
+    unknown.
     """
     return [(spec, _prepared(spec, model, hook, device, dtype)) for spec in specs]
 

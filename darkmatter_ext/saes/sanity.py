@@ -1,7 +1,7 @@
-"""Does an SAE look misloaded? What its weights and a few activations say, each sign in one line with its likely cause.
+"""Does an SAE look misloaded? Signs in its weights and a few activations, each in one line with its likely cause.
 
-A wrongly loaded SAE gives numbers without an error: thresholds lost, TopK read as ReLU, scaling left out or applied twice, a
-decoder that is not its own. The signs here are those that no SAE that works shows; they are told, never refused.
+A wrongly loaded SAE gives numbers without an error: lost thresholds, TopK read as ReLU, scaling left out or applied twice,
+the wrong decoder. The signs checked here never appear in a working SAE. They are reported but never raise an error.
 
 Shapes: n tokens, d width, F latents.
 """
@@ -19,21 +19,21 @@ from torch import Tensor
 from darkmatter_ext.saes.encoders import Encode, as_encoder
 from darkmatter_ext.saes.flat_activations import why_not_usable
 
-SAMPLE_TOKENS = 512  # enough for FVU and L0 to a few percent, cheap beside loading the weights
-ROWS = 8192  # latents looked at together: the widest public SAEs have a million
-FAR = 2.0  # times the L0 it was made with: another text moves L0 by a third, a lost threshold by far more
-FEW = 3.0  # latents: L0 this near what is expected is never far
-NORM_SPREAD = 1.1  # largest over least norm of decoder rows that count as normalised; rounding to bfloat16 leaves 1.01
+SAMPLE_TOKENS = 512  # gives FVU and L0 to a few percent, and is cheap compared with loading the weights
+ROWS = 8192  # latents processed together: the widest public SAEs have a million
+FAR = 2.0  # times the expected L0: other text moves L0 by a third, a lost threshold by far more
+FEW = 3.0  # latents: an L0 this close to the expected one is never far
+NORM_SPREAD = 1.1  # largest over smallest norm of decoder rows that count as normalised; bfloat16 rounding gives 1.01
 LEAST_COSINE = (
-    0.05  # mean of latents' encoder and decoder directions: trained pairs are at 0.3 and more, strangers at 0
+    0.05  # mean cosine of latents' encoder and decoder directions: trained pairs reach 0.3 and more, strangers 0
 )
-UNUSUAL_NORM = 10.0  # medians: tokens above are attention sinks, as BOS is
-BETTER = 0.5  # a change that leaves less than this share of the FVU is its likely cause
+UNUSUAL_NORM = 10.0  # medians: tokens above are attention sinks, such as BOS
+BETTER = 0.5  # a change that leaves less than this share of the FVU is the likely cause
 SCALES = tuple(2.0**power for power in range(-12, 13))
 
 
 def expects_normalised_rows(architecture: str, metadata: Mapping[str, Any]) -> bool:
-    """Whether an SAE's files say that the rows of its decoder have one norm."""
+    """Whether an SAE's files say that all rows of its decoder have the same norm."""
     if "normalize_decoder" in metadata:
         return bool(metadata["normalize_decoder"])
     training = metadata.get("training_architecture_details") or {}
@@ -43,7 +43,7 @@ def expects_normalised_rows(architecture: str, metadata: Mapping[str, Any]) -> b
 
 @torch.no_grad()
 def weight_signs(sae: Any) -> list[str]:
-    """What the weights alone say. Cost: one pass over encoder and decoder."""
+    """Signs from the weights alone. Cost: one pass over encoder and decoder."""
     return list(_weight_signs(sae))
 
 
@@ -84,7 +84,7 @@ def _weight_signs(sae: Any) -> Iterator[str]:
 
 
 def decoder_rows(W_dec: Tensor, W_enc: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Norm of each decoder row [F], and its cosine with the encoder's column; memory: some rows in float32."""
+    """Norm of each decoder row [F], and its cosine with the encoder column. Memory: ROWS rows at a time in float32."""
     norms, cosines = [], []
     paired = W_enc is not None and W_enc.shape == W_dec.mT.shape
     for start in range(0, len(W_dec), ROWS):
@@ -97,20 +97,20 @@ def decoder_rows(W_dec: Tensor, W_enc: Tensor | None) -> tuple[Tensor, Tensor | 
 
 
 def known_l0(sae: Any) -> float | None:
-    """The L0 a TopK SAE was made with; None where its files have to say (`loading.describe_sae`)."""
+    """The L0 that a TopK SAE was made for; None if only its files can tell (`loading.describe_sae`)."""
     k = getattr(getattr(sae, "activation_fn", None), "k", None)
     return None if k is None else float(k)
 
 
 def _fvu(encode: Encode, x: Tensor, target: Tensor | None = None) -> tuple[float, float]:
-    """FVU about the mean and mean L0 of x [n, d], or of the `target` of x; FVU is NaN where that does not vary."""
+    """FVU about the mean, and mean L0, for x [n, d] or for the `target` of x; FVU is NaN if that does not vary."""
     encoded, y = encode(x), x if target is None else target
     error, variance = (t.double().square().sum() for t in (y - encoded.x_hat, y - y.mean(0)))
     return (error / variance).item() if variance > 0 else math.nan, encoded.l0.double().mean().item()
 
 
 def _changes(sae: Any, encode: Encode, x: Tensor) -> Iterator[tuple[str, Callable[[], float]]]:
-    """What would explain a wrong reconstruction, each with the FVU it would leave."""
+    """Possible explanations of a wrong reconstruction, each with the FVU that would remain."""
 
     def at_scale(factor: float) -> float:
         return _fvu(lambda given: _scaled_back(encode(given * factor), factor), x)[0]
@@ -148,7 +148,7 @@ _OTHERWISE = "another site, model, dtype or BOS than in its training, or an arch
 
 
 def _cause(sae: Any, encode: Encode, x: Tensor, fvu: float) -> str:
-    """The change that explains most of the FVU, or what is left to look at."""
+    """The change that explains most of the FVU, or what else to check."""
     tried = [(_or_infinite(left()), what) for what, left in _changes(sae, encode, x)]
     left, what = min(tried, default=(math.inf, ""))
     if left < min(BETTER * fvu, 1):
@@ -165,16 +165,16 @@ def signs(
     expected_l0: float | None = None,
     encode: Encode | None = None,
 ) -> list[str]:
-    """Everything that makes an SAE look misloaded, one line each; none for one that works.
+    """Everything that makes an SAE look misloaded, one line each; none for a working SAE.
 
     Args:
-        sae: a SAELens SAE, left as it is.
-        x: activations [n, d] it was made for, heads flattened; at most SAMPLE_TOKENS are used. None: its weights only.
-        target: what a transcoder should write at these tokens [n, d']. Without it its weights only.
-        expected_l0: mean active latents a token it was made with; default its k.
-        encode: `as_encoder(sae)`, where the caller has it.
+        sae: a SAELens SAE, left unchanged.
+        x: activations [n, d] it was made for, heads flattened; at most SAMPLE_TOKENS are used. None: check only weights.
+        target: what a transcoder should write at these tokens [n, d']. Without it only its weights are checked.
+        expected_l0: mean active latents per token it was made for; default: its k.
+        encode: `as_encoder(sae)`, if the caller already has it.
 
-    Cost: `weight_signs`, one small encode; some twenty more where the reconstruction is wrong.
+    Cost: `weight_signs` and one small encode; some twenty more if the reconstruction is wrong.
     """
     found = list(_weight_signs(sae))
     if x is None or why_not_usable(sae) or ("transcoder" in sae.cfg.architecture() and target is None):
@@ -206,5 +206,5 @@ def _l0_sign(l0: float, expected: float | None, d_in: int) -> str | None:
 
 
 def misloaded(name: str, sign: str) -> str:
-    """One sign as a line of a result."""
+    """One sign, as a line in a result."""
     return f"{name} looks misloaded: {sign}."

@@ -1,6 +1,6 @@
-"""What stands in the way of the ops, whatever the SAE: transforms, hooks, tensors they cannot read.
+"""What prevents using the ops, whatever the SAE: transforms, hooks, tensors they cannot read.
 
-Every `why_not_...` gives the reason in words, "" where there is none.
+Every `why_not_...` returns the reason in words, or "" if there is none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GRADIENTS = "a gradient may be wanted: left to the library (torch.no_grad() make
 
 
 def transforms_active() -> bool:
-    """functorch (vmap, grad, jvp), forward-mode AD or a dispatch mode: each wants torch's own ops to see."""
+    """Whether functorch (vmap, grad, jvp), forward-mode AD or a dispatch mode is active: each needs to see torch's own ops."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
         or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
@@ -35,11 +35,11 @@ def transforms_active() -> bool:
 def _hook_points() -> tuple[type, ...]:
     from transformer_lens.hook_points import HookPoint
 
-    return HookPoint, nn.Identity  # SAELens swaps in an nn.Identity where it disables hooks
+    return HookPoint, nn.Identity  # SAELens swaps in an nn.Identity to disable hooks
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether torch's hooks listen at a module."""
+    """Whether a module has torch hooks."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -51,17 +51,17 @@ def is_hooked(point: Any) -> bool:
 
 
 def has_hooks_everywhere() -> bool:
-    """Whether torch's hooks listen at all modules."""
+    """Whether torch has global hooks on all modules."""
     return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
 def is_listened_to(module: Any) -> bool:
-    """Whether torch's hooks listen at a module, or at all modules."""
+    """Whether torch hooks are set on a module or on all modules."""
     return has_hooks_everywhere() or has_hooks(module)
 
 
 def why_not_input(x: object) -> str:
-    """Why the ops may not run on this input, or not now."""
+    """Why the ops cannot run on this input, or not now."""
     if type(x) not in PLAIN:
         return "an input is not a plain tensor"
     assert isinstance(x, Tensor)
@@ -92,14 +92,14 @@ def why_not_weights(*weights: object) -> str:
 
 
 def why_not_together(sae: Any, x: Tensor, weights: tuple[Any, ...]) -> str:
-    """Why x and the encoder's weights do not belong together."""
+    """Why x and the encoder's weights do not match."""
     if not x.is_floating_point() or x.ndim < 1 or not (sae.hook_z_reshaping_mode or x.shape[-1] == sae.cfg.d_in):
         return "x is not floating point of shape [..., d_in]"
     return _why_not_these(sae, x.device, weights)
 
 
 def why_not_decoder(sae: Any, W_dec: Any, b_dec: Any, acts: Tensor | None = None, *, dense: bool = False) -> str:
-    """Why the decoder's weights do not belong together, or not with acts (dense, or values)."""
+    """Why the decoder's weights do not match each other or acts (dense, or values)."""
     reason = _why_not_these(sae, (W_dec if acts is None else acts).device, (W_dec, b_dec))
     if reason:
         return reason
@@ -114,13 +114,13 @@ def why_not_decoder(sae: Any, W_dec: Any, b_dec: Any, acts: Tensor | None = None
 
 
 def _why_not_these(sae: Any, device: torch.device, weights: tuple[Any, ...]) -> str:
-    """Why these weights are not what the SAE says, or not of the other tensors' kind. A few attributes: asked at every call."""
+    """Why these weights differ from what the SAE states or from the other tensors. Reads few attributes, as every call asks."""
     reason = why_not_alike(weights, sae.dtype, device)
     return reason or ("a weight is parametrised" if "parametrizations" in sae._modules else "")
 
 
 def why_not_alike(weights: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> str:
-    """Why these weights are not plain tensors of this dtype, on this device, whose edits torch counts."""
+    """Why these weights are not plain tensors of this dtype, on this device, with edits that torch counts."""
     for each in weights:
         if type(each) not in PLAIN:
             return "a weight is not a plain tensor"
@@ -134,6 +134,6 @@ def why_not_alike(weights: tuple[Any, ...], dtype: torch.dtype, device: torch.de
 
 
 def why_not_without_gradients(*tensors: Tensor | None) -> str:
-    """Why the answer has to be differentiable, for libraries whose gradients are left to them."""
+    """Why the answer must be differentiable, for libraries that compute their own gradients."""
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return GRADIENTS if wants else ""

@@ -1,10 +1,10 @@
-"""The drop-in for sparsify's SparseCoder: its encode, faster.
+"""The drop-in for sparsify's SparseCoder: a faster encode.
 
-Its decode gathers the active rows already and takes no longer than this package's, and its forward is its own code around
-encode and decode: both are left as they are, and so are gradients. The third output of encode, the dense pre-activations
-that its losses for training look at, is computed when it is first read, in the library's own arithmetic.
+The library's decode already gathers the active rows and is as fast as this package's, and its forward is its own code
+around encode and decode. Both are left unchanged, and so are gradients. The third output of encode, the dense
+pre-activations used by the training losses, is computed when first read, in the library's own arithmetic.
 
-The library is not imported: its class is known by its name. Shapes: x [..., d], F latents, k active.
+The library is not imported: its class is recognised by name. Shapes: x [..., d], F latents, k active.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STALE = "pre_acts: must be read before the encoder's weights are edited: it is c
 
 
 class Encoder:
-    """What is packed."""
+    """What to pack for a SparseCoder."""
 
     decoder_is_columns = False
 
@@ -47,12 +47,12 @@ class Encoder:
 
 
 def is_sparse_coder(plain: type) -> bool:
-    """Whether a class is sparsify's."""
+    """Whether a class is sparsify's SparseCoder."""
     return class_named(plain, (_NAME,)) is not None
 
 
 def sparse_coder_surface(plain: type) -> tuple[type[Accelerated], dict[str, Any]]:
-    """Methods and members of an accelerated class. Raises ValueError, with the reason, for one that cannot be accelerated."""
+    """Methods and members of an accelerated class. Raises ValueError, with the reason, if it cannot be accelerated."""
     require_own_methods(plain, _NAME[1], {"encode": ("x",)})
     if getattr(_output_class(plain), "_fields", None) != _OUTPUT:
         why = f"its encode does not give {', '.join(_OUTPUT)}: an unknown version"
@@ -66,12 +66,12 @@ def _output_class(plain: type) -> Any:
 
 
 class AcceleratedSparseCoder(Accelerated):
-    """The methods an accelerated SparseCoder puts before the library's own. Made by `accelerate`, never by hand."""
+    """Methods that override the library's own in an accelerated SparseCoder. Created by `accelerate`, never by hand."""
 
     def encode(self, x: Tensor) -> Any:
-        """top_acts [..., k], top_indices [..., k] and pre_acts [..., F] of x [..., d], as the library's encode.
+        """top_acts [..., k], top_indices [..., k] and pre_acts [..., F] of x [..., d], like the library's encode.
 
-        Reading pre_acts after an edit of the encoder's weights raises RuntimeError.
+        Reading pre_acts after the encoder's weights were edited raises RuntimeError.
         """
         if torch.compiler.is_compiling():
             return super().encode(x)  # type: ignore[misc]
@@ -96,7 +96,7 @@ class AcceleratedSparseCoder(Accelerated):
         return _output_class(plain_class(type(self)))(acts, indices, pre_acts)
 
     def _look(self, state: State, x: Any) -> Any:
-        """The packed encoder, or why the library answers: from the cheapest reason to the dearest."""
+        """The packed encoder, or why the library answers; the cheapest checks come first."""
         layer = self._modules["encoder"]
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
         if weight is None or bias is None or self._parameters.get("b_dec") is None:
@@ -127,7 +127,7 @@ class AcceleratedSparseCoder(Accelerated):
         return "" if fits else "mixed dtypes"
 
     def _with_handed_over(self, state: State, x: Tensor, tried: Tried) -> tuple[Tensor, Tensor]:
-        """Values and indices [..., k], those of tokens that the ops hand back by the library."""
+        """Values and indices [..., k]; the library computes those of tokens that the ops hand back."""
         acts, undecided = tried
         values, indices, tokens = acts.values, acts.stored_indices, acts.n_tokens
         handed_over, none = undecided.numel(), None
@@ -146,8 +146,8 @@ class AcceleratedSparseCoder(Accelerated):
 def _later(
     sae_in: Tensor, weight: Tensor, bias: Tensor, acts: Tensor, indices: Tensor, state: State
 ) -> Callable[[], Tensor]:
-    """Computes the dense pre-activations [..., F] of which acts and indices [..., k] were given."""
-    weight, bias = weight.detach(), bias.detach()  # keep the storage they have now, whatever the parameters are given
+    """A function that computes the dense pre-activations [..., F] from which acts and indices [..., k] came."""
+    weight, bias = weight.detach(), bias.detach()  # keep their current storage, whatever happens to the parameters
     keeps_values, reads = state.encoder.seen(), state.reads
 
     def compute() -> Tensor:

@@ -1,6 +1,6 @@
-"""When SAELens' own dense code is the faster one: small calls, dense latents, and tokens that screening does not help.
+"""When SAELens' own dense code is faster: small calls, dense latents, and tokens that screening does not help.
 
-Sinks and ties leave so many candidates that a dense product is the faster way; the ops hand such tokens back.
+Attention sinks and ties leave so many candidates that a dense product is faster; the ops hand such tokens back.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-DENSE_SHARE = 0.06  # active share of the latents above which a dense encode is the faster one
-DECODE_DENSITY = 0.10  # and a dense decode
-# Multiply-adds of a dense product that takes no longer than what goes around the ops: looks at weights, calls. Measured
+DENSE_SHARE = 0.06  # a dense encode is faster above this active share of the latents
+DECODE_DENSITY = 0.10  # and a dense decode above this one
+# Multiply-adds of a dense product that takes no longer than the overhead of the ops (looks at weights, calls). Measured
 # on two Zen 3 cores: benchmarks/README.md.
 SMALL_DECODE, SMALL_ENCODE, SMALL_FORWARD = 1 << 21, 1 << 22, 1 << 20
 
 
 class OnGpu(NamedTuple):
-    """The same on a GPU, by how it multiplies: there launches and one wait for the look at the weights go around the ops."""
+    """The same on a GPU, by its precision: there the overhead is launches and one wait for the look at the weights."""
 
     full: float  # float32 and float64
     tf32: float
@@ -30,7 +30,7 @@ class OnGpu(NamedTuple):
     def limit(self, tensor: Tensor) -> float:
         if tensor.dtype in (torch.float16, torch.bfloat16):
             return self.half
-        # (The older allow_tf32 raises where only the newer settings were used; it sets them too.)
+        # (Reading the older allow_tf32 raises if only the newer settings were used; setting it also sets those.)
         tf32 = tensor.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         return self.tf32 if tf32 else self.full
 
@@ -38,7 +38,7 @@ class OnGpu(NamedTuple):
 # Measured on an H200 at 768 -> 24576, 8 to 4096 tokens: benchmarks/README.md.
 SMALL_DECODE_ON_GPU, SMALL_ENCODE_ON_GPU = OnGpu(8.5e9, 8e10, 2e11), OnGpu(8e9, 2.5e10, 5e10)
 SMALL_FORWARD_ON_GPU = OnGpu(5e9, 2.5e10, 4e10)
-# Below, a dense encode is as fast whatever the tokens, and a dense decode up to four times SMALL_DECODE.
+# Below this, a dense encode is as fast for any number of tokens, and a dense decode up to four times SMALL_DECODE.
 FEW_LATENTS = 2048
 FIRST_WAIT, LONGEST_WAIT = 8, 256  # calls
 
@@ -48,9 +48,9 @@ TOO_DENSE = f"more than {DECODE_DENSITY:.0%} of the latents are active"
 
 
 def is_small_encode(x: Any, d_sae: int, cost_on_gpu: float = 1.0) -> bool:
-    """Whether SAELens' dense encode of x [..., d_in] is done before the looks at the weights would be.
+    """Whether SAELens' dense encode of x [..., d_in] finishes before the looks at the weights would.
 
-    cost_on_gpu: of the dense encode there, in that of a product and a comparison.
+    cost_on_gpu: of the dense encode on a GPU, in units of a product and a comparison.
     """
     if not isinstance(x, Tensor):
         return False
@@ -73,33 +73,33 @@ def is_small_decode(acts: Any, d_sae: int, d_in: int) -> bool:
 
 
 def looks_dense(acts: Tensor, share: float) -> bool:
-    """Whether about eight evenly spaced tokens of acts [..., F] are denser than `share`: cheaper than listing their latents."""
+    """Whether about eight evenly spaced tokens of acts [..., F] are denser than `share`; cheaper than listing latents."""
     rows = acts.reshape(-1, acts.shape[-1])
     some = rows[:: max(1, len(rows) // 8)]
     return int(some.count_nonzero()) > share * some.numel()
 
 
 def does_not_pay(tokens: int, undecided: int) -> bool:
-    """Whether a call hands so many of its tokens back that SAELens' own code is as fast for all of them."""
+    """Whether a call hands back so many tokens that SAELens' own code is as fast for all of them."""
     return undecided == tokens > 0 or undecided > max(1, tokens // 4)
 
 
 class BackOff:
-    """Calls to leave to SAELens after one in which many tokens were handed back: 8, then 16, at most 256."""
+    """How many calls to leave to SAELens after one that handed back many tokens: 8, then 16, at most 256."""
 
     def __init__(self) -> None:
         self.left = 0
         self._wait = 0
-        self._dense = False  # the tokens were many because they were dense, not because they were hard to tell
-        self._ends_early = True  # when dense tokens have become sparse; not where that has misled
+        self._dense = False  # tokens were handed back because they were dense, not because they were hard to decide
+        self._ends_early = True  # once dense tokens have become sparse; not if that has been misleading
         self._ended_early = False
         self._call = threading.local()  # what this thread's `one_call` has decided
 
     @contextlib.contextmanager
     def one_call(self) -> Iterator[None]:
-        """Encodes of this thread inside are one call: all are fast or all left to SAELens, and the first one alone counts.
+        """Treat this thread's encodes inside as one call: all are fast or all left to SAELens, and only the first counts.
 
-        Else the error term, a difference of two encodes, would hold the difference of two arithmetics.
+        Otherwise the error term, a difference of two encodes, would include the difference between two arithmetics.
         """
         decided = vars(self._call)
         before = dict(decided)
@@ -115,7 +115,7 @@ class BackOff:
         return getattr(self._call, "steps_aside", self.left > 0)
 
     def after_trying(self, tokens: int, dense: Tensor | None) -> None:
-        """Remember how a call went: dense acts [u, F] of the tokens that were handed back, or None."""
+        """Record how a call went; `dense`: acts [u, F] of the tokens that were handed back, or None."""
         if tokens == 0 or not self._counts():
             return
         undecided = 0 if dense is None else len(dense)
@@ -131,7 +131,7 @@ class BackOff:
         self._ended_early = False
 
     def after_dense(self, acts: Tensor) -> None:
-        """One call less to wait; none where the tokens of dense acts [..., F] were dense and have become sparse."""
+        """Wait one call less; stop waiting if tokens that were dense have become sparse in these dense acts [..., F]."""
         if not self.left or not self._counts():
             return
         self.left -= 1
@@ -148,7 +148,7 @@ class BackOff:
 
 
 def median_share(acts: Tensor) -> float:
-    """Active share of the latents of the median token, of a few: tokens far from the others decide nothing."""
+    """Share of active latents at the median of a few tokens, so that outliers decide nothing."""
     if acts.numel() == 0:
         return 0.0
     rows = acts.detach().reshape(-1, acts.shape[-1])

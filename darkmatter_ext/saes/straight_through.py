@@ -33,10 +33,10 @@ class _Estimator(torch.autograd.Function):
 
 
 def jump(pre: Tensor, threshold: Tensor, width: float, to_input: bool) -> Tensor:
-    """h where it is above its threshold, else 0."""
+    """h if it is above its threshold, else 0."""
     return _Estimator.apply(pre, threshold, width, to_input, True)
 
 
 def gate(pre: Tensor, threshold: Tensor, width: float, to_input: bool) -> Tensor:
-    """1 where h is above its threshold, else 0."""
+    """1 if h is above its threshold, else 0."""
     return _Estimator.apply(pre, threshold, width, to_input, False)

@@ -1,7 +1,7 @@
-"""TopK transcoders as SAELens objects: other libraries train them, SAELens has no class for them.
+"""TopK transcoders as SAELens objects: other libraries train them, but SAELens has no class for them.
 
-Not in SAELens' registry of architectures, which stays its own: made by `loading.load_sae`. Import it where one is needed,
-for it imports SAELens.
+They are not added to SAELens' registry of architectures; `loading.load_sae` creates them. Import this module only where
+one is needed, because it imports SAELens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig, Trans
 
 @dataclass
 class TopKTranscoderConfig(TranscoderConfig):
-    """Of a transcoder whose k largest latents are active."""
+    """Configuration of a transcoder whose k largest latents are active."""
 
     k: int = 100
 
@@ -26,7 +26,7 @@ class TopKTranscoderConfig(TranscoderConfig):
 
 @dataclass
 class TopKSkipTranscoderConfig(SkipTranscoderConfig):
-    """Of one whose output has a linear map of its input added."""
+    """Configuration of a transcoder that also adds a linear map of its input to its output."""
 
     k: int = 100
 
@@ -36,7 +36,7 @@ class TopKSkipTranscoderConfig(SkipTranscoderConfig):
 
 
 class TopKTranscoder(Transcoder):
-    """The k largest of x @ W_enc + b_enc, relu, times W_dec, plus b_dec."""
+    """relu of the k largest of x @ W_enc + b_enc, times W_dec, plus b_dec."""
 
     cfg: TopKTranscoderConfig  # type: ignore[assignment]
 
@@ -53,7 +53,7 @@ class TopKTranscoder(Transcoder):
 
 
 class TopKSkipTranscoder(SkipTranscoder, TopKTranscoder):
-    """That, plus x @ W_skip.T."""
+    """A TopKTranscoder plus x @ W_skip.T."""
 
     cfg: TopKSkipTranscoderConfig  # type: ignore[assignment]
 

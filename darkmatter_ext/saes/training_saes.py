@@ -1,13 +1,13 @@
 """The drop-in for SAELens' training classes: `training_forward_pass` at the cost of the latents that are active.
 
-TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE and JumpReLUTrainingSAE give the losses, latents and
-gradients that SAELens gives (pre-activations accumulated in float64), so that its own SAETrainer runs as it is. Encoder
-weights are packed anew in every step; dense are only the pre-activations of dead latents, for their losses. `encode`,
-`decode` and `forward` outside of a step are SAELens' own.
+TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE and JumpReLUTrainingSAE give the same losses, latents
+and gradients as SAELens (pre-activations accumulated in float64), so its own SAETrainer runs unchanged. Encoder
+weights are repacked in every step. Only the pre-activations of dead latents are dense, for their losses. Outside a step,
+`encode`, `decode` and `forward` are SAELens' own.
 
-What a step returns: `feature_acts` and `hidden_pre` look like the dense tensors [N, F] they are, and are made when they are
-first read; `feature_acts.bool()`, which the trainer counts firing with, is a sparse COO tensor, as SAELens' own is with
-use_sparse_activations.
+What a step returns: `feature_acts` and `hidden_pre` behave like the dense tensors [N, F] they stand for, and are computed
+when first read; `feature_acts.bool()`, which the trainer uses to count firings, is a sparse COO tensor, like SAELens' own
+with use_sparse_activations.
 
 Shapes: x [N, d], F latents, z stored entries.
 """
@@ -44,9 +44,9 @@ from darkmatter_ext.saes.stepping_aside import SMALL, TOO_MANY
 from darkmatter_ext.saes.straight_through import gate, jump
 
 STALE = "hidden_pre: must be read before the weights are edited: it is computed when it is first read"
-_NO_AUX = ("constant_norm_rescale", "layer_norm")  # SAELens refuses an auxiliary loss with these
-_SPARSE_SHARE = 8  # of dead latents that take part in their loss: below one in so many, their decode is sparse
-# What a class must have from SAELens: a step of its own is not the one that is known here.
+_NO_AUX = ("constant_norm_rescale", "layer_norm")  # SAELens rejects an auxiliary loss with these
+_SPARSE_SHARE = 8  # if fewer than one in this many dead latents takes part in their loss, their decode is sparse
+# Methods that a class must inherit from SAELens: a step of its own would not be the one known here.
 _METHODS = (
     "training_forward_pass", "encode_with_hidden_pre", "decode", "calculate_aux_loss", "calculate_topk_aux_loss",
     "update_topk_threshold", "_iterable_decode", "calculate_matryoshka_aux_loss", "process_sae_in",
@@ -54,7 +54,7 @@ _METHODS = (
 
 
 class LatentsWhenUsed(ReadWhenUsed):
-    """Dense latents [N, F], made of their active ones when they are read; `bool()` before that is a sparse COO tensor."""
+    """Dense latents [N, F], built from the active ones when read; before that, `bool()` gives a sparse COO tensor."""
 
     acts: SparseActs
 
@@ -85,22 +85,22 @@ def as_coo(acts: SparseActs) -> Tensor:
 
 
 class Step(NamedTuple):
-    """What a step's losses are made of."""
+    """What the losses of a step are computed from."""
 
     sae: Any
     x: Tensor  # [N, d] as it came
     sae_in: Tensor  # [N, d] as the encoder sees it
     rows: Tensor  # [F, d], with the gradient of W_enc
-    norms: Tensor | None  # [F] of the decoder's rows, where latents are counted in them
+    norms: Tensor | None  # [F] of the decoder rows, if latents are in units of them
 
     def pre(self, acts: SparseActs) -> Tensor:
-        """Pre-activations of the stored entries, differentiable, before any norm: in the shape of acts' values."""
+        """Pre-activations of the stored entries, differentiable, before any norm; same shape as acts.values."""
         latents = acts.stored_indices
         products = decoder_dot(self.sae_in, acts, self.rows).reshape(latents.shape)
         return products + weight(self.sae, "b_enc")[latents]
 
     def dense_pre(self, latents: Tensor) -> Tensor:
-        """[N, m] pre-activations of some latents [m], as SAELens has them in `hidden_pre`."""
+        """[N, m] pre-activations of the given latents [m], as in SAELens' `hidden_pre`."""
         pre = self.sae_in @ self.rows[latents].mT + weight(self.sae, "b_enc")[latents]
         return pre if self.norms is None else pre * self.norms[latents]
 
@@ -112,7 +112,7 @@ class Step(NamedTuple):
         return acts if self.norms is None else acts.scaled(1 / self.norms)
 
     def finished(self, x_hat: Tensor) -> Tensor:
-        """What SAELens' decode does last."""
+        """The last steps of SAELens' decode."""
         return self.sae.reshape_fn_out(self.sae.run_time_activation_norm_fn_out(x_hat), self.sae.d_head)
 
     def mse(self, x_hat: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Step(NamedTuple):
 
 
 class TopK:
-    """The k largest of each token; an auxiliary loss for dead latents."""
+    """The k largest of each token, with an auxiliary loss for dead latents."""
 
     decoder_is_columns = False
     counts_norms = True  # has rescale_acts_by_decoder_norm
@@ -132,7 +132,7 @@ class TopK:
         return vectors
 
     def why_not(self, sae: Any) -> str:
-        """Why its settings are not the ops'."""
+        """Why the ops do not cover its settings."""
         from sae_lens.saes import batchtopk_sae, topk_sae
 
         activation = sae._modules.get("activation_fn")
@@ -149,19 +149,19 @@ class TopK:
         return encoder.topk(sae_in, sae._modules["activation_fn"].k)
 
     def acts(self, step: Step, chosen: SparseActs) -> SparseActs:
-        """With the gradient that SAELens' have."""
+        """The chosen acts, with the same gradient as in SAELens."""
         values = step.pre(chosen).relu()
         if step.norms is not None:
             values = values * step.norms[chosen.stored_indices]
         return replace(chosen, values=value_with_gradient_of(chosen.values, values))
 
     def latents(self, sae: Any, acts: SparseActs) -> Tensor:
-        """As a step returns them."""
+        """The latents as a step returns them."""
         sparse = getattr(sae._modules["activation_fn"], "use_sparse_activations", False)
         return as_coo(acts) if sparse else LatentsWhenUsed.of(acts)
 
     def reconstructions(self, step: Step, acts: SparseActs) -> tuple[Tensor, list[Tensor]]:
-        """Sae(x) before SAELens' last steps, and those of the prefixes that have losses of their own."""
+        """Sae(x) before SAELens' last steps, and the reconstructions of prefixes with their own losses."""
         return step.decoded(acts) + weight(step.sae, "b_dec"), []
 
     def aux_losses(
@@ -177,11 +177,11 @@ class TopK:
         return step.sae.cfg.aux_loss_coefficient * own
 
     def finish(self, sae: Any, output: Any, step: Step, acts: SparseActs, partial: Sequence[Tensor]) -> None:
-        """What a class adds after the base class's step."""
+        """What a subclass adds after the base class's step."""
 
 
 def _dead(given: Any) -> Tensor | None:
-    """Numbers [m] of the dead latents, or None where there are none."""
+    """Numbers [m] of the dead latents, or None if there are none."""
     mask = given.dead_neuron_mask
     if mask is None:
         return None
@@ -190,7 +190,7 @@ def _dead(given: Any) -> Tensor | None:
 
 
 def _dead_loss(step: Step, residual: Tensor, dead: Tensor) -> Tensor:
-    """How badly dead latents [m], the best d / 2 of them at each token, explain the residual [N, d]; less for few of them."""
+    """How badly dead latents [m], the best d / 2 at each token, explain the residual [N, d]; scaled down if they are few."""
     k_aux = step.x.shape[-1] // 2
     k, pre = min(k_aux, len(dead)), step.dense_pre(dead)
     W_dec = weight(step.sae, "W_dec")[dead]
@@ -205,7 +205,7 @@ def _dead_loss(step: Step, residual: Tensor, dead: Tensor) -> Tensor:
 
 
 class BatchTopK(TopK):
-    """The N k largest of the batch, and a running mean of their smallest."""
+    """The N k largest of the batch, and a running mean of the smallest of them."""
 
     def chosen(self, sae: Any, state: State, sae_in: Tensor, encoder: EncoderRows) -> SparseActs | str:
         guess = state.guess
@@ -223,7 +223,7 @@ class BatchTopK(TopK):
 
 
 class Matryoshka(BatchTopK):
-    """Every prefix of the latents reconstructs, too."""
+    """Every prefix of the latents also reconstructs x."""
 
     def reconstructions(self, step: Step, acts: SparseActs) -> tuple[Tensor, list[Tensor]]:
         widths = step.sae.cfg.matryoshka_widths
@@ -250,7 +250,7 @@ class Matryoshka(BatchTopK):
 
 
 class JumpRelu(TopK):
-    """Above a threshold a latent, learned through straight-through estimators."""
+    """Latents above a threshold each, learned with straight-through estimators."""
 
     counts_norms = False
 
@@ -258,9 +258,9 @@ class JumpRelu(TopK):
         return "" if sae.cfg.jumprelu_sparsity_loss_mode in ("step", "quadratic", "tanh") else "sparsity loss mode"
 
     def chosen(self, sae: Any, state: State, sae_in: Tensor, encoder: EncoderRows) -> SparseActs | str:
-        # SAELens keeps thresholds from falling below 0 in this way; clamped in the graph they would lose their gradient.
+        # SAELens keeps thresholds from falling below 0 this way; clamping in the graph would lose their gradient.
         sae.threshold.data.clamp_(min=0.0)
-        # What is within half a bandwidth below its threshold has no value and a gradient.
+        # Entries within half a bandwidth below their threshold have no value, but a gradient.
         least = sae.threshold.detach().to(sae_in.dtype) - sae.bandwidth / 2
         acts, undecided = encoder.try_above(sae_in, least)
         return TOO_MANY if undecided.numel() else acts
@@ -308,7 +308,7 @@ class JumpRelu(TopK):
 
 
 class AcceleratedTrainingSAE(Accelerated):
-    """The method an accelerated training SAE puts before SAELens' own. Made by `accelerate`, never by hand."""
+    """The method that overrides SAELens' own in an accelerated training SAE. Created by `accelerate`, never by hand."""
 
     _architecture: TopK
 
@@ -318,7 +318,7 @@ class AcceleratedTrainingSAE(Accelerated):
         if isinstance(found, str):
             state.count("training_forward_pass", found)
             output = super().training_forward_pass(step_input)  # type: ignore[misc]
-            if found == TOO_MANY:  # of JumpReLU alone, whose latents SAELens gives dense
+            if found == TOO_MANY:  # only for JumpReLU, whose latents SAELens returns dense
                 self._remember(state, output.feature_acts.detach())
             return output
         state.count("training_forward_pass")
@@ -338,7 +338,7 @@ class AcceleratedTrainingSAE(Accelerated):
         return Step(self, x, sae_in, rows_of(encoder.packed_rows, weight(self, "W_enc")), norms), chosen
 
     def _remember(self, state: State, acts: Tensor) -> None:
-        """Leave some steps to SAELens after one of too many latents."""
+        """Leave some steps to SAELens after one with too many latents."""
         if state.back_off.left:
             state.back_off.after_dense(acts)
         else:
@@ -396,14 +396,14 @@ class AcceleratedTrainingSAE(Accelerated):
 
 
 def is_hooked_densely(point: Any) -> bool:
-    """Whether anything listens at a hook point, SAELens' own for sparse latents among them."""
+    """Whether anything listens at a hook point, including SAELens' own hooks for sparse latents."""
     from sae_lens.saes.topk_sae import SparseHookPoint
 
     return has_hooks(point) if type(point) is SparseHookPoint else is_hooked(point)
 
 
 def _pre_acts_when_used(step: Step) -> Tensor:
-    """Dense pre-activations [N, F], in SAELens' arithmetic, when they are read."""
+    """Dense pre-activations [N, F] in SAELens' arithmetic, computed when read."""
     sae = step.sae
     weights = [weight(sae, name) for name in ("W_enc", "b_enc", "W_dec")]
     versions = [own._version for own in weights]
@@ -435,14 +435,14 @@ def _overridden(plain: type, base: type) -> Iterator[str]:
 
 
 def is_training_sae(plain: type) -> bool:
-    """Whether a class is one of SAELens' for training."""
+    """Whether a class is one of SAELens' training classes."""
     from sae_lens.saes.sae import TrainingSAE
 
     return issubclass(plain, TrainingSAE)
 
 
 def training_surface(plain: type) -> tuple[type[Accelerated], dict[str, Any]]:
-    """Methods and members of an accelerated class. Raises ValueError, with the reason, for one that cannot be accelerated."""
+    """Methods and members of an accelerated class. Raises ValueError, with the reason, if it cannot be accelerated."""
     base = next((known for known in _known() if issubclass(plain, known)), None)
     why = "a training class without sparse latents, or with losses that need dense pre-activations"
     if base is not None:

@@ -1,9 +1,9 @@
-"""The training of low-rank adapters around an SAE that stays as it is (2501.19406).
+"""Training of low-rank adapters around a frozen SAE (2501.19406).
 
-What the model says of its own activations x is the teacher; with Sae(x) in the place of x and the
-adapter on, KL(teacher || student) is minimised. Adapters are trained side by side: a step asks the teacher once.
+The teacher is the model on its own activations x. The student has Sae(x) in place of x and the adapter on; training
+minimises KL(teacher || student). Adapters are trained side by side, so each step runs the teacher once.
 
-Shapes: c contexts of a step, L tokens a context, d width of the site, m tokens the loss is of, V vocabulary, r rank.
+Shapes: c contexts per step, L tokens per context, d width of the site, m tokens in the loss, V vocabulary, r rank.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ CLIP = 1.0  # norm of an adapter's gradient
 class Recipe:
     """How adapters are trained."""
 
-    loss_share: float = 1.0  # of the tokens of a step that have a loss: the unembedding costs as much as nine blocks
-    summed: bool = False  # the loss is a sum over tokens, not their mean (the released code's batchmean with batch 1)
-    loss_of_text: bool = False  # cross-entropy of the next token instead of KL to the model: plain fine-tuning
+    loss_share: float = 1.0  # share of a step's tokens in the loss: the unembedding costs as much as nine blocks
+    summed: bool = False  # sum the loss over tokens instead of averaging (the released code's batchmean with batch 1)
+    loss_of_text: bool = False  # next-token cross-entropy instead of KL to the model: plain fine-tuning
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One adapter in training."""
+    """One adapter being trained."""
 
     adapter: Adapter
     learning_rate: float
-    splice: Splice | None = None  # what takes the place of x; None: x stays
+    splice: Splice | None = None  # what replaces x; None: x stays
     recipe: Recipe = field(default_factory=Recipe)
 
 
@@ -51,22 +51,22 @@ def train_adapters(
     checkpoints: Mapping[str, Sequence[float]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[float, Adapter]]:
-    """Train adapters side by side, one context a step, every context once, in a seeded order.
+    """Train adapters side by side, one context per step, each context once, in a seeded order.
 
     Args:
-        model: the language model from the site on; it stays as it is.
+        model: the language model from the site on; left unchanged.
         contexts: tokens and activations in memory, and which places are replaced.
         arms: name -> adapter with its start, learning rate and what is spliced in. Trained in place.
-        seed: of the order and of the tokens that have a loss.
+        seed: for the order and for the choice of tokens in the loss.
         checkpoints: name of an arm -> shares of the contexts after which copies of its adapter are kept.
 
     Returns:
         The copies: name -> {share: adapter}.
 
-    Optimiser: AdamW, its weight decay 0.01, gradient norms clipped at CLIP. Raises InputError when no place is replaced, or
+    Optimiser: AdamW with weight decay 0.01, gradient norms clipped at CLIP. Raises InputError if no place is replaced, or
     the loss is no longer finite.
-    Cost a context: the teacher once, and for each arm a pass forward and one backward through the blocks after the site;
-    m V multiply-adds with d for each. Memory: activations of those blocks of one arm, and about 6 m V numbers.
+    Cost per context: the teacher once, and for each arm one forward and one backward pass through the blocks after the
+    site, with m V d multiply-adds for each. Memory: activations of those blocks for one arm, and about 6 m V numbers.
     """
     require(bool(contexts.replaced[:, :-1].any()), "contexts", "must have places to replace", "none")
     device = model.network.device
@@ -121,7 +121,7 @@ def _step(
                 x[one.replaced] = arm.splice(one.x[one.replaced]).to(x.dtype)
         with arm.adapter.on(training=True):
             logits = model.logits(model.hidden(one.tokens, x)[chosen]).float()
-        # Of KL(p || q) only -p log q depends on the adapter.
+        # In KL(p || q), only -p log q depends on the adapter.
         loss = functional.cross_entropy(logits, target, reduction="sum" if arm.recipe.summed else "mean")
         if not bool(loss.isfinite()):
             raise InputError(

@@ -1,10 +1,10 @@
-"""Batches of activations in an order that depends on the seed alone, so that a run can be taken up anywhere.
+"""Batches of activations in an order that depends only on the seed, so that a run can be resumed anywhere.
 
-An epoch reads every piece of the training text once, in an order drawn for it; the tokens of a piece are shuffled. A
-tensor is one piece. A source (a model on text, a store) is cut into pieces of `buffer_tokens`, each of contexts drawn
-from the whole text: a shuffling buffer whose content is known from its number. A batch never spans pieces.
+An epoch reads every piece of the training text once, in an order drawn for that epoch; the tokens of a piece are shuffled.
+A tensor is one piece. A source (a model reading text, a store) is cut into pieces of `buffer_tokens`, each made of contexts
+drawn from the whole text: a shuffling buffer whose number determines its content. A batch never spans pieces.
 
-Shapes: n tokens of a piece, d width; C contexts of L tokens.
+Shapes: n tokens in a piece, d width; C contexts of L tokens.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from darkmatter_ext.training.seeds import generator
 
 
 class Tokens(Protocol):
-    """Activations to train on, in pieces, and some that are held out."""
+    """Activations to train on, in pieces, and some held out."""
 
     @property
     def d_in(self) -> int: ...
 
     @property
     def n_tokens(self) -> int:
-        """To train on, before any is left out."""
+        """Number of tokens to train on, before any are left out."""
         ...
 
     @property
     def identity(self) -> dict[str, object]:
-        """What tells these tokens from others, for a checkpoint."""
+        """What distinguishes these tokens from others, for a checkpoint."""
         ...
 
     def pieces(self, epoch: int, seed: int) -> int:
-        """How many pieces an epoch has."""
+        """Number of pieces in an epoch."""
         ...
 
     def piece(self, epoch: int, number: int, seed: int) -> Tensor:
-        """One of them, [n, d]; the same at every call."""
+        """One of the pieces, [n, d]; the same at every call."""
         ...
 
     def held_out(self) -> Iterator[Tensor]:
-        """Activations [n, d] that no piece has, of contexts drawn from all that are held out."""
+        """Activations [n, d] that are in no piece, from contexts drawn from all that are held out."""
         ...
 
 
 def _split(n: int, share: float) -> int:
-    """How many of n are trained on."""
+    """How many of n to train on."""
     return n - round(n * share)
 
 
@@ -94,7 +94,7 @@ class SourceTokens:
     """A hook point of a source; its last documents are held out."""
 
     def __init__(self, source: Source, hook: str, stream: StreamConfig, excluded: Collection[int] = ()) -> None:
-        """`excluded`: ids of tokens that are left out, wherever they are."""
+        """`excluded`: ids of tokens to leave out everywhere."""
         hooks = list(source.widths)
         if not hook and len(hooks) > 1:
             raise InputError(f"hook: must be one of {', '.join(hooks)} where there are several, got none")
@@ -142,7 +142,7 @@ class SourceTokens:
             yield self._kept(numbers.tolist())
 
     def _kept(self, numbers: list[int]) -> Tensor:
-        """[n, d]: the activations of some contexts at the tokens that count."""
+        """[n, d]: the activations of the given contexts at the tokens that count."""
         batch = self._source.read(numbers)
         first = self._stream.drop_positions
         x = batch.activations[self._hook][:, first:].flatten(0, 1)
@@ -154,14 +154,14 @@ class SourceTokens:
         return x[keep]
 
     def largest_norm(self, norms: Tensor) -> float:
-        """Above it a token is left out: decided by the first contexts that are read."""
+        """The norm above which a token is left out, decided by the first contexts read."""
         if self._largest_norm is None:
             self._largest_norm = self._stream.max_norm_ratio * norms.median().item()
         return self._largest_norm
 
 
 def _whole_documents(documents: Tensor, wanted: int) -> int:
-    """The number of first contexts nearest to `wanted` that end with a document, where there are several; at least one."""
+    """The number of first contexts nearest to `wanted` that ends with a document, if there are several; at least one."""
     ends = (documents.diff() != 0).nonzero().flatten() + 1
     if wanted >= len(documents) or len(ends) == 0:
         return max(1, wanted)
@@ -169,26 +169,26 @@ def _whole_documents(documents: Tensor, wanted: int) -> int:
 
 
 def no_batch(batch_size: int, n_tokens: int) -> InputError:
-    """For a source, or a piece of it, without enough tokens."""
+    """The error for a source, or a piece of it, with too few tokens."""
     return InputError(f"source: must hold at least one batch of {batch_size} tokens to train on, got {n_tokens}")
 
 
 class Batches:
-    """The batches [N, d] of a run, one after another, from any position."""
+    """The batches [N, d] of a run in order, from any position."""
 
     def __init__(self, tokens: Tokens, batch_size: int, seed: int) -> None:
-        """Raises InputError when the first piece holds no whole batch."""
+        """Raises InputError if the first piece holds no full batch."""
         self._tokens, self._batch_size, self._seed = tokens, batch_size, seed
-        self.position = [0, 0, 0]  # epoch, piece, batches taken of it: all that a checkpoint keeps
+        self.position = [0, 0, 0]  # epoch, piece, batches taken from it: all that a checkpoint keeps
         self._piece = self._read(0, 0)
 
     @property
     def piece(self) -> Tensor:
-        """The one being read, [n, d]."""
+        """The piece being read, [n, d]."""
         return self._piece[1]
 
     def next(self) -> Tensor:
-        """Raises InputError when a piece holds no whole batch."""
+        """The next batch. Raises InputError if a piece holds no full batch."""
         x, order = self._current()
         if (self.position[2] + 1) * self._batch_size > len(x):
             self._advance()

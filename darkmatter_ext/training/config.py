@@ -1,7 +1,7 @@
-"""What is trained and how, and which tokens train it. Data and checks; nothing is read or run here.
+"""What is trained, how, and on which tokens. Data and checks only; nothing is read or run here.
 
-Units: activations are divided by one number, so that they have variance 1 a dimension. Losses, thresholds and the
-bandwidth are in these units; the saved SAE is in those of the activations.
+Units: activations are divided by one number so that their variance is 1 per dimension. Losses, thresholds and the
+bandwidth are in these units; the saved SAE is in the units of the activations.
 """
 
 from __future__ import annotations
@@ -26,45 +26,45 @@ class TrainingConfig:
     d_sae: int = 4096
     """latents"""
     k: int = 32
-    """active latents a token: each token's (topk), the mean of a batch (batchtopk, matryoshka), aimed at (jumprelu)"""
+    """active latents per token: exact (topk), mean over a batch (batchtopk, matryoshka), or target (jumprelu)"""
     architecture: str = "topk"
-    """topk, batchtopk, jumprelu or matryoshka (a BatchTopK SAE whose first latents alone reconstruct too)"""
+    """topk, batchtopk, jumprelu or matryoshka (a BatchTopK SAE whose first latents also reconstruct on their own)"""
     steps: int = 400
     """optimiser steps"""
     batch_size: int = 2048
-    """tokens a step"""
+    """tokens per step"""
     learning_rate: float = 1e-3
-    """of Adam, at its highest"""
+    """peak learning rate of Adam"""
     schedule: str = "linear"
-    """of the learning rate after its warm-up: constant; linear or cosine: over the last part it goes to 0"""
+    """learning rate after warm-up: constant; linear or cosine: falls to 0 over the last part"""
     warmup_steps: int = 20
     """first steps, over which the learning rate rises from 0"""
     decay_share: float = 0.3
-    """share of the steps over which the learning rate goes to 0"""
+    """share of the steps over which the learning rate falls to 0"""
     max_gradient_norm: float = 0.0
-    """clip the gradient of all weights together to this norm; 0: do not"""
+    """clip the joint gradient of all weights to this norm; 0: no clipping"""
     dead_after_tokens: int = 50_000
-    """a latent silent for so many tokens counts as dead, and takes part in the auxiliary loss"""
+    """a latent silent for this many tokens counts as dead and takes part in the auxiliary loss"""
     aux_coefficient: float = 1 / 32
     """weight of the auxiliary loss, in which dead latents alone explain the error (2406.04093, A.2); 0: none"""
     aux_k: int = 0
-    """dead latents a token in the auxiliary loss; 0: half of the model dimension"""
+    """dead latents per token in the auxiliary loss; 0: half of the model dimension"""
     decoder_norm: str = "unit"
-    """unit: the decoder's rows keep norm 1, gradients along them are taken out; free"""
+    """unit: decoder rows keep norm 1 and gradients along them are removed; free: neither"""
     freeze: str = "none"
     """control (2602.14111): decoder or encoder stays as drawn; soft-decoder: cosine of each row with its start >= 0.8"""
     weights_dtype: str = "float32"
-    """float32; bfloat16: the step in bfloat16 with float32 masters; float64: slow, for comparisons"""
+    """float32; bfloat16: steps in bfloat16 with float32 master weights; float64: slow, for comparisons"""
     matryoshka_widths: tuple[int, ...] = ()
-    """first latents that reconstruct alone too, ascending; none: an eighth, a quarter and half of d_sae"""
+    """numbers of first latents that also reconstruct alone, ascending; none: an eighth, a quarter and half of d_sae"""
     l0_coefficient: float = 0.1
-    """weight of JumpReLU's sparsity penalty, against the share of variance not explained"""
+    """weight of JumpReLU's sparsity penalty relative to the unexplained share of variance"""
     l0_penalty: str = "target"
-    """of jumprelu (2407.14435): target: (L0 / k - 1)^2 of each token; count: L0"""
+    """for jumprelu (2407.14435): target: (L0 / k - 1)^2 of each token; count: L0"""
     bandwidth: float = 0.1
-    """of the straight-through estimators of JumpReLU's threshold"""
+    """of the straight-through estimators for JumpReLU's threshold"""
     seed: int = 0
-    """of the weights' start (with d_sae, so that widths share nothing) and of the order of tokens"""
+    """for the initial weights (with d_sae, so that widths share nothing) and the order of tokens"""
 
     def __post_init__(self) -> None:
         for name in ("d_sae", "steps", "batch_size"):
@@ -94,7 +94,7 @@ class TrainingConfig:
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """How many of the first latents reconstruct x, each in a loss of its own; the last is all of them."""
+        """Sizes of the prefixes of latents that each reconstruct x in their own loss; the last covers all latents."""
         if self.architecture != "matryoshka":
             return (self.d_sae,)
         return (*(self.matryoshka_widths or sorted({self.d_sae // part for part in (8, 4, 2)} - {0})), self.d_sae)
@@ -102,18 +102,18 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Which tokens of a source train, which are held out, and how they are mixed."""
+    """Which tokens of a source are trained on, which are held out, and how they are mixed."""
 
     held_out_share: float = 0.05
-    """share of the text, its end, that no SAE is trained on and all are evaluated on; 0: none"""
+    """share of the text, at its end, on which all SAEs are evaluated and none is trained; 0: none"""
     evaluation_tokens: int = 16384
-    """at most so many held-out tokens, and as many of those trained on, are evaluated"""
+    """evaluate on at most this many held-out tokens, and on as many training tokens"""
     drop_positions: int = 8
     """leave out the first positions of each context"""
     max_norm_ratio: float = 10.0
     """leave out tokens with a norm above this many medians of the first buffer; 0: keep all"""
     buffer_tokens: int = 131_072
-    """contexts are drawn at random, read this many tokens at a time, and their tokens shuffled"""
+    """contexts are drawn at random and read this many tokens at a time; the tokens are then shuffled"""
 
     def __post_init__(self) -> None:
         require(0 <= self.held_out_share < 1, "held_out_share", "must be from 0 to below 1", self.held_out_share)

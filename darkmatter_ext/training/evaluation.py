@@ -1,4 +1,4 @@
-"""How well SAEs in training do on text: share of variance unexplained, latents a token, latents that never fire."""
+"""How well SAEs perform during training: unexplained share of variance, latents per token, latents that never fire."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from darkmatter_ext.training.trainer import SaeTrainer
 def evaluated(
     trainers: Sequence[SaeTrainer], batches: Iterable[Tensor], scale: float, *, at_most: int, batch_size: int
 ) -> list[dict[str, float]]:
-    """For each SAE: fvu, l0, silent_share (of latents that fire at none of these tokens), and the tokens.
+    """For each SAE: fvu, l0, silent_share (of latents that fire at none of these tokens), and the number of tokens.
 
     Args:
-        batches: activations [n, d] as they are; `scale`: what they are divided by in training.
-        at_most: tokens to evaluate, the first ones.
+        batches: unscaled activations [n, d]; `scale` divides them, as in training.
+        at_most: evaluate at most this many tokens, the first ones.
 
-    FVU is 1 - explained variance, about the mean of these tokens. Cost: an encode and a decode of every token by each SAE.
+    FVU is 1 - explained variance, about the mean of these tokens. Cost: one encode and decode of every token by each SAE.
     """
     parts, tokens = [], 0
     for x in batches:

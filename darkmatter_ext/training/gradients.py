@@ -1,14 +1,14 @@
-"""The reconstruction losses of a batch and their gradients, written out: sums over active latents only.
+"""The reconstruction losses of a batch and their explicit gradients: sums over active latents only.
 
 Every prefix m of the latents (one, all of them, unless the SAE is a Matryoshka) reconstructs x:
     x_hat_m = sum over the active j < m of v_j w_j + b_dec,     loss = sum over m of mean((x_hat_m - x)^2).
 With g_m the gradient of the loss by x_hat_m and G_j the sum of g_m over the prefixes m that hold latent j,
     dL/dv_ij = <G_j(i), w_j>,   dL/dw_j = sum over i of v_ij G_j(i),   dL/db_dec = sum over i and m of g_m(i).
-An entry belongs to one span of latents between two prefixes, so the pairs (token, span) are the "tokens" of one sparse
+Each entry belongs to one span of latents between two prefixes, so the pairs (token, span) are the "tokens" of one sparse
 decode, one decoder_dot and one decoder_outer, whatever the number of prefixes.
 
-A batch may be divided among processes: losses and gradients are then this part's share of those of the whole batch, so
-that sums over the processes give them.
+A batch may be divided among processes. Losses and gradients are then this part's share of those of the whole batch, and
+summing over the processes gives the whole.
 
 Shapes: N tokens (of this process), d model dimension, F latents, S prefixes, z stored entries.
 """
@@ -29,7 +29,7 @@ from darkmatter_ext.runtime.processes import Processes
 
 
 class Gradients(NamedTuple):
-    """Of the loss, by the values of the entries (in their shape), W_dec [F, d] and b_dec [d]."""
+    """Gradients of the loss by the entries' values (same shape), W_dec [F, d] and b_dec [d]."""
 
     values: Tensor
     W_dec: Tensor | None
@@ -38,7 +38,7 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What the active latents make of a batch."""
+    """Reconstruction of a batch from its active latents."""
 
     acts: SparseActs  # by spans
     error: Tensor  # [N, S, d] x_hat_m - x, in the dtype of x
@@ -49,7 +49,7 @@ class Reconstruction:
     def of(
         cls, x: Tensor, acts: SparseActs, W_dec: Tensor, b_dec: Tensor, prefixes: Sequence[int], n_tokens: int
     ) -> Reconstruction:
-        """x [N, d], in the dtype of the losses; acts and weights in that of the step."""
+        """x [N, d] has the dtype of the losses; acts and weights have the dtype of the step."""
         spans = by_spans(acts, prefixes)
         if len(prefixes) == 1:
             x_hat = sparse_decode(spans, W_dec, b_dec)[:, None].to(x.dtype)
@@ -60,7 +60,7 @@ class Reconstruction:
         return cls(spans, error, error.square().sum((0, 2)) / (n_tokens * x.shape[1]), n_tokens)
 
     def gradients(self, W_dec: Tensor, *, of_weights: bool) -> Gradients:
-        """Of the summed loss. Cost: 2 z d multiply-adds."""
+        """Gradients of the summed loss. Cost: 2 z d multiply-adds."""
         n, spans, d = self.error.shape
         own = self.error * (2 / (self.n_tokens * d))
         later = own if spans == 1 else own.flip(1).cumsum(1).flip(1)  # G of each span
@@ -80,7 +80,7 @@ class AuxiliaryLoss:
 
     @classmethod
     def of(cls, error: Tensor, acts: SparseActs, W_dec: Tensor, own: Processes) -> AuxiliaryLoss:
-        """error [N, d] = x - x_hat, a constant here; W_dec of the dead latents."""
+        """error [N, d] = x - x_hat, treated as a constant; W_dec of the dead latents."""
         missed = sparse_decode(acts, W_dec).to(error.dtype) - error
         count, variance = _count_and_variance(error, own)
         variance = variance.clamp(min=torch.finfo(error.dtype).tiny)
@@ -90,7 +90,7 @@ class AuxiliaryLoss:
         return cls(torch.where(usable, loss, 0.0), acts, grad)
 
     def gradients(self, W_dec: Tensor, weight: float) -> tuple[SparseActs, Tensor]:
-        """Of `weight` times the loss: by the pre-activations, as acts, and by the dead latents' W_dec."""
+        """Gradients of `weight` times the loss: by the pre-activations (as acts) and by the dead latents' W_dec."""
         rows = (weight * self.grad).to(W_dec.dtype)
         values = decoder_dot(rows, self.acts, W_dec).reshape(self.acts.values.shape)
         by_relu = values.masked_fill(self.acts.values <= 0, 0)
@@ -98,7 +98,7 @@ class AuxiliaryLoss:
 
 
 def _count_and_variance(values: Tensor, own: Processes) -> tuple[int, Tensor]:
-    """How many values there are in the parts of all processes, and their variance [] (Bessel's)."""
+    """The number of values in the parts of all processes, and their variance [] (with Bessel's correction)."""
     if own.size == 1:
         return values.numel(), values.var()
     mean = values.mean(dtype=torch.float64)

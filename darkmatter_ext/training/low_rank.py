@@ -1,8 +1,8 @@
 """Low-rank adapters of a language model (Hu et al., 2106.09685: LoRA).
 
-An adapter adds (alpha / r) B A z to what a linear layer makes of z, A [r, in] drawn, B [out, r] zero at first. It is a
-forward hook while it is on and nothing while it is off, so the model without it is the model to the bit, whichever kind
-its linear layers are. It may be merged into their weights. On disk it has peft's names and layout.
+An adapter adds (alpha / r) B A z to a linear layer's output for z, with A [r, in] drawn at random and B [out, r] initially
+zero. It is a forward hook while on and nothing while off, so without it the model is bit-identical, whatever kind of
+linear layers it has. It can be merged into their weights. On disk it has peft's names and layout.
 
 Shapes: r rank.
 """
@@ -29,7 +29,7 @@ _WEIGHTS, _CONFIG, _PREFIX = "adapter_model.safetensors", "adapter_config.json",
 
 
 def _sides(layer: nn.Module) -> tuple[int, int]:
-    """What a linear layer reads and writes: torch's holds [out, in], transformers' Conv1D (GPT-2) [in, out]."""
+    """Input and output width of a linear layer: torch stores [out, in], transformers' Conv1D (GPT-2) [in, out]."""
     weight: Any = layer.weight
     rows, columns = weight.shape
     return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
@@ -38,7 +38,7 @@ def _sides(layer: nn.Module) -> tuple[int, int]:
 def linear_layers(network: Any, after: int = -1, *, up_to: int | None = None) -> dict[str, nn.Module]:
     """The linear layers of the blocks after block `after`, up to block `up_to`, by their names in the network.
 
-    Raises InputError when there is no such block.
+    Raises InputError if there is no such block.
     """
     blocks = list(transformer_blocks(network))[after + 1 : None if up_to is None else up_to + 1]
     require(bool(blocks), "hook", "must have a block after it to adapt", f"block {after}, the last")
@@ -51,16 +51,16 @@ def linear_layers(network: Any, after: int = -1, *, up_to: int | None = None) ->
 
 
 def check_rank(layers: Mapping[str, nn.Module], rank: int, *, argument: str = "rank") -> None:
-    """Raise InputError for a rank that a layer cannot have, 0 being none."""
+    """Raise InputError for a rank that a layer cannot have, including 0."""
     narrowest = min(layers, key=lambda name: min(_sides(layers[name])))
     most = min(_sides(layers[narrowest]))
     require(1 <= rank <= most, argument, f"must be from 1 to {most}, the width of {narrowest}", rank)
 
 
 class Adapter:
-    """What is added to some linear layers of a model; rank 0: a bias each, the control that reads nothing.
+    """What is added to some linear layers of a model. Rank 0 adds only a bias to each: a control that reads nothing.
 
-    Memory: r (in + out) float32 numbers a layer.
+    Memory: r (in + out) float32 numbers per layer.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Adapter:
 
     @contextmanager
     def on(self, *, training: bool = False) -> Iterator[None]:
-        """Inside this block the model has the adapter; `training`: with dropout of what A reads."""
+        """Use the adapter inside this block; `training`: with dropout on the input of A."""
         with ExitStack() as stack:
             for name, layer in self.layers.items():
                 stack.callback(layer.register_forward_hook(self._hook(name, training)).remove)
@@ -108,9 +108,9 @@ class Adapter:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add it to the weights of its layers, in place: the model then is what it was with the adapter on.
+        """Add the adapter to the weights of its layers, in place: the model then acts as it did with the adapter on.
 
-        Raises InputError for biases alone, rank 0.
+        Raises InputError for rank 0, which has only biases.
         """
         require(self.rank > 0, "rank", "must be at least 1 to be merged", self.rank)
         for name, layer in self.layers.items():
@@ -120,15 +120,15 @@ class Adapter:
             own += (change if isinstance(layer, nn.Linear) else change.mT).to(own.dtype)
 
     def copied(self) -> Adapter:
-        """As it is now, not to be trained further."""
+        """A copy of the current state, not to be trained further."""
         twin = copy.copy(self)
         twin.tensors = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         return twin
 
     def save(self, folder: Path, *, model: str = "") -> Path:
-        """Write it as peft does (`PeftModel.from_pretrained` reads it); biases alone have no configuration of peft's.
+        """Write the adapter as peft does (`PeftModel.from_pretrained` reads it); biases alone have no peft configuration.
 
-        The folder appears only when complete, and is left as it is where it exists.
+        The folder appears only when complete; an existing one is left unchanged.
         """
         from safetensors.torch import save_file
 
@@ -154,7 +154,7 @@ class Adapter:
         }
 
     def load(self, folder: Path) -> Adapter:
-        """The tensors of an adapter of this form, see `save`. Raises StateError for a damaged folder, or another form."""
+        """Load the tensors of an adapter of this form, see `save`. Raises StateError for a damaged folder or another form."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

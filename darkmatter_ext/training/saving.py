@@ -1,8 +1,8 @@
 """A trained SAE as a SAELens object, and on disk: SAELens' layout, or EleutherAI sparsify's.
 
-The number the activations were divided by is folded into the biases and the threshold: Sae(x) = scale * sae(x / scale),
-because relu, top-k and thresholds keep their choice under it. BatchTopK and Matryoshka SAEs become JumpReLU ones with one
-threshold, as in SAELens.
+The number that divided the activations is folded into the biases and the threshold: Sae(x) = scale * sae(x / scale).
+This is exact because scaling does not change what relu, top-k and thresholds select. BatchTopK and Matryoshka SAEs become
+JumpReLU SAEs with a single threshold, as in SAELens.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ LAYOUTS = ("saelens", "sparsify")
 
 @dataclass(frozen=True)
 class TrainedSae:
-    """An SAE with how it was trained and how well it does."""
+    """A trained SAE, with how it was trained and how well it performs."""
 
-    sae: SAE  # SAELens', in the units of the activations
+    sae: SAE  # a SAELens object, in the units of the activations
     config: TrainingConfig
     report: dict[str, float]
-    """numbers of the end: loss, dead_share, and of `train/` and `held_out/`: fvu, l0, silent_share, tokens"""
+    """final numbers: loss, dead_share, and under `train/` and `held_out/`: fvu, l0, silent_share, tokens"""
     history: list[dict[str, float]] = field(repr=False)  # every `log_every` steps
 
     def save(self, folder: str | Path, layout: str = "saelens") -> Path:
         """Write the SAE, with `training.json` beside it; the folder appears only when complete.
 
         Args:
-            folder: must not exist, or it is left as it is.
-            layout: saelens, or sparsify (TopK only: it has no other).
+            folder: must not exist; an existing one is left unchanged.
+            layout: saelens, or sparsify (TopK only, as sparsify has nothing else).
 
-        Raises InputError for another layout, or one that cannot hold this SAE; OSError where nothing can be written.
+        Raises InputError for another layout, or one that cannot hold this SAE; OSError if nothing can be written.
         """
         require_one_of("layout", LAYOUTS, layout)
         if layout == "sparsify" and self.config.architecture != "topk":
@@ -86,7 +86,7 @@ class TrainedSae:
 
 
 def _about(config: TrainingConfig) -> dict[str, Any]:
-    """What SAELens' metadata holds of the training itself. SAELens' own trainer has no part in it: no version."""
+    """What SAELens' metadata records about training. It names no version, as SAELens' own trainer was not involved."""
     said: dict[str, Any] = {"training_architecture": config.architecture, "sae_lens_training_version": None}
     aimed = config.architecture != "jumprelu" or config.l0_penalty == "target"
     return said | ({"k": config.k} if aimed else {})
@@ -94,7 +94,7 @@ def _about(config: TrainingConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def as_sae_lens(trainer: SaeTrainer, scale: float, metadata: Mapping[str, Any]) -> SAE:
-    """The SAE for activations as they are, that were divided by `scale` in training; float32, on the device trained on."""
+    """The SAE for unscaled activations, which training divided by `scale`; float32, on the training device."""
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig

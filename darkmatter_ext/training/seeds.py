@@ -1,4 +1,4 @@
-"""Generators of random numbers by name, so that no two uses of a seed share their numbers."""
+"""Named random generators, so that no two uses of a seed share random numbers."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from darkmatter_ext.runtime.storage import fingerprint
 
 
 def generator(use: str, *parts: int) -> torch.Generator:
-    """For one use ("weights", "order") with some numbers (seed, width, epoch)."""
+    """The generator for one use ("weights", "order") with some numbers (seed, width, epoch)."""
     return torch.Generator().manual_seed(int(fingerprint(use=use, parts=parts)[:15], 16))

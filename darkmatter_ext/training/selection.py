@@ -1,13 +1,13 @@
 """Which latents fire at each token of a batch, exactly and without [N, F] arrays, and how gradients pass.
 
 - TopK: the k largest of each token.
-- BatchTopK: the N k largest of the batch (2412.06410). Everything above a bound that is certainly too low is encoded,
-  and the batch's threshold found among it: the last batch's threshold is nearly always such a bound, and whether it was
-  shows in the count.
-- JumpReLU: above a threshold a latent, which learns through straight-through estimators (2407.14435). Those need the
-  latents within half a bandwidth of their threshold besides the active ones, no others.
+- BatchTopK: the N k largest of the batch (2412.06410). Encode everything above a bound that is certainly too low, and find
+  the batch's threshold among the result. A guess from the last batch is nearly always such a bound; the number of entries
+  shows whether it was.
+- JumpReLU: latents above a threshold each, learned with straight-through estimators (2407.14435). Besides the active
+  latents, these need only those within half a bandwidth of their threshold.
 
-A batch may be divided among processes: what concerns all of it is then decided from all of it.
+A batch may be divided among processes; decisions about the whole batch then use the whole batch.
 
 Shapes: N tokens (of this process), d model dimension, F latents, z stored entries.
 """
@@ -27,8 +27,8 @@ from darkmatter_ext.ops.ragged import latent_sums, token_sums
 from darkmatter_ext.runtime.processes import Processes
 from darkmatter_ext.training.config import TrainingConfig
 
-# Of the mean of the batches' thresholds, which BatchTopK uses outside of training. They fall as training goes on and vary
-# little between batches: a mean over 100 steps (0.99) was above the last ones, L0 29 for a k of 32.
+# Decay of the running mean of batch thresholds, which BatchTopK uses outside training. Thresholds fall during training and
+# vary little between batches: a mean over 100 steps (0.99) was above the last ones and gave L0 29 for a k of 32.
 THRESHOLD_DECAY = 0.9
 
 
@@ -36,9 +36,9 @@ THRESHOLD_DECAY = 0.9
 class Fired:
     """The latents of a batch that take part in its step."""
 
-    acts: SparseActs  # those that fire; of JumpReLU also those about to, with value 0
+    acts: SparseActs  # those that fire; for JumpReLU also those about to, with value 0
     penalty: Tensor  # sparsity loss, []
-    # dL/d(acts' values) -> dL/d(pre-activations), in the same shape, and dL/d(threshold) [F] where there is one
+    # dL/d(acts' values) -> dL/d(pre-activations), in the same shape, and dL/d(threshold) [F] if there is one
     backward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
     @classmethod
@@ -51,15 +51,15 @@ class Selection(Protocol):
     """How an architecture chooses latents."""
 
     def start(self, x: Tensor, encoder: EncoderRows) -> None:
-        """See the first batch [N, d] before training."""
+        """Set up from the first batch [N, d] before training."""
         ...
 
     def fired(self, x: Tensor, encoder: EncoderRows) -> Fired:
-        """In a step of training."""
+        """The choice in a training step."""
         ...
 
     def outside_training(self, x: Tensor, encoder: EncoderRows) -> SparseActs:
-        """As the saved SAE chooses."""
+        """The choice that the saved SAE makes."""
         ...
 
     @property
@@ -86,7 +86,7 @@ class TopK:
 
 
 class BatchTopK:
-    """The N k largest of the batch; outside of training one threshold, the mean of the last batches' smallest."""
+    """The N k largest of the batch. Outside training a single threshold: the mean of the smallest of recent batches."""
 
     def __init__(self, config: TrainingConfig, device: torch.device, own: Processes) -> None:
         self._k, self._own = config.k, own
@@ -114,10 +114,10 @@ class BatchTopK:
 
 
 class JumpReLU:
-    """Above a threshold a latent, learned by straight-through estimators with a rectangular window (2407.14435).
+    """Latents above a threshold each, learned by straight-through estimators with a rectangular window (2407.14435).
 
-    With theta the threshold, w the bandwidth, h a pre-activation and v = h 1[h > theta] its value:
-    dv/dtheta is taken to be -theta / w and dL0/dtheta -1 / w, both where |h - theta| < w / 2; h gets no gradient but v's.
+    With theta the threshold, w the bandwidth, h a pre-activation and v = h 1[h > theta] its value: where
+    |h - theta| < w / 2, dv/dtheta is taken to be -theta / w and dL0/dtheta -1 / w. h gets only the gradient of v.
     """
 
     def __init__(self, config: TrainingConfig, threshold: Tensor, own: Processes) -> None:
@@ -127,7 +127,7 @@ class JumpReLU:
 
     @torch.no_grad()
     def start(self, x: Tensor, encoder: EncoderRows) -> None:
-        """Where k latents a token fire: starting near 0, as in the paper, half of all would, at the cost of all."""
+        """Start where k latents per token fire. Near 0, as in the paper, half of all would, which costs as much as all."""
         self.threshold.fill_(batch_topk(x, encoder, self._config.k, own=self._own).smallest.item())
 
     def fired(self, x: Tensor, encoder: EncoderRows) -> Fired:
@@ -148,7 +148,7 @@ class JumpReLU:
         return Fired(replace(stored, values=stored.values * active), penalty, backward)
 
     def _penalty(self, l0: Tensor) -> tuple[Tensor, Tensor]:
-        """This part's share of the mean penalty of l0 [N], and its derivative by each, [N]."""
+        """This part's share of the mean penalty of l0 [N], and its derivative by each entry [N]."""
         k, weight = self._config.k, self._config.l0_coefficient / self._own.total(len(l0), l0.device)
         if self._config.l0_penalty == "count":
             return weight * l0.sum(), torch.full_like(l0, weight)
@@ -160,7 +160,7 @@ class JumpReLU:
 
 
 def selection_of(config: TrainingConfig, weights: Mapping[str, Tensor], own: Processes) -> Selection:
-    """That of an architecture; JumpReLU's threshold [F] is among the weights."""
+    """The selection for the configured architecture; JumpReLU's threshold [F] is among the weights."""
     if config.architecture == "jumprelu":
         return JumpReLU(config, weights["threshold"], own)
     return TopK(config) if config.architecture == "topk" else BatchTopK(config, weights["b_dec"].device, own)

@@ -1,7 +1,8 @@
-"""`dm.train`: SAEs trained on activations in memory, a store, or a model reading text.
+"""`dm.train`: train SAEs on activations in memory, a store, or a model reading text.
 
-The training text is read once for all SAEs given. A run with a checkpoint folder can be killed at any moment and goes on
-to the same bits. Under torchrun every process reads the stream and steps on its part of each batch; gradients are summed.
+The training text is read once for all given SAEs. A run with a checkpoint folder can be killed at any moment and resumed
+with bit-identical results. Under torchrun every process reads the stream and steps on its part of each batch; gradients
+are summed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ROWS_AT_A_TIME = 8192
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run keeps its state, and how often."""
+    """Where a run saves its state, and how often."""
 
     folder: Path
     seconds: float = 300.0
@@ -65,29 +66,29 @@ def train(  # pyright: ignore[reportInconsistentOverload]  (the options are list
     """Train one SAE, or several on one stream of activations.
 
     Args:
-        source: activations [n, d] in memory, or a Source: a model on text, a store of activations.
-        config: of one SAE, or of several with the same batch_size; the first one's seed orders the tokens.
-        stream: which tokens train and which are held out.
-        hook: the hook point, of a source with several.
-        excluded_tokens: ids of tokens a source leaves out.
-        metadata: kept in the SAE's configuration, in SAELens' names (model_name, hook_name, prepend_bos, ...).
-        checkpoint: folder of the run's state; the same call goes on from it, to the same bits.
-        scheduler: makes the learning rate's scheduler of torch from the optimiser, instead of the configuration's; its
-            rates must follow from the number of steps alone.
-        device: to train on; default: that of a tensor, else cpu.
+        source: activations [n, d] in memory, or a Source: a model reading text, or a store of activations.
+        config: for one SAE, or for several with the same batch_size; the first one's seed orders the tokens.
+        stream: which tokens are trained on and which are held out.
+        hook: the hook point, if the source has several.
+        excluded_tokens: ids of tokens to leave out of a source.
+        metadata: stored in the SAE's configuration under SAELens' names (model_name, hook_name, prepend_bos, ...).
+        checkpoint: folder for the run's state; repeating the same call resumes from it, with bit-identical results.
+        scheduler: makes a torch learning-rate scheduler from the optimiser, replacing the configured one; its
+            rates must depend only on the number of steps.
+        device: to train on; default: the device of a tensor source, else cpu.
         log_every: steps between two entries of the history.
         log: called with the entries: sae (its number), step, loss, fvu, l0, dead_share, learning_rate, tokens_a_second.
         progress: called with the number of steps done since its last call.
 
     Returns:
-        TrainedSae: `.sae` (SAELens'; float32), `.report`, `.history`, `.save(FOLDER)`; a list where a list was given.
+        TrainedSae: `.sae` (a SAELens object, float32), `.report`, `.history`, `.save(FOLDER)`; a list if config is a list.
 
     Raises:
-        InputError: a source without a batch or not finite, settings that do not fit, training that diverged; one line.
-        StateError: a damaged store or checkpoint. OSError: a checkpoint that cannot be written; the last good one stays.
+        InputError: the source holds no full batch or is not finite, settings do not fit, or training diverged; one line.
+        StateError: a damaged store or checkpoint. OSError: a checkpoint cannot be written; the last good one stays.
 
-    Cost: a step is an exact encode (no [N, F] array), sums over the active latents, and Adam over 2 F d weights: in
-    memory the weights, their gradients, two moments, and the packed encoder.
+    Cost: each step is an exact encode (no [N, F] array), sums over the active latents, and Adam over 2 F d weights.
+    Memory: the weights, their gradients, two moments, and the packed encoder.
     """
     configs = [config] if isinstance(config, TrainingConfig) else list(config)
     _check(configs, log_every)
@@ -124,7 +125,7 @@ def _tokens(
 
 
 def _mean_and_scale(x: Tensor) -> tuple[Tensor, float]:
-    """The mean [d] of x [n, d], float32, and the root of the mean variance of a dimension; float64 sums, x uncopied."""
+    """Mean [d] of x [n, d], float32, and the root of the variance averaged over dimensions; float64 sums, no copy of x."""
     parts = x.split(ROWS_AT_A_TIME)
     mean = torch.stack([part.sum(0, dtype=torch.float64) for part in parts]).sum(0) / len(x)
     squares = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum()
@@ -133,17 +134,17 @@ def _mean_and_scale(x: Tensor) -> tuple[Tensor, float]:
 
 @dataclass
 class _Run:
-    """SAEs in training on one stream."""
+    """SAEs being trained on one stream."""
 
     trainers: list[SaeTrainer]
     batches: Batches
     tokens: Tokens
-    scale: float  # activations are divided by it
-    sample: Tensor  # [n, d] of the training text, to evaluate
-    identity: dict[str, Any]  # all that the result depends on
+    scale: float  # divides the activations
+    sample: Tensor  # [n, d] of the training text, for evaluation
+    identity: dict[str, Any]  # everything the result depends on
     own: Processes
     histories: list[list[dict[str, float]]]
-    losses: list[float]  # of the last step looked at
+    losses: list[float]  # of the last step examined
     step: int = 0
 
     @classmethod
@@ -181,7 +182,7 @@ class _Run:
     # ---- checkpoints
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Claim the folder, and go on from the state in it."""
+        """Claim the folder, and resume from the state in it."""
         if checkpoint is None:
             return
         checkpoint.folder.mkdir(parents=True, exist_ok=True)
@@ -214,7 +215,7 @@ class _Run:
             "losses": self.losses,
         }
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            raise self._diverged(self.trainers[0])  # in this step: the loss was still finite
+            raise self._diverged(self.trainers[0])  # in this very step: the loss was still finite
         CheckpointFolder(checkpoint.folder).save(tensors, state)
 
     # ---- the loop
@@ -251,12 +252,12 @@ class _Run:
                 and self.own.is_first
                 and (last or time.monotonic() - saved >= checkpoint.seconds)
             ):
-                self._check_losses(reports)  # a state that has diverged must not replace a good one
+                self._check_losses(reports)  # a diverged state must not replace a good one
                 self.save(checkpoint)
                 saved = time.monotonic()
 
     def _one_step(self) -> tuple[list[StepReport | None], Tensor]:
-        """A step of every SAE that is not done; the batch is in units of training."""
+        """One step of every SAE that is not done; returns the batch in training units."""
         x = self.batches.next().to(self.own.device).float() / self.scale
         part = x.tensor_split(self.own.size)[self.own.rank]
         reports: list[StepReport | None] = []
@@ -266,7 +267,7 @@ class _Run:
                 continue
             try:
                 reports.append(trainer.step(part))
-            except InputError:  # the ops refuse NaN in weights
+            except InputError:  # the ops reject NaN in weights
                 raise self._diverged(trainer) from None
         self.step += 1
         return reports, x
@@ -304,7 +305,7 @@ class _Run:
     # ---- the end
 
     def finished(self, stream: StreamConfig, metadata: Mapping[str, Any]) -> list[TrainedSae]:
-        """The SAEs, evaluated on text they were trained on and on held-out text."""
+        """The SAEs, evaluated on training text and on held-out text."""
         size = self.trainers[0].config.batch_size
         texts = {"train": iter([self.sample]), "held_out": self.tokens.held_out()}
         reports = [

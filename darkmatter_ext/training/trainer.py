@@ -1,9 +1,10 @@
 """One SAE in training: its weights, its optimiser, one step on a batch.
 
-Gao et al., "Scaling and evaluating sparse autoencoders", 2406.04093: encoder started as the decoder's transpose, b_dec taken
-off the input, unit decoder rows, dead latents trained on the error. Activations come divided by one number (`config`).
+After Gao et al., "Scaling and evaluating sparse autoencoders", 2406.04093: the encoder starts as the decoder's transpose,
+b_dec is subtracted from the input, decoder rows are unit vectors, dead latents are trained on the error. Activations
+arrive already divided by one number (`config`).
 
-Shapes: N tokens of a batch, d model dimension, F latents.
+Shapes: N tokens in a batch, d model dimension, F latents.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from darkmatter_ext.training.seeds import generator
 from darkmatter_ext.training.selection import Fired, selection_of
 
 MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
-ADAM_EPS = 6.25e-10  # as 2406.04093
-ROWS_AT_A_TIME = 512  # stay in the cache between two passes over them: a quarter of the time for 24576 rows of 768
-LEAST_COSINE = 0.8  # of a soft-frozen decoder row with its start (2602.14111)
+ADAM_EPS = 6.25e-10  # as in 2406.04093
+ROWS_AT_A_TIME = 512  # these stay in the cache between two passes: a quarter of the time for 24576 rows of 768
+LEAST_COSINE = 0.8  # between a soft-frozen decoder row and its start (2602.14111)
 _FROZEN = {"decoder": ("W_dec",), "encoder": ("W_enc", "b_enc")}
 
 
 def learning_rate_factor(config: TrainingConfig, step: int) -> float:
-    """What multiplies the learning rate at a step: warm-up, then the decay of the last part."""
+    """Factor on the learning rate at a step: warm-up, then decay over the last part."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     decay_steps = max(1, round(config.decay_share * config.steps))
     left = min(1.0, (config.steps - step) / decay_steps)
@@ -46,15 +47,15 @@ def learning_rate_factor(config: TrainingConfig, step: int) -> float:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step saw, as tensors [] on the device: reading them waits for it."""
+    """Measurements of a step, as tensors [] on the device: reading them waits for the device."""
 
-    loss: Tensor  # all of it
+    loss: Tensor  # total
     mse: Tensor  # of the whole SAE: with activations of variance 1, about the FVU
     l0: Tensor  # mean over the batch
 
 
 class SaeTrainer:
-    """An SAE in training, in units where the activations have variance 1 a dimension."""
+    """An SAE in training, in units where the activations have variance 1 per dimension."""
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class SaeTrainer:
         make_scheduler: MakeScheduler | None = None,
         own: Processes = ALONE,
     ) -> None:
-        """`mean` [d] of the activations, on the device to train on; `own`: processes that each step on a part of a batch."""
+        """`mean` [d] of the activations, on the training device; `own`: processes that each step on part of a batch."""
         self.config, self._own = config, own
         self.weights = start_weights(config, mean)
         self.selection = selection_of(config, self.weights, own)
@@ -81,7 +82,7 @@ class SaeTrainer:
 
     @torch.no_grad()
     def step(self, x: Tensor) -> StepReport:
-        """One optimiser step on a batch, x [N, d] this process's part of it. Raises InputError for weights that are NaN."""
+        """One optimiser step on a batch; x [N, d] is this process's part. Raises InputError if weights are NaN."""
         own = self._step_weights()
         x = x.to(self.weights["b_dec"].dtype)
         centred = (x - self.weights["b_dec"]).to(own["W_enc"].dtype)
@@ -102,7 +103,7 @@ class SaeTrainer:
         return StepReport(*self._own.sum(seen))
 
     def _step_weights(self) -> dict[str, Tensor]:
-        """In the dtype that the ops run in: the masters themselves, or copies."""
+        """Weights in the dtype the ops run in: the master weights themselves, or copies."""
         if self.config.weights_dtype != "bfloat16":
             return self.weights
         return {name: weight.bfloat16() for name, weight in self.weights.items() if name != "threshold"}
@@ -115,14 +116,14 @@ class SaeTrainer:
     def _gradients(
         self, centred: Tensor, fired: Fired, found: Reconstruction, own: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Of reconstruction and penalty, by every weight that is trained."""
+        """Gradients of reconstruction and penalty by every trained weight."""
         by = found.gradients(own["W_dec"], of_weights="W_dec" in self.trained)
         scores, threshold = fired.backward(by.values)
         scored = SparseActs(
             scores, fired.acts.stored_indices, fired.acts.d_sae, fired.acts.crow, fired.acts.ragged_batch_shape
         )
         b_enc = latent_sums(scores, scored)
-        grads = {"b_dec": by.b_dec - (b_enc @ own["W_enc"]).to(by.b_dec.dtype)}  # it is taken off the input too
+        grads = {"b_dec": by.b_dec - (b_enc @ own["W_enc"]).to(by.b_dec.dtype)}  # it is also subtracted from x
         if by.W_dec is not None:
             grads["W_dec"] = by.W_dec
         if "W_enc" in self.trained:
@@ -132,13 +133,13 @@ class SaeTrainer:
         return {name: grad.to(self.weights[name].dtype) for name, grad in grads.items()}
 
     def dead(self) -> Tensor:
-        """Numbers of the latents that have not fired for long."""
+        """Numbers of the latents that have not fired for a long time."""
         return (self.silent_tokens > self.config.dead_after_tokens).nonzero().flatten()
 
     def _add_auxiliary(
         self, centred: Tensor, error: Tensor, own: dict[str, Tensor], grads: dict[str, Tensor]
     ) -> Tensor:
-        """Add the auxiliary loss's gradients; returns the loss []. b_dec is a constant to it."""
+        """Add the gradients of the auxiliary loss and return the loss []. b_dec is treated as a constant."""
         dead = self.dead() if self.config.aux_coefficient > 0 else self.silent_tokens[:0]
         if len(dead) == 0:
             return error.new_zeros(())
@@ -177,7 +178,7 @@ class SaeTrainer:
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> tuple[Tensor, SparseActs]:
-        """Sae(x) [N, d] and the acts, as the saved SAE gives them."""
+        """Sae(x) [N, d] and the acts, as the saved SAE would give them."""
         own = self._step_weights()
         centred = (x.to(self.weights["b_dec"].dtype) - self.weights["b_dec"]).to(own["W_enc"].dtype)
         acts = self.selection.outside_training(centred, EncoderRows(own["W_enc"], own["b_enc"]))
@@ -185,11 +186,11 @@ class SaeTrainer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """Learning rate of the next step."""
         return self.optimiser.param_groups[0]["lr"]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint keeps besides `steps_done`; tensors in use, not copies."""
+        """Everything a checkpoint keeps besides `steps_done`: the tensors in use, not copies."""
         found = {**self.weights, **self.selection.state, "silent_tokens": self.silent_tokens}
         if self._start is not None:
             found["start"] = self._start
@@ -200,8 +201,8 @@ class SaeTrainer:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Tensor], steps_done: int) -> None:
-        """Go on from a state after `steps_done` steps, bit for bit."""
-        for name in self.trained:  # Adam makes its own state at the first step
+        """Resume from a state after `steps_done` steps, bit for bit."""
+        for name in self.trained:  # Adam creates its state at the first step
             prefix = f"adam.{name}."
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             device = self.weights[name].device
@@ -209,14 +210,14 @@ class SaeTrainer:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice that the optimiser comes first
+            warnings.simplefilter("ignore")  # torch warns that the optimiser should step first
             for _ in range(steps_done):
                 self._scheduler.step()
         self.steps_done = steps_done
 
 
 def start_weights(config: TrainingConfig, mean: Tensor) -> dict[str, Tensor]:
-    """Unit decoder rows, drawn by seed and d_sae; the encoder as their transpose, W_enc as rows [F, d]."""
+    """Unit decoder rows, drawn from seed and d_sae; the encoder is their transpose, with W_enc as rows [F, d]."""
     dtype = torch.float64 if config.weights_dtype == "float64" else torch.float32
     W_dec = torch.randn(config.d_sae, len(mean), generator=generator("weights", config.seed, config.d_sae))
     W_dec = (W_dec / W_dec.norm(dim=1, keepdim=True)).to(mean.device, dtype)
@@ -232,13 +233,13 @@ def start_weights(config: TrainingConfig, mean: Tensor) -> dict[str, Tensor]:
 
 
 def take_out_along(grad: Tensor, rows: Tensor) -> None:
-    """Subtract from each gradient [F, d] its part along its row (unit), in place: renormalising the row would undo it."""
+    """Subtract from each gradient [F, d] its part along its (unit) row, in place: renormalising the row would undo it."""
     for own, row in zip(grad.split(ROWS_AT_A_TIME), rows.split(ROWS_AT_A_TIME), strict=True):
         own.addcmul_(torch.linalg.vecdot(own, row)[:, None], row, value=-1)
 
 
 def keep_near(rows: Tensor, start: Tensor) -> None:
-    """Move rows [F, d] whose cosine with their start (unit) is below LEAST_COSINE to it, in place, norms kept."""
+    """Move rows [F, d] with a cosine to their (unit) start below LEAST_COSINE up to it, in place, keeping norms."""
     norms = rows.norm(dim=1, keepdim=True)
     cosine = torch.linalg.vecdot(rows, start)[:, None] / norms
     across = rows / norms - cosine * start

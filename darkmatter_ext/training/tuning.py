@@ -1,4 +1,4 @@
-"""A language model tuned on rows of tokens: a low-rank adapter is trained on the next tokens, then merged.
+"""Tune a language model on rows of tokens: train a low-rank adapter to predict the next token, then merge it.
 
 The model's own weights are not trained. Shapes: n rows of L tokens, r the rank.
 """
@@ -20,7 +20,7 @@ from darkmatter_ext.training.seeds import generator
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """How adapters are trained on next tokens."""
+    """How adapters are trained to predict next tokens."""
 
     rank: int = 16
     """of every adapter"""
@@ -29,11 +29,11 @@ class TuningConfig:
     steps: int = 50
     """optimiser steps"""
     batch_rows: int = 6
-    """rows of tokens a step"""
+    """rows of tokens per step"""
     learning_rate: float = 2e-3
     """of AdamW, falling to 0 linearly"""
     seed: int = 0
-    """of the adapters' start and of the order of rows"""
+    """for the adapters' start and the order of rows"""
 
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch_rows"):
@@ -50,10 +50,10 @@ def tune(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> list[float]:
-    """Train an adapter of some layers of a causal language model on the next tokens of rows [n, L] int64, and merge it.
+    """Train an adapter for some layers of a causal language model on the next tokens of rows [n, L] int64, then merge it.
 
-    Returns the loss of every step, nats. Raises InputError for fewer rows than a batch, or a loss that is not finite. Cost: a
-    step is a forward and a backward pass through the whole model without gradients of its weights.
+    Returns the loss of every step in nats. Raises InputError for fewer rows than a batch, or a loss that is not finite.
+    Cost: a step is one forward and one backward pass through the whole model, without gradients of its weights.
     """
     require_at_least("rows", config.batch_rows, len(rows))
     network.requires_grad_(False)

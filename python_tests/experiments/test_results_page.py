@@ -44,6 +44,27 @@ def test_large_arrays_stay_out_of_the_docs(finished, page, tmp_path):
     assert "explored" not in kept.series
 
 
+def test_other_settings_have_a_page_beside_the_usual_ones(finished, page, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(finished("scaling").folder, results / "scaling")
+    shutil.copytree(finished("scaling").folder, results / "others" / "scaling-again")
+    shutil.copytree(finished("synthetic").folder, results / "others" / "synthetic-again")
+    _, docs = page(results)
+    text = (docs / "other_settings.md").read_text(encoding="utf-8")
+    result = load_result(results / "scaling" / "scaling.json")
+    rows = [line for line in text.partition("## ")[0].splitlines() if line.startswith("| ") and "model" not in line[:8]]
+    assert len(rows) == 1 + 2 * len(
+        result.series["law"]
+    )  # the line below the heading; the usual result, then the other
+    assert rows[1 : len(rows) // 2 + 1] == rows[len(rows) // 2 + 1 :]
+    widest = result.series["law"][-1]
+    assert f"{result.numbers[f'{widest}/fvu_nonlinear']:.3f}" in rows[-1]
+    for name, figure in (("scaling-again", "scaling_lines.png"), ("synthetic-again", "synthetic_noise.png")):
+        assert f"(figures/{name}/{figure})" in text
+        assert (docs / "figures" / name / figure).is_file()
+        assert (docs / "results" / f"{name}.json").is_file()
+
+
 def test_every_sentence_and_cell_is_of_the_result(finished, page, workplace, tmp_path):
     results = tmp_path / "results"
     for name in NAMES:
