@@ -25,7 +25,7 @@ demo: install
 	$(BIN)/darkmatter demo
 
 # Unit tests and one small run of every experiment, in as many processes as there are processors, at most four.
-PROCESSES := -n auto --maxprocesses 4 --dist loadgroup
+PROCESSES := -n auto --maxprocesses 4
 test: install
 	$(BIN)/pytest $(PROCESSES) -m "not slow and not gpu and not browser"
 

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 from pathlib import Path
 
 import hypothesis
@@ -37,19 +38,32 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """Mark what reads the run of an experiment; keep in one process what shares a run, and each file's fixtures.
-
-    The other tests that take seconds have the mark `runs` where they stand.
-    """
+    """Mark what reads the run of an experiment; the other tests that take seconds have the mark `runs` where they stand."""
     for item in items:
-        group = str(item.path)
         if "finished" in item.fixturenames:
             item.add_marker("runs")
-            params = item.callspec.params if hasattr(item, "callspec") else {}
-            group = params.get("name", item.path.stem.removeprefix("test_").replace("_", "-"))  # the experiment
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _shares(nodeid: str) -> str:
+    """What the tests of one process share: the run of an experiment, else the fixtures of a file."""
+    path, _, test = nodeid.partition("::")
+    if "/experiments/" not in path:
+        return path
+    of_each = re.search(r"\[([a-z-]+)\]", test) if path.endswith("test_every_experiment.py") else None
+    return of_each[1] if of_each else Path(path).stem.removeprefix("test_").replace("_", "-")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Deal out tests by what they share. `--dist loadgroup` would read it from ids, which pytest 9.2 does not let it change."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class BySharing(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _shares(nodeid)
+
+    return BySharing(config, log)
 
 
 def pytest_collection_finish() -> None:

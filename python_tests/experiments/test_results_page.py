@@ -44,6 +44,7 @@ def test_large_arrays_stay_out_of_the_docs(finished, page, tmp_path):
     assert "explored" not in kept.series
 
 
+@pytest.mark.slow
 def test_other_settings_have_a_page_beside_the_usual_ones(finished, page, tmp_path):
     results = tmp_path / "results"
     shutil.copytree(finished("scaling").folder, results / "scaling")

@@ -129,7 +129,7 @@ def _matches(rows, planted_rows):
     return torch.where(best.values > 0.9, best.indices, -1)
 
 
-@pytest.mark.runs
+@pytest.mark.slow
 def test_a_trained_crosscoder_finds_the_latents_of_each_model_alone():
     """Recall and precision of both families by norm and scaling at least 0.9; a shrunken one is of neither."""
     data, sums, kinds, _ = _trained()
