@@ -105,7 +105,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    options = {"device_map": device_map} if device_map else {}
+    options: dict[str, Any] = {"device_map": device_map} if device_map else {}
     options["trust_remote_code"] = False  # otherwise transformers asks at a prompt and waits
     with told("model", "must be a causal language model", repr(model)):
         network = AutoModelForCausalLM.from_pretrained(model_location(model), dtype=dtype, **options)

@@ -54,12 +54,13 @@ def known_model(model: str) -> KnownModel | None:
         config |= config.get("text_config") or {}
         d = config.get("hidden_size", config.get("n_embd"))
         layers = config.get("num_hidden_layers", config.get("n_layer"))
-        if None in (d, layers, config.get("vocab_size")):
+        vocabulary = config.get("vocab_size")
+        if d is None or layers is None or vocabulary is None:
             return None
         inner = config.get("intermediate_size") or 4 * d
         attention = 4 * d * d
         per_layer = attention + (2 if config.get("model_type") == "gpt2" else 3) * d * inner
-        return KnownModel(d, layers, per_layer, config["vocab_size"] * d, 0)
+        return KnownModel(d, layers, per_layer, vocabulary * d, 0)
 
 
 def cost(
