@@ -10,7 +10,7 @@ from darkmatter_ext.measurement.cost import PlannedSae, cost, cost_lines, known_
 from darkmatter_ext.measurement.settings import Settings
 from darkmatter_ext.saes.catalogue import SAE_SETS
 from darkmatter_ext.saes.formats import on_disk
-from darkmatter_ext.saes.loading import describe_sae
+from darkmatter_ext.saes.loading import describe_sae, release_and_id
 
 
 def plan_lines(settings: Settings) -> list[str]:
@@ -72,6 +72,7 @@ def _planned(specs: Sequence[str], hook: str) -> tuple[list[PlannedSae], list[st
             own = translated_hook(str(sae.metadata.get("hook_name") or "")) or "?"
             planned.append(PlannedSae(spec, hook or own, sae.d_in, sae.d_sae))
         else:
+            release_and_id(spec)
             unknown.append(spec)
     return planned, unknown
 

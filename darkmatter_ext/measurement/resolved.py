@@ -64,7 +64,10 @@ def resolve(settings: Settings, *, train_at: Sequence[str] = (), transcoders: bo
     predictor_hooks = [_sites(settings, sae, "")[0] for sae in predictors]
     model = published_name(data.model) or _named_model([*given, *predictors]) or ("" if given else EMBEDDED_MODEL)
     if not model and not data.cache:
-        raise InputError(f"model: must be given, {given[0].spec} does not say its model, got none")
+        raise InputError(
+            f"model: must be given, {given[0].spec} does not say its model, got none "
+            f"(a folder, a Hugging Face id, or {EMBEDDED_MODEL})"
+        )
     if not data.cache:
         check_terms(model, accept=data.accept_terms)
     own = usage(given, data, others=predictors, model=data.model, hook=saes.hook, stored=data.stored)
@@ -102,7 +105,9 @@ def _sites(settings: Settings, sae: SaeDescription, given: str) -> tuple[str, st
     else:
         reads = writes = translated_hook(own[0]) or given
     if not reads:
-        raise InputError(f"hook: must be given, {sae.spec} does not say where it reads, got none")
+        raise InputError(
+            f"hook: must be given, {sae.spec} does not say where it reads, got none (as blocks.10.hook_resid_post)"
+        )
     if not settings.data.cache:
         for hook in (reads, writes):
             parse_hook_point(hook)

@@ -218,7 +218,7 @@ def _losses(found: Resolved, cache: ActivationCache, chosen: Tensor, stages: Sta
         return stored_losses(found.model, tokens, device=found.settings.device, progress=advance)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measurement:
     """A finished measurement, with what a result reports about it."""
 
@@ -242,14 +242,23 @@ class Measurement:
         """One SAE: its numbers and their intervals. Raises InputError as `site_of` does."""
         return SaeMeasurement(name, self.site_of(name))
 
-    def _repr_html_(self) -> str:
-        """One row per SAE, and the notes, for notebooks."""
-        rows = []
+    def _rows(self) -> list[list[str]]:
+        """Headings, then one row per SAE."""
+        rows = [["SAE", "hook", "L0", "FVU", "FVU nonlinear", "linear share"]]
         for sae in self.saes:
             found = self.site_of(sae["name"]).decomposition(sae["name"]).numbers()
             keys = ("l0", "fvu", "fvu_nonlinear", "linear_share")
             rows.append([sae["name"], sae["hook"], *(f"{found[key]:.4g}" for key in keys)])
-        headings = ["SAE", "hook", "L0", "FVU", "FVU nonlinear", "linear share"]
+        return rows
+
+    def __repr__(self) -> str:
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+    def _repr_html_(self) -> str:
+        """One row per SAE, and the notes, for notebooks."""
+        headings, *rows = self._rows()
         return html_table(f"{len(rows)} SAEs on held-out tokens", headings, rows, self.notes)
 
     def tokens(self, columns: Sequence[str] | None = None, *, hook: str = "") -> pyarrow.Table:

@@ -61,7 +61,8 @@ class SaeDescription:
         return self.d_out or self.d_in
 
 
-def _release_and_id(spec: str) -> tuple[str, str]:
+def release_and_id(spec: str) -> tuple[str, str]:
+    """The two parts of RELEASE:ID. Raises InputError for what is neither that nor on this disk."""
     release, _, sae_id = spec.partition(":")
     if not sae_id:
         first, *others = FORMATS
@@ -129,7 +130,7 @@ def describe_sae(spec: str) -> SaeDescription:
                 factor = {SCALED: SCALER_NAME, WHITENED: WHITENING_NAME}[kind]
                 config |= {"normalize_activations": "none"} if (place.folder / factor).is_file() else {}
         else:
-            release, name = _release_and_id(spec)
+            release, name = release_and_id(spec)
             config = _hub_config(release, name)
         return SaeDescription(
             spec,
@@ -190,7 +191,7 @@ def _from_hub(spec: str, device: str, dtype: str) -> SAE:
     from sae_lens import SAE
     from sae_lens.loading.pretrained_sae_loaders import NAMED_PRETRAINED_SAE_LOADERS
 
-    release, sae_id = _release_and_id(spec)
+    release, sae_id = release_and_id(spec)
     with told("sae", "must be an SAE that can be loaded", spec):
         converter = _converter(release)
         loader = None if converter is None else NAMED_PRETRAINED_SAE_LOADERS[converter]

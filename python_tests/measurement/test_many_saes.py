@@ -230,6 +230,11 @@ def test_every_preset_has_a_plan(name, capsys):
         assert "sums 13.5 GB" in plan
 
 
+@pytest.mark.parametrize("sae", ["sae-16k", "no/such/folder"])
+def test_a_plan_is_refused_for_an_sae_that_is_nowhere(sae, refused):
+    refused(["run", "decomposition", "--sae", sae, "--dry-run"], "--sae: must be a folder with cfg.json")
+
+
 def test_sizes_of_local_models_and_durations(site):
     assert known_model(str(site / "llama")).d_model == 16
     assert known_model(str(site / "gpt2")).n_layers == 3
