@@ -178,6 +178,10 @@ def test_a_sparsify_transcoder_with_a_skip_is_measured_as_one(place, tmp_path):
         (error.square().sum() / (y[held] - y[held].mean(0)).square().sum()).item(), rel=1e-4
     )
     assert any("looks misloaded: FVU" in note for note in found.notes)  # its weights are random
+    headings, row = repr(found).splitlines()  # a table, not the tensors
+    assert headings.split()[:4] == ["SAE", "hook", "L0", "FVU"]
+    assert row.startswith(sae["name"])
+    assert f"{own.fvu:.4g}" in row
 
 
 @pytest.mark.runs
