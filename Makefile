@@ -101,7 +101,7 @@ sanitize: install
 FUZZ_FILES ?= 100000
 FUZZ_CALLS ?= 1000000
 fuzz: install
-	DARKMATTER_FUZZ=$(FUZZ_FILES) DARKMATTER_FUZZ_OPS=$(FUZZ_CALLS) $(BIN)/pytest -n auto --maxprocesses 4 python_tests/fuzz
+	DARKMATTER_FUZZ=$(FUZZ_FILES) DARKMATTER_FUZZ_OPS=$(FUZZ_CALLS) $(BIN)/pytest $(PROCESSES) python_tests/fuzz
 
 # What takes hours, for a night: the sanitizers, the fuzzers, 200 kills of the long commands, and the ops' and the drop-in's
 # tests on the instruction sets below this machine's own.

@@ -48,6 +48,8 @@ def pytest_collection_modifyitems(items) -> None:
 def _shares(nodeid: str) -> str:
     """What the tests of one process share: the run of an experiment, else the fixtures of a file."""
     path, _, test = nodeid.partition("::")
+    if "/fuzz/" in path or path.endswith("test_killed_commands.py"):  # each starts a process of its own, for minutes
+        return nodeid
     if "/experiments/" not in path:
         return path
     of_each = re.search(r"\[([a-z-]+)\]", test) if path.endswith("test_every_experiment.py") else None

@@ -10,13 +10,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from cases.children import TESTS, environment_of_children
 from cases.models import make_workplace
 from cases.runs import SETTINGS
 
-TESTS = Path(__file__).parent  # children start there: at the root they would import the sources
 KILLS = int(os.environ.get("DARKMATTER_KILLS", "0"))
 COMMANDS = ("train", *SETTINGS)
 FEW = {"train": 2, "decomposition": 3}
@@ -29,8 +28,7 @@ def test_a_killed_command_started_again_gives_the_same(name, tmp_path):
     workplace = tmp_path / "work"
     workplace.mkdir()
     command = [sys.executable, "-m", "cases.interrupted_command", str(make_workplace(workplace)), str(tmp_path)]
-    path = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DARKMATTER_PROGRESS": "0"}
+    environment = environment_of_children(OMP_NUM_THREADS="1", DARKMATTER_PROGRESS="0")
     done = subprocess.run(
         [*command, f"{name}:{count}"], env=environment, cwd=TESTS, capture_output=True, text=True, check=False
     )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.runtime.inputs import InputError, told
-from darkmatter_ext.runtime.storage import ALWAYS_UNPACKED, MOST_UNPACKED, parsed_json, require_bounded
+from darkmatter_ext.runtime.storage import most_unpacked, parsed_json, require_bounded
 
 
 class Explanation(NamedTuple):
@@ -122,7 +122,7 @@ def _unpacked(path: Path) -> bytes:
     """The contents of a gzip file, read no further than `require_bounded` allows."""
     packed = path.stat().st_size
     with gzip.open(path) as file:
-        content = file.read(max(ALWAYS_UNPACKED, MOST_UNPACKED * packed) + 1)
+        content = file.read(most_unpacked(packed) + 1)
     with told("explanations", "must be a gzip file of texts", path):
         require_bounded(path, len(content), packed)
     return content

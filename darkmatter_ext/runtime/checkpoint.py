@@ -7,7 +7,6 @@ replaced in one rename; then the older tensors are deleted. Whenever the run is 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -87,7 +86,8 @@ class CheckpointFolder:
                 digest = sha256_of_file(part)
             with atomic_file(self._pointer) as part:
                 content = {"number": number, "tensors": path.name, "sha256": digest, "state": state}
-                part.write_text(json.dumps(content | {"own": _digest(content)}))
+                content = json.loads(json.dumps(content))  # as it is read again
+                part.write_text(json.dumps(content | {"own": fingerprint(**content)}))
                 _flush(part)
         except (OSError, SafetensorError) as error:
             path.unlink(missing_ok=True)
@@ -108,7 +108,7 @@ class CheckpointFolder:
         if not self._pointer.exists():
             return None
         pointer = _read_json(self._pointer)
-        if pointer.pop("own", None) != _digest(pointer):
+        if pointer.pop("own", None) != fingerprint(**pointer):
             raise StateError(
                 f"checkpoint: {self._pointer} is damaged (its content is not the one recorded); nothing was deleted, "
                 "restore it, or remove it to start this process anew"
@@ -128,11 +128,6 @@ class CheckpointFolder:
         for path in self.folder.glob(f"state-{self.rank}-of-{self.size}.*.safetensors"):
             if path.name != kept:
                 path.unlink()
-
-
-def _digest(content: dict[str, Any]) -> str:
-    """Digest of a state as read back: a number changed by the disk is damage, not another number."""
-    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -52,9 +52,14 @@ MOST_UNPACKED = 64  # times the file size; weights and tables unpack to a few ti
 ALWAYS_UNPACKED = 64 << 20  # bytes: arrays of zeros compress a thousandfold
 
 
+def most_unpacked(packed: int) -> int:
+    """How many bytes a file of this size may unpack to."""
+    return max(ALWAYS_UNPACKED, MOST_UNPACKED * packed)
+
+
 def require_bounded(path: Path, unpacked: int, packed: int) -> None:
     """Raise ValueError for a file that unpacks to far more than its size, as files made to exhaust memory do."""
-    if unpacked > max(ALWAYS_UNPACKED, MOST_UNPACKED * packed):
+    if unpacked > most_unpacked(packed):
         raise ValueError(f"{path.name} must unpack to at most {MOST_UNPACKED} times its size, got {unpacked} bytes")
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SCALER_NAME, WHITENING_NAME = (
     "activation_scaler.json",
     "activation_whitening.safetensors",
-)  # in addition to SAELens' checkpoints
+)  # files next to SAELens' checkpoints
 _L0 = re.compile(r"l0[_=-]?(\d+(?:\.\d+)?)(?![\d.]*\w)")  # average_l0_71
 
 

@@ -5,6 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+TESTS = Path(__file__).parents[1]  # where children start
+
+
+def environment_of_children(**more: str) -> dict[str, str]:
+    """This process's environment and imports, wherever the package that is tested comes from, and `more`."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])} | more
+
 
 def run_python(code: str, *, check: bool = True, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Runs `code` with the imports of this process, `environment` added to its own.
@@ -12,12 +19,10 @@ def run_python(code: str, *, check: bool = True, **environment: str) -> "subproc
     It starts in the folder of the tests. `python -c` looks in the working directory first: at the root
     of the repository that finds the sources, which have no compiled ops, before the installed package.
     """
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), *filter(None, sys.path)])
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        cwd=tests,
+        env=environment_of_children(**environment),
+        cwd=TESTS,
         capture_output=True,
         text=True,
         check=False,

@@ -2,14 +2,13 @@
 
 import dataclasses
 import errno
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from cases.children import TESTS, environment_of_children
 from cases.dense_training import planted
 from cases.interrupted_training import configs, run
 from cases.planted import LENGTH, PlantedSource
@@ -138,9 +137,7 @@ def test_large_norms_and_given_tokens_are_left_out(source, x):
 )
 def test_a_killed_run_goes_on_to_the_same_bits(architecture, step, tmp_path):
     arguments = [sys.executable, "-m", "cases.interrupted_training", str(tmp_path / "run"), architecture, str(step)]
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), *filter(None, sys.path)])
-    killed = subprocess.run(arguments, env={**os.environ, "PYTHONPATH": path}, cwd=tests, check=False)
+    killed = subprocess.run(arguments, env=environment_of_children(), cwd=TESTS, check=False)
     assert killed.returncode == -signal.SIGKILL
     steps = []
     threads = torch.get_num_threads()
@@ -201,14 +198,12 @@ def test_training_that_diverges_is_one_line_and_leaves_the_last_good_state(x, tm
 def test_processes_that_share_each_batch_agree_with_one(n, tmp_path):
     from safetensors.torch import load_file
 
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests), *filter(None, sys.path)])
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", "--rdzv-backend=c10d",
                 "--rdzv-endpoint=localhost:0", "--master-port=0"]  # fmt: skip
     script = ["-m", "cases.shared_training", str(tmp_path / "result.safetensors")]
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = environment_of_children(OMP_NUM_THREADS="1")
     done = subprocess.run(
-        [*launcher, *script], env=environment, cwd=tests, capture_output=True, text=True, check=False, timeout=300
+        [*launcher, *script], env=environment, cwd=TESTS, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     shared = load_file(tmp_path / "result.safetensors")
