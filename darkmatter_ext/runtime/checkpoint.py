@@ -19,7 +19,7 @@ from torch import Tensor
 from darkmatter_ext.runtime.inputs import InputError, StateError
 from darkmatter_ext.runtime.storage import atomic_file, fingerprint, parsed_json, sha256_of_file
 
-FORMAT = 2  # increased when a reader of the old format would misread the new one
+FORMAT = 3  # increased when a reader of the old format would misread the new one
 
 
 @dataclass(frozen=True)
