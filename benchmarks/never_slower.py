@@ -40,6 +40,7 @@ ISAS = {
     "avx_vnni": ("avx2", "AVX2_VNNI", "AVX2"),
     "avx512": ("avx512", "AVX512_CORE", "AVX512"),
     "avx512_vnni": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
+    "amx_int8": ("avx512", "AVX512_CORE_AMX", "AVX512_E4"),
 }
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 RESULTS = Path(__file__).parent / "results"

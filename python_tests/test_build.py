@@ -16,7 +16,7 @@ from cases.children import run_python
 import darkmatter_ext as dm
 
 PACKAGE = Path(dm.__file__).parent
-ISAS = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+ISAS = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx_int8")
 TESTS = Path(__file__).resolve().parent  # `python -c` imports from its folder first: not the root, the source is there
 SETUP = TESTS.parent / "setup.py"
 
@@ -69,7 +69,8 @@ def test_each_library_needs_only_what_its_torch_has():
         assert "libcudart" not in needed("libdarkmatter_cuda.so"), "the CUDA runtime is linked statically"
 
 
-WIDE = re.compile(r"^\s+[0-9a-f]+:\s+(\{\w+\} )?v[a-z]")  # AVX and later: their mnemonics begin with v
+# AVX and later, whose mnemonics begin with v, and AMX.
+WIDE = re.compile(r"^\s+[0-9a-f]+:\s+(\{\w+\} )?(v[a-z]|tdp|tile|ldtile)")
 AVX512 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b")
 # In a mangled name: the unnamed namespace, or a name of internal linkage (L and its length).
 INTERNAL = re.compile(r"12_GLOBAL__N_1|L\d+[A-Za-z]")

@@ -162,7 +162,7 @@ class AboveThreshold {
 
   void keep_exact(const TaskTokens<T>& tokens, const Tiling::Task& task, const Pairs& pairs) {
     const Rescored<T> exact = rescore(
-        tokens, packed_, screened_weights(packed_), task.begin, task.end, pairs,
+        tokens, packed_, screened_weights(packed_), task.begin, task.end, pairs, std::numeric_limits<int64_t>::max(),
         [&](int32_t, int32_t place) { return thresholds_.limits[place * thresholds_.step]; });
     for (int64_t row = 0; row < task.tokens; ++row) {
       for (int64_t p = pairs.start[row]; p < pairs.start[row + 1]; ++p) {

@@ -20,7 +20,7 @@ from darkmatter_ext.ops.unchecked import Tried, try_threshold_encode, try_topk_e
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.packed_weights import NO_KERNEL
 from darkmatter_ext.saes.soundness import has_hooks, is_hooked
-from darkmatter_ext.saes.stepping_aside import DENSE_SHARE
+from darkmatter_ext.saes.stepping_aside import DENSE_SHARE, GATED_COST, RELU_COST, THRESHOLD_COST, TOPK_COST
 
 
 class _RowsOf(torch.autograd.Function):
@@ -87,7 +87,7 @@ class Architecture:
     selects_per_latent = True  # whether latents can be left out before selecting
     hooks_acts_post = True
     is_linear = True  # one product of x and the encoder
-    dense_cost_on_gpu = 1.0  # of SAELens' dense encode on a GPU, in units of a product and a comparison
+    dense_cost = RELU_COST  # of SAELens' dense encode
     writes_elsewhere = False  # for a transcoder, whose output is not a reconstruction of its input
     decoder_is_columns = False
 
@@ -186,6 +186,7 @@ class JumpRelu(Architecture):
     """Selects what is above a threshold per latent."""
 
     vectors = ("threshold",)
+    dense_cost = THRESHOLD_COST
 
     def read(self, *vectors: Tensor) -> Any:
         finite = super().read(*vectors)
@@ -226,6 +227,7 @@ class Gated(Architecture):
 
     bias = "b_gate"
     vectors = ("b_mag", "r_mag")
+    dense_cost = GATED_COST
     selects_per_latent = False
 
     def encode(self, sae: Any, sae_in: Tensor, prepared: Any, vectors: tuple[Tensor, ...]) -> Tried:
@@ -272,7 +274,7 @@ class TopK(Architecture):
     """The k largest; with rescale_acts_by_decoder_norm, the k largest times the norm of their decoder row."""
 
     selects_per_latent = False
-    dense_cost_on_gpu = 1.5  # torch.topk
+    dense_cost = TOPK_COST
 
     def rescales(self, sae: Any) -> bool:
         return sae.cfg.rescale_acts_by_decoder_norm

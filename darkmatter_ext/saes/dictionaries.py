@@ -50,7 +50,7 @@ class Relu:
     encode_options: tuple[str, ...] = ()
     forward_options: tuple[str, ...] = ("output_features", "ghost_mask")
     decoder_is_columns = True
-    dense_cost_on_gpu = 1.0
+    dense_cost = stepping_aside.RELU_COST
 
     # What it reads
 
@@ -118,6 +118,7 @@ class BatchTopK(Relu):
     """BatchTopKSAE: one threshold for all latents; choosing the k largest of a batch is for training."""
 
     bias = "b_dec"
+    dense_cost = stepping_aside.THRESHOLD_COST
     acts_name = "x"
     encode_options = ("return_active", "use_threshold")
     forward_options = ("output_features",)
@@ -141,7 +142,7 @@ class TopK(Relu):
     acts_name = "x"
     encode_options = ("return_topk", "use_threshold")
     forward_options = ("output_features",)
-    dense_cost_on_gpu = 1.5  # torch.topk
+    dense_cost = stepping_aside.TOPK_COST
 
     def vectors(self, sae: Any, options: Options) -> tuple[Tensor, ...]:
         return (sae._buffers["threshold"],) if options.get("use_threshold") else ()
@@ -170,6 +171,7 @@ class JumpRelu(Relu):
     """JumpReluAutoEncoder: a threshold per latent, and weights stored as in SAELens."""
 
     bias = "b_dec"
+    dense_cost = stepping_aside.THRESHOLD_COST
     encode_options = ("output_pre_jump",)
     forward_options = ("output_features",)
     decoder_is_columns = False
@@ -286,7 +288,7 @@ class AcceleratedDictionary(ABC, Accelerated):
         if torch.compiler.is_compiling():
             return super().encode(x, *given, **named)  # type: ignore[misc]
         state, architecture = self._fast, self._architecture
-        small = stepping_aside.is_small_encode(x, self.dict_size, architecture.dense_cost_on_gpu)
+        small = stepping_aside.is_small_encode(x, self.dict_size, architecture.dense_cost)
         options = _named(architecture.encode_options, given, named)
         ready = SMALL if small else self._look_at_encoder(state, x, options)
         if isinstance(ready, str) or options is None:
@@ -320,7 +322,7 @@ class AcceleratedDictionary(ABC, Accelerated):
         if torch.compiler.is_compiling():
             return super().forward(x, *given, **named)  # type: ignore[misc]
         state = self._fast
-        small = stepping_aside.is_small_forward(x, self.dict_size, self._architecture.dense_cost_on_gpu)
+        small = stepping_aside.is_small_forward(x, self.dict_size, self._architecture.dense_cost)
         options = _named(self._architecture.forward_options, given, named)
         ready = SMALL if small else self._why_not_forward(options) or self._look_at_encoder(state, x, {})
         decoder = ready if isinstance(ready, str) else self._look_at_decoder(state, None)

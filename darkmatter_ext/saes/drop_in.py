@@ -98,7 +98,7 @@ class AcceleratedSAE(Accelerated):
             return super().encode(x)  # type: ignore[misc]
         state = self._fast
         small = self._architecture.is_linear and stepping_aside.is_small_encode(
-            x, self.cfg.d_sae, self._architecture.dense_cost_on_gpu
+            x, self.cfg.d_sae, self._architecture.dense_cost
         )
         ready = SMALL if small else look_at_encoder(self, state, x)
         if isinstance(ready, str):
@@ -144,9 +144,7 @@ class AcceleratedSAE(Accelerated):
             return super().forward(x)  # type: ignore[misc]
         state = self._fast
         architecture = self._architecture
-        small = architecture.is_linear and stepping_aside.is_small_forward(
-            x, self.cfg.d_sae, architecture.dense_cost_on_gpu
-        )
+        small = architecture.is_linear and stepping_aside.is_small_forward(x, self.cfg.d_sae, architecture.dense_cost)
         ready = SMALL if small else look_at_encoder(self, state, x, sparse=True)
         decoder = ready if isinstance(ready, str) else look_at_decoder_after(self, state, ready)
         if isinstance(ready, str) or isinstance(decoder, str) or self._is_overridden():

@@ -28,7 +28,6 @@ from darkmatter_ext.saes.stepping_aside import SMALL, TOO_MANY
 
 _NAME = ("sparsify.sparse_coder", "SparseCoder")
 _OUTPUT = ("top_acts", "top_indices", "pre_acts")
-_DENSE_COST_ON_GPU = 1.5  # torch.topk
 PRE_ACTS = "pre_acts was read, and takes the dense product anyway (tried again after some calls)"
 STALE = "pre_acts: must be read before the encoder's weights are edited: it is computed when it is first read"
 
@@ -76,7 +75,7 @@ class AcceleratedSparseCoder(Accelerated):
         if torch.compiler.is_compiling():
             return super().encode(x)  # type: ignore[misc]
         state = self._fast
-        small = stepping_aside.is_small_encode(x, self.num_latents, _DENSE_COST_ON_GPU)
+        small = stepping_aside.is_small_encode(x, self.num_latents, stepping_aside.TOPK_COST)
         ready = SMALL if small else self._look(state, x)
         if isinstance(ready, str):
             state.count("encode", ready)

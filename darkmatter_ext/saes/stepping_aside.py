@@ -6,6 +6,8 @@ Attention sinks and ties leave so many candidates that a dense product is faster
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,11 +15,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from darkmatter_ext.ops.facts import fact
+
 DENSE_SHARE = 0.06  # a dense encode is faster above this active share of the latents
 DECODE_DENSITY = 0.10  # and a dense decode above this one
 # Multiply-adds of a dense product that takes no longer than the overhead of the ops (looks at weights, calls). Measured
 # on two Zen 3 cores: benchmarks/README.md.
 SMALL_DECODE, SMALL_ENCODE, SMALL_FORWARD = 1 << 21, 1 << 22, 1 << 20
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class DenseCost(NamedTuple):
+    """What a library's dense encode costs where its product is fast."""
+
+    on_gpu: float = 1.0  # in units of a product and a comparison
+    on_amx: float = 2.0**33  # multiply-adds in 16 bits, below which it is as fast as the ops on a processor with AMX
+
+
+RELU_COST, THRESHOLD_COST = DenseCost(), DenseCost(on_amx=2.0**31)
+TOPK_COST, GATED_COST = DenseCost(1.5, 2.0**29), DenseCost(on_amx=2.0**27)  # torch.topk; two products
+TRAINING_COST = DenseCost(on_amx=0.0)  # with gradients the ops save more than the encode
+FORWARD_ON_AMX = 0.25  # of that limit; a forward also decodes
+DECODE_ON_AMX = 2.0**28
+# Only for so many weights, which stay in a cache, and from so many tokens on, which share what is read of them.
+AMX_WEIGHTS, AMX_TOKENS = 1 << 23, 16
 
 
 class OnGpu(NamedTuple):
@@ -28,7 +50,7 @@ class OnGpu(NamedTuple):
     half: float  # 16-bit types
 
     def limit(self, tensor: Tensor) -> float:
-        if tensor.dtype in (torch.float16, torch.bfloat16):
+        if tensor.dtype in HALVES:
             return self.half
         # (Reading the older allow_tf32 raises if only the newer settings were used; setting it also sets those.)
         tf32 = tensor.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -47,29 +69,45 @@ TOO_MANY = "too many latents are active, or close to it, in most tokens (tried a
 TOO_DENSE = f"more than {DECODE_DENSITY:.0%} of the latents are active"
 
 
-def is_small_encode(x: Any, d_sae: int, cost_on_gpu: float = 1.0) -> bool:
-    """Whether SAELens' dense encode of x [..., d_in] finishes before the looks at the weights would.
-
-    cost_on_gpu: of the dense encode on a GPU, in units of a product and a comparison.
-    """
+def is_small_encode(x: Any, d_sae: int, cost: DenseCost) -> bool:
+    """Whether SAELens' dense encode of x [..., d_in] finishes before the looks at the weights would."""
     if not isinstance(x, Tensor):
         return False
-    limit = SMALL_ENCODE_ON_GPU.limit(x) / cost_on_gpu if x.is_cuda else SMALL_ENCODE
-    return x.numel() * d_sae < limit or d_sae < FEW_LATENTS
+    limit = SMALL_ENCODE_ON_GPU.limit(x) / cost.on_gpu if x.is_cuda else SMALL_ENCODE
+    return x.numel() * d_sae < limit or d_sae < FEW_LATENTS or _is_small_in_tiles(x, d_sae, cost.on_amx)
 
 
-def is_small_forward(x: Any, d_sae: int, cost_on_gpu: float = 1.0) -> bool:
+def is_small_forward(x: Any, d_sae: int, cost: DenseCost) -> bool:
     if not isinstance(x, Tensor):
         return False
-    return x.numel() * d_sae < (SMALL_FORWARD_ON_GPU.limit(x) / cost_on_gpu if x.is_cuda else SMALL_FORWARD)
+    if x.numel() * d_sae < (SMALL_FORWARD_ON_GPU.limit(x) / cost.on_gpu if x.is_cuda else SMALL_FORWARD):
+        return True
+    if d_sae < FEW_LATENTS:
+        return _is_small_in_tiles(x, d_sae, math.inf, tokens=1)
+    return _is_small_in_tiles(x, d_sae, FORWARD_ON_AMX * cost.on_amx)
 
 
 def is_small_decode(acts: Any, d_sae: int, d_in: int) -> bool:
     """As `is_small_encode`, for acts [..., d_sae]."""
     if not isinstance(acts, Tensor):
         return False
+    if _is_small_in_tiles(acts, d_in, math.inf if d_sae < FEW_LATENTS else DECODE_ON_AMX):
+        return True
     on_cpu = SMALL_DECODE << 2 if d_sae < FEW_LATENTS else SMALL_DECODE
     return acts.numel() * d_in < (SMALL_DECODE_ON_GPU.limit(acts) if acts.is_cuda else on_cpu)
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    return fact("cpu_isa") == "amx_int8"
+
+
+def _is_small_in_tiles(rows: Tensor, width: int, limit: float, tokens: int = AMX_TOKENS) -> bool:
+    """Whether torch's 16-bit product of rows [..., d] and weights [d, width] is fast: AMX does 8 times float32's rate."""
+    if rows.dtype not in HALVES or rows.dim() == 0 or not rows.is_cpu or not _has_tiles():
+        return False
+    d = rows.shape[-1]
+    return tokens * d <= rows.numel() < limit / max(width, 1) and d * width < AMX_WEIGHTS
 
 
 def looks_dense(acts: Tensor, share: float) -> bool:

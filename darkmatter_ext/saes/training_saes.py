@@ -349,7 +349,7 @@ class AcceleratedTrainingSAE(Accelerated):
         reason = why_not_input(x) or self._why_not(x) or (TOO_MANY if state.back_off.steps_aside() else "")
         if reason:
             return reason
-        if stepping_aside.is_small_encode(x, self.cfg.d_sae):
+        if stepping_aside.is_small_encode(x, self.cfg.d_sae, stepping_aside.TRAINING_COST):
             return SMALL
         norms = None
         if self._architecture.counts_norms and self.cfg.rescale_acts_by_decoder_norm:

@@ -10,7 +10,7 @@ from darkmatter_ext.saes import packed_weights, stepping_aside
 
 # These SAEs are all small, and it is the fast path that is tested.
 stepping_aside.SMALL_DECODE = stepping_aside.SMALL_ENCODE = stepping_aside.SMALL_FORWARD = 0
-stepping_aside.FEW_LATENTS = 0
+stepping_aside.FEW_LATENTS = stepping_aside.AMX_WEIGHTS = 0
 
 D_IN, D_SAE, D_OUT, K = 64, 512, 48, 8
 SAES = ("topk", "jumprelu", "standard", "gated")

@@ -23,9 +23,9 @@ from darkmatter_ext.ops import encode
 pytestmark = pytest.mark.slow  # the emulator takes a minute to compile
 
 CHECKS = emulated.X86 / "checks.cpp"
-WORDS, BYTES = ("avx2", "avx_vnni", "avx512"), "avx512_vnni"  # with codes of 16 and of 8 bits
-ISAS = (*WORDS, BYTES)
-GROUP = {"avx2": 16, "avx_vnni": 16, "avx512": 48, "avx512_vnni": 48}  # latents whose codes are interleaved
+WORDS, BYTES = ("avx2", "avx_vnni", "avx512"), ("avx512_vnni", "amx_int8")  # with codes of 16 and of 8 bits
+ISAS = (*WORDS, *BYTES)
+GROUP = {"avx2": 16, "avx_vnni": 16, **dict.fromkeys(("avx512", *BYTES), 48)}  # latents whose codes are interleaved
 SIGNS = 0x9E3779B97F4A7C15  # of the dimensions before the rotation, as in csrc/cpu
 
 
@@ -84,7 +84,7 @@ def test_the_emulated_library_has_no_instruction_beyond_avx2():
         ["objdump", "-d", "--no-show-raw-insn", out], capture_output=True, text=True, check=True
     ).stdout
     assert "%ymm1" in text
-    assert not re.search(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])|vpdp", text)
+    assert not re.search(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])|vpdp|tdpb", text)
 
 
 ON_CPU = [case for case in CASES if case.op not in ("screen_intervals", "prepare_encoder", "prepare_rows")]
@@ -138,7 +138,7 @@ def test_worst_cases(cpu, name, dtype):
     check_encoders(cpu, x, W_enc, b_enc, b_dec, k=20, threshold=5.0)
 
 
-@pytest.mark.parametrize("isa", ["avx512", BYTES])
+@pytest.mark.parametrize("isa", ["avx512", *BYTES])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_data(isa, kind, dtype):
@@ -201,7 +201,7 @@ def test_packing(isa, dtype, d, n_latents):
     weight, bias, codes, sums, bounds, groups = cpu.prepare_encoder(W_enc, b_enc, b_dec)
     same((weight, bias, groups), (part := torch.ops.darkmatter.prepare_encoder(W_enc, b_enc, b_dec))[:2] + part[5:])
     exact, group = W_enc.mT.double(), GROUP[isa]
-    if isa == BYTES:
+    if isa in BYTES:
         exact = rotated(exact)
         padded = exact.shape[1]
         integers = codes[:-group].reshape(-1, padded // 4, group, 4).permute(0, 2, 1, 3).reshape(-1, padded).double()
@@ -216,7 +216,7 @@ def test_packing(isa, dtype, d, n_latents):
     torch.testing.assert_close(scale, usual, rtol=1e-6, atol=0)
     assert (integers - exact / scale[:, None]).abs().max() < 0.5 + 1e-3
     assert torch.equal(
-        sums[:n_latents], (128 * integers.sum(1)).int() if isa == BYTES else torch.zeros(n_latents).int()
+        sums[:n_latents], (128 * integers.sum(1)).int() if isa in BYTES else torch.zeros(n_latents).int()
     )
     assert torch.equal(offset, b_enc.double())
     removed = (exact - integers * scale[:, None]).norm(dim=1)

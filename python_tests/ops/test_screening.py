@@ -111,7 +111,8 @@ def test_intervals_are_tight_enough_to_be_of_use():
     x, W_enc, b_enc, _ = make_data("gaussian", 64, 768, 2000, torch.float32, 0)
     found = screen_intervals(x, W_enc, b_enc)
     bound = (found.upper - found.lower).mean() / 2 / (x @ W_enc).std()
-    low, high = {"avx512_vnni": (0.2, 0.6), "scalar": (5e-4, 4e-3)}.get(fact("cpu_isa"), (0.005, 0.015))
+    eight_bits = dict.fromkeys(("avx512_vnni", "amx_int8"), (0.2, 0.6))
+    low, high = {**eight_bits, "scalar": (5e-4, 4e-3)}.get(fact("cpu_isa"), (0.005, 0.015))
     assert low < bound < high
 
 

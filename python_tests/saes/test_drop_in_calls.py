@@ -202,9 +202,26 @@ def test_few_tokens_on_a_gpu_are_left_to_saelens(matmul):
             matmul.allow_tf32 = tf32
             for n, small in ((few, True), (many, False)):
                 x = torch.empty(n, 768, dtype=dtype, device="cuda")
-                assert stepping_aside.is_small_encode(x, 24576) == small
+                assert stepping_aside.is_small_encode(x, 24576, stepping_aside.RELU_COST) == small
             x = torch.empty(few, 768, dtype=dtype, device="cuda")
-            assert not stepping_aside.is_small_encode(x, 24576, 3.0)
+            assert not stepping_aside.is_small_encode(x, 24576, stepping_aside.DenseCost(on_gpu=3.0))
         acts = torch.empty(64, 24576, device="cuda")
         assert stepping_aside.is_small_decode(acts, 24576, 768)
         assert not stepping_aside.is_small_decode(acts.expand(64, 64, 24576), 24576, 768)
+
+
+def test_where_the_processor_multiplies_16_bits_in_tiles_small_weights_stay_with_the_library(monkeypatch):
+    """torch's product is 8 times as fast there as in float32, if the weights stay in a cache and tokens are many."""
+    monkeypatch.setattr(stepping_aside, "AMX_WEIGHTS", 1 << 23)  # as it is, see cases/saes.py
+    relu, topk = stepping_aside.RELU_COST, stepping_aside.TOPK_COST
+    half, single = torch.zeros(256, 768, dtype=torch.bfloat16), torch.zeros(256, 768)
+    for has_tiles in (True, False):
+        monkeypatch.setattr(stepping_aside, "_has_tiles", lambda: has_tiles)  # noqa: B023
+        assert stepping_aside.is_small_encode(half, 4096, relu) == has_tiles
+        assert stepping_aside.is_small_forward(half, 4096, relu) == has_tiles
+        assert stepping_aside.is_small_decode(torch.zeros(64, 4096).half(), 4096, 768) == has_tiles
+        assert not stepping_aside.is_small_encode(half, 4096, topk)
+        assert not stepping_aside.is_small_encode(half, 24576, relu)  # weights come from memory
+        assert not stepping_aside.is_small_encode(half[:8], 4096, relu)
+        assert not stepping_aside.is_small_encode(single, 4096, relu)
+        assert not stepping_aside.is_small_encode(half, 4096, stepping_aside.TRAINING_COST)

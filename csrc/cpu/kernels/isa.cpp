@@ -7,11 +7,17 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace darkmatter::cpu {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx:
+      return "amx_int8";
     case Isa::vnni:
       return "avx512_vnni";
     case Isa::avx512:
@@ -30,6 +36,21 @@ const char* isa_name(Isa isa) {
 static bool has_avx_vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1) != 0;
+}
+
+// Tiles hold 8 KB a thread, which Linux keeps for a process that has asked for it (torch's oneDNN asks too).
+static bool has_amx() {
+#if defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTile) == 0 || (edx & kInt8) == 0) {
+    return false;
+  }
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -51,8 +72,10 @@ bool supports(Isa isa) {
       return has_avx_vnni();
     case Isa::avx512:
       return avx512;
-    default:
+    case Isa::vnni:
       return avx512 && __builtin_cpu_supports("avx512vnni");
+    default:
+      return avx512 && __builtin_cpu_supports("avx512vnni") && has_amx();
   }
 #else
   return false;

@@ -3,10 +3,10 @@
 
 namespace darkmatter::cpu {
 
-// avx_vnni: AVX2 with integer dot products on 32-byte vectors; vnni: AVX-512 with those on 64-byte ones.
-enum class Isa { scalar, avx2, avx_vnni, avx512, vnni };
+// avx_vnni: AVX2 with integer dot products on 32-byte vectors; vnni: AVX-512 with those on 64-byte ones; amx: in tiles.
+enum class Isa { scalar, avx2, avx_vnni, avx512, vnni, amx };
 
-constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx_vnni, Isa::avx512, Isa::vnni};  // the best last
+constexpr Isa kIsas[] = {Isa::scalar, Isa::avx2, Isa::avx_vnni, Isa::avx512, Isa::vnni, Isa::amx};  // the best last
 
 const char* isa_name(Isa isa);
 bool supports(Isa isa);  // this machine

@@ -61,6 +61,7 @@ namespace avx512 {
 const Kernels& kernels() {
 #if defined(__x86_64__)
   switch (active_isa()) {
+    case Isa::amx:
     case Isa::vnni:
     case Isa::avx512:
       return avx512::table;

@@ -7,7 +7,10 @@ namespace darkmatter::cpu {
 
 const ScreenKernels* screen_kernels() {
   static const ScreenKernels* const chosen = [] {
-    const ScreenKernels* integers = active_isa() >= Isa::vnni ? byte_kernels() : word_kernels();
+    const Isa isa = active_isa();
+    const ScreenKernels* integers = isa == Isa::amx    ? tile_kernels()
+                                    : isa == Isa::vnni ? byte_kernels()
+                                                       : word_kernels();
     return integers != nullptr ? integers : float_kernels();
   }();
   return chosen;

@@ -45,6 +45,7 @@ namespace words_avx512 {
 
 const ScreenKernels* word_kernels() {
   switch (active_isa()) {
+    case Isa::amx:
     case Isa::vnni:
     case Isa::avx512:
       return &words_avx512::table;

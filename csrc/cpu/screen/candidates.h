@@ -200,6 +200,26 @@ void scan_by_torch(
   }
 }
 
+// A thread's use of the kernels' products.
+class InProducts {
+ public:
+  explicit InProducts(const ScreenKernels& kernel) : leave_(kernel.leave) {
+    if (kernel.enter != nullptr) {
+      kernel.enter();
+    }
+  }
+  ~InProducts() {
+    if (leave_ != nullptr) {
+      leave_();
+    }
+  }
+  InProducts(const InProducts&) = delete;
+  InProducts& operator=(const InProducts&) = delete;
+
+ private:
+  void (*leave_)();
+};
+
 // Products of each of the rows and each of the panels begin, begin + step, .. < end:
 // visit(row, panel, products), where products is int32 [kPanel].
 template <typename T, typename Visit>
@@ -224,11 +244,13 @@ void scan_panels(
   if (kernel.products == nullptr) {
     return scan_by_torch<T>(packed, reinterpret_cast<const float*>(codes), rows, begin, end, step, visit);
   }
+  const InProducts in_products(kernel);
   alignas(64) int32_t products[kMaxScreenTokens * kPanel];
   const int64_t panel_bytes = weights.d_padded * kernel.weight_bytes * kPanel;
+  const int64_t at_once = std::max(kernel.tokens, kernel.at_once);
   for (int64_t panel = begin; panel < end; panel += step) {
-    for (int64_t tile = 0; tile < n; tile += kernel.tokens) {
-      const int64_t some = std::min(kernel.tokens, n - tile);
+    for (int64_t tile = 0; tile < n; tile += at_once) {
+      const int64_t some = std::min(at_once, n - tile);
       kernel.products(
           codes + tile * tokens.row_bytes, some, weights.codes + panel * panel_bytes, weights.d_padded, products);
       for (int64_t t = 0; t < some; ++t) {

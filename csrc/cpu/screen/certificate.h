@@ -10,6 +10,7 @@
 // Three kinds of codes, by what the processor multiplies fastest:
 //   bytes (byte_kernels.cpp)   8 bits, AVX-512 VNNI: vpdpbusd does 64 multiply-adds an instruction, four times what
 //                              float32 does. The bound is wide, so a second stage (half_dots) cuts the candidates.
+//                              With AMX (tile_kernels.cpp) the same codes are multiplied in tiles, eight times as fast.
 //   words (word_kernels.cpp)   16 bits, everything else with AVX2: vpmaddwd does 16 (32) an instruction, up to twice
 //                              what float32 does. The bound is so narrow that hardly more than the answer is left.
 //   floats (float_kernels.cpp) elsewhere: float32 rows and the platform's BLAS through torch.
@@ -23,7 +24,7 @@ namespace darkmatter::cpu {
 
 constexpr int64_t kScreenChunk = 256;  // tokens a task: each row of weights is read once for all of them
 constexpr int64_t kPanel = 48;         // places a panel
-constexpr int64_t kMaxScreenTokens = 12;
+constexpr int64_t kMaxScreenTokens = kScreenChunk;
 constexpr int64_t kMaxScreenD = 32768;  // sums of products of codes stay below 2^31 (each kind says why)
 
 // Below these sizes screening costs more than it saves.
@@ -59,7 +60,7 @@ struct LatentTerms {
 };
 
 struct ScreenKernels {
-  int64_t tokens;        // multiplied at a time, at most kMaxScreenTokens where there are products
+  int64_t tokens;        // of a tile, at most kMaxScreenTokens where there are products
   int64_t code_bytes;    // of one code of a token
   int64_t weight_bytes;  // of one code of a latent; 0: the rows themselves are multiplied
   int64_t align;         // d is padded to a multiple of this
@@ -99,6 +100,12 @@ struct ScreenKernels {
   void (*half_dots)(
       const float* w, const uint16_t* rows, int64_t d, const int32_t* index, int64_t n, float* out, const char* next,
       const char* next_end);
+
+  int64_t at_once = 0;  // tokens that a call of products takes, if more than `tokens`
+
+  // What a thread does before its first and after its last products, or null: registers that others use too.
+  void (*enter)() = nullptr;
+  void (*leave)() = nullptr;
 };
 
 // The sums of half_dots have at most this many roundings each, so that they are off by at most
@@ -153,6 +160,7 @@ inline float upper_end(float score, float bound) { return (score < -kLargestScor
 
 const ScreenKernels* screen_kernels();  // of active_isa()
 const ScreenKernels* byte_kernels();    // AVX-512 VNNI; null where they are not compiled
+const ScreenKernels* tile_kernels();    // AMX; null where they are not compiled
 const ScreenKernels* word_kernels();    // of active_isa(), AVX2 at least; null below
 const ScreenKernels* float_kernels();
 

@@ -71,7 +71,8 @@ struct Pairs {
 template <typename T>
 struct Rescored {
   std::vector<T> h;
-  std::vector<char> known;  // 0: certainly below the limit, h means nothing
+  std::vector<char> known;      // 0: certainly below the limit, h means nothing
+  std::vector<int64_t> wanted;  // by token: how many exact sums were left to make; beyond `most` none were made
 };
 
 // Pairs waiting for their exact sums.
@@ -174,22 +175,28 @@ class Refinement {
   std::vector<double> wide_;
 };
 
-// limit(token, place) bounds pre-activations before rounding.
+// limit(token, place) bounds pre-activations before rounding; `most`: exact sums of a token.
 template <typename T, typename Limit>
 Rescored<T> rescore(
     const TaskTokens<T>& tokens, const Packed& packed, const ScreenedWeights& weights, int64_t begin, int64_t end,
-    const Pairs& pairs, const Limit& limit) {
-  Rescored<T> result{std::vector<T>(pairs.size()), std::vector<char>(pairs.size(), 0)};
+    const Pairs& pairs, int64_t most, const Limit& limit) {
+  Rescored<T> result{
+      std::vector<T>(pairs.size()), std::vector<char>(pairs.size(), 0), std::vector<int64_t>(tokens.count, 0)};
   ExactPairs<T> exact(tokens, packed, result);
   Refinement<T, Limit> refine(tokens, packed, weights, limit);
   pairs.by_place(
       begin, end, [&](int32_t place, const int32_t* token, const int32_t* pair, int64_t count, int32_t next) {
         const int32_t latent = packed.places.latent[place];
+        const auto add = [&](int32_t t, int32_t p) {
+          if (++result.wanted[t] <= most) {
+            exact.add(latent, t, p);
+          }
+        };
         if (screen_kernels()->refines) {
-          refine(place, token, pair, count, next, [&](int32_t t, int32_t p) { exact.add(latent, t, p); });
+          refine(place, token, pair, count, next, add);
         } else {
           for (int64_t c = 0; c < count; ++c) {
-            exact.add(latent, token[c], pair[c]);
+            add(token[c], pair[c]);
           }
         }
         exact.flush_from(kExactPairs);

@@ -11,7 +11,7 @@
 
 namespace darkmatter::cpu {
 
-constexpr int64_t kSampleTokens = 32;  // tokens whose sample is kept at a time: 32 x 1536 x 4 bytes at F 24576
+constexpr int64_t kSampleTokens = 128;  // tokens whose sample is kept at a time: 128 x 1536 x 4 bytes at F 24576
 
 constexpr int64_t kMostFound = 4096;  // candidates of a token, or 4 k: beyond, the bound does not help it
 
@@ -184,9 +184,13 @@ class TopKScreen {
       pairs.end_token();
     }
     const Rescored<T> exact = rescore(
-        tokens_, packed_, weights_, task_.begin, task_.end, pairs,
+        tokens_, packed_, weights_, task_.begin, task_.end, pairs, most_rescored_,
         [&](int32_t row, int32_t) { return states_[row].limit; });
     for (int64_t row = 0; row < tokens_.count; ++row) {
+      if (exact.wanted[row] > most_rescored_) {
+        states_[row].screened = false;  // no bound tells its latents apart
+        continue;
+      }
       for (int64_t p = pairs.start[row]; p < pairs.start[row + 1]; ++p) {
         if (exact.known[p]) {
           offer_place(states_[row].best, k_, packed_.places, pairs.place[p], exact.h[p]);

@@ -379,6 +379,41 @@ void reductions() {
   same<int32_t>("reduce_max_epi32", _mm512_reduce_max_epi32(as<__m512i>(i)), *std::max_element(n, n + 16));
 }
 
+// A product of two tiles beside plain loops over rows that lie further apart than a tile is wide.
+void tiles() {
+  constexpr int kStride = 192;
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } const config;
+  static unsigned char a[16 * kStride], b[16 * kStride];
+  for (int i = 0; i < 16 * kStride; i += 64) {
+    const Block left = bits(), right = bits();
+    std::memcpy(a + i, left.bytes, 64);
+    std::memcpy(b + i, right.bytes, 64);
+  }
+  int32_t found[16][16];
+  _tile_loadconfig(&config);
+  _tile_loadd(6, a, kStride);
+  _tile_loadd(7, b, kStride);
+  _tile_zero(0);
+  _tile_dpbusd(0, 6, 7);
+  _tile_dpbusd(0, 6, 7);
+  _tile_stored(0, found, 64);
+  _tile_release();
+  ++compared;
+  for (int m = 0; m < 16; ++m) {
+    int32_t sums[16] = {};
+    for (int e = 0; e < 64; ++e) {
+      for (int n = 0; n < 16; ++n) {
+        sums[n] += 2 * int{a[m * kStride + e]} * static_cast<signed char>(b[e / 4 * kStride + 4 * n + e % 4]);
+      }
+    }
+    same<int32_t>("tile_dpbusd", x86::load<__m512i>(found[m]), x86::load<__m512i>(sums));
+  }
+}
+
 }  // namespace
 }  // namespace darkmatter
 
@@ -391,6 +426,7 @@ int main() {
     darkmatter::masks();
     darkmatter::permutations();
     darkmatter::reductions();
+    darkmatter::tiles();
   }
   std::printf("compared %d, %d differ\n", darkmatter::compared / 300, darkmatter::differing);
   return darkmatter::differing != 0;

@@ -1,4 +1,5 @@
-// AVX-512 for machines without it: the intrinsics that csrc/cpu uses, in plain C++ on the lanes of the vectors.
+// AVX-512 and AMX for machines without them: the intrinsics that csrc/cpu uses, in plain C++ on the lanes of the
+// vectors.
 //
 // Found before the compiler's own header, which it includes: types, and everything up to AVX2 with FMA and F16C, are
 // the real ones. The emulated functions live in namespace darkmatter and so hide the compiler's; an AVX-512 intrinsic
@@ -20,3 +21,4 @@
 
 #include "arithmetic.h"
 #include "movement.h"
+#include "tiles.h"
