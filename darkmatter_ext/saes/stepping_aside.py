@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.facts import fact
 
 DENSE_SHARE = 0.06  # a dense encode is faster above this active share of the latents
@@ -60,8 +61,9 @@ class OnGpu(NamedTuple):
 # Measured on an H200 at 768 -> 24576, 8 to 4096 tokens: benchmarks/README.md.
 SMALL_DECODE_ON_GPU, SMALL_ENCODE_ON_GPU = OnGpu(8.5e9, 8e10, 2e11), OnGpu(8e9, 2.5e10, 5e10)
 SMALL_FORWARD_ON_GPU = OnGpu(5e9, 2.5e10, 4e10)
-# Below this, a dense encode is as fast for any number of tokens, and a dense decode up to four times SMALL_DECODE.
+# Below this, a dense encode is as fast for any number of tokens, and the rest up to so many multiply-adds.
 FEW_LATENTS = 2048
+FEW_LATENTS_DECODE, FEW_LATENTS_FORWARD = 1 << 27, 1 << 28
 FIRST_WAIT, LONGEST_WAIT = 8, 256  # calls
 
 SMALL = "small: the library's dense product is as fast"
@@ -80,7 +82,8 @@ def is_small_encode(x: Any, d_sae: int, cost: DenseCost) -> bool:
 def is_small_forward(x: Any, d_sae: int, cost: DenseCost) -> bool:
     if not isinstance(x, Tensor):
         return False
-    if x.numel() * d_sae < (SMALL_FORWARD_ON_GPU.limit(x) / cost.on_gpu if x.is_cuda else SMALL_FORWARD):
+    on_cpu = FEW_LATENTS_FORWARD if d_sae < FEW_LATENTS else SMALL_FORWARD
+    if x.numel() * d_sae < (SMALL_FORWARD_ON_GPU.limit(x) / cost.on_gpu if x.is_cuda else on_cpu):
         return True
     if d_sae < FEW_LATENTS:
         return _is_small_in_tiles(x, d_sae, math.inf, tokens=1)
@@ -93,7 +96,7 @@ def is_small_decode(acts: Any, d_sae: int, d_in: int) -> bool:
         return False
     if _is_small_in_tiles(acts, d_in, math.inf if d_sae < FEW_LATENTS else DECODE_ON_AMX):
         return True
-    on_cpu = SMALL_DECODE << 2 if d_sae < FEW_LATENTS else SMALL_DECODE
+    on_cpu = FEW_LATENTS_DECODE if d_sae < FEW_LATENTS else SMALL_DECODE
     return acts.numel() * d_in < (SMALL_DECODE_ON_GPU.limit(acts) if acts.is_cuda else on_cpu)
 
 
@@ -115,6 +118,11 @@ def looks_dense(acts: Tensor, share: float) -> bool:
     rows = acts.reshape(-1, acts.shape[-1])
     some = rows[:: max(1, len(rows) // 8)]
     return int(some.count_nonzero()) > share * some.numel()
+
+
+def ragged_share(acts: SparseActs) -> float:
+    """Share of the latents that are active, 0 where each token has a fixed number of them."""
+    return acts.values.numel() / max(1, acts.n_tokens * acts.d_sae) if acts.crow is not None else 0.0
 
 
 def does_not_pay(tokens: int, undecided: int) -> bool:
@@ -152,12 +160,18 @@ class BackOff:
         """Whether SAELens answers this call."""
         return getattr(self._call, "steps_aside", self.left > 0)
 
-    def after_trying(self, tokens: int, dense: Tensor | None) -> None:
-        """Record how a call went; `dense`: acts [u, F] of the tokens that were handed back, or None."""
+    def after_trying(self, tokens: int, dense: Tensor | None, share: float = 0.0) -> None:
+        """Record how a call went.
+
+        dense: acts [u, F] of the tokens that were handed back, or None.
+        share: of the latents, how many were active where their number is not fixed: listing many costs more than they save.
+        """
         if tokens == 0 or not self._counts():
             return
         undecided = 0 if dense is None else len(dense)
-        if dense is not None:
+        if share > DECODE_DENSITY:
+            self._dense, undecided = True, tokens
+        elif dense is not None:
             self._dense = median_share(dense) > DENSE_SHARE
         if does_not_pay(tokens, undecided):
             self._ends_early = not self._ended_early

@@ -325,6 +325,21 @@ def test_after_dense_tokens_sparse_ones_are_fast_again():
     assert fast_calls(fast) > before
 
 
+def test_after_a_call_whose_equal_latents_are_active_in_every_token_saelens_answers():
+    """The ops decide them at once, but to list a quarter of the latents costs more than a dense product."""
+    plain, fast = pair("jumprelu")
+    for sae in (plain, fast):
+        with torch.no_grad():
+            sae.W_enc[:, : D_SAE // 4] = sae.W_enc[:, :1].clone()
+            sae.b_enc[: D_SAE // 4] = 100.0
+    x = activations(10)
+    for answered in ({"encode": 1}, {"encode": 1}):
+        assert_close(plain.encode(x), fast.encode(x))
+        assert dm.stats(fast).fast == answered
+    assert "latents are active" in str(dm.stats(fast))
+    assert dm.stats(fast).tokens_handed_over == 0
+
+
 def test_a_small_dense_decode_is_saelens_own(monkeypatch):
     monkeypatch.setattr(stepping_aside, "SMALL_DECODE", 1 << 20)
     plain, fast = pair("jumprelu")
