@@ -76,7 +76,7 @@ RUNS = {  # name -> arguments of `darkmatter run`, IN: the folder of inputs; nam
     "earlier-layers-stream": f"earlier-layers {READ} {EARLIER}",
     "error-saes": f"error-saes {SINGLE} --widths 64 {ERRORS}",
     "error-saes-code": f"error-saes {SINGLE} --widths 64 {ERRORS} {CODE}",
-    "geometry": f"geometry {DEMO} --widths 24 {LOBES}",
+    "geometry": f"geometry {DEMO} --layers 0 1 --widths 24 {LOBES}",
     "geometry-stream": f"geometry {READ} --sae IN/topk-24 {LOBES}",
     "latent-alignment": f"latent-alignment {DEMO} --widths 24 48",
     "latent-alignment-code": f"latent-alignment {DEMO} --widths 24 48 {CODE}",
@@ -285,7 +285,8 @@ def numbers_of(folder: Path) -> dict[str, tuple[float, float]]:
             columns |= {f"{hook}/{name}": rows[name].to_numpy() for name in rows.column_names}
         for name, column in columns.items():
             rounding = SINGLE_PRECISION if column.dtype == np.float32 else 0.0
-            found |= {f"tokens/{name}/{row}": (float(value), rounding) for row, value in enumerate(column)}
+            if column.dtype.kind in "biuf":
+                found |= {f"tokens/{name}/{n}": (float(value), rounding) for n, value in enumerate(column.ravel())}
     return found
 
 

@@ -51,6 +51,16 @@ def test_what_is_the_same(tmp_path, monkeypatch, after, column, points, code):
     assert _compared(tmp_path, monkeypatch) == code
 
 
+def test_arrays_of_several_dimensions_are_compared_and_names_are_not(tmp_path, monkeypatch):
+    for side, last, name in (("a", 4.0, "x"), ("b", 4.0, "y"), ("c", 5.0, "x")):
+        _written(tmp_path / side, BEFORE, np.array([[1.0, 2.0], [3.0, last]]), points=[1], title=name)
+        np.savez(tmp_path / side / NAME / "result.npz", losses=[[1.0, 2.0], [3.0, last]], names=[name])
+    assert _compared(tmp_path, monkeypatch) == 0
+    (tmp_path / "b").rename(tmp_path / "equal")
+    (tmp_path / "c").rename(tmp_path / "b")
+    assert _compared(tmp_path, monkeypatch) == 1
+
+
 def test_renamed_and_mended_keys_are_excused(tmp_path, monkeypatch, capsys):
     _written(tmp_path / "a", {"old/fvu": 0.5, "count": 3.0}, LOSSES)
     _written(tmp_path / "b", {"new/fvu": 0.5, "count": 4.0}, LOSSES)

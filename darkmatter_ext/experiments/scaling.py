@@ -295,7 +295,12 @@ def reading(result: Result) -> list[str]:
         f"{numbers['breakdown/nonlinear']:.3f} nonlinear error (its mean over widths).",
         *_on_training_text(result, narrow, wide),
     ]
-    if numbers["breakdown/linear/low"] <= 0 or numbers["breakdown/linear"] <= 0:
+    if numbers["breakdown/linear/high"] < 0:
+        lines.append(
+            "c is below the mean FVU nonlinear, with all of its interval: FVU nonlinear cannot stay as it is at larger "
+            "widths, so what remains at any width cannot be split."
+        )
+    elif numbers["breakdown/linear/low"] <= 0 or numbers["breakdown/linear"] <= 0:
         lines.append(
             "The interval of c reaches below the mean FVU nonlinear: whether linear error stays at any width cannot be told "
             "from these widths."
@@ -436,8 +441,11 @@ def stacked_breakdown(result: Result) -> Figure:
     """FVU at each width of the law, stacked: absent latents, linear error, what pursuit removes, the rest (figure 1)."""
     figure, axes = new_figure(3.0)
     names = result.series["law"]
-    if not names:
-        axes.annotate("no power law: too few widths at one L0", (0.5, 0.5), xycoords="axes fraction", ha="center")
+    reason = "" if names else "no power law: too few widths at one L0"
+    if names and result.numbers["breakdown/linear"] < 0:  # parts below 0 do not stack
+        reason = "no split: c is below the mean FVU nonlinear"
+    if reason:
+        axes.annotate(reason, (0.5, 0.5), xycoords="axes fraction", ha="center")
         return figure
     widths = {sae["name"]: sae["d_sae"] for sae in result.series["saes"]}
     bottom = [0.0] * len(names)

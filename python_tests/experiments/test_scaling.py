@@ -1,5 +1,6 @@
 """`scaling`: planted FVU over width found again, the breakdown, and the command line against the two-pass decomposition."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -146,6 +147,11 @@ def test_the_command_measures_a_family_as_the_decomposition_does(finished):
     assert found.series["law"] == [f"topk-{width}-k4" for width in (24, 32, 48, 64)]
     shuffled, random = (found.numbers[f"topk-64-k4 {name}/fvu"] for name in ("shuffled decoder", "random directions"))
     assert min(shuffled, random) > found.numbers["topk-64-k4/fvu"]
+    below = {f"breakdown/linear{end}": value for end, value in (("", -0.3), ("/low", -0.4), ("/high", -0.2))}
+    crossed = dataclasses.replace(found, numbers=found.numbers | below)
+    assert "what remains at any width cannot be split" in scaling.reading(crossed)[-2]
+    axes = scaling.stacked_breakdown(crossed).axes[0]  # parts below 0 do not stack
+    assert (len(axes.collections), "no split" in axes.texts[0].get_text()) == (0, True)
     names = {
         "scaling.json",
         "scaling_lines.png",
