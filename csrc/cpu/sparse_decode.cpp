@@ -102,19 +102,22 @@ static Tensor decoder_dot(Tensor rows, Tensor indices, OptionalTensor crow, Tens
   const int64_t d = W_dec.size(1);
   const Active active(indices, crow, rows.size(0), W_dec.size(0));
   const Tensor weights = torch::stable::contiguous(W_dec), left = torch::stable::contiguous(rows);
+  const int64_t* latents = active.index();
   std::vector<int64_t> shape(indices.sizes().begin(), indices.sizes().end());
   Tensor out = torch::stable::new_empty(W_dec, shape);
   dispatch_floating("W_dec", W_dec.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const TypedKernels<T>& kernel = kernels().of<T>();
+    const T *given = data<T>(left), *all = data<T>(weights);
+    T* products = mutable_data<T>(out);
     parallel_ranges(active.n_tokens, kTokenGrain, [&](int64_t begin, int64_t end) {
-      std::vector<double> wide(d);
+      std::vector<double> wide(d), sums;
       for (int64_t token = begin; token < end; ++token) {
-        kernel.widen(data<T>(left) + token * d, wide.data(), d);
-        for (int64_t a = active.begin(token); a < active.begin(token + 1); ++a) {
-          const T* w = data<T>(weights) + active.index()[a] * d;
-          mutable_data<T>(out)[a] = rounded<T>(kernel.dot(wide.data(), w, d));
-        }
+        const int64_t first = active.begin(token), count = active.begin(token + 1) - first;
+        kernel.widen(given + token * d, wide.data(), d);
+        sums.resize(count);
+        kernel.row_dots(wide.data(), all, d, latents + first, count, active.begin(end) - first, sums.data());
+        std::transform(sums.begin(), sums.end(), products + first, rounded<T>);
       }
     });
   });

@@ -9,14 +9,7 @@
 
 namespace darkmatter::cpu {
 
-constexpr int64_t kWideTokens = 4;    // tokens a parallel part at least
-constexpr int64_t kWideAhead = 1024;  // bytes of the next row fetched ahead: rows lie anywhere, each start is a miss
-
-inline void fetch_ahead(const void* row) {
-  for (int64_t byte = 0; byte < kWideAhead; byte += 64) {
-    __builtin_prefetch(static_cast<const char*>(row) + byte);
-  }
-}
+constexpr int64_t kWideTokens = 4;  // tokens a parallel part at least
 
 static Tensor wide_decode(Tensor values, Tensor indices, Tensor W_dec) {
   check_dim("W_dec", W_dec, 2);
@@ -72,15 +65,9 @@ static Tensor wide_dot(Tensor rows, Tensor indices, Tensor W_dec) {
     const TypedKernels<T>& kernel = kernels().of<T>();
     const T* all = data<T>(weights);
     parallel_ranges(active.n_tokens, kWideTokens, [&](int64_t begin, int64_t end) {
-      const int64_t last = active.begin(end) - 1;
       for (int64_t token = begin; token < end; ++token) {
-        const double* row = given + token * d;
-        for (int64_t a = active.begin(token); a < active.begin(token + 1); ++a) {
-          if (a < last) {
-            fetch_ahead(all + atoms[a + 1] * d);
-          }
-          products[a] = kernel.dot(row, all + atoms[a] * d, d);
-        }
+        const int64_t first = active.begin(token), count = active.begin(token + 1) - first;
+        kernel.row_dots(given + token * d, all, d, atoms + first, count, active.begin(end) - first, products + first);
       }
     });
   });

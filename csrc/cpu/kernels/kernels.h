@@ -35,10 +35,14 @@ struct TypedKernels {
   double (*dot)(const double* x, const T* w, int64_t d);
   // out[p] = <left[p], right[p]> for n pairs of rows [d]
   void (*pair_dots)(const T* const* left, const T* const* right, int64_t d, int64_t n, double* out);
+  // out[a] = <x, rows[index[a]]> for a < count. `index` has `known` >= count entries: those beyond count will be wanted
+  // next and are fetched ahead.
+  void (*row_dots)(
+      const double* x, const T* rows, int64_t d, const int64_t* index, int64_t count, int64_t known, double* out);
   // index[0 .. count) = the places of the nonzero elements, ascending; returns count
   int64_t (*nonzeros)(const T* row, int64_t n, int32_t* index);
   // sum[e] += factors[a] * rows[index[a], e] for a = 0 .. count - 1 in this order and e < d; rows lie ld_rows apart.
-  // `index` has `known` >= count entries: those beyond count will be wanted next and are fetched ahead.
+  // `known` as in row_dots.
   void (*weighted_sum)(
       const T* rows, int64_t ld_rows, int64_t d, const int64_t* index, const double* factors, int64_t count,
       int64_t known, double* sum);
