@@ -11,6 +11,11 @@ LONGEST_REASON = 400  # characters: torch lists every key of a state_dict, the h
 class InputError(ValueError):
     """Input that cannot be used. Its text is one line: `argument: rule, got value`."""
 
+    def __init__(self, text: str = "") -> None:
+        # A value may come from a damaged file: what would begin a line is a space, what would steer a terminal an escape.
+        shown = (" " if one in "\n\r\t" else one if one.isprintable() else ascii(one)[1:-1] for one in text)
+        super().__init__("".join(shown))
+
     @property
     def argument(self) -> str:
         """The argument that the message is about, as the called function names it."""

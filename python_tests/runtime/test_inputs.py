@@ -147,3 +147,10 @@ def test_a_bug_keeps_its_traceback_and_a_non_zero_exit(tmp_path):
     assert "return len(5)" in done.stderr or "in run" in done.stderr
     assert "TypeError: object of type 'int' has no len()" in done.stderr
     assert list(tmp_path.glob("*.json")) == []
+
+
+@pytest.mark.parametrize("error", [InputError, StateError])
+def test_what_a_damaged_file_says_stays_on_one_line(error):
+    """Separators are ends of lines to Python, and escape sequences are orders to a terminal."""
+    said = str(error("tasks: must have a column, got targe\x1d\u2028, \x1b[2J\nprompt and é"))
+    assert said == r"tasks: must have a column, got targe\x1d\u2028, \x1b[2J prompt and é"
