@@ -210,6 +210,6 @@ def active_shares(acts: Tensor) -> Tensor:
 
     Counting all of them would take a tenth of a dense encode of few tokens. The steps are odd: users mask every second token.
     """
-    acts = acts.detach().reshape(-1, acts.shape[-1])
+    acts = acts.detach().reshape(math.prod(acts.shape[:-1]), acts.shape[-1])  # -1 is ambiguous where F is 0
     some = acts[:: len(acts) // 8 | 1, :: acts.shape[-1] // 1024 | 1] != 0
     return some.sum(-1) / max(1, some.shape[-1])
