@@ -349,6 +349,8 @@ class AcceleratedDictionary(ABC, Accelerated):
         architecture = self._architecture
         if options is None:
             return _NO_SUCH_CALL
+        if state.back_off.steps_aside():
+            return TOO_MANY
         reason = why_not_input(x) or architecture.why_not_encoder(self) or architecture.why_not_options(self, options)
         if reason:
             return reason
@@ -360,7 +362,6 @@ class AcceleratedDictionary(ABC, Accelerated):
             or self._why_not_x(x, dtype, subtracts=before is not None)
             or why_not_without_gradients(x, *weights, before)
             or ("tensors on more than one device" if any(v.device != x.device for v in vectors) else "")
-            or (TOO_MANY if state.back_off.steps_aside() else "")
         )
         if reason:
             return reason
@@ -384,6 +385,8 @@ class AcceleratedDictionary(ABC, Accelerated):
     def _look_at_decoder(self, state: State, acts: Any) -> Decoder | str:
         """For dense acts; acts is None if they come from an encode whose look found everything ready."""
         architecture = self._architecture
+        if acts is not None and state.back_off.expects_dense():
+            return TOO_DENSE
         reason = ("" if acts is None else why_not_input(acts)) or architecture.why_not_decoder(self)
         if reason:
             return reason

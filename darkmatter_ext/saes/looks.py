@@ -1,7 +1,7 @@
 """The look at the start of every call: what is ready for the ops, or why SAELens answers (a str).
 
-Checks run from the cheapest to the most expensive: the tensors at hand (`soundness`), the architecture, hooks, whether it
-pays off (`stepping_aside`), and finally whether the weights are still those that were packed.
+Checks run from the cheapest to the most expensive: whether it pays off (`stepping_aside`), the tensors at hand
+(`soundness`), the architecture, hooks, and finally whether the weights are still those that were packed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ SAVES_MEMORY = "_darkmatter_saves_memory"  # attribute of an SAE whose W_enc and
 
 def look_at_encoder(sae: Any, state: State, x: Any, *, sparse: bool = False, any_density: bool = False) -> Ready | str:
     """What is ready for the encode of x, or why SAELens answers; `sparse`: no later hook may need dense latents."""
+    if not any_density and state.back_off.steps_aside():
+        return TOO_MANY  # first of all: such a call should cost what SAELens' own does
     architecture = sae._architecture
     weights = architecture.packed(sae)
     vectors = tuple(weight(sae, name) for name in architecture.vectors)
@@ -29,7 +31,6 @@ def look_at_encoder(sae: Any, state: State, x: Any, *, sparse: bool = False, any
         or why_not_together(sae, x, (*weights, *vectors))
         or architecture.why_not(sae, x)
         or _why_not_hooks(sae, sparse)
-        or (TOO_MANY if not any_density and state.back_off.steps_aside() else "")
     )
     if reason:
         return reason
@@ -60,6 +61,8 @@ def _lay_as_rows(sae: Any, state: State, W_enc: Tensor) -> None:
 
 def look_at_decoder(sae: Any, state: State, acts: Any, *, dense: bool = False) -> Decoder | str:
     """What is ready for a decode of acts (dense, or the values of sparse ones), or why SAELens answers."""
+    if dense and state.back_off.expects_dense():
+        return TOO_DENSE
     W_dec, b_dec = weight(sae, "W_dec"), weight(sae, "b_dec")
     reason = why_not_input(acts) or why_not_decoder(sae, W_dec, b_dec, acts, dense=dense)
     if not reason and dense and not acts.is_meta and looks_dense(acts.detach(), DECODE_DENSITY):

@@ -65,6 +65,7 @@ SMALL_FORWARD_ON_GPU = OnGpu(5e9, 2.5e10, 4e10)
 FEW_LATENTS = 2048
 FEW_LATENTS_DECODE, FEW_LATENTS_FORWARD = 1 << 27, 1 << 28
 FIRST_WAIT, LONGEST_WAIT = 8, 256  # calls
+LOOK_EVERY = 4  # calls while waiting: whether dense tokens have become sparse
 
 SMALL = "small: the library's dense product is as fast"
 TOO_MANY = "too many latents are active, or close to it, in most tokens (tried again after some calls)"
@@ -160,6 +161,10 @@ class BackOff:
         """Whether SAELens answers this call."""
         return getattr(self._call, "steps_aside", self.left > 0)
 
+    def expects_dense(self) -> bool:
+        """Whether the latents of this SAE were dense at the last look, which need not be repeated yet."""
+        return self._dense and self.left % LOOK_EVERY != 0
+
     def after_trying(self, tokens: int, dense: Tensor | None, share: float = 0.0) -> None:
         """Record how a call went.
 
@@ -187,7 +192,8 @@ class BackOff:
         if not self.left or not self._counts():
             return
         self.left -= 1
-        if self._ends_early and self._dense and self.left and median_share(acts) <= DENSE_SHARE:
+        looks = self.left % LOOK_EVERY == 0 and self.left
+        if looks and self._ends_early and self._dense and median_share(acts) <= DENSE_SHARE:
             self.left = 0
             self._ended_early = True
 

@@ -7,7 +7,8 @@ import torch
 from cases.saes import ARCHITECTURES, D_SAE, SAES, K, activations, assert_close, assert_same_acts, make_sae, pair
 
 import darkmatter_ext as dm
-from darkmatter_ext.saes import stepping_aside
+from darkmatter_ext.saes import looks, stepping_aside
+from darkmatter_ext.saes.stepping_aside import FIRST_WAIT
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -320,9 +321,24 @@ def test_after_dense_tokens_sparse_ones_are_fast_again():
     fast.encode(activations(10) * 20)
     assert "latents are active" in str(dm.stats(fast))
     before = fast_calls(fast)
-    for _ in range(3):
+    for _ in range(stepping_aside.LOOK_EVERY + 1):  # one of them is looked at, the next is fast
         fast.encode(activations(10))
     assert fast_calls(fast) > before
+
+
+def test_while_latents_are_dense_most_decodes_are_not_looked_at(monkeypatch):
+    """Only the calls that look at the encoder's latents again, and those after the wait."""
+    plain, fast = pair("jumprelu")
+    looked, look = [], looks.looks_dense
+    monkeypatch.setattr(looks, "looks_dense", lambda acts, share: looked.append(acts) or look(acts, share))
+    for _ in range(FIRST_WAIT + 1):
+        x = activations(10) * 20
+        assert_close(plain.decode(plain.encode(x)), fast.decode(fast.encode(x)))
+    assert len(looked) == FIRST_WAIT // stepping_aside.LOOK_EVERY + 1
+    for _ in range(2 * FIRST_WAIT):
+        x = activations(10)
+        assert_close(plain.decode(plain.encode(x)), fast.decode(fast.encode(x)))
+    assert dm.stats(fast).fast["decode"] > FIRST_WAIT
 
 
 def test_after_a_call_whose_equal_latents_are_active_in_every_token_saelens_answers():
