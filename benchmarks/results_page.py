@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ document or by groups of documents; what each covers stands in the notes. What t
 OTHERS = """# Another model, longer training
 
 The experiments of [results.md](results.md) again, each with another model or other settings; the command of each says
-which. The first table puts the SAEs of every `scaling` result side by side: the law's at its L0, from their first seed.
+which. The first table puts the SAEs of every `scaling` result side by side: the law's, and those of the other
+architectures at its L0, from their first seed.
 
 This page is written by `python benchmarks/results_page.py` from the result files in `docs/results`.
 """
@@ -125,22 +127,26 @@ def _names(value: Any) -> Any:
 
 
 def side_by_side(results: list[Result]) -> list[str]:
-    """The SAEs of each scaling law beside each other."""
+    """The SAEs of each scaling law, and those of other architectures at its L0, beside each other."""
     rows = []
     for result in results:
         numbers, settings = result.numbers, result.config
-        for sae in result.series["law"]:
-            width = next(own["d_sae"] for own in result.series["saes"] if own["name"] == sae)
+        others = itertools.chain(*result.series.get("others", {}).values())  # older results list none
+        for sae in (*result.series["law"], *others):
+            listed = next(own for own in result.series["saes"] if own["name"] == sae)
             seeds = [own["name"] for own in result.series["saes"] if own["name"].startswith(f"{sae}-seed")]
             own = [numbers[f"{name}/fvu_nonlinear"] for name in (sae, *seeds)]
             rows.append([
-                settings["model"], str(settings["steps"]), str(width), shown(numbers[f"{sae}/l0"], "{:.1f}"),
+                settings["model"], str(settings["steps"]), listed.get("trained_as", listed["architecture"]),
+                str(listed["d_sae"]), shown(numbers[f"{sae}/l0"], "{:.1f}"),
                 with_interval(numbers, f"{sae}/fvu", FORM), shown(numbers[f"{sae}/fvu_training_text"], FORM),
                 with_interval(numbers, f"{sae}/fvu_nonlinear", FORM),
                 f"{min(own):.3f} to {max(own):.3f} ({len(own)})" if seeds else "",
                 with_interval(numbers, f"{sae}/linear_share", FORM),
             ])  # fmt: skip
-    columns = ("model", "steps", "latents", "L0", "FVU", "FVU training text", "FVU nonlin.", "of seeds", "linear share")
+    columns = (
+        "model", "steps", "trained as", "latents", "L0", "FVU", "FVU training text", "FVU nonlin.", "of seeds", "linear share",
+    )  # fmt: skip
     return markdown_table(columns, rows)
 
 
