@@ -13,8 +13,8 @@ constexpr int kMinGrowth = 64;  // of a list before it is tightened again
 
 // How long a list may be at the end of a tile, `left` being what the last tightening left, at least k: as long as it
 // leaves room for a whole tile. Where more than that are left, near ties of the k-th best, any growth is looked at.
-__device__ inline int mark_after(int left, int k) {
-  const int grown = left + (k < kMinGrowth ? kMinGrowth : k), roomy = grown < kList - kTile ? grown : kList - kTile;
+__device__ inline int mark_after(int left, int k, int size) {
+  const int grown = left + (k < kMinGrowth ? kMinGrowth : k), roomy = grown < size - kTile ? grown : size - kTile;
   return left < roomy ? roomy : left;
 }
 
@@ -34,7 +34,7 @@ struct TopKLimits {
   __device__ void start() const {
     const int t = own(), lane = threadIdx.x % 32;
     const int width = block.end - block.begin, n = width < kTile ? width : kTile, count = shared.count[t];
-    if (shared.active[t] == 0 || shared.limit[t] != ordered_key(-INFINITY) || n < k || count + n > kList) {
+    if (shared.active[t] == 0 || shared.limit[t] != ordered_key(-INFINITY) || n < k || count + n > lists.size) {
       return;  // the whole warp
     }
     float* lower = lists.lower + block.list(t) + count;
@@ -67,7 +67,7 @@ struct TopKLimits {
       return;  // the whole warp
     }
     const LargestBounds largest = largest_of(latents, block, next, threadIdx.x % kTileRuns);
-    const bool fits = count <= kList;
+    const bool fits = count <= lists.size;
     Tightened after{shared.limit[t], count};
     if (fits) {
       const int at = block.list(t);
@@ -79,7 +79,7 @@ struct TopKLimits {
       shared.active[t] = fits;
       shared.limit[t] = after.limit;
       shared.count[t] = after.count;
-      shared.mark[t] = mark_after(after.count, k);
+      shared.mark[t] = mark_after(after.count, k, lists.size);
     }
     shared.set_own_tests(buffer, largest);
   }
@@ -95,7 +95,7 @@ static __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_topk_ke
   FilterShared& shared = *Arena{shared_memory()}.take<FilterShared>(1);
   const TopKLimits limits{latents, lists, block, shared, k, margin};
   const LargestBounds largest = largest_of(latents, block, block.begin, threadIdx.x % kTileRuns);
-  shared.load(block, tokens, lists, mark_after(k, k));
+  shared.load(block, tokens, lists, mark_after(k, k, lists.size));
   __syncthreads();
   limits.start();
   shared.set_own_tests(0, largest);
@@ -111,7 +111,7 @@ static __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_topk_ke
         }
         const int place = atomicAdd(&shared.count[t], 1);
         past |= place >= shared.mark[t];
-        if (place < kList) {
+        if (place < lists.size) {
           const int at = block.list(t) + place;
           lists.latent[at] = latent;
           lists.lower[at] = interval.lower;
