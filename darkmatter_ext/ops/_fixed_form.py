@@ -14,7 +14,7 @@ from darkmatter_ext.ops import _library  # noqa: F401  (defines torch.ops.darkma
 _ops = torch.ops.darkmatter
 
 
-def places(crow: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+def _places(crow: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """Where each place [N, capacity] has its entry in [z], z where it has none; and how many [N] a token has."""
     found = crow.diff()
     place = torch.arange(capacity, device=crow.device)
@@ -30,7 +30,7 @@ def _rows(entries: Tensor, place: Tensor) -> Tensor:
 def _(x, W_enc, b_enc, b_dec, threshold, capacity, *packed) -> tuple[Tensor, Tensor, Tensor]:
     _check_capacity(capacity, W_enc)
     values, crow, col = _ops.threshold_encode(x, W_enc, b_enc, b_dec, threshold, *packed)
-    place, found = places(crow, capacity)
+    place, found = _places(crow, capacity)
     return _rows(values, place), _rows(col, place), found
 
 
@@ -38,7 +38,7 @@ def _(x, W_enc, b_enc, b_dec, threshold, capacity, *packed) -> tuple[Tensor, Ten
 def _(acts: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     _check_capacity(capacity, acts)
     crow, col = _ops.find_support(acts)
-    place, found = places(crow, capacity)
+    place, found = _places(crow, capacity)
     return _rows(col, place), found
 
 
