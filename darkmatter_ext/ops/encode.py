@@ -30,7 +30,7 @@ from darkmatter_ext.runtime.inputs import InputError
 _ops = torch.ops.darkmatter
 _NOT_PACKED = (None,) * 7
 _MAX_SCREENED_K = 4096  # kMaxScreenK of csrc/cpu/topk_encode.cpp
-_MAX_SCREENED_K_ON_CUDA = 1024  # of csrc/cuda/screen/filter.cuh
+_MAX_TIMED_K_ON_CUDA = 512  # kShortK of csrc/cuda/screen/filter.cuh: up to kMaxScreenK calls are screened too, but not timed
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +74,12 @@ class PreparedEncoder:
         return self.codes.numel() > 0 and not (self.weight.is_cuda and self.weight.dtype is torch.float64)
 
     def screens_topk(self, k: int) -> bool:
-        """Whether a call for the k largest is also screened: if k is close to the number of places, nothing can be ruled out.
+        """Whether screening helps a call for the k largest: if k is close to the number of places, nothing can be ruled out.
 
-        A place is one latent, or several equal ones; all-zero latents have none.
+        A place is one latent, or several equal ones; all-zero latents have none. On CUDA, calls with k from 513 to 1024 are
+        screened too, but whether that helps has not been measured.
         """
-        most = _MAX_SCREENED_K if self.weight.is_cpu else _MAX_SCREENED_K_ON_CUDA
+        most = _MAX_SCREENED_K if self.weight.is_cpu else _MAX_TIMED_K_ON_CUDA
         return k <= most and 8 * k <= self.n_places
 
     @functools.cached_property
@@ -210,8 +211,8 @@ def topk_encode(
     not at all. Memory beyond inputs and outputs: the packed weights unless prepared (kept for the backward pass when x
     requires a gradient). On the CPU each thread needs at most 256 (2 d + 4096 * 12) bytes for tokens and candidates (13 MB,
     usually under 4; more for k above 1024), plus their exact sums. CUDA needs 32 MB for scores, the same again for tokens
-    that take the exact path, and 2 d + 24 K bytes (48 K for k above 512) for each of at most 4096 tokens at a time. On CUDA
-    nothing waits for the device, and only `prepare_encoder` checks for NaN.
+    that take the exact path, and 2 d + 24 K bytes for each of at most 4096 tokens at a time; for k above 512 twice as much
+    for scores and tokens. On CUDA nothing waits for the device, and only `prepare_encoder` checks for NaN.
     """
     _check_encode("topk_encode", x, W_enc, b_enc, b_dec, prepared)
     if type(k) is not int and (isinstance(k, bool) or not isinstance(k, INTEGERS)):
