@@ -412,7 +412,7 @@ class CudaCheck(Command):
             for code in self.sass.disassembled(self.nvdisasm, cubin):
                 name = kernel_name(code.mangled)
                 self.faults += [f"{name} {fault} on sm_{arch}" for fault in self.sass.faults(name, code, arch)]
-                scan = self.sass.SCANS.get(name)
+                scan = self.sass.scan_of(name)
                 if scan and (length := code.scan(scan)):
                     self.scans.setdefault(name, {})[arch] = length
                 if arch == SHOWN_CUDA_ARCH:
@@ -427,7 +427,7 @@ class CudaCheck(Command):
             )
         for name, lengths in self.scans.items():
             each = ", ".join(f"{length} on sm_{arch}" for arch, length in lengths.items())
-            print(f"{name}: instructions of a thread's scan of a tile: {each}; at most {self.sass.SCANS[name].most}")
+            print(f"{name}: instructions of a thread's scan of a tile: {each}; at most {self.sass.scan_of(name).most}")
         if self.faults:
             fail("; ".join(self.faults))
 

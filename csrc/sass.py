@@ -40,6 +40,11 @@ SCANS = {
 }
 
 
+def scan_of(name: str) -> Scan | None:
+    """Of a kernel, whatever its template arguments."""
+    return SCANS.get(name.split("<")[0])
+
+
 class Code(NamedTuple):
     """Of a kernel on one architecture."""
 
@@ -112,7 +117,7 @@ def faults(name: str, code: Code, arch: str) -> list[str]:
         wrong.append("waits at another barrier than the block's own")
     if PACKETS.search(name) and not code.wide_loads:
         wrong.append("has no load of 16 bytes")
-    scan = SCANS.get(name)
+    scan = scan_of(name)
     if scan is None or scan.arch not in ("", arch):
         return wrong
     length = code.scan(scan)

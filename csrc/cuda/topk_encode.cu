@@ -24,7 +24,8 @@ static void screened_topk(
       [&](const ScoreChunk& chunk, const ScreenedLatents& latents, const ScreenedTokens& tokens,
           const CandidateLists& lists, dim3 grid) {
         device.launch(
-            filter_topk_kernel, grid, kThreads, sizeof(FilterShared), chunk, latents, tokens, lists, k, margin_of<T>());
+            filter_topk_kernel<kSize>, grid, kThreads, sizeof(FilterShared), chunk, latents, tokens, lists, k,
+            margin_of<T>());
       },
       [&](int64_t first, int64_t n, const ScreenedTokens& tokens, const CandidateLists& lists) {
         ExactRows<T> tile = all;

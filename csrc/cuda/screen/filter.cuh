@@ -47,7 +47,7 @@ struct FilterBlock {
   const float* products;  // of the first token
   int ld, first_latent, skip;
   int begin, end;  // of the range, in the chunk
-  int first_token, n_tokens, range, ranges, list_size;
+  int first_token, n_tokens, range, ranges;
 
   __device__ FilterBlock(const ScoreChunk& chunk, const CandidateLists& lists)
       : products(chunk.products + static_cast<int64_t>(blockIdx.x) * kFilterTokens * chunk.ld),
@@ -56,8 +56,7 @@ struct FilterBlock {
         skip(static_cast<int>(chunk.skip)),
         first_token(static_cast<int>(blockIdx.x) * kFilterTokens),
         range(static_cast<int>(blockIdx.y)),
-        ranges(lists.ranges),
-        list_size(lists.size) {
+        ranges(lists.ranges) {
     const int left = static_cast<int>(chunk.n) - first_token, width = static_cast<int>(chunk.width);
     n_tokens = left < kFilterTokens ? left : kFilterTokens;
     const int tiles = (width + kTile - 1) / kTile, part = (tiles + ranges - 1) / ranges * kTile;
@@ -66,8 +65,11 @@ struct FilterBlock {
   }
   __device__ int latent(int at) const { return first_latent + at + at / kRun * skip; }
   __device__ float product(int t, int at) const { return products[t * ld + at]; }
-  // Where the list of token t begins.
-  __device__ int list(int t) const { return ((first_token + t) * ranges + range) * list_size; }
+  // Where the list of token t begins. (The size known here saves a register, of which the filters have none to spare.)
+  template <int kSize>
+  __device__ int list(int t) const {
+    return ((first_token + t) * ranges + range) * kSize;
+  }
 };
 
 // How a token looks at the scores of a run: a hit is one that is not below `least`.
