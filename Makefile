@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := setup.py pyproject.toml $(shell find csrc darkmatter_ext -type f -not -name '*.so' -not -path '*__pycache__*')
 
-.PHONY: install demo test test-slow test-browser web web-check docs wheel wheel-check sanitize fuzz nightly bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
+.PHONY: install demo test test-slow test-browser web web-check docs wheel wheel-check sanitize fuzz fuzz-native nightly bench cuda-check gpu-check gpu-build gpu-test gpu-bench gpu-sanitize lint clean
 
 install: $(VENV)/.installed
 
@@ -103,6 +103,11 @@ FUZZ_CALLS ?= 1000000
 fuzz: install
 	DARKMATTER_FUZZ=$(FUZZ_FILES) DARKMATTER_FUZZ_OPS=$(FUZZ_CALLS) $(BIN)/pytest $(PROCESSES) python_tests/fuzz
 
+# The CPU library called from a fuzzer's bytes, which the edges it takes guide: needs libFuzzer (Debian: libfuzzer-14-dev).
+FUZZ_SECONDS ?= 600
+fuzz-native: install
+	cd python_tests && ../$(BIN)/python -m cases.native_fuzzer $(FUZZ_SECONDS)
+
 # What takes hours, for a night: the sanitizers, the fuzzers, 200 kills of the long commands, and the ops' and the drop-in's
 # tests on the instruction sets below this machine's own.
 NIGHTLY = $(BIN)/pytest $(PROCESSES) -m "not gpu and not browser" python_tests/ops python_tests/saes
@@ -171,7 +176,7 @@ gpu-sanitize:
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'python_tests/emulator')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'python_tests/emulator' 'python_tests/*.cpp')
 	$(BIN)/pyright
 
 clean:

@@ -11,7 +11,8 @@ Environment:
   CUDA_HOME              where the CUDA toolkit is; default: nvcc on PATH, then /usr/local/cuda
   DARKMATTER_ANY_PYTHON  1: leave out _C, so that a wheel serves every Python (`make wheel`)
   DARKMATTER_TORCH       the folder of another torch to build against, of another processor with CXX a cross compiler
-  DARKMATTER_SANITIZE    address (and undefined behaviour) or thread: a slow build that watches itself (`make sanitize`)
+  DARKMATTER_SANITIZE    address (and undefined behaviour) or thread: a slow build that watches itself (`make sanitize`);
+                         fuzzer: address, and it tells every edge that it takes (`make fuzz-native`)
   MAX_JOBS               compilers at a time
 """
 
@@ -101,9 +102,11 @@ def for_every_python() -> bool:
     return wanted == "1"
 
 
+WATCHED = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 SANITIZERS = {
     "": "-O3 -DNDEBUG",
-    "address": "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
+    "address": WATCHED,
+    "fuzzer": f"{WATCHED} -fsanitize-coverage=trace-pc,trace-cmp",
     "thread": "-O1 -g -fno-omit-frame-pointer -fsanitize=thread -DDARKMATTER_OWN_THREADS",
 }
 
@@ -112,7 +115,7 @@ def optimisation() -> str:
     """How the CPU library is compiled and linked: fast, or watched by a sanitizer."""
     wanted = os.environ.get("DARKMATTER_SANITIZE", "")
     if wanted not in SANITIZERS:
-        fail(f"DARKMATTER_SANITIZE: must be address or thread, got {wanted!r}")
+        fail(f"DARKMATTER_SANITIZE: must be address, thread or fuzzer, got {wanted!r}")
     return SANITIZERS[wanted]
 
 

@@ -57,6 +57,7 @@ class Case:
         return dm.TrainingConfig(
             d_sae=n_latents, k=k, architecture=self.architecture, batch_size=n, learning_rate=LEARNING_RATE,
             schedule="constant", warmup_steps=0, l0_penalty="count", l0_coefficient=L0_COEFFICIENT,
+            threshold_rate=1.0,  # as SAELens
         )  # fmt: skip
 
     def batch(self, number: int) -> Tensor:

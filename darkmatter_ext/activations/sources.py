@@ -36,6 +36,7 @@ from darkmatter_ext.activations.store import (
     check_finite,
     load_lens,
     load_model,
+    model_key,
     site_activations,
 )
 from darkmatter_ext.runtime.inputs import InputError, StateError, told
@@ -439,7 +440,7 @@ def stored_losses(
     from safetensors.torch import load_file, save_file
 
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    path = cache_dir("losses") / f"{fingerprint(model=model, tokens=digest)}.safetensors"
+    path = cache_dir("losses") / f"{fingerprint(model=model_key(model), tokens=digest)}.safetensors"
     if not path.exists():
         network = load_model(model, device=device, dtype=torch.float32)
         parts = []

@@ -25,7 +25,7 @@ from darkmatter_ext.activations.embedded_model import PACKAGED, packaged_folder
 from darkmatter_ext.activations.hook_points import capture, parse_hook_point, transformer_blocks
 from darkmatter_ext.activations.text import Document, context_rows
 from darkmatter_ext.runtime.inputs import InputError, StateError, told
-from darkmatter_ext.runtime.storage import atomic_file, atomic_folder, cache_dir, fingerprint
+from darkmatter_ext.runtime.storage import atomic_file, atomic_folder, cache_dir, fingerprint, stamp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,6 +76,11 @@ def published_name(model: str) -> str:
     except ValueError:
         return model
     return "openai-community/gpt2" if official == "gpt2" else official
+
+
+def model_key(model: str) -> list[str]:
+    """What names a model in the keys of caches: a local folder's content too, as another model may take its place."""
+    return [model, stamp(Path(model))] if Path(model).exists() else [model]
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -341,7 +346,7 @@ def activation_caches(
     fingerprint of everything its content depends on, and the folder appears only when complete.
     """
     token_sha256 = hashlib.sha256(contexts.tokens.numpy().tobytes()).hexdigest()
-    content: dict[str, Any] = {"model": model, "tokens": token_sha256, "dtype": str(dtype)}
+    content: dict[str, Any] = {"model": model_key(model), "tokens": token_sha256, "dtype": str(dtype)}
     content |= {"processing": sorted(processing)} if processing else {}
     folders = {hook: cache_dir("activations") / fingerprint(hook=hook, **content) for hook in hooks}
     missing = {hook: folder for hook, folder in folders.items() if not (folder / "meta.json").exists()}

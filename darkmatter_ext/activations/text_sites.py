@@ -23,6 +23,7 @@ from darkmatter_ext.activations.store import (
     load_lens,
     load_model,
     load_tokenizer,
+    model_key,
     site_activations,
 )
 from darkmatter_ext.activations.text import bos_id
@@ -98,7 +99,7 @@ def text_sites(
     tokens = tokenised_texts(model, texts, bos=bos)
     check_fits(model, context_length=max(map(len, tokens)), tokens=(min(map(min, tokens)), max(map(max, tokens))))
     key = fingerprint(
-        model=model, hooks=list(hooks), tokens=hashlib.sha256(json.dumps(tokens).encode()).hexdigest(), pool=pool,
+        model=model_key(model), hooks=list(hooks), tokens=hashlib.sha256(json.dumps(tokens).encode()).hexdigest(), pool=pool,
         first=first if pool == "mean" else 0, dtype=str(dtype), processing=sorted(processing or {}),
     )  # fmt: skip
     path = cache_dir("texts") / f"{key}.safetensors"

@@ -37,7 +37,7 @@ from darkmatter_ext.measurement.nulls import NULLS, NullModels
 from darkmatter_ext.measurement.plan import plan_lines
 from darkmatter_ext.measurement.presets import DEMO
 from darkmatter_ext.measurement.resolved import resolve
-from darkmatter_ext.measurement.run import Inputs, prepare, stamp
+from darkmatter_ext.measurement.run import Inputs, prepare
 from darkmatter_ext.measurement.sae_splices import decomposed, sae_splices
 from darkmatter_ext.measurement.settings import Settings, extended
 from darkmatter_ext.measurement.site_saes import SiteSae
@@ -53,7 +53,7 @@ from darkmatter_ext.report.style import BLUE, GREEN, GREY, ORANGE, SKY, interval
 from darkmatter_ext.report.table import Table, with_interval
 from darkmatter_ext.runtime.inputs import require, require_at_least
 from darkmatter_ext.runtime.progress import Stages
-from darkmatter_ext.runtime.storage import fingerprint
+from darkmatter_ext.runtime.storage import fingerprint, stamp
 from darkmatter_ext.saes.encoders import as_encoder, random_directions, shuffled_sae
 from darkmatter_ext.training.adaptation import Recipe
 from darkmatter_ext.training.low_rank import Adapter, check_rank, linear_layers

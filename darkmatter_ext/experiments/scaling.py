@@ -25,6 +25,7 @@ from darkmatter_ext.measurement.resolved import resolve
 from darkmatter_ext.measurement.run import Inputs, Measurement, measured, prepare
 from darkmatter_ext.measurement.settings import Settings, ToTrain, replaced
 from darkmatter_ext.measurement.site_saes import Make
+from darkmatter_ext.report.contours import contour_panels
 from darkmatter_ext.report.measured import measured_result
 from darkmatter_ext.report.result import Result
 from darkmatter_ext.report.style import (
@@ -34,7 +35,6 @@ from darkmatter_ext.report.style import (
     ORANGE,
     SERIES,
     SKY,
-    WIDTH,
     interval_bars,
     new_figure,
     new_panels,
@@ -105,18 +105,17 @@ def at_fixed_l0(saes: list[dict[str, Any]], numbers: dict[str, float], l0: float
     return [sae for sae in nearest if distance(sae) <= math.log(L0_TOLERANCE)]
 
 
-def _candidates(inputs: Inputs, saes: list[dict[str, Any]], l0: float) -> list[dict[str, Any]]:
+def _candidates(inputs: Inputs, saes: list[dict[str, Any]], l0: float, architecture: str) -> list[dict[str, Any]]:
     """The SAEs that the law may be fitted to.
 
-    For SAEs trained here: no controls, the first architecture, the k nearest to l0 if there are several, the first seed.
+    For SAEs trained here: no controls, one architecture, the k nearest to l0 if there are several, the first seed.
     """
     trained = {sae.name: sae.trained for sae in inputs.saes if sae.trained is not None}
     if not trained:
         return saes
-    first = next(iter(trained.values())).architecture
     ks = {own.k for own in trained.values()}
     nearest = min(ks, key=lambda k: (abs(k - l0), k)) if len(ks) > 1 else min(ks)
-    wanted = [ToTrain(first, own.width, nearest) for own in trained.values()]
+    wanted = [ToTrain(architecture, own.width, nearest) for own in trained.values()]
     return [sae for sae in saes if trained[sae["name"]] in wanted]
 
 
@@ -159,7 +158,7 @@ def _difference(a: Interval, b: Interval) -> Interval:
     return Interval(value, low, high)
 
 
-def paired_numbers(site: SiteMeasurement, saes: list[dict[str, Any]]) -> dict[str, float]:
+def paired_numbers(site: SiteMeasurement, saes: list[dict[str, Any]], prefix: str = "paired") -> dict[str, float]:
     """`paired/QUANTITY`: widest minus narrowest; `paired/QUANTITY_per_doubling`: slope over log2 width; on the same tokens."""
     names = [sae["name"] for sae in saes]
     at = [math.log2(sae["d_sae"]) for sae in saes]
@@ -169,7 +168,7 @@ def paired_numbers(site: SiteMeasurement, saes: list[dict[str, Any]]) -> dict[st
     slope = site.contrast({name: (place - middle) / spread for name, place in zip(names, at, strict=True)})
     numbers: dict[str, float] = {}
     for key in ("fvu", "fvu_nonlinear"):
-        numbers |= difference[key].numbers(f"paired/{key}") | slope[key].numbers(f"paired/{key}_per_doubling")
+        numbers |= difference[key].numbers(f"{prefix}/{key}") | slope[key].numbers(f"{prefix}/{key}_per_doubling")
     return numbers
 
 
@@ -208,9 +207,11 @@ def run(settings: ScalingSettings, stages: Stages) -> Result:
     inputs = prepare(settings, stages)
     found = measured(inputs, stages)
     numbers = found.sae_numbers()
-    chosen = at_fixed_l0(_candidates(inputs, found.saes, settings.l0), numbers, settings.l0)
+    first, *others = settings.saes.architectures
+    chosen = at_fixed_l0(_candidates(inputs, found.saes, settings.l0, first), numbers, settings.l0)
     notes: list[str] = []
     series: dict[str, Any] = {"law": [], "controls": [], "about": CONTROLS, "with_pursuit": settings.with_pursuit}
+    series["others"] = {}  # other architectures: the names of their SAEs at the law's L0
     if chosen:
         if settings.with_pursuit:
             saes = [inputs.sae(sae["name"]) for sae in chosen]
@@ -233,6 +234,11 @@ def run(settings: ScalingSettings, stages: Stages) -> Result:
         if found.training_text:
             numbers |= _law(points, numbers, "fvu_training_text").numbers("law_training_text")
         series["law"] = [sae["name"] for sae in chosen]
+        for architecture in others if not settings.saes.sae else ():
+            same = at_fixed_l0(_candidates(inputs, found.saes, settings.l0, architecture), numbers, settings.l0)
+            if len(same) > 1:
+                numbers |= paired_numbers(site, same, f"paired/{architecture}")
+            series["others"][architecture] = [sae["name"] for sae in same]
         notes.append(
             f"Power law from {len(points)} SAEs of {len(chosen)} widths with {len(points) - 3} residuals to spare; its "
             "intervals are profiles of the likelihood, NaN where the points set no bound. They cover the scatter about the "
@@ -294,6 +300,7 @@ def reading(result: Result) -> list[str]:
         f"more latents would remove, {with_interval(numbers, 'breakdown/linear', '{:.3f}')} linear error at any width, "
         f"{numbers['breakdown/nonlinear']:.3f} nonlinear error (its mean over widths).",
         *_on_training_text(result, narrow, wide),
+        *_of_other_architectures(result, widths),
     ]
     if numbers["breakdown/linear/high"] < 0:
         lines.append(
@@ -326,6 +333,22 @@ def _on_training_text(result: Result, narrow: str, wide: str) -> list[str]:
     ]
 
 
+def _of_other_architectures(result: Result, widths: dict[str, int]) -> list[str]:
+    """How flat FVU_nonlinear is in the other architectures, where they are at the law's L0."""
+    lines = []
+    for architecture, names in result.series.get("others", {}).items():
+        if len(names) < 2:
+            lines.append(f"{architecture}: SAEs at the law's L0 at {len(names)} of the widths: nothing to compare.")
+            continue
+        narrow, wide = names[0], names[-1]
+        lines.append(
+            f"{architecture}, {widths[narrow]} to {widths[wide]} latents: FVU {_change(result, narrow, wide, 'fvu')}, FVU "
+            f"nonlinear {_change(result, narrow, wide, 'fvu_nonlinear')}, on the same tokens "
+            f"{with_interval(result.numbers, f'paired/{architecture}/fvu_nonlinear', '{:+.4f}')}."
+        )
+    return lines
+
+
 def _change(result: Result, narrow: str, wide: str, key: str) -> str:
     first, last = (result.numbers[f"{name}/{key}"] for name in (narrow, wide))
     return f"from {first:.3f} to {last:.3f} ({last / first - 1:+.0%})"
@@ -345,28 +368,34 @@ def _drawn(result: Result) -> list[dict[str, Any]]:
     return [sae for sae in result.series["saes"] if sae.get("frozen", "none") == "none"]
 
 
-def _lines(result: Result) -> list[tuple[float, list[dict[str, Any]]]]:
-    """SAEs grouped by similar L0, smallest first, each group sorted by width."""
+def _lines(result: Result) -> list[tuple[str, list[dict[str, Any]]]]:
+    """SAEs grouped by architecture and similar L0, smallest first, each group with its label and sorted by width."""
     l0 = {sae["name"]: result.numbers[f"{sae['name']}/l0"] for sae in result.series["saes"]}
-    groups: list[list[dict[str, Any]]] = []
+    groups: dict[str, list[list[dict[str, Any]]]] = {sae.get("trained_as", ""): [] for sae in _drawn(result)}
     for sae in sorted(_drawn(result), key=lambda sae: l0[sae["name"]]):
-        if groups and l0[sae["name"]] <= _L0_STEP * l0[groups[-1][0]["name"]]:
-            groups[-1].append(sae)
+        own = groups[sae.get("trained_as", "")]
+        if own and l0[sae["name"]] <= _L0_STEP * l0[own[-1][0]["name"]]:
+            own[-1].append(sae)
         else:
-            groups.append([sae])
-    mean = [math.fsum(l0[sae["name"]] for sae in group) / len(group) for group in groups]
-    return [(value, sorted(group, key=lambda sae: sae["d_sae"])) for value, group in zip(mean, groups, strict=True)]
+            own.append([sae])
+    found = []
+    for architecture, own in groups.items():
+        about = f", {architecture}" if len(groups) > 1 else ""
+        for group in own:
+            label = f"L0 {fmean(l0[sae['name']] for sae in group):.0f}{about}"
+            found.append((label, sorted(group, key=lambda sae: sae["d_sae"])))
+    return found
 
 
 def lines(result: Result) -> Figure:
     """FVU and FVU_nonlinear by width, one line per L0, with the power law at its L0."""
     figure, panels = new_panels(3.3, 2, sharey=True)
     for axes, quantity in zip(panels, ("fvu", "fvu_nonlinear"), strict=True):
-        for number, (l0, saes) in enumerate(_lines(result)):
+        for number, (label, saes) in enumerate(_lines(result)):
             values, errors = interval_bars(result, [f"{sae['name']}/{quantity}" for sae in saes])
             axes.errorbar(
                 [sae["d_sae"] for sae in saes], values, yerr=errors, fmt="o-", markersize=3.5, linewidth=1,
-                color=SERIES[number % len(SERIES)], label=f"L0 {l0:.0f}",
+                color=SERIES[number % len(SERIES)], label=label,
             )  # fmt: skip
         width_axis(axes, [sae["d_sae"] for sae in result.series["saes"]])
         axes.set_title(QUANTITIES[quantity])
@@ -397,44 +426,11 @@ def _draw_law(axes: Axes, result: Result) -> None:
 
 def contours(result: Result) -> Figure:
     """FVU, FVU_nonlinear, R2 of the error vector and of its norm, by width and L0."""
-    from matplotlib.figure import Figure
-
     saes = _drawn(result)
     x = [math.log2(sae["d_sae"]) for sae in saes]
     y = [math.log2(max(1e-3, result.numbers[f"{sae['name']}/l0"])) for sae in saes]
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
-    for axes, (quantity, title) in zip(figure.subplots(2, 2).flat, QUANTITIES.items(), strict=True):
-        values = [result.numbers[f"{sae['name']}/{quantity}"] for sae in saes]
-        if _spread(x, y):
-            shown = axes.tricontourf(x, y, values, levels=10, cmap="viridis")
-            figure.colorbar(shown, ax=axes, format="%.3f")
-            axes.scatter(x, y, c=values, cmap=shown.cmap, norm=shown.norm, edgecolors="black", s=16)
-        else:  # all SAEs on one line: nothing to interpolate between
-            shown = axes.scatter(x, y, c=values, cmap="viridis", edgecolors="black")
-            figure.colorbar(shown, ax=axes, format="%.3f")
-        axes.set_title(title)
-        _log2_ticks(axes, x, y)
-    return figure
-
-
-def _log2_ticks(axes: Axes, x: list[float], y: list[float]) -> None:
-    for axis, values in ((axes.xaxis, x), (axes.yaxis, y)):
-        powers = range(math.floor(min(values)), math.ceil(max(values)) + 1)
-        axis.set_ticks(list(powers), [str(2**power) if power < 14 else f"{2 ** (power - 10)}k" for power in powers])
-    axes.set_xlim(min(x) - 0.2, max(x) + 0.2)
-    axes.set_ylim(min(y) - 0.2, max(y) + 0.2)
-    axes.set_xlabel("latents")
-    axes.set_ylabel("L0")
-
-
-def _spread(x: list[float], y: list[float]) -> bool:
-    """Whether three of the points form a triangle wide enough to interpolate in."""
-    import numpy as np
-
-    if len(x) < 3:
-        return False
-    points = np.stack([x, y], axis=1)
-    return bool(np.linalg.svd(points - points.mean(0), compute_uv=False)[1] > 0.1)
+    values = {title: [result.numbers[f"{sae['name']}/{key}"] for sae in saes] for key, title in QUANTITIES.items()}
+    return contour_panels(x, y, values)
 
 
 def stacked_breakdown(result: Result) -> Figure:

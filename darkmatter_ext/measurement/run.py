@@ -37,7 +37,7 @@ from darkmatter_ext.runtime.html import html_table
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.processes import Processes, processes
 from darkmatter_ext.runtime.progress import Stages
-from darkmatter_ext.runtime.storage import cache_dir, fingerprint
+from darkmatter_ext.runtime.storage import cache_dir, fingerprint, stamp
 from darkmatter_ext.saes.encoders import Encoder
 from darkmatter_ext.saes.loading import SaeDescription
 
@@ -444,10 +444,3 @@ def contexts_folder(found: Resolved) -> Path:
         stamps["documentation"] = installed_versions()  # an upgrade changes the text
     key = fingerprint(**data, usage=dataclasses.asdict(found.usage), seed=found.settings.seed, files=stamps)
     return cache_dir("contexts") / key
-
-
-def stamp(path: Path) -> list[int]:
-    """Total size and last change of a file or folder, so that a new SAE under an old name is not mistaken for the old one."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    found = [file.stat() for file in files]
-    return [sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)]

@@ -65,7 +65,7 @@ class SiteSae:
             "hook": self.hook,
         }  # fmt: skip
         if self.trained is not None:
-            entry |= {"seed": self.trained.seed, "frozen": self.trained.freeze}
+            entry |= {"seed": self.trained.seed, "frozen": self.trained.freeze, "trained_as": self.trained.architecture}
         return entry
 
     def encoder(self, make: Make = as_encoder, *, name: str = "", checks: RunChecks | None = None) -> Encoder:

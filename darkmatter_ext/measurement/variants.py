@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from darkmatter_ext.activations.hook_points import transformer_blocks
-from darkmatter_ext.activations.store import load_model, load_tokenizer
+from darkmatter_ext.activations.store import load_model, load_tokenizer, model_key
 from darkmatter_ext.activations.text import context_rows, documents, with_insertions
 from darkmatter_ext.measurement.resolved import resolve
 from darkmatter_ext.measurement.settings import Changed, replaced
@@ -171,7 +171,7 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 
 def _kept(kind: str, model: str, change: Callable[[PreTrainedModel], None], **made: object) -> str:
     """The folder of a changed model in the cache, made once; in float32, so that small changes survive."""
-    folder: Path = cache_dir("models") / f"{kind}-{fingerprint(model=model, **made)}"
+    folder: Path = cache_dir("models") / f"{kind}-{fingerprint(model=model_key(model), **made)}"
     if not folder.exists():
         network = load_model(model, device="cpu", dtype=torch.float32)
         change(network)

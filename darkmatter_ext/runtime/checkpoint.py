@@ -53,6 +53,8 @@ class CheckpointFolder:
             )
         if found.get("hash") != fingerprint(**own):
             theirs = found.get("config", {})
+            if not isinstance(theirs, dict):
+                raise StateError(f"checkpoint: {path} is damaged (its config is no JSON object); nothing was deleted")
             changed = [
                 f"{key} {theirs.get(key)!r} there, {own.get(key)!r} here"
                 for key in sorted({*own, *theirs})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -38,6 +39,30 @@ def fingerprint(**fields: Any) -> str:
     """Sixteen hex digits that name a set of JSON-serialisable fields: the key of a cache entry."""
     text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+SMALL_FILE = 1 << 20  # bytes: read whole for a stamp
+SAMPLES, SAMPLE = 16, 1 << 12  # how many pieces of a larger file are, and their bytes
+
+
+def stamp(path: Path) -> str:
+    """Name what a file or folder holds now, so that a new SAE under an old name is not mistaken for the old one.
+
+    Made of the names, sizes, times of change and bytes of the files; of large files, of some of their bytes. A time alone
+    would mislead: clocks are set back, and copies and archives keep the time of what they are made from.
+    """
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+        stat = file.stat()
+        digest.update(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape"))
+        with contextlib.suppress(PermissionError), file.open("rb") as content:
+            if stat.st_size <= SMALL_FILE:
+                digest.update(content.read())
+                continue
+            for number in range(SAMPLES):
+                content.seek(number * (stat.st_size - SAMPLE) // (SAMPLES - 1))
+                digest.update(content.read(SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def parsed_json(text: str | bytes) -> Any:

@@ -322,9 +322,11 @@ class AcceleratedDictionary(ABC, Accelerated):
         if torch.compiler.is_compiling():
             return super().forward(x, *given, **named)  # type: ignore[misc]
         state = self._fast
-        small = stepping_aside.is_small_forward(x, self.dict_size, self._architecture.dense_cost)
+        if stepping_aside.is_small_forward(x, self.dict_size, self._architecture.dense_cost):
+            state.count("forward", SMALL)
+            return super().forward(x, *given, **named)  # type: ignore[misc]
         options = _named(self._architecture.forward_options, given, named)
-        ready = SMALL if small else self._why_not_forward(options) or self._look_at_encoder(state, x, {})
+        ready = self._why_not_forward(options) or self._look_at_encoder(state, x, {})
         decoder = ready if isinstance(ready, str) else self._look_at_decoder(state, None)
         if isinstance(ready, str) or isinstance(decoder, str) or options is None:
             state.count("forward", decoder if isinstance(decoder, str) else _NO_SUCH_CALL)

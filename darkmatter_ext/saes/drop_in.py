@@ -144,8 +144,11 @@ class AcceleratedSAE(Accelerated):
             return super().forward(x)  # type: ignore[misc]
         state = self._fast
         architecture = self._architecture
-        small = architecture.is_linear and stepping_aside.is_small_forward(x, self.cfg.d_sae, architecture.dense_cost)
-        ready = SMALL if small else look_at_encoder(self, state, x, sparse=True)
+        if architecture.is_linear and stepping_aside.is_small_forward(x, self.cfg.d_sae, architecture.dense_cost):
+            state.last_pass = None
+            state.count("forward", SMALL)
+            return super().forward(x)  # type: ignore[misc]  # its encodes are small too
+        ready = look_at_encoder(self, state, x, sparse=True)
         decoder = ready if isinstance(ready, str) else look_at_decoder_after(self, state, ready)
         if isinstance(ready, str) or isinstance(decoder, str) or self._is_overridden():
             state.last_pass = None

@@ -63,6 +63,8 @@ class TrainingConfig:
     """for jumprelu (2407.14435): target: (L0 / k - 1)^2 of each token; count: L0"""
     bandwidth: float = 0.1
     """of the straight-through estimators for JumpReLU's threshold"""
+    threshold_rate: float = 20.0
+    """learning rate of JumpReLU's thresholds, in learning rates of the other weights: as slow as these, L0 misses k"""
     seed: int = 0
     """for the initial weights (with d_sae, so that widths share nothing) and the order of tokens"""
 
@@ -72,7 +74,7 @@ class TrainingConfig:
         require(1 <= self.k <= self.d_sae, "k", f"must be from 1 to d_sae ({self.d_sae})", self.k)
         for name in ("warmup_steps", "max_gradient_norm", "dead_after_tokens", "aux_coefficient", "aux_k"):
             require_at_least(name, 0, getattr(self, name))
-        for name in ("learning_rate", "bandwidth"):
+        for name in ("learning_rate", "bandwidth", "threshold_rate"):
             require(getattr(self, name) > 0, name, "must be above 0", getattr(self, name))
         require(0 <= self.decay_share <= 1, "decay_share", "must be from 0 to 1", self.decay_share)
         require_at_least("l0_coefficient", 0, self.l0_coefficient)

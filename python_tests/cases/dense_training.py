@@ -26,8 +26,10 @@ class DenseTrainer:
             weight.requires_grad_()
         self.start = self.weights["W_dec"].detach().clone()
         frozen = {"decoder": ["W_dec"], "encoder": ["W_enc", "b_enc"]}.get(config.freeze, [])
-        trained = [weight for name, weight in self.weights.items() if name not in frozen]
-        self.optimiser = torch.optim.Adam(trained, lr=config.learning_rate, eps=ADAM_EPS, foreach=False)
+        self.trained = [weight for name, weight in self.weights.items() if name not in frozen]
+        self.optimiser = torch.optim.Adam(
+            [{"params": [weight]} for weight in self.trained], eps=ADAM_EPS, foreach=False
+        )
         self.silent = torch.zeros(config.d_sae)
         self.steps_done = 0
 
@@ -82,10 +84,12 @@ class DenseTrainer:
         unit = config.decoder_norm == "unit" and config.freeze != "decoder"
         if unit:
             W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
-        trained = self.optimiser.param_groups[0]["params"]
         if config.max_gradient_norm > 0:
-            torch.nn.utils.clip_grad_norm_(trained, config.max_gradient_norm)
-        self.optimiser.param_groups[0]["lr"] = config.learning_rate * learning_rate_factor(config, self.steps_done)
+            torch.nn.utils.clip_grad_norm_(self.trained, config.max_gradient_norm)
+        rate = config.learning_rate * learning_rate_factor(config, self.steps_done)
+        for group in self.optimiser.param_groups:
+            of_threshold = group["params"][0] is self.weights.get("threshold")
+            group["lr"] = rate * (config.threshold_rate if of_threshold else 1)
         self.optimiser.step()
         self.steps_done += 1
         if unit:

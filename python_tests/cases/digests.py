@@ -1,4 +1,4 @@
-"""All bits of what the ops answer, as one hash: to compare threads, instruction sets and processes."""
+"""All bits of what decode answers, as one hash: to compare instruction sets. Those of every op: cases/golden.py."""
 
 import hashlib
 
@@ -65,22 +65,3 @@ def digest_of_decode() -> str:
             x_hat = torch.where(x_hat.isnan(), torch.tensor(float("nan"), dtype=dtype), x_hat)  # one NaN for all
             sums.update(x_hat.view(torch.uint8).numpy().tobytes())
     return sums.hexdigest()
-
-
-def digest_of_all_ops() -> str:
-    """All ops, on sizes that leave tails in every loop."""
-    torch.manual_seed(0)
-    parts = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x, W_enc = torch.randn(131, 83).to(dtype), torch.randn(83, 403).to(dtype)
-        b_enc, b_dec, W_dec = torch.randn(403).to(dtype), torch.randn(83).to(dtype), torch.randn(403, 83).to(dtype)
-        weights = [tensor.requires_grad_() for tensor in (x, W_enc, b_enc, b_dec, W_dec)]
-        for n in (131, 2, 1):
-            top = dm.topk_encode(x[:n], W_enc, b_enc, 17, b_dec=b_dec)
-            above = dm.threshold_encode(x[:n], W_enc, b_enc, 1.5, b_dec=b_dec)
-            x_hat = dm.sparse_decode(top, W_dec, b_dec) + dm.sparse_decode(above, W_dec)
-            grads = torch.autograd.grad((x_hat * torch.linspace(-1, 1, 83).to(dtype)).sum(), (W_enc, W_dec, x))
-            parts += [top.values, top.indices, above.crow_indices, above.col_indices, above.values, x_hat, *grads]
-        del weights
-    data = b"".join(part.detach().contiguous().view(torch.uint8).numpy().tobytes() for part in parts)
-    return hashlib.sha256(data).hexdigest()

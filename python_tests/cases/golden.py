@@ -51,6 +51,7 @@ def digests() -> dict[str, str]:
     names = (
         "topk_encode",
         "threshold_encode",
+        "gradients of the encoders",
         "find_support",
         "to_dense",
         "sparse_decode",
@@ -62,14 +63,20 @@ def digests() -> dict[str, str]:
         above = dm.threshold_encode(x, W_enc, b_enc, 1.5, b_dec=b_dec)
         _add(sums["topk_encode"], top.values, top.indices)
         _add(sums["threshold_encode"], above.crow_indices, above.col_indices, above.values)
+        weights = [tensor.clone().requires_grad_() for tensor in (x, W_enc)]
+        for own in (
+            dm.topk_encode(*weights, b_enc, k, b_dec=b_dec), dm.threshold_encode(*weights, b_enc, 1.5, b_dec=b_dec),
+        ):  # fmt: skip
+            gradient = torch.arange(own.values.numel()).reshape(own.values.shape).remainder(7).sub(3).to(x.dtype)
+            _add(sums["gradients of the encoders"], *torch.autograd.grad(own.values, weights, gradient))
         support = dm.find_support(top.to_dense())
         _add(sums["find_support"], support.crow_indices, support.col_indices, support.values)
         _add(sums["to_dense"], top.to_dense(), above.to_dense())
-        weights = W_dec.clone().requires_grad_()
-        x_hat = dm.sparse_decode(top, weights, b_dec)
+        rows = W_dec.clone().requires_grad_()
+        x_hat = dm.sparse_decode(top, rows, b_dec)
         _add(sums["sparse_decode"], x_hat, dm.sparse_decode(above, W_dec))
         gradient = torch.arange(x.numel()).reshape(x.shape).remainder(7).sub(3).to(x.dtype)
-        _add(sums["gradients of sparse_decode"], *torch.autograd.grad(x_hat, weights, gradient))
+        _add(sums["gradients of sparse_decode"], *torch.autograd.grad(x_hat, rows, gradient))
     return {name: own.hexdigest()[:16] for name, own in sums.items()}
 
 

@@ -1,8 +1,9 @@
 """Commands killed from outside at random times: `python -m cases.interrupted_command WORKPLACE FOLDER NAME:KILLS ...`.
 
 NAME is an experiment, or `train`. Each command runs once undisturbed; then for each kill, with an empty cache, it is ended by
-SIGKILL after a random share of that time and started again. Prints a JSON line a kill: when, the status of both, and
-whether the second gave what the undisturbed one gave. One interpreter forks them all, before any thread is started.
+SIGKILL after a random share of that processor time (a shared machine's clock says little) and started again. Prints a JSON
+line a kill: when, the status of both, and whether the second gave what the undisturbed one gave. One interpreter forks them
+all, before any thread is started.
 """
 
 import contextlib
@@ -54,6 +55,17 @@ def _status(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def _processor_seconds(pid):
+    """Of a process that runs or waits to be waited for; Linux only."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def _finished(pid):
+    """Whether it has ended; it stays to be waited for."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def outcome(name, out):
     """What a command gave: an experiment's numbers, or digests of the weights."""
     if name == "train":
@@ -66,11 +78,11 @@ def outcome(name, out):
 
 def kills(workplace, folder, name, count):
     """Kill a command `count` times; one dict a kill."""
-    began = time.perf_counter()
     whole = folder / name / "whole"
     whole.mkdir(parents=True)
-    status = _status(_start(_arguments(workplace, name, whole / "out"), whole / "cache", whole / "said"))
-    seconds = time.perf_counter() - began
+    pid = _start(_arguments(workplace, name, whole / "out"), whole / "cache", whole / "said")
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    seconds, status = _processor_seconds(pid), _status(pid)
     if status != 0:
         yield {
             "name": name,
@@ -87,7 +99,8 @@ def kills(workplace, folder, name, count):
         share = (number + chance.random()) / count
         arguments = _arguments(workplace, name, own / "out")
         pid = _start(arguments, own / "cache", own / "said")
-        time.sleep(share * seconds)
+        while not _finished(pid) and _processor_seconds(pid) < share * seconds:
+            time.sleep(0.01)
         os.kill(pid, signal.SIGKILL)
         killed = _status(pid)
         again = _status(_start(arguments, own / "cache", own / "said"))

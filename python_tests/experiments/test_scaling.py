@@ -163,6 +163,27 @@ def test_the_command_measures_a_family_as_the_decomposition_does(finished):
     assert {path.name for path in out.iterdir()} == names
 
 
+@pytest.mark.runs
+def test_architectures_side_by_side(finished):
+    """Each has its own line and its own flatness; the law stays with the first."""
+    more = ("--architectures", "topk", "batchtopk", "--with-pursuit", "false", "--sae-seeds", "1", "--ks", "4")
+    _, found, said = finished("scaling", *more)
+    assert found.series["law"] == [f"topk-{width}" for width in (24, 32, 48, 64)]
+    assert found.series["others"] == {"batchtopk": [f"batchtopk-{width}" for width in (24, 32, 48, 64)]}
+    change = found.numbers["batchtopk-64/fvu_nonlinear"] - found.numbers["batchtopk-24/fvu_nonlinear"]
+    assert found.numbers["paired/batchtopk/fvu_nonlinear"] == pytest.approx(change)
+    low, high = (found.numbers[f"paired/batchtopk/fvu_nonlinear/{end}"] for end in ("low", "high"))
+    assert low < change < high
+    assert f"batchtopk, 24 to 64 latents: FVU from {found.numbers['batchtopk-24/fvu']:.3f}" in " ".join(said.split())
+    drawn = scaling._lines(found)
+    assert [(label.split(", ")[1], [sae["d_sae"] for sae in saes]) for label, saes in drawn] == [
+        ("topk", [24, 32, 48, 64]),
+        ("batchtopk", [24, 32, 48, 64]),
+    ]
+    without = dataclasses.replace(found, series=found.series | {"others": {"batchtopk": ["batchtopk-24"]}})
+    assert "batchtopk: SAEs at the law's L0 at 1 of the widths: nothing to compare." in scaling.reading(without)
+
+
 @pytest.mark.slow
 def test_too_few_widths_at_one_l0_give_no_law_and_say_so(finished):
     _, result, said = finished("scaling", "--widths", "24", "48", "--ks", "4", "--with-pursuit", "false")

@@ -5,6 +5,7 @@ from cases.golden import digests
 GOLDEN = {
     "topk_encode": "f0e22faaad088fb1",
     "threshold_encode": "b540994f9b5ba226",
+    "gradients of the encoders": "11a2e1892f4c21ea",
     "find_support": "b6217f542b1f60eb",
     "to_dense": "73f24fd8dbd05515",
     "sparse_decode": "759aad0c10bb7870",

@@ -51,3 +51,17 @@ def test_a_folder_of_another_format_is_refused_and_kept(tmp_path):
     with pytest.raises(InputError, match="must be of format 3, got 2"):
         folder.start({"seed": 1})
     assert (tmp_path / TENSORS).is_file()
+
+
+@pytest.mark.parametrize("damaged", [None, 1, "topk", [], [1]])
+def test_a_configuration_that_is_none_is_damage(damaged, tmp_path):
+    """An entry of another type: found by cases/damage.py."""
+    folder = CheckpointFolder(tmp_path)
+    _save(folder)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": damaged, "hash": "of another run"}))
+    before = path.read_bytes()
+    with pytest.raises(StateError, match="is damaged") as caught:
+        folder.start({"seed": 1})
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before

@@ -48,3 +48,30 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
             pytest.fail("nothing is written")
     assert (tmp_path / "pipe").is_fifo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
+def test_a_stamp_is_of_what_is_in_a_file_not_of_the_clock(tmp_path):
+    """Weights of one shape have one size; a copy, an archive or a clock set back gives them one time too."""
+    long_ago = (10**9, 10**9)
+    (tmp_path / "sae").mkdir()
+    for name, size in (("cfg.json", 20), ("weights", 3 * storage.SMALL_FILE)):
+        (tmp_path / "sae" / name).write_bytes(bytes(size))
+        os.utime(tmp_path / "sae" / name, (2 * 10**9, 2 * 10**9))  # the newest there is
+    stamps = {storage.stamp(tmp_path / "sae")}
+    assert storage.stamp(tmp_path / "sae") in stamps
+    for file, size in (("cfg.json", 20), ("weights", 3 * storage.SMALL_FILE)):
+        for content in (b"\1" * size, b"\2" * size):
+            (tmp_path / "sae" / file).write_bytes(content)
+            os.utime(tmp_path / "sae" / file, long_ago)
+            stamps.add(storage.stamp(tmp_path / "sae"))
+            stamps.add(storage.stamp(tmp_path / "sae" / file))
+    assert len(stamps) == 9
+    (tmp_path / "sae" / "weights").rename(tmp_path / "sae" / "other")
+    assert storage.stamp(tmp_path / "sae") not in stamps
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_has_a_stamp(tmp_path):
+    (tmp_path / "secret").write_text("1")
+    (tmp_path / "secret").chmod(0)
+    assert storage.stamp(tmp_path) == storage.stamp(tmp_path)

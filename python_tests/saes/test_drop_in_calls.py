@@ -1,9 +1,13 @@
 """What one accelerated call does, counted: looks at weights, copies of weights, decisions about later calls."""
 
+import itertools
+
 import pytest
 import torch
 from cases.children import run_python
 from cases.saes import D_IN, SAES, activations, assert_close, make_sae, only_fast, pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import darkmatter_ext as dm
@@ -225,3 +229,37 @@ def test_where_the_processor_multiplies_16_bits_in_tiles_small_weights_stay_with
         assert not stepping_aside.is_small_encode(half[:8], 4096, relu)
         assert not stepping_aside.is_small_encode(single, 4096, relu)
         assert not stepping_aside.is_small_encode(half, 4096, stepping_aside.TRAINING_COST)
+
+
+@pytest.mark.parametrize("has_tiles", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_encode_within_a_small_forward_is_small(device, has_tiles, monkeypatch):
+    monkeypatch.setattr(stepping_aside, "_has_tiles", lambda: has_tiles)
+    costs = [getattr(stepping_aside, f"{name}_COST") for name in ("RELU", "THRESHOLD", "TOPK", "GATED")]
+    with FakeTensorMode():
+        for n, d, f in itertools.product((1, 7, 64, 1000, 30000), (32, 768, 4096), (64, 2047, 2048, 16384, 262144)):
+            for dtype, cost in itertools.product((torch.float32, torch.bfloat16), costs):
+                x = torch.empty(n, d, dtype=dtype, device=device)
+                if stepping_aside.is_small_forward(x, f, cost):
+                    assert stepping_aside.is_small_encode(x, f, cost), (n, d, f, dtype, cost)
+
+
+@given(n=st.integers(0, 70), f=st.integers(1, 5000), share=st.floats(0, 1), seed=st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_the_share_of_active_latents_is_estimated_from_a_few(n, f, share, seed):
+    acts = (torch.rand(n, f, generator=torch.Generator().manual_seed(seed)) < share).float()
+    shares = stepping_aside.active_shares(acts)
+    assert shares.numel() == 0 if n == 0 else 1 <= shares.numel() <= 15
+    if n and f >= 1000:  # at least 600 of them are looked at: 8 standard deviations
+        assert (shares - share).abs().max() < 8 * (0.25 / 600) ** 0.5
+    if f <= 1024 and 0 < n < 8:  # nothing is left out
+        torch.testing.assert_close(shares, (acts != 0).float().mean(-1))
+
+
+def test_a_mask_of_every_second_token_or_latent_hides_nothing():
+    acts = torch.ones(64, 16384)
+    acts[::2] = 0
+    acts[:, ::16] = 0
+    shares = stepping_aside.active_shares(acts)
+    assert 0.2 < shares.mean() < 0.7
+    assert shares.max() == pytest.approx(15 / 16, abs=0.03)

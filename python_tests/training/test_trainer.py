@@ -168,3 +168,18 @@ def test_bad_settings_are_named_in_one_line(options, message):
     with pytest.raises(InputError) as caught:
         TrainingConfig(**options)
     assert str(caught.value) == message
+
+
+@pytest.mark.runs
+def test_thresholds_follow_the_encoder():
+    """At the rate of the other weights they stay where they start, and far fewer latents than k are left above them."""
+    x, _ = planted(n=20000, d=24, features=80, active=6)
+    l0, mse = {}, {}
+    for rate in (1.0, TrainingConfig().threshold_rate):
+        config = dataclasses.replace(SMALL, architecture="jumprelu", steps=300, threshold_rate=rate)
+        trainer = SaeTrainer(config, x.mean(0) / x.std())
+        last = [trainer.step(part / x.std()) for part in x.split(256)[:75] * 4][-20:]
+        l0[rate], mse[rate] = (sum(float(getattr(step, name)) for step in last) / 20 for name in ("l0", "mse"))
+    slow, fast = l0
+    assert l0[slow] < 0.6 * SMALL.k < 0.8 * SMALL.k < l0[fast] < 1.7 * SMALL.k
+    assert mse[fast] < 0.6 * mse[slow]
