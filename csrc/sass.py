@@ -42,7 +42,7 @@ SCANS = {
 
 def scan_of(name: str) -> Scan | None:
     """Of a kernel, whatever its template arguments."""
-    return SCANS.get(name.split("<")[0])
+    return SCANS.get(name.partition("<")[0])
 
 
 class Code(NamedTuple):

@@ -30,7 +30,7 @@ from darkmatter_ext.runtime.inputs import InputError
 _ops = torch.ops.darkmatter
 _NOT_PACKED = (None,) * 7
 _MAX_SCREENED_K = 4096  # kMaxScreenK of csrc/cpu/topk_encode.cpp
-_MAX_TIMED_K_ON_CUDA = 512  # kShortK of csrc/cuda/screen/filter.cuh: up to kMaxScreenK calls are screened too, but not timed
+_MAX_TIMED_K_ON_CUDA = 512  # kShortK of csrc/cuda/screen/filter.cuh; up to kMaxScreenK is screened too, but not timed
 
 
 @dataclass(frozen=True, eq=False)
