@@ -28,7 +28,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -338,7 +338,8 @@ def kernel_resources(report: str) -> list[Resources]:
 
 
 class CudaCheck(Command):
-    """Compile every CUDA kernel for every supported architecture; fail on register spills. Needs nvcc, no GPU."""
+    """Compile every CUDA kernel for every supported architecture; fail on register spills, and where nvdisasm is there on
+    what csrc/sass.py finds wrong in the machine code. Needs nvcc, no GPU."""
 
     description = "compile all CUDA kernels for all supported architectures"
     user_options: ClassVar[list[tuple[str, str, str]]] = []
@@ -360,8 +361,15 @@ class CudaCheck(Command):
         archs = [arch for arch in CHECKED_CUDA_ARCHS if f"sm_{arch.rstrip('af')}" in known]
         build = Build(work, work, nvcc, archs)
         sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+        sys.path.insert(0, str(ROOT / "csrc"))
+        import sass
+
+        self.sass, self.nvdisasm = sass, sass.find_nvdisasm(nvcc)
+        self.scans: dict[str, dict[str, int]] = {}
+        self.faults: list[str] = []
         print(
             f"{'kernel on sm_' + SHOWN_CUDA_ARCH:32}{'variants':>10}{'registers':>11}{'shared':>8}{'stack':>7}{'spilled':>9}"
+            + (f"{'instructions':>14}{'16-byte':>9}{'barriers':>10}" if self.nvdisasm else "")
         )
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", str(os.cpu_count())))) as pool:
             results = pool.map(lambda each: self._compile(build, work, each), sources)
@@ -369,12 +377,15 @@ class CudaCheck(Command):
                 if done.returncode != 0:
                     print(done.stderr)
                     fail(f"{source.name} does not compile")
-                self._check_resources(source, done.stderr)
+                self._check_resources(source, done.stderr, self._check_code(work, source))
         print(f"no kernel spills on sm_{', sm_'.join(archs)}")
+        self._print_scans()
         self._link(build, work)
 
     def _compile(self, build: Build, work: Path, source: Path) -> subprocess.CompletedProcess[str]:
-        command = build.nvcc_command(build.archs, "-Xptxas -v")
+        keep = self._keep(work, source)
+        keep.mkdir()
+        command = build.nvcc_command(build.archs, f"-Xptxas -v --keep --keep-dir {shell(keep)}")
         command = command.replace("$in", shell(source)).replace("$out", shell(work / object_name(source)))
         return subprocess.run(shlex.split(command.replace("$$", "$")), capture_output=True, text=True, check=False)
 
@@ -392,7 +403,38 @@ class CudaCheck(Command):
             fail("the CUDA library does not link")
         print(f"libdarkmatter_cuda.so: {library.stat().st_size / 1e6:.1f} MB linked from {len(objects)} objects")
 
-    def _check_resources(self, source: Path, report: str) -> None:
+    @staticmethod
+    def _keep(work: Path, source: Path) -> Path:
+        return (work / object_name(source)).with_suffix(".parts")
+
+    def _check_code(self, work: Path, source: Path) -> dict[str, list[Any]]:
+        """The machine code of the architecture that is shown, kernel by kernel; fails on what is wrong in any."""
+        keep, shown = self._keep(work, source), {}
+        for cubin in sorted(keep.glob("*.cubin")) if self.nvdisasm else ():
+            arch = cubin.stem.rpartition("_")[2]
+            for code in self.sass.disassembled(self.nvdisasm, cubin):
+                name = kernel_name(code.mangled)
+                self.faults += [f"{name} {fault} on sm_{arch}" for fault in self.sass.faults(name, code, arch)]
+                scan = self.sass.scan_of(name)
+                if scan and (length := code.scan(scan)):
+                    self.scans.setdefault(name, {})[arch] = length
+                if arch == SHOWN_CUDA_ARCH:
+                    shown.setdefault(name.split("<")[0], []).append(code)
+        shutil.rmtree(keep)  # a hundred megabytes
+        return shown
+
+    def _print_scans(self) -> None:
+        if not self.nvdisasm:
+            print(
+                "machine code not read: no nvdisasm (it comes with the CUDA toolkit, and as pip's nvidia-cuda-nvdisasm)"
+            )
+        for name, lengths in self.scans.items():
+            each = ", ".join(f"{length} on sm_{arch}" for arch, length in lengths.items())
+            print(f"{name}: instructions of a thread's scan of a tile: {each}; at most {self.sass.scan_of(name).most}")
+        if self.faults:
+            fail("; ".join(self.faults))
+
+    def _check_resources(self, source: Path, report: str, code: dict[str, list[Any]]) -> None:
         found = kernel_resources(report)
         if not found and "__global__" in source.read_text():
             fail(f"{source.name} compiled to no kernel")
@@ -407,7 +449,12 @@ class CudaCheck(Command):
             shared, stack, spilled = (
                 max(getattr(each, part) for each in own) for part in ("shared", "stack", "spilled")
             )
-            print(f"{name:32}{len(own):10}{span:>11}{shared:8}{stack:7}{spilled:9}")
+            line = f"{name:32}{len(own):10}{span:>11}{shared:8}{stack:7}{spilled:9}"
+            if codes := code.get(name):
+                length = max(len(each.instructions) for each in codes)
+                wide = max(each.wide_loads + each.wide_stores for each in codes)
+                line += f"{length:14}{wide:9}{max(len(each.barriers) for each in codes):10}"
+            print(line)
         if "wgmma" in report and "serialized" in report:
             fail(f"{source.name}: the compiler serialises wgmma (C7510)")
 

@@ -84,6 +84,11 @@ inline void check_threshold(const Tensor& threshold, const Tensor& x, const Tens
   }
 }
 
+inline void check_capacity(int64_t capacity, int64_t n_latents) {
+  require(
+      capacity >= 0 && capacity <= n_latents, "capacity: must be from 0 to ", n_latents, " (latents), got ", capacity);
+}
+
 inline void check_encoder_weights(const Tensor& W_enc, const Tensor& b_enc, const OptionalTensor& b_dec) {
   check_dim("W_enc", W_enc, 2);
   check_floating("W_enc", W_enc);

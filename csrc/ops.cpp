@@ -27,6 +27,13 @@ STABLE_TORCH_LIBRARY(darkmatter, m) {
       "threshold_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor threshold, Tensor? weight,"
       " Tensor? bias, Tensor? codes, Tensor? sums, Tensor? bounds, Tensor? groups, Tensor? gain=None)"
       " -> (Tensor, Tensor, Tensor)");
+  // The same in a fixed shape, so that nobody waits for the number of kept latents: values and indices [N, capacity],
+  // each token's latents ascending and zeros after them; found [N]: how many a token has. Of more than capacity the
+  // first are stored. On CUDA a threshold that is NaN keeps its latents.
+  m.def(
+      "threshold_encode_fixed(Tensor x, Tensor W_enc, Tensor b_enc, Tensor? b_dec, Tensor threshold, int capacity,"
+      " Tensor? weight, Tensor? bias, Tensor? codes, Tensor? sums, Tensor? bounds, Tensor? groups,"
+      " Tensor? gain=None) -> (Tensor, Tensor, Tensor)");
   // The same for tokens that screening helps; the others (`undecided`, [u] token numbers) are left empty, so that the
   // caller can do them with a dense product, the faster way then. CPU only.
   m.def(
@@ -48,6 +55,8 @@ STABLE_TORCH_LIBRARY(darkmatter, m) {
   m.def("wide_dot(Tensor rows, Tensor indices, Tensor W_dec) -> Tensor");
   // crow [N + 1], col [z] of the nonzero entries (NaN is one, -0 is not) of dense acts [N, F].
   m.def("find_support(Tensor acts) -> (Tensor, Tensor)");
+  // The same in a fixed shape: indices [N, capacity] and found [N], as threshold_encode_fixed has them.
+  m.def("find_support_fixed(Tensor acts, int capacity) -> (Tensor, Tensor)");
   // The inverse: dense acts [N, F] of the active latents.
   m.def("to_dense(Tensor values, Tensor indices, Tensor? crow, int n_latents) -> Tensor");
   // lower [N, F], upper [N, F], float32: what screening knows of each pre-activation; screened [N]: whether it is used.

@@ -6,7 +6,7 @@ Run by `make gpu-test`. Needs torch, numpy, pytest and nothing else. Without a C
 import pytest
 import torch
 from cases.encoders import SCREENED_DTYPES, WORST, check_encoders, gaussian, same, worst
-from cases.ops import DTYPES, ON_CUDA, TOLERANCE
+from cases.ops import DTYPES, N_PACKED, ON_CUDA, TOLERANCE
 
 import darkmatter_ext as dm
 from darkmatter_ext.ops import _library, pursuit_cuda, reference
@@ -27,7 +27,7 @@ def gpu_arguments(case, dtype):
     """The arguments of a case on the GPU; packed weights are packed there."""
     arguments = [on_gpu(value) for value in case.make(dtype)]
     if case.name == "packed":
-        arguments[5:] = torch.ops.darkmatter.prepare_encoder(*arguments[1:4])
+        arguments[-N_PACKED:] = torch.ops.darkmatter.prepare_encoder(*arguments[1:4])
     return arguments
 
 
@@ -96,6 +96,7 @@ def test_gradients(case):
         (400, 200, 9001, 64),
         (300, 768, 24576, 32),
         (64, 2304, 65536, 64),
+        (300, 128, 8200, 1024),  # long lists
     ],
 )
 def test_encoders_equal_the_cpu(dtype, centred, n, d, n_latents, k):
@@ -175,6 +176,8 @@ def test_nothing_waits_for_the_device():
         acts = dm.topk_encode(x, W_enc, b_enc, 8, b_dec=b_dec, prepared=prepared)
         dm.sparse_decode(acts, W_dec, b_dec)
         decoder_outer(acts, x)
+        acts = dm.threshold_encode(x, W_enc, b_enc, 40.0, b_dec=b_dec, prepared=prepared, capacity=200)
+        dm.find_support(acts.to_dense(), capacity=200)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -196,14 +199,8 @@ def test_current_stream():
     assert torch.equal(x_hat, dm.sparse_decode(expected, W_enc.mT.contiguous()))
 
 
-def test_cuda_graph():
-    x, W_enc, b_enc, b_dec = (part.cuda() for part in gaussian(64, 256, 4096))
-    W_dec, prepared = W_enc.mT.contiguous(), dm.prepare_encoder(W_enc, b_enc, b_dec=b_dec)
-    static = x.clone()
-
-    def run():
-        return dm.sparse_decode(dm.topk_encode(static, W_enc, b_enc, 8, b_dec=b_dec, prepared=prepared), W_dec, b_dec)
-
+def replays(static, run, inputs):
+    """`run`, which reads `static`, captured in a graph: its replays on other inputs give what the call gives."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -212,10 +209,63 @@ def test_cuda_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run()
-    for seed in (1, 2):
-        static.copy_(gaussian(64, 256, 4096, seed=seed)[0])
+    for each in inputs:
+        static.copy_(each)
         graph.replay()
-        assert torch.equal(out, run())
+        same(out, run())
+
+
+def inputs_of_graphs(dtype=torch.float32):
+    """Tokens [64, 256] twice, and once with tokens that screening cannot help."""
+    odd = gaussian(64, 256, 4096, dtype)[0]
+    odd[5, 3], odd[6, 0], odd[7] = float("nan"), float("inf"), 0
+    return [*(gaussian(64, 256, 4096, dtype, seed=seed)[0] for seed in (1, 2)), odd]
+
+
+def test_cuda_graph():
+    x, W_enc, b_enc, b_dec = (part.cuda() for part in gaussian(64, 256, 4096))
+    W_dec, prepared = W_enc.mT.contiguous(), dm.prepare_encoder(W_enc, b_enc, b_dec=b_dec)
+    static = x.clone()
+
+    def run():
+        return dm.sparse_decode(dm.topk_encode(static, W_enc, b_enc, 8, b_dec=b_dec, prepared=prepared), W_dec, b_dec)
+
+    replays(static, run, inputs_of_graphs())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("of_each", [False, True])
+def test_threshold_with_a_capacity_in_a_cuda_graph(dtype, of_each):
+    """With a threshold for all latents and for each; some tokens overflow, which the replay tells as the call does."""
+    x, W_enc, b_enc, b_dec = (part.cuda() for part in gaussian(64, 256, 4096, dtype))
+    W_dec, prepared = W_enc.mT.contiguous(), dm.prepare_encoder(W_enc, b_enc, b_dec=b_dec)
+    threshold = (torch.rand(4096) * 20 + 30).to(dtype).cuda() if of_each else 40.0
+    static = x.clone()
+
+    def run():
+        acts = dm.threshold_encode(static, W_enc, b_enc, threshold, b_dec=b_dec, prepared=prepared, capacity=200)
+        return acts.values, acts.indices, acts.found, acts.overflowed, dm.sparse_decode(acts, W_dec, b_dec)
+
+    replays(static, run, inputs_of_graphs(dtype))
+    *_, overflowed, _ = run()
+    assert 0 < overflowed.sum() < 64
+    ragged = dm.threshold_encode(static, W_enc, b_enc, threshold, b_dec=b_dec, prepared=prepared)
+    assert torch.equal(run()[2], ragged.crow_indices.diff())
+
+
+def test_support_with_a_capacity_in_a_cuda_graph():
+    static = torch.zeros(64, 4097).cuda()
+
+    def run():
+        acts = dm.find_support(static, capacity=60)
+        return acts.values, acts.indices, acts.found, acts.overflowed
+
+    inputs = [torch.randn(64, 4097).sub(shift).relu() for shift in (2.0, 2.3, 4.0)]
+    replays(static, run, inputs)
+    for dense in inputs:
+        found = dm.find_support(dense.cuda(), capacity=60)
+        expected = dm.find_support(dense, capacity=60)
+        same((found.values, found.indices, found.found), (expected.values, expected.indices, expected.found))
 
 
 def test_torch_compile():

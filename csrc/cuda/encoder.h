@@ -83,13 +83,18 @@ class MarkedList {
   Tensor list_, number_;
 };
 
-// Bytes of shared memory of a kernel that takes `arrays(arena)` besides the staged row.
+// Bytes of shared memory of a kernel that takes `arrays(arena)` besides the staged row, which is given up where the
+// device has no room for it.
 template <typename T, typename Arrays>
-size_t shared_bytes(const ExactRows<T>& exact, const Arrays& arrays) {
-  Arena arena{nullptr};
-  exact.take_row(arena);
-  arrays(arena);
-  return arena.used;
+size_t fit_shared(const OnDevice& device, ExactRows<T>& exact, const Arrays& arrays) {
+  const auto bytes = [&] {
+    Arena arena{nullptr};
+    exact.take_row(arena);
+    arrays(arena);
+    return arena.used;
+  };
+  exact.staged = exact.staged && static_cast<int64_t>(bytes()) <= device.shared_limit();
+  return bytes();
 }
 
 // All pre-activations [n, F] of n marked tokens from number `first` on; of all tokens where there is no list.
@@ -101,6 +106,22 @@ void exact_scores(
       static_cast<unsigned>(ceil_div(exact.n_latents, kExactLatents)),
       static_cast<unsigned>(ceil_div(n, kExactTokens)));
   device.launch(exact_scores_kernel<T>, grid, kThreads, sizeof(ExactShared), exact, marked, first, n, scores);
+}
+
+// Answers of the tokens that are marked kExactly. Nothing but a launch or two where none is; nothing waits.
+template <typename T, typename Answer>
+void exact_answers(
+    const OnDevice& device, const Tensor& x, const Packed& packed, const Tensor& marks, const Answer& answer) {
+  const int64_t n = x.size(0), n_latents = packed.weight.size(0), groups = ceil_div(n, kExactTokens);
+  const int64_t slots = exact_groups<T>(n, n_latents);
+  const MarkedList marked(device, marks, kExactly, 1 + groups);
+  auto* counters = reinterpret_cast<int*>(marked.counters() + 1);  // two a group
+  const Tensor scores = torch::stable::new_empty(x, {slots, kExactTokens, n_latents});
+  const ExactWork<T> work{marked.tokens(),   marked.counters(),       counters,
+                          counters + groups, mutable_data<T>(scores), slots};
+  device.launch(
+      exact_answers_kernel<T, Answer>, dim3(static_cast<unsigned>(kExactBlocks * device.multiprocessors)), kThreads,
+      sizeof(ExactAnswerShared), exact_products<T>(x, packed), work, answer);
 }
 
 // Arrays of one allocation on the device, each at a multiple of 512 bytes and null if empty; from null, their bytes.
@@ -184,7 +205,8 @@ class ScreenPass {
  private:
   // One allocation for all arrays of the pass: at small N the host would take longer for ten than the device for all.
   void reserve(const Tensor& x, int k) {
-    const int64_t lists = most_ * ranges_, entries = lists * kList, runs = latent_runs(), bounded = k > 0 ? 1 : 0;
+    const int64_t lists = most_ * ranges_, size = list_size(k), entries = lists * size, runs = latent_runs(),
+                  bounded = k > 0 ? 1 : 0;
     const auto take_all = [&](DeviceArrays arrays) {
       tokens_.codes = arrays.take<__half>(most_ * d_padded_);
       tokens_.scale = arrays.take<float>(most_);
@@ -196,7 +218,8 @@ class ScreenPass {
           arrays.take<float>(bounded * entries),
           arrays.take<float>(bounded * entries),
           arrays.take<uint32_t>(bounded * most_),
-          ranges_};
+          ranges_,
+          static_cast<int>(size)};
       screens_ = arrays.take<LatentScreen>(runs * kRun);
       largest_ = arrays.take<LargestBounds>(runs);
       return arrays.used;

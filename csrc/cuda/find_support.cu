@@ -1,5 +1,5 @@
 // find_support on CUDA. The number of nonzero entries decides the shape of the result, so the op waits for the device
-// once, as torch.nonzero does.
+// once, as torch.nonzero does. With a capacity (find_support_fixed) the shape is known, and nothing waits.
 #include "cuda/kernels/find_support.cuh"
 
 #include <tuple>
@@ -31,6 +31,17 @@ static std::tuple<Tensor, Tensor> support(const OnDevice& device, const Tensor& 
   return {crow, col};
 }
 
+// Calls body(T{}, elements that a thread reads at once).
+template <typename Body>
+static auto with_type_and_width(const Tensor& rows, const Body& body) {
+  return dispatch_floating("acts", rows.scalar_type(), [&](auto type) {
+    constexpr int kWidth = 16 / sizeof(type);
+    const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
+    return rows.size(1) % kWidth == 0 && address % 16 == 0 ? body(type, std::integral_constant<int, kWidth>())
+                                                           : body(type, std::integral_constant<int, 1>());
+  });
+}
+
 static std::tuple<Tensor, Tensor> find_support(Tensor acts) {
   check_dim("acts", acts, 2);
   check_floating("acts", acts);
@@ -41,15 +52,34 @@ static std::tuple<Tensor, Tensor> find_support(Tensor acts) {
         torch::stable::new_empty(acts, {0}, ScalarType::Long)};
   }
   const Tensor rows = torch::stable::contiguous(acts);
-  return dispatch_floating("acts", acts.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    constexpr int kWidth = 16 / sizeof(T);
-    const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
-    return acts.size(1) % kWidth == 0 && address % 16 == 0 ? support<T, kWidth>(device, rows)
-                                                           : support<T, 1>(device, rows);
-  });
+  return with_type_and_width(
+      rows, [&](auto type, auto width) { return support<decltype(type), width.value>(device, rows); });
+}
+
+static std::tuple<Tensor, Tensor> find_support_fixed(Tensor acts, int64_t capacity) {
+  check_dim("acts", acts, 2);
+  check_floating("acts", acts);
+  check_capacity(capacity, acts.size(1));
+  const OnDevice device(acts);
+  Tensor indices = torch::stable::new_empty(acts, {acts.size(0), capacity}, ScalarType::Long);
+  Tensor found = torch::stable::new_zeros(acts, {acts.size(0)}, ScalarType::Long);
+  if (acts.numel() > 0) {
+    const Tensor rows = torch::stable::contiguous(acts);
+    Arena arena{nullptr};
+    arena.take<int>(kWarps);
+    with_type_and_width(rows, [&](auto type, auto width) {
+      using T = decltype(type);
+      device.launch(
+          support_rows_kernel<T, width.value>, dim3(static_cast<unsigned>(rows.size(0))), kThreads, arena.used,
+          data<T>(rows), rows.size(1), capacity, mutable_data<int64_t>(indices), mutable_data<int64_t>(found));
+    });
+  }
+  return {indices, found};
 }
 
 }  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("find_support", TORCH_BOX(&darkmatter::cuda::find_support)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
+  m.impl("find_support", TORCH_BOX(&darkmatter::cuda::find_support));
+  m.impl("find_support_fixed", TORCH_BOX(&darkmatter::cuda::find_support_fixed));
+}

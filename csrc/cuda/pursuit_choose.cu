@@ -33,7 +33,7 @@ static Tensor choose_by_screen(const OnDevice& device, const ChooseArguments& of
       [&](const ScoreChunk& chunk, const ScreenedLatents& latents, const ScreenedTokens& tokens,
           const CandidateLists& lists, dim3 grid) {
         device.launch(
-            filter_topk_kernel, grid, kThreads, sizeof(FilterShared), chunk, latents, tokens, lists, kBestOnly,
+            filter_topk_kernel<kList>, grid, kThreads, sizeof(FilterShared), chunk, latents, tokens, lists, kBestOnly,
             kWideMargin);
       },
       [&](int64_t first, int64_t n, const ScreenedTokens& tokens, const CandidateLists& lists) {

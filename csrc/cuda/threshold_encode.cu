@@ -1,5 +1,6 @@
 // threshold_encode on CUDA: as topk_encode, but nobody knows how many latents are kept until they are, so the op waits
-// for the device once, as torch.nonzero does, to allocate its result; twice where tokens take the exact path.
+// for the device once, as torch.nonzero does, to allocate its result; twice where tokens take the exact path. With a
+// capacity (threshold_encode_fixed) the result has its shape beforehand, and nothing waits.
 #include <tuple>
 
 #include "cuda/encoder.h"
@@ -43,29 +44,26 @@ class Kept {
 };
 
 template <typename T>
-static Tensor limits_of(const OnDevice& device, const Tensor& threshold, const Kept& kept) {
+static Tensor limits_of(const OnDevice& device, const Tensor& threshold, unsigned long long* n_nan) {
   const Tensor limits =
       torch::stable::new_empty(threshold, {std::max<int64_t>(1, threshold.numel())}, ScalarType::Float);
   if (threshold.numel() > 0) {
     device.launch(
         threshold_limits_kernel<T>, dim3(static_cast<unsigned>(ceil_div(threshold.numel(), kThreads))), kThreads, 0,
-        data<T>(threshold), threshold.numel(), mutable_data<float>(limits), kept.n_nan());
+        data<T>(threshold), threshold.numel(), mutable_data<float>(limits), n_nan);
   }
   return limits;
 }
 
-template <typename T>
-static void screened_threshold(
+// finish(rows of a tile, its first token, how many, tokens, lists, bytes of shared memory) of every tile of tokens.
+// Returns who answers for a token.
+template <typename T, typename Finish>
+static Tensor screened_threshold(
     const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed,
-    const Thresholds<T>& thresholds, const Tensor& limits, Kept& kept) {
-  const LatentLimits of_latents{data<float>(limits), thresholds.step};
+    const LatentLimits& of_latents, const Finish& finish) {
   ScreenPass pass(device, x, b_dec, packed, 0, FusedQuestion{0, margin_of<T>(), of_latents});
-  const ExactRows<T> all = exact_rows<T>(x, packed);
-  const size_t finish_bytes = shared_bytes(all, [](Arena& arena) {
-    arena.take<uint64_t>(kList);
-    arena.take<int32_t>(kList);
-    arena.take<FinishShared>(1);
-  });
+  ExactRows<T> all = exact_rows<T>(x, packed);
+  const size_t finish_bytes = fit_shared(device, all, [](Arena& arena) { KeptArrays{arena}; });
   pass.run<T>(
       x,
       [&](const ScoreChunk& chunk, const ScreenedLatents& latents, const ScreenedTokens& tokens,
@@ -77,11 +75,16 @@ static void screened_threshold(
         ExactRows<T> tile = all;
         tile.x += first * all.d;
         tile.n = n;
-        device.launch(
-            finish_threshold_kernel<T>, dim3(static_cast<unsigned>(n)), kThreads, finish_bytes, tile, tokens, lists,
-            thresholds, first, kept.pool());
+        finish(tile, first, n, tokens, lists, finish_bytes);
       });
-  kept.exact = pass.exact();
+  return pass.exact();
+}
+
+// All tokens take the exact path.
+static Tensor all_exactly(const Tensor& x) {
+  Tensor marks = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Int);
+  torch::stable::fill_(marks, static_cast<double>(kExactly));
+  return marks;
 }
 
 // Where kept latents go: their numbers only (col null), or all of it.
@@ -121,15 +124,21 @@ static std::tuple<Tensor, Tensor, Tensor> above(
   const bool screened = packed.codes.has_value();
   Kept kept(x, screened ? x.size(0) * kPoolPerToken : 0);
   const Thresholds<T> thresholds{data<T>(threshold), threshold.dim() == 0 ? 0 : 1};
-  const Tensor limits = limits_of<T>(device, threshold, kept);
+  const Tensor limits = limits_of<T>(device, threshold, kept.n_nan());
   if constexpr (!std::is_same_v<T, double>) {
     if (screened) {
-      screened_threshold<T>(device, x, b_dec, packed, thresholds, limits, kept);
+      kept.exact = screened_threshold<T>(
+          device, x, b_dec, packed, {data<float>(limits), thresholds.step},
+          [&](const ExactRows<T>& tile, int64_t first, int64_t n, const ScreenedTokens& tokens,
+              const CandidateLists& lists, size_t bytes) {
+            device.launch(
+                finish_threshold_kernel<T>, dim3(static_cast<unsigned>(n)), kThreads, bytes, tile, tokens, lists,
+                thresholds, first, kept.pool());
+          });
     }
   }
   if (!screened) {
-    kept.exact = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Int);
-    torch::stable::fill_(kept.exact, static_cast<double>(kExactly));
+    kept.exact = all_exactly(x);
   }
   const MarkedList marked(device, kept.exact, kExactly);
   Tensor crow = kept.row_starts();
@@ -159,6 +168,58 @@ static std::tuple<Tensor, Tensor, Tensor> above(
   return {values, crow, col};
 }
 
+// The same into rows of fixed length.
+template <typename T>
+static void above_into(
+    const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed, const Tensor& threshold,
+    const KeptRows<T>& rows) {
+  const Thresholds<T> thresholds{data<T>(threshold), threshold.dim() == 0 ? 0 : 1};
+  std::optional<Tensor> marks;
+  if constexpr (!std::is_same_v<T, double>) {
+    if (packed.codes) {
+      const Tensor limits = limits_of<T>(device, threshold, nullptr);
+      marks = screened_threshold<T>(
+          device, x, b_dec, packed, {data<float>(limits), thresholds.step},
+          [&](const ExactRows<T>& tile, int64_t first, int64_t n, const ScreenedTokens& tokens,
+              const CandidateLists& lists, size_t bytes) {
+            KeptRows<T> of_tile = rows;
+            of_tile.values += first * rows.capacity;
+            of_tile.indices += first * rows.capacity;
+            of_tile.found += first;
+            device.launch(
+                finish_threshold_rows_kernel<T>, dim3(static_cast<unsigned>(n)), kThreads, bytes, tile, tokens, lists,
+                thresholds, of_tile);
+          });
+    }
+  }
+  exact_answers<T>(device, x, packed, marks ? *marks : all_exactly(x), KeptOfScores<T>{thresholds, rows});
+}
+
+static std::tuple<Tensor, Tensor, Tensor> threshold_encode_fixed(
+    Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, Tensor threshold, int64_t capacity,
+    OptionalTensor weight, OptionalTensor bias, OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds,
+    OptionalTensor groups, OptionalTensor gain) {
+  check_encoder_input(x, W_enc);
+  check_threshold(threshold, x, W_enc);
+  check_capacity(capacity, W_enc.size(1));
+  const OnDevice device(x);
+  const Packed packed =
+      packed_encoder(device, W_enc, b_enc, b_dec, {weight, bias, codes, sums, bounds, groups, gain}, can_screen(W_enc));
+  Tensor values = torch::stable::new_empty(x, {x.size(0), capacity});
+  Tensor indices = torch::stable::new_empty(x, {x.size(0), capacity}, ScalarType::Long);
+  Tensor found = torch::stable::new_zeros(x, {x.size(0)}, ScalarType::Long);
+  if (x.size(0) > 0 && W_enc.size(1) > 0) {
+    const Tensor rows = torch::stable::contiguous(x), limits = torch::stable::contiguous(threshold);
+    dispatch_floating("x", x.scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      above_into<T>(
+          device, rows, b_dec, packed, limits,
+          {mutable_data<T>(values), mutable_data<int64_t>(indices), mutable_data<int64_t>(found), capacity});
+    });
+  }
+  return {values, indices, found};
+}
+
 static std::tuple<Tensor, Tensor, Tensor> threshold_encode(
     Tensor x, Tensor W_enc, Tensor b_enc, OptionalTensor b_dec, Tensor threshold, OptionalTensor weight,
     OptionalTensor bias, OptionalTensor codes, OptionalTensor sums, OptionalTensor bounds, OptionalTensor groups,
@@ -182,4 +243,5 @@ static std::tuple<Tensor, Tensor, Tensor> threshold_encode(
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
   m.impl("threshold_encode", TORCH_BOX(&darkmatter::cuda::threshold_encode));
+  m.impl("threshold_encode_fixed", TORCH_BOX(&darkmatter::cuda::threshold_encode_fixed));
 }

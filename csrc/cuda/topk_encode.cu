@@ -9,32 +9,14 @@ namespace darkmatter::cuda {
 
 constexpr int64_t kSortedBytes = 256 << 20;  // of exact scores at a time, where all are sorted
 
-// Best k of the tokens that are marked. Nothing but a launch or two where none is.
-template <typename T>
-static void exact_topk(
-    const OnDevice& device, const Tensor& x, const Packed& packed, const Tensor& marks, int k, const Tensor& values,
-    const Tensor& indices) {
-  const int64_t n = x.size(0), n_latents = packed.weight.size(0), groups = ceil_div(n, kExactTokens);
-  const int64_t slots = exact_groups<T>(n, n_latents);
-  const MarkedList marked(device, marks, kExactly, 1 + groups);
-  auto* counters = reinterpret_cast<int*>(marked.counters() + 1);  // two a group
-  const Tensor scores = torch::stable::new_empty(x, {slots, kExactTokens, n_latents});
-  const ExactWork<T> work{marked.tokens(),   marked.counters(),       counters,
-                          counters + groups, mutable_data<T>(scores), slots};
-  device.launch(
-      exact_topk_kernel<T>, dim3(static_cast<unsigned>(kExactBlocks * device.multiprocessors)), kThreads,
-      sizeof(ExactTopKShared), exact_products<T>(x, packed), work, k, mutable_data<T>(values),
-      mutable_data<int64_t>(indices));
-}
-
-template <typename T>
+template <typename T, int kSize>
 static void screened_topk(
     const OnDevice& device, const Tensor& x, const OptionalTensor& b_dec, const Packed& packed, int k,
     const Tensor& values, const Tensor& indices) {
   ScreenPass pass(device, x, b_dec, packed, k, FusedQuestion{k, margin_of<T>(), {nullptr, 0}});
-  const ExactRows<T> all = exact_rows<T>(x, packed);
-  const size_t finish_bytes = shared_bytes(all, [](Arena& arena) {
-    TopKArrays{arena};
+  ExactRows<T> all = exact_rows<T>(x, packed);
+  const size_t finish_bytes = fit_shared(device, all, [](Arena& arena) {
+    TopKArrays{arena, kSize};
     arena.take<FinishShared>(1);
   });
   pass.run<T>(
@@ -42,17 +24,19 @@ static void screened_topk(
       [&](const ScoreChunk& chunk, const ScreenedLatents& latents, const ScreenedTokens& tokens,
           const CandidateLists& lists, dim3 grid) {
         device.launch(
-            filter_topk_kernel, grid, kThreads, sizeof(FilterShared), chunk, latents, tokens, lists, k, margin_of<T>());
+            filter_topk_kernel<kSize>, grid, kThreads, sizeof(FilterShared), chunk, latents, tokens, lists, k,
+            margin_of<T>());
       },
       [&](int64_t first, int64_t n, const ScreenedTokens& tokens, const CandidateLists& lists) {
         ExactRows<T> tile = all;
         tile.x += first * all.d;
         tile.n = n;
         device.launch(
-            finish_topk_kernel<T>, dim3(static_cast<unsigned>(n)), kThreads, finish_bytes, tile, tokens, lists, k,
-            mutable_data<T>(values) + first * k, mutable_data<int64_t>(indices) + first * k);
+            finish_topk_kernel<T, kSize>, dim3(static_cast<unsigned>(n)), kThreads, finish_bytes, tile, tokens, lists,
+            k, mutable_data<T>(values) + first * k, mutable_data<int64_t>(indices) + first * k);
       });
-  exact_topk<T>(device, x, packed, pass.exact(), k, values, indices);
+  exact_answers<T>(
+      device, x, packed, pass.exact(), BestOfScores<T>{k, mutable_data<T>(values), mutable_data<int64_t>(indices)});
 }
 
 // All pre-activations, sorted by torch: stable, so that ties keep the order of latents, and NaN first.
@@ -92,7 +76,9 @@ static std::tuple<Tensor, Tensor> topk_encode(
     const Tensor rows = torch::stable::contiguous(x);
     if (packed.codes) {
       dispatch_screened("x", x.scalar_type(), [&](auto type) {
-        screened_topk<decltype(type)>(device, rows, b_dec, packed, static_cast<int>(k), values, indices);
+        using T = decltype(type);
+        const auto screened = k > kShortK ? screened_topk<T, kLongList> : screened_topk<T, kList>;
+        screened(device, rows, b_dec, packed, static_cast<int>(k), values, indices);
       });
     } else {
       dispatch_floating("x", x.scalar_type(), [&](auto type) {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake, register_vmap
 
-from darkmatter_ext.ops import _library
+from darkmatter_ext.ops import _fixed_form, _library  # noqa: F401  (the first registers kernels)
 
 _ops = torch.ops.darkmatter
 # weight, bias, codes, sums, bounds, groups are derived from W_enc, b_enc, b_dec; gain has no gradient
@@ -65,6 +65,19 @@ def _(x, W_enc, b_enc, b_dec, threshold, *packed) -> tuple[Tensor, Tensor, Tenso
     n_active = torch.library.get_ctx().new_dynamic_size()
     crow = x.new_empty(x.shape[0] + 1, dtype=torch.int64)
     return x.new_empty(n_active), crow, x.new_empty(n_active, dtype=torch.int64)
+
+
+@register_fake("darkmatter::threshold_encode_fixed")
+def _(x, W_enc, b_enc, b_dec, threshold, capacity, *packed) -> tuple[Tensor, Tensor, Tensor]:
+    n_tokens = x.shape[0]
+    indices = x.new_empty(n_tokens, capacity, dtype=torch.int64)
+    return x.new_empty(n_tokens, capacity), indices, x.new_empty(n_tokens, dtype=torch.int64)
+
+
+@register_fake("darkmatter::find_support_fixed")
+def _(acts: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    shapes = (acts.shape[0], capacity), (acts.shape[0],)
+    return acts.new_empty(shapes[0], dtype=torch.int64), acts.new_empty(shapes[1], dtype=torch.int64)
 
 
 @register_fake("darkmatter::try_topk_encode")
@@ -299,6 +312,18 @@ def threshold_backward(ctx: Any, grad_values: Tensor, *_rest: Any) -> tuple:
     return (*gradients, None, *_NO_PACKED_GRADIENTS)
 
 
+def _save_fixed(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, W_enc, _, b_dec, _, _, weight = inputs[:7]
+    values, *rest = output  # indices, found
+    ctx.mark_non_differentiable(*rest)
+    ctx.save_for_backward(values, rest[0], x, W_enc, b_dec, weight, inputs[-1])
+
+
+def _fixed_backward(ctx: Any, grad_values: Tensor, *_rest: Any) -> tuple:
+    return (*topk_backward(ctx, grad_values), None)  # one more argument; the places left over hold zeros
+
+
+register_autograd("darkmatter::threshold_encode_fixed", _fixed_backward, setup_context=_save_fixed)
 for _name in ("topk_encode", "try_topk_encode"):
     register_autograd(f"darkmatter::{_name}", topk_backward, setup_context=save_topk)
 for _name in ("threshold_encode", "try_threshold_encode"):
@@ -327,6 +352,16 @@ def _topk_vmap(info: Any, in_dims: tuple, x, W_enc, b_enc, b_dec, k, *packed) ->
 register_vmap("darkmatter::topk_encode", _topk_vmap)
 
 
+def _fixed_vmap(info: Any, in_dims: tuple, x, *others) -> tuple:
+    _only_batched(in_dims, (0,), "x", "threshold_encode")
+    x = x.movedim(in_dims[0], 0)  # [B, N, d]
+    results = _ops.threshold_encode_fixed(x.flatten(0, 1), *others)
+    return tuple(result.unflatten(0, x.shape[:2]) for result in results), (0, 0, 0)
+
+
+register_vmap("darkmatter::threshold_encode_fixed", _fixed_vmap)
+
+
 def _decode_vmap(info: Any, in_dims: tuple, values, indices, crow, W_dec, b_dec) -> tuple:
     _only_batched(in_dims, (0, 1), "values and indices", "sparse_decode")
     if crow is not None:
@@ -343,7 +378,8 @@ register_vmap("darkmatter::sparse_decode", _decode_vmap)
 def _threshold_vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
     # Without a rule torch would loop over the batch, then fail to stack tensors of different lengths.
     raise RuntimeError(
-        "threshold_encode: vmap needs results of one length, got ragged ones; call it on the whole batch"
+        "threshold_encode: vmap needs results of one length, got ragged ones; give it a capacity, "
+        "or call it on the whole batch"
     )
 
 

@@ -2,6 +2,7 @@
 
 It has two forms. *Fixed*: every token has k entries; `values` and `indices` are [..., k]. *Ragged*, in torch's CSR terms:
 `crow_indices` [N + 1], `col_indices` [z] and `values` [z], where N is the number of tokens in `batch_shape`.
+Calls with a capacity give the fixed form to tokens that have any number of latents: the entries left over hold value 0.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class SparseActs:
     d_sae: int  # F
     crow: Tensor | None = None  # int64 [N + 1], ragged form only
     ragged_batch_shape: tuple[int, ...] | None = None
+    found: Tensor | None = None  # int64 [...]: of a call with a capacity, how many latents each token has
 
     @classmethod
     def fixed(cls, values: Tensor, indices: Tensor, d_sae: int) -> SparseActs:
@@ -81,6 +83,16 @@ class SparseActs:
     @property
     def is_ragged(self) -> bool:
         return self.crow is not None
+
+    @property
+    def overflowed(self) -> Tensor:
+        """[...] bool: the tokens with more latents than the capacity of the call, of which only the first are stored.
+
+        On the device of the acts; reading it there waits, so look at it when the host has time. All False without a capacity.
+        """
+        if self.found is None:
+            return torch.zeros(self.batch_shape, dtype=torch.bool, device=self.values.device)
+        return self.found > self.values.shape[-1]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -166,9 +178,9 @@ class SparseActs:
 
     def to(self, device: torch.device | str) -> SparseActs:
         """The same acts on another device."""
-        crow = None if self.crow is None else self.crow.to(device)
+        crow, found = (None if each is None else each.to(device) for each in (self.crow, self.found))
         return dataclasses.replace(
-            self, values=self.values.to(device), stored_indices=self.stored_indices.to(device), crow=crow
+            self, values=self.values.to(device), stored_indices=self.stored_indices.to(device), crow=crow, found=found
         )
 
     def __repr__(self) -> str:

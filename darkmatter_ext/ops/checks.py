@@ -6,6 +6,7 @@ dtypes: float16, bfloat16, float32 or float64, the same for all floating-point a
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch._C import _functorch  # type: ignore[attr-defined]
 from darkmatter_ext.ops._library import has_kernels
 from darkmatter_ext.runtime.inputs import InputError, StateError
 
+INTEGERS = (Integral, torch.SymInt)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -57,6 +59,13 @@ def check_device(op: str, name: str, tensor: Tensor) -> None:
             f"{name}: {op} has no kernel for {tensor.device} in this build; move the tensors to the CPU, "
             f"or use darkmatter_ext.reference.{op}"
         )
+
+
+def check_capacity(capacity: object, n_latents: int) -> None:
+    if isinstance(capacity, bool) or not isinstance(capacity, INTEGERS):
+        raise TypeError(f"capacity: must be an int or None, got {type(capacity).__name__}")
+    if not 0 <= capacity <= n_latents:  # type: ignore[operator]
+        raise InputError(f"capacity: must be from 0 to {n_latents} (latents), got {capacity}")
 
 
 def check_weights(op: str, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> None:

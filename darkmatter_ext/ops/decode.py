@@ -11,7 +11,7 @@ from torch import Tensor
 
 from darkmatter_ext.ops import _registrations  # noqa: F401  (registers fakes and gradients)
 from darkmatter_ext.ops.acts import SparseActs
-from darkmatter_ext.ops.checks import call, check_device, check_tensor, flat_rows
+from darkmatter_ext.ops.checks import call, check_capacity, check_device, check_tensor, flat_rows
 
 _ops = torch.ops.darkmatter
 
@@ -62,19 +62,23 @@ def decoder_outer(acts: SparseActs, x: Tensor) -> Tensor:
     )
 
 
-def find_support(acts: Tensor) -> SparseActs:
+def find_support(acts: Tensor, *, capacity: int | None = None) -> SparseActs:
     """The nonzero entries of dense acts as ragged SparseActs: the fast form of `SparseActs.from_dense`.
 
     Args:
         acts: dense latent activations [..., F].
+        capacity: None, or the number of entries that each token has room for, 0 to F, as in `threshold_encode`.
 
     Returns:
-        SparseActs, latents ascending. NaN counts as an entry, -0 does not. Differentiable in the values.
+        Ragged SparseActs, latents ascending. NaN counts as an entry, -0 does not. Differentiable in the values. With a
+        capacity: fixed SparseActs [..., capacity] of the same entries, the places left over with value 0 and latent 0.
+        `acts.found` [...] says how many entries a token has. If they are more than the capacity, the first are stored and
+        `acts.overflowed` is True there.
 
     Raises:
         TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
 
-    Cost: one read of acts.
+    Cost: one read of acts, two on CUDA. There the call waits for the device once, but with a capacity nothing does.
     """
     if not isinstance(acts, Tensor) or acts.ndim < 1:
         given = "a scalar" if isinstance(acts, Tensor) else type(acts).__name__
@@ -82,9 +86,21 @@ def find_support(acts: Tensor) -> SparseActs:
     check_tensor("acts", acts, tuple(acts.shape), None)
     check_device("find_support", "acts", acts)
     flat = flat_rows(acts)
+    if capacity is not None:
+        check_capacity(capacity, acts.shape[-1])
+        return _support_within(acts, flat, capacity)
     crow, col = _ops.find_support(flat.detach())
     token = torch.repeat_interleave(crow.diff(), output_size=col.shape[0])
     return SparseActs.ragged(crow, col, flat[token, col], acts.shape[-1], tuple(acts.shape[:-1]))
+
+
+def _support_within(acts: Tensor, flat: Tensor, capacity: int) -> SparseActs:
+    indices, found = _ops.find_support_fixed(flat.detach(), capacity)
+    left_over = torch.arange(capacity, device=acts.device) >= found.unsqueeze(1)
+    values = flat.gather(1, indices).masked_fill(left_over, 0)
+    batch = acts.shape[:-1]
+    values, indices = values.reshape(*batch, capacity), indices.reshape(*batch, capacity)
+    return SparseActs(values, indices, acts.shape[-1], found=found.reshape(batch))
 
 
 def to_dense(acts: SparseActs) -> Tensor:

@@ -13,9 +13,9 @@ dtypes: float16, bfloat16, float32 or float64, the same for all floating-point a
 from __future__ import annotations
 
 import functools
+import math
 import os
 from dataclasses import dataclass
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -24,14 +24,13 @@ from torch import Tensor
 from darkmatter_ext.ops import _registrations  # noqa: F401  (registers fakes and gradients)
 from darkmatter_ext.ops._library import MIN_TOKENS_TO_PACK
 from darkmatter_ext.ops.acts import SparseActs
-from darkmatter_ext.ops.checks import call, check_tensor, check_weights, flat_rows
+from darkmatter_ext.ops.checks import INTEGERS, call, check_capacity, check_tensor, check_weights, flat_rows
 from darkmatter_ext.runtime.inputs import InputError
 
 _ops = torch.ops.darkmatter
 _NOT_PACKED = (None,) * 7
-_INTEGERS = (Integral, torch.SymInt)
 _MAX_SCREENED_K = 4096  # kMaxScreenK of csrc/cpu/topk_encode.cpp
-_MAX_SCREENED_K_ON_CUDA = 512  # of csrc/cuda/screen/filter.cuh
+_MAX_TIMED_K_ON_CUDA = 512  # kShortK of csrc/cuda/screen/filter.cuh; up to kMaxScreenK is screened too, but not timed
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +74,12 @@ class PreparedEncoder:
         return self.codes.numel() > 0 and not (self.weight.is_cuda and self.weight.dtype is torch.float64)
 
     def screens_topk(self, k: int) -> bool:
-        """Whether a call for the k largest is also screened: if k is close to the number of places, nothing can be ruled out.
+        """Whether screening helps a call for the k largest: if k is close to the number of places, nothing can be ruled out.
 
-        A place is one latent, or several equal ones; all-zero latents have none.
+        A place is one latent, or several equal ones; all-zero latents have none. On CUDA, calls with k from 513 to 1024 are
+        screened too, but whether that helps has not been measured.
         """
-        most = _MAX_SCREENED_K if self.weight.is_cpu else _MAX_SCREENED_K_ON_CUDA
+        most = _MAX_SCREENED_K if self.weight.is_cpu else _MAX_TIMED_K_ON_CUDA
         return k <= most and 8 * k <= self.n_places
 
     @functools.cached_property
@@ -211,11 +211,11 @@ def topk_encode(
     not at all. Memory beyond inputs and outputs: the packed weights unless prepared (kept for the backward pass when x
     requires a gradient). On the CPU each thread needs at most 256 (2 d + 4096 * 12) bytes for tokens and candidates (13 MB,
     usually under 4; more for k above 1024), plus their exact sums. CUDA needs 32 MB for scores, the same again for tokens
-    that take the exact path, and 2 d + 24 K bytes for each of at most 4096 tokens at a time. On CUDA
-    nothing waits for the device, and only `prepare_encoder` checks for NaN.
+    that take the exact path, and 2 d + 24 K bytes for each of at most 4096 tokens at a time; for k above 512 twice as much
+    for scores and tokens. On CUDA nothing waits for the device, and only `prepare_encoder` checks for NaN.
     """
     _check_encode("topk_encode", x, W_enc, b_enc, b_dec, prepared)
-    if type(k) is not int and (isinstance(k, bool) or not isinstance(k, _INTEGERS)):
+    if type(k) is not int and (isinstance(k, bool) or not isinstance(k, INTEGERS)):
         raise TypeError(f"k: must be an int, got {type(k).__name__}")
     if not 0 <= k <= W_enc.shape[1]:
         raise InputError(f"k: must be from 0 to {W_enc.shape[1]} (latents), got {k}")
@@ -252,6 +252,7 @@ def threshold_encode(
     *,
     b_dec: Tensor | None = None,
     prepared: PreparedEncoder | None = None,
+    capacity: int | None = None,
 ) -> SparseActs:
     """Exact pre-activations strictly above a threshold, then relu: JumpReLU, BatchTopK at inference, ReLU (threshold 0).
 
@@ -260,23 +261,34 @@ def threshold_encode(
         W_enc, b_enc, b_dec: encoder weights [d, F], [F], [d].
         threshold: a number, or a tensor [] or [F] of the dtype of x; compared with the rounded pre-activation.
         prepared: the same weights, prepared; saves packing them in this call.
+        capacity: None, or the number of latents that each token has room for, 0 to F. Then the shapes of the result do
+            not depend on the data, and on CUDA nothing waits for the device: for CUDA graphs, torch.compile, vmap, serving.
 
     Returns:
-        Ragged SparseActs, latents ascending. NaN pre-activations are kept: a dense JumpReLU would make the token
-        NaN, and dropping them would hide that. With a negative threshold, relu leaves stored zeros.
-        Differentiable in x, W_enc, b_enc and b_dec, but not in the threshold (a step function; training needs an estimator).
+        Ragged SparseActs, latents ascending. With a capacity: fixed SparseActs [..., capacity] of the same entries, latents
+        ascending, the places left over with value 0 and latent 0. `acts.found` [...] says how many latents a token has. If
+        they are more than the capacity, the first are stored and `acts.overflowed` is True there.
+        NaN pre-activations are kept: a dense JumpReLU would make the token NaN, and dropping them would hide that. With a
+        negative threshold, relu leaves stored zeros. Differentiable in x, W_enc, b_enc and b_dec, but not in the threshold
+        (a step function; training needs an estimator).
 
     Raises:
         TypeError, ValueError, RuntimeError: one line naming the argument, the rule and the value given.
 
-    Cost and memory: as for topk_encode, plus the kept entries once more. On CUDA the call waits for the device once, to
-    learn the number of kept entries. Its pool has room for 1024 kept latents per token (8 KB in float32), shared by all
-    tokens. A token that no longer fits, or has more than 2048 candidates, takes the exact path: all pre-activations in
-    float64, eight tokens at a time.
+    Cost and memory: as for topk_encode, plus the kept entries once more. On CUDA, without a capacity, the call waits for
+    the device once, to learn the number of kept entries. Its pool has room for 1024 kept latents per token (8 KB in
+    float32), shared by all tokens. A token that no longer fits, or has more than 2048 candidates, takes the exact path: all
+    pre-activations in float64, eight tokens at a time. With a capacity there is no pool, and NaN in a threshold that is a
+    CUDA tensor is not refused: nobody looks, and the latents of such thresholds are kept.
     """
     _check_encode("threshold_encode", x, W_enc, b_enc, b_dec, prepared)
     threshold = _checked_threshold(threshold, x, W_enc)
     packed = _packed(x, W_enc, b_enc, b_dec, prepared)
+    if capacity is not None:
+        check_capacity(capacity, W_enc.shape[1])
+        results = call(_ops.threshold_encode_fixed, flat_rows(x), W_enc, b_enc, b_dec, threshold, capacity, *packed)
+        values, indices, found = (each.reshape(*x.shape[:-1], *each.shape[1:]) for each in results)
+        return SparseActs(values, indices, W_enc.shape[1], found=found)
     values, crow, col = call(_ops.threshold_encode, flat_rows(x), W_enc, b_enc, b_dec, threshold, *packed)
     return SparseActs(values, col, W_enc.shape[1], crow, tuple(x.shape[:-1]))
 
@@ -284,7 +296,9 @@ def threshold_encode(
 def _checked_threshold(threshold: Tensor | float, x: Tensor, W_enc: Tensor) -> Tensor:
     """The threshold as a tensor [] or [F] of the dtype of x, without gradient."""
     if isinstance(threshold, int | float) and not isinstance(threshold, bool):
-        threshold = torch.tensor(threshold, dtype=x.dtype, device=x.device)
+        if math.isnan(threshold):
+            raise InputError("threshold: must not contain NaN, got nan")
+        threshold = torch.full((), threshold, dtype=x.dtype, device=x.device)  # in a CUDA graph too
     scalar = isinstance(threshold, Tensor) and threshold.ndim == 0
     check_tensor("threshold", threshold, () if scalar else (W_enc.shape[1],), W_enc)
     assert isinstance(threshold, Tensor)  # check_tensor

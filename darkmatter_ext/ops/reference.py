@@ -50,14 +50,31 @@ def threshold_encode(
     *,
     b_dec: Tensor | None = None,
     gain: Tensor | None = None,
+    capacity: int | None = None,
 ) -> SparseActs:
     """The pre-activations that are NaN or strictly above the threshold (scalar or [F]), then relu."""
     h = pre_activations(x, W_enc, b_enc, b_dec=b_dec, gain=gain)
     threshold = torch.as_tensor(threshold, dtype=x.dtype, device=x.device)
+    kept = ~(h.detach() <= threshold)
+    if capacity is not None:
+        return _first(h.relu(), kept, capacity)
     flat = h.reshape(math.prod(x.shape[:-1]), W_enc.shape[1])
-    token, latent = (~(flat.detach() <= threshold)).nonzero(as_tuple=True)
+    token, latent = kept.reshape(flat.shape).nonzero(as_tuple=True)
     crow = torch.searchsorted(token, torch.arange(len(flat) + 1, device=x.device))
     return SparseActs.ragged(crow, latent, flat[token, latent].relu(), W_enc.shape[1], tuple(x.shape[:-1]))
+
+
+def find_support(acts: Tensor, *, capacity: int | None = None) -> SparseActs:
+    """The entries that are not 0, latents ascending."""
+    return SparseActs.from_dense(acts) if capacity is None else _first(acts, acts.detach() != 0, capacity)
+
+
+def _first(dense: Tensor, kept: Tensor, capacity: int) -> SparseActs:
+    """The first `capacity` entries of each token of dense [..., F] that are kept; value 0 and latent 0 if there are fewer."""
+    indices = kept.sort(dim=-1, descending=True, stable=True).indices[..., :capacity]
+    there = kept.gather(-1, indices)
+    values = torch.where(there, dense.gather(-1, indices), 0)
+    return SparseActs(values, indices.where(there, 0), dense.shape[-1], found=kept.sum(-1))
 
 
 def sparse_decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:

@@ -36,6 +36,8 @@ TORCH_FLAGS = (
     "-isystem", str(TORCH / "include"), "-isystem", str(TORCH / "include/torch/csrc/api/include"),
     "-DTORCH_TARGET_VERSION=0x020B000000000000",
 )  # fmt: skip
+# A load or store at an address that is no multiple of its size ends the process, with a line that says where.
+ALIGNED = ("-fsanitize=alignment", "-fno-sanitize-recover=alignment")
 LINK_FLAGS = ("-shared", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10")
 
 
@@ -68,7 +70,7 @@ def library() -> Path:
 
     def build(out: Path) -> None:
         command = [
-            compiler(), "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-w", f"-I{TESTS / 'emulator'}",
+            compiler(), "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-w", *ALIGNED, f"-I{TESTS / 'emulator'}",
             f"-I{CSRC}", *TORCH_FLAGS, str(TESTS / "emulator/library.cpp"), "-o", str(out), *LINK_FLAGS,
         ]  # fmt: skip
         subprocess.run(command, check=True)

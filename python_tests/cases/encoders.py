@@ -30,14 +30,20 @@ def gaussian(n=9, d=40, n_latents=1500, dtype=torch.float32, seed=0):
 
 
 def check_encoders(ops, x, W_enc, b_enc, b_dec=None, *, k=5, threshold=9.0, packed=True, device="cpu"):
-    """Both encoders of `ops` on a device against the CPU's; CPU tensors in."""
+    """The encoders of `ops` on a device against the CPU's; CPU tensors in. With a capacity, too few for some tokens."""
     threshold = torch.as_tensor(threshold).to(x.dtype)
     given = [None if part is None else part.to(device) for part in (x, W_enc, b_enc, b_dec)]
     parts = ops.prepare_encoder(*given[1:]) if packed else NOT_PACKED
     same(ops.topk_encode(*given, k, *parts), torch.ops.darkmatter.topk_encode(x, W_enc, b_enc, b_dec, k, *NOT_PACKED))
     same(
         ops.threshold_encode(*given, threshold.to(device), *parts),
-        torch.ops.darkmatter.threshold_encode(x, W_enc, b_enc, b_dec, threshold, *NOT_PACKED),
+        ragged := torch.ops.darkmatter.threshold_encode(x, W_enc, b_enc, b_dec, threshold, *NOT_PACKED),
+    )
+    lengths = ragged[1].diff()
+    capacity = int(lengths.double().quantile(0.7)) if len(lengths) else 0
+    same(
+        ops.threshold_encode_fixed(*given, threshold.to(device), capacity, *parts),
+        torch.ops.darkmatter.threshold_encode_fixed(x, W_enc, b_enc, b_dec, threshold, capacity, *NOT_PACKED),
     )
 
 

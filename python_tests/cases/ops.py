@@ -143,8 +143,8 @@ def _sparse_acts(form: str) -> Callable:
     return make
 
 
-def _dense_acts(n: int) -> Callable:
-    return lambda dtype: ((_x(dtype, n).relu()),)
+def _dense_acts(n: int, *capacity: int) -> Callable:
+    return lambda dtype: (_x(dtype, n).relu(), *capacity)
 
 
 def _screened(*extra: Any, gain: bool = False) -> Callable:
@@ -184,6 +184,13 @@ CASES = [
     Case("threshold_encode", "gains", _screened(9.0, gain=True), (0,)),
     Case("threshold_encode", "nothing-kept", _encode(1e4), _X_W_B),
     Case("threshold_encode", "no-tokens", _encode(0.5, n=0), _X_W_B),
+    Case("threshold_encode_fixed", "scalar", _encode(0.5, K), _X_W_B),
+    Case("threshold_encode_fixed", "vector", _encode(gaussian(F, seed=9).abs(), 2, centred=True), (*_X_W_B, 3)),
+    Case("threshold_encode_fixed", "packed", _encode(0.5, F, centred=True, packed=True), (0,)),
+    Case("threshold_encode_fixed", "gains", _screened(9.0, 40, gain=True), (0,)),
+    Case("threshold_encode_fixed", "nothing-kept", _encode(1e4, K), _X_W_B),
+    Case("threshold_encode_fixed", "no-room", _encode(0.5, 0), _X_W_B),
+    Case("threshold_encode_fixed", "no-tokens", _encode(0.5, K, n=0), _X_W_B),
     Case("prepare_rows", "gains", _prepare_rows),
     Case("try_topk_encode", "packed", _screened(K), (0,)),
     Case("try_threshold_encode", "packed", _screened(9.0), (0,)),
@@ -201,6 +208,9 @@ CASES = [
     Case("to_dense", "nothing-active", _sparse_acts("none"), (0,)),
     Case("find_support", "some", _dense_acts(N)),
     Case("find_support", "no-tokens", _dense_acts(0)),
+    Case("find_support_fixed", "some", _dense_acts(N, K)),
+    Case("find_support_fixed", "all", _dense_acts(N, D)),
+    Case("find_support_fixed", "no-tokens", _dense_acts(0, K)),
     Case("screen_intervals", "centred", _screened()),
 ]
 

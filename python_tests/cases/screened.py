@@ -58,7 +58,21 @@ class Screened:
         same(
             (values, crow, col), (torch.cat([part[0] for part in expected]), ends, torch.cat([p[1] for p in expected]))
         )
+        self._check_fixed(x, threshold, values, crow, col)
         return values.numel()
+
+    def _check_fixed(self, x, threshold, values, crow, col):
+        """With a capacity that most tokens fit in: the same entries in rows."""
+        found = crow.diff()
+        capacity = int(found.double().quantile(0.8))
+        mine = torch.ops.darkmatter_emulated.threshold_encode_fixed(x, *self.given, threshold, capacity, *self.packed)
+        assert torch.equal(mine[2], found)
+        for token, length in enumerate(found.tolist()):
+            n = min(length, capacity)
+            own = slice(int(crow[token]), int(crow[token]) + n)
+            padding = col.new_zeros(capacity - n)
+            same((mine[0][token],), (torch.cat([values[own], padding.to(values.dtype)]),))
+            same((mine[1][token],), (torch.cat([col[own], padding]),))
 
 
 def check_tokens_of_all_scales(x, weights, k, threshold):

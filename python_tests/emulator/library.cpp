@@ -29,6 +29,10 @@ extern "C" __attribute__((visibility("default"))) void darkmatter_emulated_multi
 extern "C" __attribute__((visibility("default"))) void darkmatter_emulated_capability(int capability) {
   simt::capability = capability;
 }
+// Bytes of shared memory that a block may have; 0: as many as there are.
+extern "C" __attribute__((visibility("default"))) void darkmatter_emulated_shared(int bytes) {
+  simt::shared_limit = bytes > 0 ? bytes : darkmatter::cuda::kSharedBytes;
+}
 
 // Launches of clusters so far.
 extern "C" __attribute__((visibility("default"))) int darkmatter_emulated_cluster_launches() {

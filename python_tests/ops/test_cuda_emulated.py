@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import emulated
 from cases.encoders import INF, NAN, NOT_PACKED, SCREENED_DTYPES, WORST, check_encoders, gaussian, same, worst
-from cases.ops import DTYPES, ON_CUDA
+from cases.ops import DTYPES, N_PACKED, ON_CUDA
 from cases.pursuit import DICTIONARIES, made_of, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,7 +50,7 @@ def test_every_case_of_every_op(cuda, case, dtype):
     on_cpu = case.call()(*arguments)
     if case.name == "packed":  # codes of the CPU are not those of CUDA
         _, W_enc, b_enc, b_dec = arguments[:4]
-        arguments[5:] = cuda.prepare_encoder(W_enc, b_enc, b_dec)
+        arguments[-N_PACKED:] = cuda.prepare_encoder(W_enc, b_enc, b_dec)
     mine = getattr(cuda, case.op)(*arguments)
     if dtype == torch.float64:  # the last bit may depend on fused multiply-add
         for one, other in zip(
@@ -183,6 +183,8 @@ def test_sparse_ops(n, d, n_latents, k, dtype, seed):
         same(cuda.to_dense(v, i, c, n_latents), cpu.to_dense(v, i, c, n_latents))
         dense = cpu.to_dense(v, i, c, n_latents)
         same(cuda.find_support(dense), cpu.find_support(dense))
+        capacity = min(seed, n_latents)
+        same(cuda.find_support_fixed(dense, capacity), cpu.find_support_fixed(dense, capacity))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -230,6 +232,8 @@ def test_support_of_wide_rows(cuda, dtype):
     acts[torch.rand_like(acts.float()) < 0.98] = 0
     acts[0, 17], acts[1, :] = NAN, -0.0
     same(cuda.find_support(acts), torch.ops.darkmatter.find_support(acts))
+    for capacity in (0, 1, 70, 5000):
+        same(cuda.find_support_fixed(acts, capacity), torch.ops.darkmatter.find_support_fixed(acts, capacity))
 
 
 def test_an_index_out_of_range_is_nan_not_foreign_memory(cuda):
@@ -339,14 +343,14 @@ def test_nothing_along_a_side(cuda, n, d, n_latents, seed):
     emulated.set_seed(1)
 
 
-@pytest.mark.parametrize("k", [600, 1024, 2600])
+@pytest.mark.parametrize("k", [600, 1024, 1025, 2600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_latents_than_are_screened(cuda, dtype, k):
     check_encoders(cuda, *gaussian(11, 520, 2600, dtype), k=k, threshold=30.0)
 
 
 def test_the_emulator_finds_what_it_is_for(tmp_path):
-    """A kernel without its barrier, one that waits alone and one that writes too far: each is seen."""
+    """A kernel without its barrier, one that waits alone, one that writes too far and one that loads between: each is seen."""
     program = tmp_path / "faults.cpp"
     program.write_text(
         r"""
@@ -372,16 +376,21 @@ int main() {
   std::printf("%d\n", out[0] == 496);
   std::printf("%s\n", fault(0, [] { if (threadIdx.x < 31) __shfl_xor_sync(0xffffffffu, 1, 1); }));
   std::printf("%s\n", fault(8, [] { memory[9] = 1; }));
+  std::fflush(stdout);
+  simt::run_grid(dim3(1), 32, 128, [] { out[1] = reinterpret_cast<float4*>(memory + 4 * threadIdx.x)->x; });
 }
 """
     )
     binary = tmp_path / "faults"
     compiler = os.environ.get("CXX", "c++")
     subprocess.run(
-        [compiler, "-std=c++20", "-w", f"-I{emulated.TESTS / 'emulator'}", program, "-o", binary], check=True
+        [compiler, "-std=c++20", "-w", *emulated.ALIGNED, f"-I{emulated.TESTS / 'emulator'}", program, "-o", binary],
+        check=True,
     )
-    lines = subprocess.run([binary], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines == [
+    run = subprocess.run([binary], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "misaligned address" in run.stderr
+    assert run.stdout.splitlines() == [
         "1",
         "0",
         "emulated kernel: threads wait for others that never come",

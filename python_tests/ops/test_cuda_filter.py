@@ -13,7 +13,7 @@ from cases.screened import ROUNDING, SLACK, Screened, check_tokens_of_all_scales
 pytestmark = pytest.mark.slow  # emulated thread by thread
 
 INF, NAN = math.inf, math.nan
-TILE, LIST = 1024, 2048  # latents of a tile, candidates of a list
+TILE, LIST, LONG_LIST = 1024, 2048, 4096  # latents of a tile, candidates of a list
 SEEDS = (1, 2, 3)
 
 
@@ -23,6 +23,7 @@ def one_order(emulated_library, monkeypatch):
     monkeypatch.setenv("DARKMATTER_CUDA_FUSED", "0")
     yield
     emulated_library.darkmatter_emulated_multiprocessors(2)
+    emulated_library.darkmatter_emulated_shared(0)
     emulated.set_seed(1)
 
 
@@ -86,6 +87,55 @@ def test_near_ties_fill_a_list_to_its_end(emulated_library, seed):
     fits = scores((1, 2), (700, 0), (LIST, 1), (1300, 0), (LIST + 1, -1), (300, 0))
     Screened(*fits, left_out=[0]).check_topk(x, 512, exact=[3, 4])
     Screened(*fits, left_out=[0]).check_topk(x, 1, exact=[3, 4])
+
+
+@pytest.mark.parametrize("dtype", SCREENED_DTYPES, ids=str)
+@pytest.mark.parametrize(("k", "n_latents"), [(513, 4104), (600, 8192), (1000, 8200), (1024, 9001)])
+def test_long_lists(dtype, k, n_latents):
+    x, W_enc, b_enc, b_dec = gaussian(5, 40, n_latents, dtype)
+    x *= torch.logspace(0, -2, 5)[:, None].to(dtype)
+    Screened(W_enc, b_enc, b_dec, left_out=slice(5, n_latents, 7)).check_topk(x, k)
+
+
+@pytest.mark.parametrize(("k", "n_latents", "kilobytes"), [(1024, 8192, 70), (64, 1024, 37)])
+def test_rows_that_do_not_fit_beside_the_lists(emulated_library, k, n_latents, kilobytes):
+    """The row of a token stays in device memory then, as at d 4096 on sm_86, 89 and 120, whose blocks have 99 KB."""
+    emulated_library.darkmatter_emulated_shared(kilobytes << 10)
+    x, W_enc, b_enc, _ = gaussian(2, 700, n_latents)
+    Screened(W_enc, b_enc, None, left_out=slice(3, n_latents, 9)).check_topk(x, k)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_long_lists_whose_every_tile_is_better(emulated_library, seed):
+    emulated.set_seed(seed)
+    emulated_library.darkmatter_emulated_multiprocessors(seed)
+    x, W_enc, b_enc, b_dec = gaussian(9, 64, 9001, seed=seed)
+    screened = Screened(W_enc * torch.linspace(-4, 4, 9001).exp(), b_enc, b_dec, left_out=slice(3, 9001, 11))
+    screened.check_topk(x, 1024)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_near_ties_fill_a_long_list_to_its_end(emulated_library, seed):
+    emulated.set_seed(seed)
+    emulated_library.darkmatter_emulated_multiprocessors(1)
+    x = unit(19)
+    x[3:5, 0] = -1
+    fits = scores((1, 2), (700, 0), (LONG_LIST, 1), (1300, 0), (LONG_LIST + 1, -1), (300, 0))
+    Screened(*fits, left_out=[0]).check_topk(x, 1024, exact=[3, 4])
+
+
+@pytest.mark.parametrize("k", [600, 1024])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_hundreds_of_tokens_that_become_exact(seed, k):
+    """Twenty groups of marked tokens, whose latents tie, are not finite or too large, and others between them."""
+    emulated.set_seed(seed)
+    x, W_enc, b_enc, b_dec = gaussian(170, 32, 8300, seed=seed)
+    b_enc[:] = 0.25
+    x[:, 0] += 1
+    odd = [token for token in range(170) if token % 17 != 3]
+    x[odd] = b_dec  # all scores tie
+    x[4, 7], x[12, 0], x[16] = NAN, INF, 1e38
+    Screened(W_enc, b_enc, b_dec, left_out=slice(0, 8300, 13)).check_topk(x, k, odd)
 
 
 @pytest.mark.parametrize("k", [1, 30])

@@ -52,6 +52,12 @@ def test_encodes(fused, dtype, n, d, n_latents, k, centred):
     check_tokens_of_all_scales(x, weights, k, threshold=2.0 * d**0.5)
 
 
+@pytest.mark.parametrize(("k", "n_latents"), [(513, 4300), (700, 8192), (1024, 17000)])
+def test_long_lists(fused, k, n_latents):
+    x, W_enc, b_enc, b_dec = gaussian(3, 64, n_latents)
+    Screened(W_enc, b_enc, b_dec, left_out=slice(5, n_latents, 7)).check_topk(x, k)
+
+
 @pytest.mark.parametrize("seed", [2, 3, 4])
 def test_order_of_threads(fused, seed):
     """Several tiles of tokens, the last not whole; several clusters, which take turns."""

@@ -52,6 +52,18 @@ def test_threshold_knows_its_devices(on_cuda):
     assert dm.sparse_decode(acts, on_cuda(F, D)).shape == (N, D)
 
 
+def test_threshold_with_a_capacity_never_waits(on_cuda):
+    x, W_enc, b_enc, W_dec = on_cuda(2, N, D), on_cuda(D, F), on_cuda(F), on_cuda(F, D)
+    for prepared in (None, prepared_encoder(on_cuda)):
+        acts = dm.threshold_encode(x, W_enc, b_enc, on_cuda(F), prepared=prepared, capacity=30)
+        assert acts.values.shape == acts.indices.shape == (2, N, 30)
+        assert acts.overflowed.device.type == "cuda"
+        assert acts.overflowed.shape == (2, N)
+        assert dm.sparse_decode(acts, W_dec).shape == (2, N, D)
+    found = dm.find_support(on_cuda(2, N, F), capacity=30)
+    assert (found.values.device.type, found.values.shape) == ("cuda", (2, N, 30))
+
+
 def test_gradient_pursuit_never_waits():
     """On fake CPU tensors, because a torch without CUDA cannot copy fake CUDA ones: a look at a number would fail as well."""
     with FakeTensorMode(shape_env=ShapeEnv()):

@@ -188,11 +188,11 @@ struct TokenRules {
 // The candidates of every (token, range of latents) of a tile of tokens.
 struct CandidateLists {
   int* count;       // [n, ranges]
-  int32_t* latent;  // [n, ranges, kList]
+  int32_t* latent;  // [n, ranges, size]
   float* lower;     // same; null for a threshold encode, which never asks again
   float* upper;
   uint32_t* limit;  // [n] ordered_key of what top-k leaves out below; rounding to the output dtype is allowed for
-  int ranges;
+  int ranges, size;
 };
 
 // Codes and bounds of the tokens of a tile, and empty lists for them. One warp a token.

@@ -15,7 +15,8 @@
 namespace darkmatter::cuda {
 
 constexpr int kScoresAtOnce = 1024;  // looked at between two looks at the buffer of keys
-static_assert(kMaxScreenK + kScoresAtOnce <= kList);
+constexpr int kBestKeys = 4096;      // of this buffer: 32 KB, as a slab of tokens has
+static_assert(kMaxScreenK + kScoresAtOnce <= kBestKeys);
 
 // Groups of marked tokens on their way through the exact path. The counters begin at 0.
 template <typename T>
@@ -47,10 +48,10 @@ __device__ inline void signal(int* count) {
   }
 }
 
-// The best k of n scores, as ranked() keys: a buffer of 2048 keys, cut to the best k when it may not hold more.
+// The best k of n scores, as ranked() keys: a buffer of kBestKeys, cut to the best k when it may not hold more.
 template <typename T>
 __device__ void best_of_scores(const T* scores, int64_t n, int k, uint64_t* keys, int* filled) {
-  for (int i = threadIdx.x; i < kList; i += kThreads) {
+  for (int i = threadIdx.x; i < kBestKeys; i += kThreads) {
     keys[i] = 0;
   }
   if (threadIdx.x == 0) {
@@ -71,10 +72,10 @@ __device__ void best_of_scores(const T* scores, int64_t n, int k, uint64_t* keys
       }
     }
     __syncthreads();
-    if (*filled > kList - kScoresAtOnce) {
-      sort_descending(keys, kList);
+    if (*filled > kBestKeys - kScoresAtOnce) {
+      sort_descending(keys, kBestKeys);
       least = keys[k - 1];
-      for (int i = k + threadIdx.x; i < kList; i += kThreads) {
+      for (int i = k + threadIdx.x; i < kBestKeys; i += kThreads) {
         keys[i] = 0;
       }
       if (threadIdx.x == 0) {
@@ -83,23 +84,75 @@ __device__ void best_of_scores(const T* scores, int64_t n, int k, uint64_t* keys
     }
     __syncthreads();
   }
-  sort_descending(keys, kList);
+  sort_descending(keys, next_power_of_two(*filled));
 }
 
-struct ExactTopKShared {
+struct ExactAnswerShared {
   union {
     ExactShared tile;
-    uint64_t keys[kList];
+    uint64_t keys[kBestKeys];
+    BlockScratch scratch;
   };
   unsigned long long ticket;
   int filled;
 };
 
-// Best k of the marked tokens, k <= kMaxScreenK.
+// The answer of a token to its n scores: the best k, k <= kMaxScreenK.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kExactBlocks) exact_topk_kernel(
-    ExactProducts<T, T> exact, ExactWork<T> work, int k, T* __restrict__ values, int64_t* __restrict__ indices) {
-  ExactTopKShared& shared = *Arena{shared_memory()}.take<ExactTopKShared>(1);
+struct BestOfScores {
+  int k;
+  T* values;         // [N, k]
+  int64_t* indices;  // [N, k]
+
+  __device__ void operator()(const T* scores, int64_t n, int64_t token, ExactAnswerShared& shared) const {
+    best_of_scores(scores, n, k, shared.keys, &shared.filled);
+    write_best(shared.keys, k, values + token * k, indices + token * k);
+  }
+};
+
+// The answer of a token to its n scores: those above a threshold, in a row of fixed length.
+template <typename T>
+struct KeptOfScores {
+  Thresholds<T> thresholds;
+  KeptRows<T> rows;
+
+  __device__ void operator()(const T* scores, int64_t n, int64_t token, ExactAnswerShared& shared) const {
+    constexpr int kOwn = kScoresAtOnce / kThreads;  // neighbours: latents ascend from thread to thread
+    int64_t before = 0;
+    for (int64_t first = 0; first < n; first += kScoresAtOnce) {
+      T own[kOwn];
+      unsigned kept = 0;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const int64_t latent = first + static_cast<int64_t>(threadIdx.x) * kOwn + i;
+        if (latent < n) {
+          own[i] = __ldcg(scores + latent);  // of other multiprocessors: not what this one may remember
+          kept |= thresholds.keeps(own[i], latent) ? 1u << i : 0u;
+        }
+      }
+      const int up_to = inclusive_scan(__popc(kept), shared.scratch);
+      int64_t to = before + up_to - __popc(kept);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if (kept >> i & 1) {
+          rows.store(token, to++, first + static_cast<int64_t>(threadIdx.x) * kOwn + i, relu(widen(own[i])));
+        }
+      }
+      if (threadIdx.x == kThreads - 1) {
+        shared.filled = up_to;  // read before the next scan's barriers
+      }
+      __syncthreads();
+      before += shared.filled;
+    }
+    rows.end(token, before);
+  }
+};
+
+// Answers of the marked tokens: answer(scores, n_latents, token, shared), by all threads of a block.
+template <typename T, typename Answer>
+__global__ void __launch_bounds__(kThreads, kExactBlocks)
+    exact_answers_kernel(ExactProducts<T, T> exact, ExactWork<T> work, Answer answer) {
+  ExactAnswerShared& shared = *Arena{shared_memory()}.take<ExactAnswerShared>(1);
   const auto number = static_cast<int64_t>(*work.marked.number);
   const int tiles = static_cast<int>(ceil_div(exact.n_latents, kExactLatents));
   while (true) {
@@ -126,9 +179,7 @@ __global__ void __launch_bounds__(kThreads, kExactBlocks) exact_topk_kernel(
       wait_for(work.scored + group, tiles);
       const int64_t at = group * kExactTokens + part - tiles;
       if (at < number) {
-        const int64_t token = work.marked.list[at];
-        best_of_scores(scores + (part - tiles) * exact.n_latents, exact.n_latents, k, shared.keys, &shared.filled);
-        write_best(shared.keys, k, values + token * k, indices + token * k);
+        answer(scores + (part - tiles) * exact.n_latents, exact.n_latents, work.marked.list[at], shared);
       }
       signal(work.finished + group);
     }

@@ -20,11 +20,13 @@ constexpr int kFilterLatents = 4;  // a thread: one 16-byte load a token
 constexpr int kTile = kThreads * kFilterLatents;
 constexpr int kTileRuns = kTile / kRun;
 constexpr int kFilterBlocks = 4;  // a multiprocessor: 64 registers a thread, 128 KB of products in flight
-constexpr int kListPerThread = 8;
-constexpr int kList = kThreads * kListPerThread;  // candidates of one list: 2048
-constexpr int kMaxScreenK = 512;
+// Candidates of one list: room for the best k, a tile in which all are better, and as many near ties of the k-th. Long
+// lists are for large k: each costs twice the memory, and twice the registers of those who look through it at the end.
+constexpr int kList = 2048, kLongList = 2 * kList;
+constexpr int kShortK = 512, kMaxScreenK = 1024;
+DM_HOST_DEVICE constexpr int list_size(int k) { return k > kShortK ? kLongList : kList; }
 
-static_assert(kTile % kRun == 0 && kMaxScreenK <= kList - kTile);
+static_assert(kTile % kRun == 0 && kShortK + kTile <= kList && kMaxScreenK + kTile <= kLongList);
 static_assert(kFilterTokens == kWarps, "a warp looks after a token's list");
 static_assert(kFilterTokens * kFilterLatents == 32, "a bit for each score of a thread");
 
@@ -63,8 +65,11 @@ struct FilterBlock {
   }
   __device__ int latent(int at) const { return first_latent + at + at / kRun * skip; }
   __device__ float product(int t, int at) const { return products[t * ld + at]; }
-  // Where the list of token t begins.
-  __device__ int list(int t) const { return ((first_token + t) * ranges + range) * kList; }
+  // Where the list of token t begins. (The size known here saves a register, of which the filters have none to spare.)
+  template <int kSize>
+  __device__ int list(int t) const {
+    return ((first_token + t) * ranges + range) * kSize;
+  }
 };
 
 // How a token looks at the scores of a run: a hit is one that is not below `least`.
@@ -193,7 +198,7 @@ struct CandidateList {
 
   __device__ CandidateList(int32_t* latent, float* lower, float* upper) : latent(latent), lower(lower), upper(upper) {}
   __device__ CandidateList(const CandidateLists& lists, int64_t token, int range) {
-    const int64_t at = (token * lists.ranges + range) * kList;
+    const int64_t at = (token * lists.ranges + range) * lists.size;
     latent = lists.latent + at;
     lower = lists.lower != nullptr ? lists.lower + at : nullptr;
     upper = lists.upper != nullptr ? lists.upper + at : nullptr;

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_threshold_kern
         }
         const int place = atomicAdd(&shared.count[t], 1);
         if (place < kList) {
-          lists.latent[block.list(t) + place] = latent;
+          lists.latent[block.list<kList>(t) + place] = latent;
         }
       },
       [](int, int) { __syncthreads(); });

@@ -13,12 +13,13 @@ constexpr int kMinGrowth = 64;  // of a list before it is tightened again
 
 // How long a list may be at the end of a tile, `left` being what the last tightening left, at least k: as long as it
 // leaves room for a whole tile. Where more than that are left, near ties of the k-th best, any growth is looked at.
-__device__ inline int mark_after(int left, int k) {
-  const int grown = left + (k < kMinGrowth ? kMinGrowth : k), roomy = grown < kList - kTile ? grown : kList - kTile;
+__device__ inline int mark_after(int left, int k, int size) {
+  const int grown = left + (k < kMinGrowth ? kMinGrowth : k), roomy = grown < size - kTile ? grown : size - kTile;
   return left < roomy ? roomy : left;
 }
 
-// What the warps do between tiles, each for its token.
+// What the warps do between tiles, each for its token. Lists hold kSize candidates.
+template <int kSize>
 struct TopKLimits {
   const ScreenedLatents& latents;
   const CandidateLists& lists;
@@ -34,10 +35,10 @@ struct TopKLimits {
   __device__ void start() const {
     const int t = own(), lane = threadIdx.x % 32;
     const int width = block.end - block.begin, n = width < kTile ? width : kTile, count = shared.count[t];
-    if (shared.active[t] == 0 || shared.limit[t] != ordered_key(-INFINITY) || n < k || count + n > kList) {
+    if (shared.active[t] == 0 || shared.limit[t] != ordered_key(-INFINITY) || n < k || count + n > kSize) {
       return;  // the whole warp
     }
-    float* lower = lists.lower + block.list(t) + count;
+    float* lower = lists.lower + block.list<kSize>(t) + count;
     constexpr int kAtOnce = 4;
     for (int first = lane; first < n; first += 32 * kAtOnce) {
       float ahead[kAtOnce];
@@ -67,10 +68,10 @@ struct TopKLimits {
       return;  // the whole warp
     }
     const LargestBounds largest = largest_of(latents, block, next, threadIdx.x % kTileRuns);
-    const bool fits = count <= kList;
+    const bool fits = count <= kSize;
     Tightened after{shared.limit[t], count};
     if (fits) {
-      const int at = block.list(t);
+      const int at = block.list<kSize>(t);
       const CandidateList list(lists.latent + at, lists.lower + at, lists.upper + at);
       after = tighten(list, count, after.limit, k, margin, shared.bins[t]);
     }
@@ -79,13 +80,14 @@ struct TopKLimits {
       shared.active[t] = fits;
       shared.limit[t] = after.limit;
       shared.count[t] = after.count;
-      shared.mark[t] = mark_after(after.count, k);
+      shared.mark[t] = mark_after(after.count, k, kSize);
     }
     shared.set_own_tests(buffer, largest);
   }
 };
 
-static __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_topk_kernel(
+template <int kSize>
+__global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_topk_kernel(
     ScoreChunk chunk, ScreenedLatents latents, ScreenedTokens tokens, CandidateLists lists, int k,
     RoundingMargin margin) {
   const FilterBlock block(chunk, lists);
@@ -93,9 +95,9 @@ static __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_topk_ke
     return;  // the whole block
   }
   FilterShared& shared = *Arena{shared_memory()}.take<FilterShared>(1);
-  const TopKLimits limits{latents, lists, block, shared, k, margin};
+  const TopKLimits<kSize> limits{latents, lists, block, shared, k, margin};
   const LargestBounds largest = largest_of(latents, block, block.begin, threadIdx.x % kTileRuns);
-  shared.load(block, tokens, lists, mark_after(k, k));
+  shared.load(block, tokens, lists, mark_after(k, k, kSize));
   __syncthreads();
   limits.start();
   shared.set_own_tests(0, largest);
@@ -111,8 +113,8 @@ static __global__ void __launch_bounds__(kThreads, kFilterBlocks) filter_topk_ke
         }
         const int place = atomicAdd(&shared.count[t], 1);
         past |= place >= shared.mark[t];
-        if (place < kList) {
-          const int at = block.list(t) + place;
+        if (place < kSize) {
+          const int at = block.list<kSize>(t) + place;
           lists.latent[at] = latent;
           lists.lower[at] = interval.lower;
           lists.upper[at] = interval.upper;

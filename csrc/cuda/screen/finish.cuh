@@ -29,22 +29,24 @@ struct FinishShared {
   BlockScratch scratch;
 };
 
-// Best k of the candidates. Grid: tokens of the tile.
+// Best k of the candidates. Grid: tokens of the tile. Shared memory: 16 bytes a place of a list, 32 or 64 KB.
 struct TopKArrays {
-  uint64_t* keys;   // [kList] ranked() of the exact values, in any order, then zeros
-  int32_t* latent;  // [kList] those certainly among the best by their bounds from the front, the others from the back
-  float* upper;     // [kList]
-  float* lower;     // [kList]
+  uint64_t* keys;   // [size] ranked() of the exact values, in any order, then zeros
+  int32_t* latent;  // [size] those certainly among the best by their bounds from the front, the others from the back
+  float* upper;     // [size]
+  float* lower;     // [size] until the candidates are split, where the keys are from then on
+  int size;
 
-  DM_HOST_DEVICE explicit TopKArrays(Arena& arena)
-      : keys(arena.take<uint64_t>(kList)),
-        latent(arena.take<int32_t>(kList)),
-        upper(arena.take<float>(kList)),
-        lower(arena.take<float>(kList)) {}
+  DM_HOST_DEVICE TopKArrays(Arena& arena, int size)
+      : keys(arena.take<uint64_t>(size)),
+        latent(arena.take<int32_t>(size)),
+        upper(arena.take<float>(size)),
+        lower(reinterpret_cast<float*>(keys)),
+        size(size) {}
 };
 
 // All candidates of a token that its limit lets in, from all its lists, into shared memory. Returns how many; more than
-// kList are too many.
+// one list holds are too many.
 __device__ inline int gather_candidates(
     const CandidateLists& lists, int64_t token, const TopKArrays& arrays, int* cursor) {
   if (threadIdx.x == 0) {
@@ -59,7 +61,7 @@ __device__ inline int gather_candidates(
       const float upper = list.upper[i];
       if (!(upper < limit)) {
         const int place = atomicAdd(cursor, 1);
-        if (place < kList) {
+        if (place < arrays.size) {
           arrays.latent[place] = list.latent[i];
           arrays.upper[place] = upper;
           arrays.lower[place] = list.lower[i];
@@ -72,14 +74,15 @@ __device__ inline int gather_candidates(
 }
 
 // Puts the candidates that are among the best k by their lower bounds to the front, others that may be to the back, and
-// leaves out the rest. There are at least k candidates.
+// leaves out the rest. There are at least k candidates; kPerThread is of the places of a list.
+template <int kPerThread>
 __device__ inline void split_candidates(
     const TopKArrays& arrays, int count, int k, RoundingMargin margin, FinishShared& shared) {
-  uint32_t keys[kListPerThread];
-  float upper[kListPerThread];
-  int32_t latent[kListPerThread];
+  uint32_t keys[kPerThread];
+  float upper[kPerThread];
+  int32_t latent[kPerThread];
 #pragma unroll
-  for (int i = 0; i < kListPerThread; ++i) {
+  for (int i = 0; i < kPerThread; ++i) {
     const int at = i * kThreads + threadIdx.x;
     const bool there = at < count;
     keys[i] = there ? ordered_key(arrays.lower[at]) : 0;
@@ -93,9 +96,9 @@ __device__ inline void split_candidates(
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kListPerThread; ++i) {
+  for (int i = 0; i < kPerThread; ++i) {
     if (keys[i] != 0 && (keys[i] >= kth || !(upper[i] < limit))) {
-      const int place = keys[i] >= kth ? atomicAdd(&shared.certain, 1) : kList - 1 - atomicAdd(&shared.others, 1);
+      const int place = keys[i] >= kth ? atomicAdd(&shared.certain, 1) : arrays.size - 1 - atomicAdd(&shared.others, 1);
       arrays.latent[place] = latent[i];
       arrays.upper[place] = upper[i];
     }
@@ -124,10 +127,11 @@ __device__ void rescore(
 }
 
 // The k-th best value among the first `count` keys, all computed.
+template <int kPerThread>
 __device__ inline float kth_value(const uint64_t* keys, int count, int k, BlockScratch& scratch) {
-  uint32_t values[kListPerThread];
+  uint32_t values[kPerThread];
 #pragma unroll
-  for (int i = 0; i < kListPerThread; ++i) {
+  for (int i = 0; i < kPerThread; ++i) {
     const int at = i * kThreads + threadIdx.x;
     values[i] = at < count ? static_cast<uint32_t>(keys[at] >> 32) : 0;
   }
@@ -142,8 +146,8 @@ __device__ void write_best(const uint64_t* keys, int k, T* values, int64_t* indi
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, kDotBlocks) finish_topk_kernel(
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreads, kSize == kList ? kDotBlocks : 2) finish_topk_kernel(
     ExactRows<T> exact, ScreenedTokens tokens, CandidateLists lists, int k,
     T* __restrict__ values,           // [n, k]
     int64_t* __restrict__ indices) {  // [n, k]
@@ -153,22 +157,23 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) finish_topk_kernel(
   }
   Arena arena{shared_memory()};
   double* storage = exact.take_row(arena);
-  const TopKArrays arrays(arena);
+  constexpr int kPerThread = kSize / kThreads;
+  const TopKArrays arrays(arena, kSize);
   FinishShared& shared = *arena.take<FinishShared>(1);
   const int count = gather_candidates(lists, token, arrays, &shared.count);
-  if (count > kList) {
+  if (count > kSize) {
     if (threadIdx.x == 0) {
       tokens.exact[token] = kExactly;
     }
     return;  // the whole block
   }
   const RoundingMargin margin = margin_of<T>();
-  split_candidates(arrays, count, k, margin, shared);
+  split_candidates<kPerThread>(arrays, count, k, margin, shared);
   const double* row = stage_row(exact.x + token * exact.d, exact.d, storage);
   rescore(exact, row, token, arrays, 0, shared.certain, -INFINITY, &shared.filled);
   // k exact values are known: others must be able to round to the k-th best of them.
-  const float limit = margin_below(margin, kth_value(arrays.keys, shared.filled, k, shared.scratch));
-  rescore(exact, row, token, arrays, kList - shared.others, kList, limit, &shared.filled);
+  const float limit = margin_below(margin, kth_value<kPerThread>(arrays.keys, shared.filled, k, shared.scratch));
+  rescore(exact, row, token, arrays, kSize - shared.others, kSize, limit, &shared.filled);
   sort_descending(arrays.keys, next_power_of_two(shared.filled));
   write_best(arrays.keys, k, values + token * k, indices + token * k);
 }
@@ -192,19 +197,52 @@ struct Thresholds {
   __device__ bool keeps(T h, int64_t latent) const { return !(widen(h) <= widen(values[latent * step])); }
 };
 
+// The same in rows of fixed length: of more latents than fit only the first are stored.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_kernel(
-    ExactRows<T> exact, ScreenedTokens tokens, CandidateLists lists, Thresholds<T> thresholds, int64_t first_token,
-    KeptPool pool) {
-  const int64_t token = blockIdx.x;
-  if (tokens.exact[token] != 0) {
-    return;  // the whole block
+struct KeptRows {
+  T* values;         // [n, capacity] zeros after the token's own
+  int64_t* indices;  // [n, capacity]
+  int64_t* found;    // [n] how many the token has
+  int64_t capacity;
+
+  __device__ void store(int64_t token, int64_t place, int64_t latent, double value) const {
+    if (place < capacity) {
+      values[token * capacity + place] = rounded<T>(value);
+      indices[token * capacity + place] = latent;
+    }
   }
-  Arena arena{shared_memory()};
-  double* storage = exact.take_row(arena);
-  uint64_t* keys = arena.take<uint64_t>(kList);
-  int32_t* latent = arena.take<int32_t>(kList);
-  FinishShared& shared = *arena.take<FinishShared>(1);
+  // After all of the token's are stored; all threads of the block.
+  __device__ void end(int64_t token, int64_t count) const {
+    for (int64_t place = count + threadIdx.x; place < capacity; place += kThreads) {
+      store(token, place, 0, 0.0);
+    }
+    if (threadIdx.x == 0) {
+      found[token] = count;
+    }
+  }
+};
+
+// Shared memory of the end of a threshold encode.
+struct KeptArrays {
+  uint64_t* keys;   // [kList] of what is kept, the lowest latent first; its value in the lower half
+  int32_t* latent;  // [kList] candidates
+  FinishShared* shared;
+
+  DM_HOST_DEVICE explicit KeptArrays(Arena& arena)
+      : keys(arena.take<uint64_t>(kList)), latent(arena.take<int32_t>(kList)), shared(arena.take<FinishShared>(1)) {}
+
+  __device__ int32_t kept_latent(int i) const { return ranked_latent(keys[i] >> 32); }
+  __device__ float kept_value(int i) const { return bits_float(static_cast<uint32_t>(keys[i])); }
+};
+
+// The candidates of a token that are kept, as keys; returns how many, or -1 where they are too many for a list.
+template <typename T>
+__device__ int keep_candidates(
+    const ExactRows<T>& exact, double* storage, int64_t token, const CandidateLists& lists,
+    const Thresholds<T>& thresholds, const KeptArrays& arrays) {
+  uint64_t* keys = arrays.keys;
+  int32_t* latent = arrays.latent;
+  FinishShared& shared = *arrays.shared;
   int count = 0;
   for (int range = 0; range < lists.ranges; ++range) {
     const CandidateList list(lists, token, range);
@@ -215,10 +253,7 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_kernel(
     count += own;
   }
   if (count > kList) {
-    if (threadIdx.x == 0) {
-      tokens.exact[token] = kExactly;
-    }
-    return;  // the whole block
+    return -1;
   }
   const int n = next_power_of_two(count);
   for (int i = threadIdx.x; i < n; i += kThreads) {
@@ -239,8 +274,28 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_kernel(
     }
   }
   sort_descending(keys, n);
-  const int kept = shared.certain;
-  __syncthreads();
+  return shared.certain;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_kernel(
+    ExactRows<T> exact, ScreenedTokens tokens, CandidateLists lists, Thresholds<T> thresholds, int64_t first_token,
+    KeptPool pool) {
+  const int64_t token = blockIdx.x;
+  if (tokens.exact[token] != 0) {
+    return;  // the whole block
+  }
+  Arena arena{shared_memory()};
+  double* storage = exact.take_row(arena);
+  const KeptArrays arrays(arena);
+  FinishShared& shared = *arrays.shared;
+  const int kept = keep_candidates(exact, storage, token, lists, thresholds, arrays);
+  if (kept < 0) {
+    if (threadIdx.x == 0) {
+      tokens.exact[token] = kExactly;
+    }
+    return;  // the whole block
+  }
   if (threadIdx.x == 0) {
     const unsigned long long start = atomicAdd(pool.used, static_cast<unsigned long long>(kept));
     const bool fits = static_cast<int64_t>(start) + kept <= pool.capacity;
@@ -255,12 +310,36 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_kernel(
   }
   const int64_t start = pool.start[first_token + token];
   for (int i = threadIdx.x; i < kept; i += kThreads) {
-    pool.latent[start + i] = ranked_latent(keys[i] >> 32);
-    static_cast<T*>(pool.values)[start + i] = rounded<T>(bits_float(static_cast<uint32_t>(keys[i])));
+    pool.latent[start + i] = arrays.kept_latent(i);
+    static_cast<T*>(pool.values)[start + i] = rounded<T>(arrays.kept_value(i));
   }
 }
 
-// What an upper bound must reach for a latent to be a candidate; and how many thresholds are NaN.
+// As finish_threshold_kernel, into rows of fixed length that begin with those of the tile.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_rows_kernel(
+    ExactRows<T> exact, ScreenedTokens tokens, CandidateLists lists, Thresholds<T> thresholds, KeptRows<T> rows) {
+  const int64_t token = blockIdx.x;
+  if (tokens.exact[token] != 0) {
+    return;  // the whole block
+  }
+  Arena arena{shared_memory()};
+  double* storage = exact.take_row(arena);
+  const KeptArrays arrays(arena);
+  const int kept = keep_candidates(exact, storage, token, lists, thresholds, arrays);
+  if (kept < 0) {
+    if (threadIdx.x == 0) {
+      tokens.exact[token] = kExactly;
+    }
+    return;  // the whole block
+  }
+  for (int i = threadIdx.x; i < kept; i += kThreads) {
+    rows.store(token, i, arrays.kept_latent(i), arrays.kept_value(i));
+  }
+  rows.end(token, kept);
+}
+
+// What an upper bound must reach for a latent to be a candidate; and how many thresholds are NaN, if anyone asks.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) threshold_limits_kernel(
     const T* __restrict__ thresholds, int64_t n, float* __restrict__ limits,
@@ -269,7 +348,7 @@ __global__ void __launch_bounds__(kThreads) threshold_limits_kernel(
   if (at < n) {
     const auto threshold = static_cast<float>(widen(thresholds[at]));
     limits[at] = margin_below(margin_of<T>(), threshold);
-    if (threshold != threshold) {
+    if (found_nan != nullptr && threshold != threshold) {
       atomicAdd(found_nan, 1ull);
     }
   }

@@ -8,16 +8,17 @@
 
 namespace darkmatter::cuda {
 
-constexpr int64_t kFirstLatents = 2048;   // of the first step at most: four times the largest k
-constexpr int kMostExpected = kList / 2;  // candidates of a list
 constexpr int kMostGrowth = 4;
 constexpr int64_t kFewTokens = kTokenTile * kClusterBlocks;  // take as long here as one cluster's tile of them
 constexpr int kEmptyRegisters = 64;  // more than a kernel compiled to nothing has, fewer than the kernel
 
+// Latents of the first step at most: four times the largest k of a list.
+static int64_t most_of_first_step(int k) { return 4 * (k > kShortK ? kMaxScreenK : kShortK); }
+
 // Which tiles are screened first: every so many. A threshold has no first step.
 static int64_t first_step(int k, int64_t tiles) {
   int64_t step = 1;
-  while (k > 0 && ceil_div(tiles, step) * kLatentTile > kFirstLatents) {
+  while (k > 0 && ceil_div(tiles, step) * kLatentTile > most_of_first_step(k)) {
     step *= 2;
   }
   return step;
@@ -62,7 +63,8 @@ void FusedFilter::run(int64_t n, const ScreenedTokens& tokens, const CandidateLi
   Arena arena{nullptr};
   arena.take<int>(kWarps * kBins);
   for (int step = step_; step > 1;) {
-    const int growth = question_.k * kMostGrowth <= kMostExpected ? std::min(kMostGrowth, step) : 2;
+    // Half a list is expected to be filled.
+    const int growth = question_.k * kMostGrowth <= lists.size / 2 ? std::min(kMostGrowth, step) : 2;
     step /= growth;
     device_.launch(
         raise_limits_kernel, dim3(static_cast<unsigned>(ceil_div(n, kWarps))), kThreads, arena.used, tokens, lists, n,

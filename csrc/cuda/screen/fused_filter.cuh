@@ -333,7 +333,7 @@ __device__ inline void take_hit(const FusedWork& work, const Hit& hit, int64_t f
     return;
   }
   const int place = atomicAdd(&work.lists.count[token], 1);
-  if (place >= kList) {
+  if (place >= work.lists.size) {
     work.tokens.exact[token] = kExactly;
     return;
   }

@@ -45,7 +45,7 @@ class OnDevice {
     }
   }
 
-  int64_t shared_limit() const { return kSharedBytes; }
+  int64_t shared_limit() const { return simt::shared_limit; }
 
   int multiprocessors = simt::multiprocessors;
   int capability = simt::capability;
