@@ -235,11 +235,15 @@ struct KeptArrays {
   __device__ float kept_value(int i) const { return bits_float(static_cast<uint32_t>(keys[i])); }
 };
 
-// The candidates of a token that are kept, as keys; returns how many, or -1 where they are too many for a list.
+// The candidates of a token that are kept, as keys; returns how many, or -1 where the screen does not answer for it:
+// since before, or because they are too many for a list, and then the exact path will.
 template <typename T>
 __device__ int keep_candidates(
-    const ExactRows<T>& exact, double* storage, int64_t token, const CandidateLists& lists,
-    const Thresholds<T>& thresholds, const KeptArrays& arrays) {
+    const ExactRows<T>& exact, double* storage, int64_t token, const ScreenedTokens& tokens,
+    const CandidateLists& lists, const Thresholds<T>& thresholds, const KeptArrays& arrays) {
+  if (tokens.exact[token] != 0) {
+    return -1;
+  }
   uint64_t* keys = arrays.keys;
   int32_t* latent = arrays.latent;
   FinishShared& shared = *arrays.shared;
@@ -253,6 +257,9 @@ __device__ int keep_candidates(
     count += own;
   }
   if (count > kList) {
+    if (threadIdx.x == 0) {
+      tokens.exact[token] = kExactly;
+    }
     return -1;
   }
   const int n = next_power_of_two(count);
@@ -282,18 +289,12 @@ __global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_kernel(
     ExactRows<T> exact, ScreenedTokens tokens, CandidateLists lists, Thresholds<T> thresholds, int64_t first_token,
     KeptPool pool) {
   const int64_t token = blockIdx.x;
-  if (tokens.exact[token] != 0) {
-    return;  // the whole block
-  }
   Arena arena{shared_memory()};
   double* storage = exact.take_row(arena);
   const KeptArrays arrays(arena);
   FinishShared& shared = *arrays.shared;
-  const int kept = keep_candidates(exact, storage, token, lists, thresholds, arrays);
+  const int kept = keep_candidates(exact, storage, token, tokens, lists, thresholds, arrays);
   if (kept < 0) {
-    if (threadIdx.x == 0) {
-      tokens.exact[token] = kExactly;
-    }
     return;  // the whole block
   }
   if (threadIdx.x == 0) {
@@ -320,17 +321,11 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, kDotBlocks) finish_threshold_rows_kernel(
     ExactRows<T> exact, ScreenedTokens tokens, CandidateLists lists, Thresholds<T> thresholds, KeptRows<T> rows) {
   const int64_t token = blockIdx.x;
-  if (tokens.exact[token] != 0) {
-    return;  // the whole block
-  }
   Arena arena{shared_memory()};
   double* storage = exact.take_row(arena);
   const KeptArrays arrays(arena);
-  const int kept = keep_candidates(exact, storage, token, lists, thresholds, arrays);
+  const int kept = keep_candidates(exact, storage, token, tokens, lists, thresholds, arrays);
   if (kept < 0) {
-    if (threadIdx.x == 0) {
-      tokens.exact[token] = kExactly;
-    }
     return;  // the whole block
   }
   for (int i = threadIdx.x; i < kept; i += kThreads) {
