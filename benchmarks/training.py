@@ -1,6 +1,7 @@
 """A training step beside SAELens' trainer and EleutherAI sparsify's: same weights at the start, same batches, one process.
 
     python benchmarks/training.py [--architectures topk jumprelu] [--shapes 0 1] [--rounds 5] [--threads 1] [--out FILE]
+    python benchmarks/training.py --architectures topk batchtopk --dead 0 300      so many latents are dead
     python benchmarks/training.py memory              peak memory, each participant in a process of its own
 
 A step is everything from a batch to changed weights: SAELens' SAETrainer.step (on
@@ -8,6 +9,9 @@ its own SAE, and on an accelerated one), sparsify's SparseCoder with what its
 trainer does around it (fvu, gradient along decoder rows removed, Adam, unit rows), ours. Participants take turns; the
 table has medians of wall time and of processor time, and how far the losses are apart. On a busy machine only processor
 time with --threads 1 means anything: it counts no waiting.
+
+Dead latents take part in each one's own auxiliary loss. These are not the same: SAELens' is not divided by the variance of
+the error, its b_dec gets a gradient too; sparsify's trains the decoder alone.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from darkmatter_ext.training.trainer import SaeTrainer
 SHAPES = [(2048, 576, 4096, 32), (4096, 768, 8192, 64), (2048, 768, 24576, 32)]  # N, d, F, k
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu")
 LEARNING_RATE = 1e-3
+NEVER = 1 << 40  # tokens
 L0_COEFFICIENT = 1e-3  # JumpReLU's, against the mean squared error
 Step = Callable[[Tensor], float]  # a batch -> its mean squared error, weights changed
 
@@ -50,6 +55,12 @@ class Case:
 
     shape: tuple[int, int, int, int]
     architecture: str
+    dead: int = 0  # latents that never fire and are counted as dead at every step
+
+    @property
+    def label(self) -> str:
+        dead = f", {self.dead} dead" if self.dead else ""
+        return f"{self.architecture} {'x'.join(map(str, self.shape[:3]))} k{self.shape[3]}{dead}"
 
     @property
     def config(self) -> dm.TrainingConfig:
@@ -58,6 +69,7 @@ class Case:
             d_sae=n_latents, k=k, architecture=self.architecture, batch_size=n, learning_rate=LEARNING_RATE,
             schedule="constant", warmup_steps=0, l0_penalty="count", l0_coefficient=L0_COEFFICIENT,
             threshold_rate=1.0,  # as SAELens
+            dead_after_tokens=NEVER,  # dead are those that are said to be
         )  # fmt: skip
 
     def batch(self, number: int) -> Tensor:
@@ -73,19 +85,30 @@ class Case:
 
     def ours(self, **options: Any) -> SaeTrainer:
         config = self.config
-        return SaeTrainer(type(config)(**{**vars(config), **options}), self.batch(0).mean(0))
+        trainer = SaeTrainer(type(config)(**{**vars(config), **options}), self.batch(0).mean(0))
+        trainer.weights["W_enc"][: self.dead] *= 1e-3
+        return trainer
+
+    def our_step(self, **options: Any) -> Step:
+        trainer = self.ours(**options)
+
+        def step(x: Tensor) -> float:
+            trainer.silent_tokens[: self.dead] = NEVER
+            found = float(trainer.step(x).mse)
+            assert len(trainer.dead()) == self.dead  # none has fired
+            return found
+
+        return step
 
     def participants(self) -> dict[str, Step]:
         """Ours twice, each with the rules of the peer after it: unit rows, or free ones and SAELens' clipping."""
-        as_sae_lens = self.ours(decoder_norm="free", max_gradient_norm=1 / self.shape[1])
         found = {
-            "ours, free rows": lambda x: float(as_sae_lens.step(x).mse),
+            "ours, free rows": self.our_step(decoder_norm="free", max_gradient_norm=1 / self.shape[1]),
             "sae_lens": sae_lens_step(self),
             "sae_lens, accelerated": sae_lens_step(self, accelerated=True),
         }
         if self.architecture == "topk":
-            unit = self.ours()
-            found |= {"ours, unit rows": lambda x: float(unit.step(x).mse), "sparsify": sparsify_step(self)}
+            found |= {"ours, unit rows": self.our_step(), "sparsify": sparsify_step(self)}
         return found
 
 
@@ -112,7 +135,12 @@ def sae_lens_step(case: Case, *, accelerated: bool = False) -> Step:
         total_training_samples=1000 * n, train_batch_size_samples=n, lr=LEARNING_RATE, lr_end=LEARNING_RATE
     )
     trainer: Any = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
-    return lambda x: trainer.step(x).losses["mse_loss"].item() / d
+
+    def step(x: Tensor) -> float:
+        trainer.n_forward_passes_since_fired[: case.dead] = config.dead_feature_window + 1
+        return trainer.step(x).losses["mse_loss"].item() / d
+
+    return step
 
 
 def start_threshold(case: Case) -> float:
@@ -133,10 +161,11 @@ def sparsify_step(case: Case) -> Step:
     assert sae.W_dec is not None
     sae.W_dec.data = weights["W_dec"].clone()
     optimiser = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)
+    dead = torch.arange(n_latents) < case.dead
 
     def step(x: Tensor) -> float:
-        out = sae(x)
-        out.fvu.backward()
+        out = sae(x, dead_mask=dead if case.dead else None)
+        (out.fvu + out.auxk_loss / 32).backward()
         sae.remove_gradient_parallel_to_decoder_directions()
         optimiser.step()
         optimiser.zero_grad()
@@ -161,7 +190,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             wall[name].append(1e3 * (time.perf_counter() - start))
             processor[name].append(1e3 * (time.process_time() - used))
     return {
-        "case": f"{case.architecture} {'x'.join(map(str, case.shape[:3]))} k{case.shape[3]}",
+        "case": case.label,
         "wall_ms": {name: statistics.median(times[1:]) for name, times in wall.items()},
         "processor_ms": {name: statistics.median(times[1:]) for name, times in processor.items()},
         "losses": losses,
@@ -207,22 +236,22 @@ def _one(case: Case, name: str) -> Step:
         return sae_lens_step(case, accelerated=name != "sae_lens")
     if name == "sparsify":
         return sparsify_step(case)
-    trainer = case.ours()
-    return lambda x: float(trainer.step(x).mse)
+    return case.our_step()
 
 
 def memory(cases: list[Case]) -> None:
     """A table of peaks."""
     table = Table("case", "participant", "peak of a step, MB", "kept between steps, MB")
     for case in cases:
-        label = f"{case.architecture} {'x'.join(map(str, case.shape[:3]))} k{case.shape[3]}"
+        label = case.label
         for name in (
             "ours",
             "sae_lens",
             "sae_lens, accelerated",
             *(["sparsify"] if case.architecture == "topk" else []),
         ):
-            arguments = [sys.executable, __file__, "peak", case.architecture, str(SHAPES.index(case.shape)), name]
+            given = [case.architecture, str(SHAPES.index(case.shape)), str(case.dead), name]
+            arguments = [sys.executable, __file__, "peak", *given]
             out = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
             table.add_row(label, name, *(f"{value:.0f}" for value in json.loads(out.splitlines()[-1])))
     Console(width=120).print(table)
@@ -235,10 +264,18 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", type=int, default=list(range(len(SHAPES))), help=f"of {SHAPES}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dead", nargs="+", type=int, default=[0], help="dead latents")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
+    if any(arguments.dead) and "jumprelu" in arguments.architectures:
+        parser.error("--dead: SAELens' JumpReLU has no auxiliary loss; give --architectures topk batchtopk")
     torch.set_num_threads(arguments.threads)
-    cases = [Case(SHAPES[shape], name) for shape in arguments.shapes for name in arguments.architectures]
+    cases = [
+        Case(SHAPES[shape], name, dead)
+        for shape in arguments.shapes
+        for name in arguments.architectures
+        for dead in arguments.dead
+    ]
     if arguments.what == "memory":
         memory(cases)
         return
@@ -271,7 +308,7 @@ def main() -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     if sys.argv[1:2] == ["peak"]:
-        architecture, shape, participant = sys.argv[2:]
-        print(json.dumps(peak(Case(SHAPES[int(shape)], architecture), participant)))
+        architecture, shape, dead, participant = sys.argv[2:]
+        print(json.dumps(peak(Case(SHAPES[int(shape)], architecture, int(dead)), participant)))
     else:
         main()

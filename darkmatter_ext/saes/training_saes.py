@@ -2,7 +2,7 @@
 
 TopKTrainingSAE, BatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAE and JumpReLUTrainingSAE give the same losses, latents
 and gradients as SAELens (pre-activations accumulated in float64), so its own SAETrainer runs unchanged. Encoder
-weights are repacked in every step. Only the pre-activations of dead latents are dense, for their losses. Outside a step,
+weights are repacked in every step. Only what dead latents do is dense, for their losses. Outside a step,
 `encode`, `decode` and `forward` are SAELens' own.
 
 What a step returns: `feature_acts` and `hidden_pre` behave like the dense tensors [N, F] they stand for, and are computed

@@ -16,16 +16,14 @@ Shapes: N tokens (of this process), d model dimension, F latents, S prefixes, z 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.decode import decoder_dot, decoder_outer, sparse_decode
 from darkmatter_ext.ops.ragged import by_spans
-from darkmatter_ext.runtime.processes import Processes
 
 
 class Gradients(NamedTuple):
@@ -68,43 +66,3 @@ class Reconstruction:
         values = decoder_dot(rows, self.acts, W_dec).reshape(self.acts.values.shape)
         outer = decoder_outer(self.acts, rows) if of_weights else None
         return Gradients(values, outer, later[:, 0].sum(0))
-
-
-@dataclass(frozen=True)
-class AuxiliaryLoss:
-    """How badly the dead latents alone explain the error, relative to its variance (2406.04093, A.2)."""
-
-    loss: Tensor  # []
-    acts: SparseActs  # of the dead latents, numbered among themselves
-    grad: Tensor  # [N, d] of the loss by what they reconstruct
-
-    @classmethod
-    def of(cls, error: Tensor, acts: SparseActs, W_dec: Tensor, own: Processes) -> AuxiliaryLoss:
-        """error [N, d] = x - x_hat, treated as a constant; W_dec of the dead latents."""
-        missed = sparse_decode(acts, W_dec).to(error.dtype) - error
-        count, variance = _count_and_variance(error, own)
-        variance = variance.clamp(min=torch.finfo(error.dtype).tiny)
-        loss = missed.square().sum() / (count * variance)
-        usable = loss.isfinite()  # an exactly zero error has no variance to explain
-        grad = torch.where(usable, missed * (2 / (count * variance)), 0.0)
-        return cls(torch.where(usable, loss, 0.0), acts, grad)
-
-    def gradients(self, W_dec: Tensor, weight: float) -> tuple[SparseActs, Tensor]:
-        """Gradients of `weight` times the loss: by the pre-activations (as acts) and by the dead latents' W_dec."""
-        rows = (weight * self.grad).to(W_dec.dtype)
-        values = decoder_dot(rows, self.acts, W_dec).reshape(self.acts.values.shape)
-        by_relu = values.masked_fill(self.acts.values <= 0, 0)
-        return replace(self.acts, values=by_relu), decoder_outer(self.acts, rows)
-
-
-def _count_and_variance(values: Tensor, own: Processes) -> tuple[int, Tensor]:
-    """The number of values in the parts of all processes, and their variance [] (with Bessel's correction)."""
-    if own.size == 1:
-        return values.numel(), values.var()
-    mean = values.mean(dtype=torch.float64)
-    squares = (values.double() - mean).square().sum()
-    parts, _ = own.joined(torch.stack([mean.new_tensor(values.numel()), mean, squares])[None])
-    counts, means, squares = parts.unbind(1)
-    count = counts.sum()
-    between = counts * (means - (counts * means).sum() / count).square()
-    return int(count), ((squares + between).sum() / (count - 1)).to(values.dtype)

@@ -88,7 +88,8 @@ def train(  # pyright: ignore[reportInconsistentOverload]  (the options are list
         StateError: a damaged store or checkpoint. OSError: a checkpoint cannot be written; the last good one stays.
 
     Cost: each step is an exact encode (no [N, F] array), sums over the active latents, and Adam over 2 F d weights.
-    Memory: the weights, their gradients, two moments, and the packed encoder.
+    Memory: the weights, their gradients, two moments, and the packed encoder; while few latents are dead (at most 12
+    `aux_k`), two arrays of tokens by dead latents.
     """
     configs = [config] if isinstance(config, TrainingConfig) else list(config)
     _check(configs, log_every)

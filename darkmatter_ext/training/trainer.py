@@ -24,8 +24,9 @@ from darkmatter_ext.ops.batch_topk import EncoderRows
 from darkmatter_ext.ops.decode import decoder_outer, sparse_decode
 from darkmatter_ext.ops.ragged import latent_sums
 from darkmatter_ext.runtime.processes import ALONE, Processes
+from darkmatter_ext.training.auxiliary import OfDead, auxiliary_loss
 from darkmatter_ext.training.config import TrainingConfig
-from darkmatter_ext.training.gradients import AuxiliaryLoss, Reconstruction
+from darkmatter_ext.training.gradients import Reconstruction
 from darkmatter_ext.training.seeds import generator
 from darkmatter_ext.training.selection import Fired, selection_of
 
@@ -154,16 +155,13 @@ class SaeTrainer:
         dead = self.dead() if self.config.aux_coefficient > 0 else self.silent_tokens[:0]
         if len(dead) == 0:
             return error.new_zeros(())
-        k = min(len(dead), self.config.aux_k or max(1, centred.shape[1] // 2))
-        W_dec = own["W_dec"][dead]
-        acts = EncoderRows(own["W_enc"][dead], own["b_enc"][dead]).topk(centred, k)
-        found = AuxiliaryLoss.of(error, acts, W_dec, self._own)
-        scored, of_decoder = found.gradients(W_dec, self.config.aux_coefficient)
-        added = {"W_enc": decoder_outer(scored, centred), "b_enc": latent_sums(scored.values, scored)}
-        for name, grad in (added | {"W_dec": of_decoder}).items():
+        k = self.config.aux_k or max(1, centred.shape[1] // 2)
+        weights = OfDead(*(own[name][dead] for name in OfDead._fields))
+        loss, added = auxiliary_loss(centred, error, weights, k, self.config.aux_coefficient, self._own)
+        for name, grad in added._asdict().items():
             if name in grads:
                 grads[name][dead] += grad.to(grads[name].dtype)
-        return found.loss
+        return loss
 
     def _update(self, grads: dict[str, Tensor]) -> None:
         W_dec, unit = self.weights["W_dec"], self.config.decoder_norm == "unit" and "W_dec" in grads
