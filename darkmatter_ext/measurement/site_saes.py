@@ -163,12 +163,12 @@ def trained_saes(
     saes, with_k = [], len(settings.saes.ks) > 1
     for hook, tokens in sites.items():
         training_set = functools.cache(functools.partial(tokens.with_role, SAE_TRAINING))  # [n, d], in memory
-        roles = fingerprint(roles=tokens.roles.flatten().tolist())
+        rows = fingerprint(training=(tokens.roles == SAE_TRAINING).flatten().tolist())  # how others are used may differ
         metadata = {"model_name": model, "hook_name": hook, "prepend_bos": usage.bos}
         metadata["context_size"] = usage.context_length
         for own in settings.saes.trained:
             training = training_of(settings, own)
-            key = fingerprint(activations=tokens.cache.folder.name, roles=roles, training=dataclasses.asdict(training))
+            key = fingerprint(activations=tokens.cache.folder.name, rows=rows, training=dataclasses.asdict(training))
             folder = cache_dir("saes") / f"{own.architecture}-{own.width}-{key}"
             name = own.name(with_k=with_k)
             with stages.stage(f"train SAE, {name}", training.steps) as advance:

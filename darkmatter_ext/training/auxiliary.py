@@ -1,8 +1,8 @@
 """The auxiliary loss of a batch, in which the dead latents alone explain the error (2406.04093, A.2), and its gradients.
 
 k is half of the model dimension by default, so a few dead latents nearly all take part at every token: 288 of 300 for d 576.
-Dense products then cost an eighth of sums over the entries; with 16 k dead latents they cost as much. The choice of the k
-best is that of the ops, exact; where every dead latent takes part there is none to make.
+Dense products then cost a tenth of an exact encoding and sums over the entries; with 16 k dead latents they cost as much.
+Where two latents are equal up to float32's rounding, they may choose the other one.
 
 Shapes: N tokens (of this process), d model dimension, m dead latents. Memory of the dense form: two arrays [N, m].
 """
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.batch_topk import EncoderRows
-from darkmatter_ext.ops.decode import decoder_dot, decoder_outer, sparse_decode, to_dense
+from darkmatter_ext.ops.decode import decoder_dot, decoder_outer, sparse_decode
 from darkmatter_ext.ops.ragged import latent_sums
 from darkmatter_ext.runtime.processes import ALONE, Processes
 
-# Up to this many dead latents for each that takes part, products are dense. Two Xeon cores, float32, 4096 tokens, d 576,
-# k 288, all four products in ms, dense and sparse: m 288: 33, 282; 600: 68, 350; 2400: 241, 413; 5000: 448, 415.
+# Up to this many dead latents for each that takes part, all is dense. Two Xeon cores, float32, 4096 tokens, d 576, k 288, loss
+# and gradients in ms, dense and sparse: m 288: 39, 488; 600: 115, 681; 2400: 441, 872; 3456: 558, 789; 5000: 829, 779.
 DENSE_BELOW = 12
 
 
@@ -76,10 +76,13 @@ class _Dense:
 def _acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> _Acts:
     """The k largest of the dead latents at each token."""
     wide = torch.promote_types(x.dtype, torch.float32)
+    if len(b_enc) > DENSE_BELOW * k:
+        return _Sparse(EncoderRows(W_enc, b_enc).topk(x, k))
+    scores = torch.addmm(b_enc.to(wide), x.to(wide), W_enc.mT.to(wide)).relu_()
     if k >= len(b_enc):
-        return _Dense(torch.addmm(b_enc.to(wide), x.to(wide), W_enc.mT.to(wide)).relu_())
-    chosen = EncoderRows(W_enc, b_enc).topk(x, k)
-    return _Dense(to_dense(chosen).to(wide)) if len(b_enc) <= DENSE_BELOW * k else _Sparse(chosen)
+        return _Dense(scores)
+    best = scores.topk(k, sorted=False)
+    return _Dense(torch.zeros_like(scores).scatter_(1, best.indices, best.values))
 
 
 def auxiliary_loss(

@@ -25,9 +25,11 @@ def _problem(n_dead, dtype, n=50, d=24):
     return drawn(n, d), drawn(n, d), OfDead(drawn(n_dead, d), drawn(n_dead), drawn(n_dead, d))
 
 
-def _defined(x, error, dead, k, weight):
-    """Loss, and gradients of `weight` times it, in float64; of latents equal in the dtype of x, the definition's choice."""
-    chosen = reference.topk_encode(x, dead.W_enc.mT, dead.b_enc, min(k, len(dead.b_enc))).indices
+def _defined(x, error, dead, k, weight, kind):
+    """Loss, and gradients of `weight` times it, in float64. The encoder's choice is among scores rounded to their dtype."""
+    wide = torch.float64 if kind is _Dense else x.dtype
+    weights = (part.to(wide) for part in (dead.W_enc.mT, dead.b_enc))
+    chosen = reference.topk_encode(x.to(wide), *weights, min(k, len(dead.b_enc))).indices
     dead = OfDead(*(part.double().requires_grad_() for part in dead))
     scores = x.double() @ dead.W_enc.mT + dead.b_enc
     acts = torch.zeros_like(scores).scatter(1, chosen, scores.gather(1, chosen).relu())
@@ -43,7 +45,7 @@ def test_loss_and_gradients_are_the_definitions(form, dtype, rtol):
     error = error.to(torch.promote_types(dtype, torch.float32))  # losses are never of 16 bits
     assert isinstance(_acts(x, dead.W_enc, dead.b_enc, k), kind)
     loss, found = auxiliary_loss(x, error, dead, k, 0.25)
-    expected, gradients = _defined(x, error, dead, k, 0.25)
+    expected, gradients = _defined(x, error, dead, k, 0.25, kind)
     torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=0)
     for name, own, their in zip(OfDead._fields, found, gradients, strict=True):
         worst = (own.double() - their).abs().max() / their.abs().max()
