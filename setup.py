@@ -36,6 +36,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TARGET_TORCH = "0x020B000000000000"  # stable ABI of torch 2.11
+SAME_BYTES = "--frandom-seed=$out --objdir-as-tempdir"  # else nvcc puts random names and its process number into the object
 DEFAULT_CUDA_ARCHS = "80;90a"
 CHECKED_CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")  # of `make cuda-check`, where nvcc has them
 SHOWN_CUDA_ARCH = "90a"  # whose resources it prints
@@ -185,7 +186,7 @@ class Build:
         targets = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
         return (
             f"{shell(self.nvcc or 'nvcc')} -O3 -DNDEBUG -lineinfo -std=c++20 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden "
-            f"{self.flags()[0]} {targets} {extra} -MD -MF $out.d -c $in -o $out"
+            f"{self.flags()[0]} {targets} {extra} {SAME_BYTES} -MD -MF $out.d -c $in -o $out"
         )
 
     def write(self) -> None:
