@@ -36,7 +36,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TARGET_TORCH = "0x020B000000000000"  # stable ABI of torch 2.11
-SAME_BYTES = "--frandom-seed=$out --objdir-as-tempdir"  # else nvcc puts random names and its process number into the object
+# Without these, nvcc puts random names and the number of its process into an object.
+SAME_BYTES = "--frandom-seed=$out --objdir-as-tempdir"
 DEFAULT_CUDA_ARCHS = "80;90a"
 CHECKED_CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")  # of `make cuda-check`, where nvcc has them
 SHOWN_CUDA_ARCH = "90a"  # whose resources it prints
