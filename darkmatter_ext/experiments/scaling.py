@@ -425,8 +425,9 @@ def _draw_law(axes: Axes, result: Result) -> None:
 
 
 def contours(result: Result) -> Figure:
-    """FVU, FVU_nonlinear, R2 of the error vector and of its norm, by width and L0."""
-    saes = _drawn(result)
+    """FVU, FVU_nonlinear, R2 of the error vector and of its norm, by width and L0; of several architectures, the first."""
+    drawn = _drawn(result)
+    saes = [sae for sae in drawn if sae.get("trained_as") == drawn[0].get("trained_as")]  # one surface is of one kind
     x = [math.log2(sae["d_sae"]) for sae in saes]
     y = [math.log2(max(1e-3, result.numbers[f"{sae['name']}/l0"])) for sae in saes]
     values = {title: [result.numbers[f"{sae['name']}/{key}"] for sae in saes] for key, title in QUANTITIES.items()}

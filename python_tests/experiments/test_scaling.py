@@ -180,6 +180,8 @@ def test_architectures_side_by_side(finished):
         ("topk", [24, 32, 48, 64]),
         ("batchtopk", [24, 32, 48, 64]),
     ]
+    panels = scaling.contours(found).axes[:4]  # the colour bars are after them
+    assert all(len(panel.collections[-1].get_offsets()) == 4 for panel in panels)
     without = dataclasses.replace(found, series=found.series | {"others": {"batchtopk": ["batchtopk-24"]}})
     assert "batchtopk: SAEs at the law's L0 at 1 of the widths: nothing to compare." in scaling.reading(without)
 
