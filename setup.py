@@ -36,7 +36,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TARGET_TORCH = "0x020B000000000000"  # stable ABI of torch 2.11
-# Without these, nvcc puts random names and the number of its process into an object.
+# Without these, nvcc puts random names and the number of its process into an object. (Not with --keep-dir, as cuda_check has it.)
 SAME_BYTES = "--frandom-seed=$out --objdir-as-tempdir"
 DEFAULT_CUDA_ARCHS = "80;90a"
 CHECKED_CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")  # of `make cuda-check`, where nvcc has them
@@ -187,7 +187,7 @@ class Build:
         targets = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
         return (
             f"{shell(self.nvcc or 'nvcc')} -O3 -DNDEBUG -lineinfo -std=c++20 -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden "
-            f"{self.flags()[0]} {targets} {extra} {SAME_BYTES} -MD -MF $out.d -c $in -o $out"
+            f"{self.flags()[0]} {targets} {extra} -MD -MF $out.d -c $in -o $out"
         )
 
     def write(self) -> None:
@@ -242,7 +242,7 @@ class Build:
             "build libtorch_cuda.so: stub",
         ]
         ptx = f"-gencode arch=compute_{self.archs[0].rstrip('af')},code=compute_{self.archs[0].rstrip('af')}"
-        self.rule("nvcc", self.nvcc_command(self.archs, ptx))
+        self.rule("nvcc", self.nvcc_command(self.archs, f"{ptx} {SAME_BYTES}"))
         objects = self.objects("nvcc", sorted((csrc / "cuda").rglob("*.cu")))
         # nvcc links, because only it knows where its static runtime library is.
         libs = f"{self.torch_libs} -L. -ltorch_cuda"
