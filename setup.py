@@ -36,7 +36,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 TARGET_TORCH = "0x020B000000000000"  # stable ABI of torch 2.11
-# Without these, nvcc puts random names and the number of its process into an object. (Not with --keep-dir, as cuda_check has it.)
+# Without these, nvcc puts random names and the number of its process into an object. They overrule cuda_check's --keep-dir.
 SAME_BYTES = "--frandom-seed=$out --objdir-as-tempdir"
 DEFAULT_CUDA_ARCHS = "80;90a"
 CHECKED_CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")  # of `make cuda-check`, where nvcc has them
