@@ -102,7 +102,7 @@ def auxiliary_loss(
     acts = _acts(x, dead.W_enc, dead.b_enc, k)
     missed = acts.decode(dead.W_dec).to(error.dtype) - error
     count, variance = _count_and_variance(error, own)
-    scale = torch.where(variance > 0, 1 / (count * variance), 0.0)  # also 0 for the NaN of a single number
+    scale = torch.where(variance > torch.finfo(error.dtype).tiny, 1 / (count * variance), 0.0)  # NaN of one number too
     loss = missed.square().sum() * scale
     grad = missed * (2 * weight * scale)
     return loss, acts.gradients(grad, dead.W_dec, x)
