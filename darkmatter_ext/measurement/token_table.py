@@ -91,11 +91,12 @@ def read_tokens(folder: str | Path, columns: Sequence[str] | None = None) -> pya
     Raises ValueError if the folder holds no table.
     """
     import pyarrow.dataset as ds
+    from pyarrow import ArrowException
 
     names = None if columns is None else list(dict.fromkeys(["context", "position", *columns]))
-    try:
+    try:  # a type that arrow cannot read, or not sort, is a NotImplementedError or a TypeError of its own
         table = ds.dataset(Path(folder), format="parquet").to_table(columns=names)
-    except (OSError, ValueError, KeyError) as error:
+        return table.sort_by([("context", "ascending"), ("position", "ascending")])
+    except (OSError, ValueError, KeyError, ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"per_token: must be a folder of parquet parts, got {folder} ({reason})") from None
-    return table.sort_by([("context", "ascending"), ("position", "ascending")])

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from cases.measured import HOOKS, LENGTH, decided, measure, numbers, saes, write_caches
@@ -15,6 +17,7 @@ from darkmatter_ext.measurement.error import NORM_TARGETS
 from darkmatter_ext.measurement.settings import Measure, Regressions
 from darkmatter_ext.measurement.token_table import read_tokens
 from darkmatter_ext.measurement.tokens import FIT, HELD_OUT, NORM_FIT
+from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.saes.encoders import Encoded
 
 SETTINGS = Measure(drop_positions=1, block_contexts=7, batch_tokens=40, token_means=True, table_contexts=0)
@@ -137,6 +140,15 @@ def test_the_table_has_every_held_out_token_with_its_numbers(source, tmp_path):
     assert few.column_names == ["context", "position", "small/error"]
     with pytest.raises(ValueError, match="per_token: must be a folder of parquet parts"):
         read_tokens(tmp_path / "none")
+
+
+@pytest.mark.parametrize("contexts", [pyarrow.array([[1], [2]]), pyarrow.array(["a", "b"]).dictionary_encode()])
+def test_columns_that_arrow_cannot_sort_are_told_in_one_line(contexts, tmp_path):
+    """Arrow has errors of its own for what it does not implement: neither OSError nor ValueError."""
+    table = pyarrow.table({"context": contexts, "position": [0, 1]})
+    pyarrow.parquet.write_table(table, tmp_path / "part-0000-000000.parquet")
+    with pytest.raises(InputError, match="per_token: must be a folder of parquet parts"):
+        read_tokens(tmp_path)
 
 
 def test_baselines_and_latents_equal_the_tokens_own(source, tmp_path):
