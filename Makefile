@@ -99,12 +99,14 @@ sanitize: install
 	ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
 	DARKMATTER_POOL_MB=0 DARKMATTER_SANITIZE=$$kind PYTHONPATH=build/sanitize/$$kind/lib $(SANITIZED) || exit 1; done
 
-# A hundred thousand damaged files of every kind that is read, and a million calls of the ops: hours. FUZZ_FILES=1000 and
-# FUZZ_CALLS=10000 take minutes.
+# A hundred thousand damaged files of every kind that is read, a million calls of the ops, a thousand million screened pairs:
+# hours. FUZZ_FILES=1000 FUZZ_CALLS=10000 FUZZ_PAIRS=10000000 take minutes.
 FUZZ_FILES ?= 100000
 FUZZ_CALLS ?= 1000000
+FUZZ_PAIRS ?= 1000000000
 fuzz: install
-	DARKMATTER_FUZZ=$(FUZZ_FILES) DARKMATTER_FUZZ_OPS=$(FUZZ_CALLS) $(BIN)/pytest $(PROCESSES) python_tests/fuzz
+	DARKMATTER_FUZZ=$(FUZZ_FILES) DARKMATTER_FUZZ_OPS=$(FUZZ_CALLS) DARKMATTER_FUZZ_PAIRS=$(FUZZ_PAIRS) \
+	$(BIN)/pytest $(PROCESSES) python_tests/fuzz
 
 # The CPU library called from a fuzzer's bytes, which the edges it takes guide: needs libFuzzer (Debian: libfuzzer-14-dev).
 FUZZ_SECONDS ?= 600

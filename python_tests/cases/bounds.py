@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from fractions import Fraction
 
 import torch
 
 import darkmatter_ext as dm
-from cases.screening import without_codes
+from cases.screening import DTYPES, without_codes
 from darkmatter_ext.ops.encode import ScreenIntervals, screen_intervals
 
 ROWS = (
@@ -62,6 +63,28 @@ def scaled(rows: torch.Tensor, exponent: float, dtype: torch.dtype) -> torch.Ten
     """rows * 10^exponent, as large as the dtype goes at the most."""
     most = torch.finfo(dtype).max
     return (rows * 10.0**exponent).clamp(-most, most).to(dtype)
+
+
+def _any_scale(chance: random.Random) -> float:
+    return chance.choice((chance.uniform(-46, 38), chance.uniform(-3, 3), -46, 38, 0))
+
+
+def random_problem(chance: random.Random, n: int, d: int, n_latents: int) -> Problem:
+    """Any kind of rows and any scale of every input."""
+    dtype = chance.choice(DTYPES)
+    g = torch.Generator().manual_seed(chance.randrange(1 << 30))
+    x = scaled(rows_of(chance.choice(ROWS), n, d, dtype, g), _any_scale(chance), dtype)
+    weights = scaled(rows_of(chance.choice(ROWS), n_latents, d, dtype, g), _any_scale(chance), dtype)
+    if chance.random() < 0.5:  # aligned: the largest sums there are
+        weights[:n] = x.clamp(-(most := torch.finfo(dtype).max / 2), most)[:n_latents]
+    b_enc = scaled(torch.randn(n_latents, generator=g).double(), _any_scale(chance), dtype)
+    b_dec = scaled(torch.randn(d, generator=g).double(), _any_scale(chance), dtype) if chance.random() < 0.5 else None
+    gain = None
+    if chance.random() < 0.5:
+        exponents = _any_scale(chance) + chance.uniform(0, 10) * torch.randn(n_latents, generator=g).double()
+        gain = scaled(10.0**exponents, 0, dtype)
+        gain[::17], gain[1::17] = 0, -gain[1::17]
+    return Problem(x, weights.mT.contiguous(), b_enc, b_dec, gain)
 
 
 def _fractions(vector: torch.Tensor) -> list[Fraction]:
