@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, NoReturn
 from simple_parsing import ArgumentParser, DashVariant
 from simple_parsing.wrappers.field_wrapper import ArgumentGenerationMode
 
-from darkmatter_ext.runtime.inputs import InputError, require_one_of
+from darkmatter_ext.runtime.inputs import InputError, out_of_memory, reason, require_one_of
 from darkmatter_ext.runtime.storage import require_writable_folder
 
 DEBUG_ENVIRONMENT_VARIABLE = "DARKMATTER_DEBUG"
+KEPT = "what was finished is kept, start the same command again"
 PROGRESS_ENVIRONMENT_VARIABLE = "DARKMATTER_PROGRESS"  # 0: no progress is shown
 DESCRIPTION = "Measure the dark matter of sparse autoencoders: the part of a model's activations they do not explain."
 
@@ -294,8 +295,8 @@ def _refused(error: Exception, parser: _Parser | None) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point.
 
-    Returns the exit code: 0, 1 for a failed check, 2 for bad input (one line on stderr), 130 if interrupted.
-    Anything but InputError and OSError is our bug and keeps its traceback.
+    Returns the exit code: 0, 1 for a failed check, 2 for bad input or too little memory (one line on stderr), 130 if
+    interrupted. Anything else is our bug and keeps its traceback.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -311,5 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         return _refused(error, parser)
     except KeyboardInterrupt:
-        print("darkmatter: interrupted; what was finished is kept, start the same command again", file=sys.stderr)
+        print(f"darkmatter: interrupted; {KEPT}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if os.environ.get(DEBUG_ENVIRONMENT_VARIABLE) or not out_of_memory(error):
+            raise
+        return _refused(MemoryError(f"out of memory ({reason(error)}); {KEPT} with more"), parser)

@@ -24,11 +24,11 @@ from torch import Tensor
 from darkmatter_ext.activations.embedded_model import PACKAGED, packaged_folder
 from darkmatter_ext.activations.hook_points import capture, parse_hook_point, transformer_blocks
 from darkmatter_ext.activations.text import Document, context_rows
-from darkmatter_ext.runtime.inputs import InputError, StateError, told
+from darkmatter_ext.runtime.inputs import InputError, StateError, require, told
 from darkmatter_ext.runtime.storage import atomic_file, atomic_folder, cache_dir, fingerprint, stamp
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int], None]  # called with the number of tokens done since the last call
 
@@ -42,6 +42,7 @@ WEIGHT_PROCESSING = (
 )
 
 CONTEXTS_PER_SHARD = 64
+MOST_LAYERS = 10_000  # ten times the deepest model that was published
 CONTEXTS_PER_FORWARD = 8  # 2048 tokens of 256: enough to fill two cores, small enough for the cache
 CACHE_FORWARD_TOKENS = 2048  # the same, in tokens
 
@@ -110,6 +111,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    _check_depth(model)
     options: dict[str, Any] = {"device_map": device_map} if device_map else {}
     options["trust_remote_code"] = False  # otherwise transformers asks at a prompt and waits
     with told("model", "must be a causal language model", repr(model)):
@@ -126,16 +128,30 @@ def load_model(
     return network.eval()
 
 
+def _text_config(model: str) -> PreTrainedConfig | None:
+    """The configuration of the language model; None if it cannot be read, which `load_model` reports."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model_location(model), trust_remote_code=False).get_text_config()
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _check_depth(model: str) -> None:
+    """Refuse a configuration that claims layers without end: transformers would make them all before it reads a weight."""
+    n_layers = getattr(_text_config(model), "num_hidden_layers", None)
+    bounded = not isinstance(n_layers, int) or n_layers <= MOST_LAYERS
+    require(bounded, "model", f"must have at most {MOST_LAYERS} layers", f"{n_layers} in {model!r}")
+
+
 def check_fits(model: str, *, context_length: int = 0, tokens: tuple[int, int] | None = None) -> None:
     """Check that a model takes contexts this long and these token ids (smallest and largest), before it runs.
 
     Raises ValueError (one line) if it does not. `load_model` reports a model whose configuration cannot be read.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model_location(model), trust_remote_code=False).get_text_config()
-    except (OSError, ValueError, KeyError):
+    config = _text_config(model)
+    if config is None:
         return
     positions, vocabulary = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
     if positions and context_length > positions:
@@ -162,6 +178,7 @@ def load_lens(
     """
     from transformer_lens.model_bridge import TransformerBridge
 
+    _check_depth(model)
     asked = ", ".join(processing) or "it"
     with told("model", f"must be a model TransformerLens can load (the SAE asks for {asked})", repr(model)):
         bridge = TransformerBridge.boot_transformers(model_location(model), device=device, dtype=dtype)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -402,12 +403,13 @@ def measure(
         del everything[name]
     own = processes or Processes()
     checkpoint = CheckpointFolder(folder, own.rank, own.size)
-    if own.is_first:
+    with checkpoint.in_use() if own.is_first else nullcontext():
+        if own.is_first:
+            checkpoint.start(everything)
+        own.wait()
         checkpoint.start(everything)
-    own.wait()
-    checkpoint.start(everything)
-    engine = _Engine(source, saes, predictors or {}, roles, own, checkpoint, regressions)
-    return engine.run(progress or (lambda _tokens: None))
+        engine = _Engine(source, saes, predictors or {}, roles, own, checkpoint, regressions)
+        return engine.run(progress or (lambda _tokens: None))
 
 
 def tokens_to_read(source: Source, settings: Measure) -> int:

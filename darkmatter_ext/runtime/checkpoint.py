@@ -7,9 +7,13 @@ replaced in one rename; then the older tensors are deleted. Whenever the run is 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,32 @@ class CheckpointFolder:
     @property
     def _pointer(self) -> Path:
         return self.folder / f"state-{self.rank}-of-{self.size}.json"
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep other runs out of the folder. If one is in it, say so (`logging`) and wait until it has ended.
+
+        For one process of a run: two runs that each lock one of their processes would wait for each other for ever. The lock
+        is the kernel's and ends with the process, killed or not; a file that marks a lock would outlive it. Nothing is
+        locked where the folder cannot be written, or its file system has no locks.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = (self.folder / ".lock").open("ab")
+        except OSError:
+            yield
+            return
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logging.getLogger(__name__).warning(
+                    "checkpoint: %s is in use by another run; waiting for its end", self.folder
+                )
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:
+                pass
+            yield
 
     def start(self, config: dict[str, Any]) -> None:
         """Claim the folder for a run of this configuration, or confirm that the same run has already claimed it.

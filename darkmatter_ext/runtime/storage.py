@@ -23,7 +23,7 @@ CACHE_ENVIRONMENT_VARIABLE = "DARKMATTER_CACHE"
 def cache_dir(*parts: str) -> Path:
     """The folder for everything that can be recreated: `$DARKMATTER_CACHE`, else `~/.cache/darkmatter_ext`.
 
-    Honours `$XDG_CACHE_HOME`. The folder (with `parts` below it) is created.
+    Honours `$XDG_CACHE_HOME`. The folder (with `parts` below it) is created. Raises InputError if it cannot be.
     """
     configured = os.environ.get(CACHE_ENVIRONMENT_VARIABLE)
     if configured:
@@ -31,7 +31,10 @@ def cache_dir(*parts: str) -> Path:
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darkmatter_ext"
     folder = root.joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(CACHE_ENVIRONMENT_VARIABLE, root, error) from None
     return folder
 
 
@@ -104,8 +107,11 @@ def sha256_of_file(path: Path) -> str:
 
 
 def _temporary_sibling(target: Path) -> str:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    except OSError as error:
+        raise OSError(f"{target}: cannot be written ({error.strerror})") from None
 
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -155,8 +161,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         part.mkdir()
         with _named(target):
             yield part
-        if not target.exists():
+        try:
             part.replace(target)
+        except OSError:
+            if not target.is_dir():
+                raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -171,6 +180,10 @@ def require_writable_folder(argument: str, folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{argument}: must be a folder that can be written, got {folder} ({reason})") from None
+        raise _not_writable(argument, folder, error) from None
     return folder
+
+
+def _not_writable(argument: str, folder: Path, error: OSError) -> InputError:
+    reason = error.strerror or str(error)
+    return InputError(f"{argument}: must be a folder that can be written, got {folder} ({reason})")

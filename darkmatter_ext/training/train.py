@@ -11,6 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -97,12 +98,16 @@ def train(  # pyright: ignore[reportInconsistentOverload]  (the options are list
     device = device or (source.device if isinstance(source, Tensor) else "cpu")
     if isinstance(checkpoint, str | Path):
         checkpoint = Checkpoint(Path(checkpoint))
-    with processes(str(device)) as own:
+    with processes(str(device)) as own, _in_use(checkpoint, own):
         run = _Run.start(configs, tokens, stream, own, scheduler)
         run.resume(checkpoint)
         run.to_the_end(checkpoint, log_every, log, progress)
         found = run.finished(stream, metadata or {})
     return found[0] if isinstance(config, TrainingConfig) else found
+
+
+def _in_use(checkpoint: Checkpoint | None, own: Processes) -> AbstractContextManager[None]:
+    return CheckpointFolder(checkpoint.folder).in_use() if checkpoint and own.is_first else nullcontext()
 
 
 def _check(configs: Sequence[TrainingConfig], log_every: int) -> None:
@@ -186,7 +191,6 @@ class _Run:
         """Claim the folder, and resume from the state in it."""
         if checkpoint is None:
             return
-        checkpoint.folder.mkdir(parents=True, exist_ok=True)
         folder = CheckpointFolder(checkpoint.folder)
         for turn in (self.own.is_first, not self.own.is_first):  # one claims it, the others find it claimed
             if turn:

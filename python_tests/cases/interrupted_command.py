@@ -6,8 +6,6 @@ line a kill: when, the status of both, and whether the second gave what the undi
 all, before any thread is started.
 """
 
-import contextlib
-import hashlib
 import json
 import os
 import random
@@ -19,40 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cases.runs import command
-from darkmatter_ext import cli
-from darkmatter_ext.report.result import load_result
-
-
-def _arguments(workplace, name, out):
-    if name != "train":
-        return [*command(workplace, name), "--out", str(out)]
-    return [
-        "train", "--model", str(workplace / "model"), "--hook", "blocks.1.hook_resid_post",
-        "--text", str(workplace / "text.txt"), "--tokens", "16000", "--context-length", "32", "--widths", "24", "48",
-        "--k", "4", "--steps", "60", "--batch-size", "256", "--buffer-tokens", "4000", "--log-every", "10",
-        "--checkpoint-seconds", "0", "--out", str(out),
-    ]  # fmt: skip
-
-
-def _start(arguments, cache, said):
-    """A forked process that runs a command; what it says goes to a file."""
-    pid = os.fork()
-    if pid:
-        return pid
-    descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ["DARKMATTER_CACHE"] = str(cache)
-    status = 70
-    with contextlib.suppress(BaseException):
-        status = cli.main(arguments)
-    sys.stdout.flush()
-    os._exit(status)
-
-
-def _status(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+from cases.forked_commands import arguments, outcome, start, status
 
 
 def _processor_seconds(pid):
@@ -66,28 +31,18 @@ def _finished(pid):
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def outcome(name, out):
-    """What a command gave: an experiment's numbers, or digests of the weights."""
-    if name == "train":
-        return {
-            str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(out.rglob("*.safetensors"))
-        }
-    return {key: repr(value) for key, value in load_result(out / f"{name}.json").numbers.items()}  # NaN is NaN
-
-
 def kills(workplace, folder, name, count):
     """Kill a command `count` times; one dict a kill."""
     whole = folder / name / "whole"
     whole.mkdir(parents=True)
-    pid = _start(_arguments(workplace, name, whole / "out"), whole / "cache", whole / "said")
+    pid = start(arguments(workplace, name, whole / "out"), whole / "cache", whole / "said")
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    seconds, status = _processor_seconds(pid), _status(pid)
-    if status != 0:
+    seconds, ended = _processor_seconds(pid), status(pid)
+    if ended != 0:
         yield {
             "name": name,
             "kill": "none",
-            "started_again": status,
+            "started_again": ended,
             "same": False,
             "said": (whole / "said").read_text(),
         }
@@ -97,13 +52,13 @@ def kills(workplace, folder, name, count):
         own = folder / name / str(number)
         own.mkdir()
         share = (number + chance.random()) / count
-        arguments = _arguments(workplace, name, own / "out")
-        pid = _start(arguments, own / "cache", own / "said")
+        words = arguments(workplace, name, own / "out")
+        pid = start(words, own / "cache", own / "said")
         while not _finished(pid) and _processor_seconds(pid) < share * seconds:
             time.sleep(0.01)
         os.kill(pid, signal.SIGKILL)
-        killed = _status(pid)
-        again = _status(_start(arguments, own / "cache", own / "said"))
+        killed = status(pid)
+        again = status(start(words, own / "cache", own / "said"))
         same = again == 0 and outcome(name, own / "out") == expected
         said = "" if same else (own / "said").read_text()[-2000:]
         yield {"name": name, "kill": share, "status": killed, "started_again": again, "same": same, "said": said}

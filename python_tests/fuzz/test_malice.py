@@ -23,7 +23,7 @@ from datasets import Dataset
 import darkmatter_ext as dm
 from darkmatter_ext.activations.contexts import ContextStore, tokenised_rows
 from darkmatter_ext.activations.sources import CacheSource
-from darkmatter_ext.activations.store import check_fits, load_model, load_tokenizer
+from darkmatter_ext.activations.store import check_fits, load_lens, load_model, load_tokenizer
 from darkmatter_ext.measurement.cost import known_model
 from darkmatter_ext.report.explanations import read_explanations
 from darkmatter_ext.runtime.checkpoint import CheckpointFolder
@@ -199,6 +199,19 @@ def test_a_size_that_the_weights_do_not_have_is_refused(claim, tmp_path, little_
     path = tmp_path / "sae" / "cfg.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | claim))
     refused(load_sae, tmp_path / "sae", match="size")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_layers_without_end_are_refused(kind, tmp_path, little_memory):
+    """transformers makes a model's layers before it reads a weight, one after the other."""
+    models.save_model(tmp_path / "model", kind)
+    path = tmp_path / "model" / "config.json"
+    name = {"llama": "num_hidden_layers", "gpt2": "n_layer"}[kind]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: 10**30}))
+    model = str(tmp_path / "model")
+    refused(functools.partial(load_model, model, device="cpu", dtype=torch.float32), match="layers")
+    lens = functools.partial(load_lens, processing={}, device="cpu", dtype=torch.float32)
+    refused(lens, model, ["blocks.0.hook_resid_post"], match="layers")
 
 
 @pytest.mark.parametrize("length", [1 << 40, (1 << 63) - 1, 1 << 27])

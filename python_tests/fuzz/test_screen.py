@@ -20,7 +20,11 @@ def test_every_screened_pair_lies_in_its_interval(part):
     seen = case = 0
     while seen < PAIRS / PARTS:
         chance = random.Random(f"{part} {case}")
-        shape = chance.choice((8, 64, 256)), chance.choice((32, 50, 64, 72, 200, 768)), chance.choice((256, 600, 2048, 4096))
+        shape = (
+            chance.choice((8, 64, 256)),
+            chance.choice((32, 50, 64, 72, 200, 768)),
+            chance.choice((256, 600, 2048, 4096)),
+        )
         outside, screened = count_outside(random_problem(chance, *shape))
         assert outside == 0, (part, case, shape)
         seen, case = seen + screened, case + 1

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from cases.bounds import ROWS, Problem, count_outside, random_problem, rows_of, scaled, screened_is_exact
-from cases.screening import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -1,0 +1,109 @@
+"""A command where memory is scarce, the cache cannot be written, or another process works in the same cache.
+
+`python -m cases.scarce_command WORKPLACE FOLDER NAME FAULT`, NAME an experiment or `train`, prints JSON lines: of each run the
+exit code, whether it gave what the undisturbed one gave (null: nothing) and what it said of itself.
+"""
+
+import ctypes
+import itertools
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cases.forked_commands import arguments, outcome, start, status
+
+ROOMS = [1 << step for step in range(20, 31)]  # bytes of address space beyond those of the interpreter that forks
+GAPS = (0.0, 0.3, 1.0)  # seconds between the starts of two processes
+
+Found = dict[str, Any]
+
+
+class Command:
+    """One command, what it gives undisturbed, and a folder for its runs."""
+
+    def __init__(self, workplace: Path, folder: Path, name: str) -> None:
+        self.workplace, self.folder, self.name = workplace, folder, name
+        assert self.end(self.start("whole"), "whole")["exit"] == 0, (folder / "whole.said").read_text()
+        self.expected = outcome(name, folder / "whole")
+
+    def start(self, out: str, cache: str = "", before: Callable[[], None] | None = None, said: str = "") -> int:
+        words = arguments(self.workplace, self.name, self.folder / out)
+        return start(words, self.folder / (cache or f"{out}.cache"), self.folder / f"{said or out}.said", before)
+
+    def end(self, pid: int, said: str) -> Found:
+        code, text = status(pid), (self.folder / f"{said}.said").read_text()
+        lines = [line for line in text.splitlines() if line.startswith("darkmatter: ")]
+        return {"exit": code, "lines": lines, "traceback": text[-2000:] if "Traceback" in text else ""}
+
+    def given(self, out: str) -> bool | None:
+        """Whether a run gave what the undisturbed one gave; None if it gave nothing."""
+        try:
+            found = outcome(self.name, self.folder / out)
+        except (OSError, ValueError):
+            return None
+        return found == self.expected if found else None
+
+    def run(self, out: str, cache: str = "", before: Callable[[], None] | None = None) -> Found:
+        return self.end(self.start(out, cache, before), out) | {"same": self.given(out)}
+
+
+def little_memory(command: Command) -> Iterator[Found]:
+    """With each room, and if that was too little, on what that run left, with all there is."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    for number, room in enumerate(ROOMS):
+        limit = used + room
+
+        def bounded(limit: int = limit) -> None:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+        yield (found := {"room": room} | command.run(f"out{number}", before=bounded))
+        if found["exit"] != 0:
+            yield {"room": 0} | command.run(f"out{number}")
+
+
+def read_only_cache(command: Command) -> Iterator[Found]:
+    """A cache that nobody may write: empty, and with all that the run before left."""
+
+    def without_rights() -> None:  # root may write anywhere by its capabilities alone
+        version, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset(version, none) == 0
+
+    def closed(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+
+    closed(command.workplace)
+    for cache in ("empty.cache", "whole.cache"):
+        closed(command.folder / cache)
+        out = f"out.{cache}"
+        yield command.run(out, cache, without_rights)
+
+
+def two_at_once(command: Command) -> Iterator[Found]:
+    """Two processes run the same command, started almost together: in one cache, then with one folder for results too."""
+    for number, (gap, one_out) in enumerate(itertools.product(GAPS, (False, True))):
+        outs = [f"out{number}"] * 2 if one_out else [f"first{number}", f"second{number}"]
+        pids = []
+        for which, out in enumerate(outs):
+            pids.append(command.start(out, f"shared{number}", said=f"{out}.{which}"))
+            time.sleep(gap)
+        ended = [command.end(pid, f"{out}.{which}") for which, (pid, out) in enumerate(zip(pids, outs, strict=True))]
+        for out, found in zip(outs, ended, strict=True):
+            yield found | {"same": command.given(out)}
+
+
+FAULTS = {"little-memory": little_memory, "read-only-cache": read_only_cache, "two-at-once": two_at_once}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    place, work, wanted, fault = sys.argv[1:]
+    for each in FAULTS[fault](Command(Path(place), Path(work), wanted)):
+        sys.stdout.write(json.dumps(each) + "\n")
+        sys.stdout.flush()
