@@ -113,11 +113,12 @@ FUZZ_SECONDS ?= 600
 fuzz-native: install
 	cd python_tests && ../$(BIN)/python -m cases.native_fuzzer $(FUZZ_SECONDS)
 
-# What takes hours, for a night: the sanitizers, the fuzzers, 200 kills of the long commands, and the ops' and the drop-in's
-# tests on the instruction sets below this machine's own.
+# What takes hours, for a night: the sanitizers, the fuzzers, 200 kills of the long commands, each of them in scarce memory
+# and twice at once, and the ops' and the drop-in's tests on the instruction sets below this machine's own.
 NIGHTLY = $(BIN)/pytest $(PROCESSES) -m "not gpu and not browser" python_tests/ops python_tests/saes
 nightly: install sanitize fuzz
-	DARKMATTER_KILLS=200 $(BIN)/pytest $(PROCESSES) python_tests/test_killed_commands.py
+	DARKMATTER_KILLS=200 DARKMATTER_SCARCE=1 $(BIN)/pytest $(PROCESSES) \
+		python_tests/test_killed_commands.py python_tests/test_scarce_commands.py
 	for isa in scalar avx2; do DARKMATTER_CPU_ISA=$$isa $(NIGHTLY) || exit 1; done
 
 # Peers side by side on this machine's CPU, about 20 minutes; wants a quiet machine.
