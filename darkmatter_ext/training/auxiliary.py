@@ -1,4 +1,7 @@
-"""The auxiliary loss of a batch, in which the dead latents alone explain the error (2406.04093, A.2), and its gradients.
+"""Losses that bring dead latents back, and their gradients.
+
+In the auxiliary loss of a batch the dead latents alone explain the error (2406.04093, A.2); the pre-activation loss takes the
+thresholds of JumpReLU's to their pre-activations.
 
 k is half of the model dimension by default, so a few dead latents nearly all take part at every token: 288 of 300 for d 576.
 Dense products then cost a tenth of an exact encoding and sums over the entries; with 16 k dead latents they cost as much.
@@ -119,3 +122,37 @@ def _count_and_variance(values: Tensor, own: Processes) -> tuple[int, Tensor]:
     count = counts.sum()
     between = counts * (means - (counts * means).sum() / count).square()
     return int(count), ((squares + between).sum() / (count - 1)).to(values.dtype)
+
+
+class OfThresholds(NamedTuple):
+    """Gradients of the pre-activation loss by the dead latents' W_enc (as rows) [m, d], b_enc and thresholds [m]."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+
+
+def pre_activation_loss(
+    x: Tensor, dead: OfDead, threshold: Tensor, weight: float, n_tokens: int
+) -> tuple[Tensor, OfThresholds]:
+    """How far the dead latents' pre-activations are below their thresholds: mean over tokens, sum over latents.
+
+    Of "Dictionary Learning Optimization Techniques" (Transformer Circuits, January 2025): sum over dead j of
+    ReLU(theta_j - h_j) ||w_j||, with the norms as constants. A latent that fires at a token of the batch is not dead, so no
+    ReLU is 0 here, and mean and gradients follow from the mean of x alone: m d multiply-adds, whatever N.
+
+    Args:
+        x: [N, d], what the encoder sees, of this process.
+        dead: weights of latents that fire nowhere in the batch.
+        threshold: [m], theirs.
+        n_tokens: of the whole batch.
+
+    Returns:
+        The loss [], this part's share of the whole batch's, and the gradients of `weight` times it.
+    """
+    dtype = threshold.dtype
+    norms, share = dead.W_dec.to(dtype).norm(dim=1), len(x) / n_tokens
+    mean = x.to(dtype).sum(0) / n_tokens
+    below = share * (threshold - dead.b_enc.to(dtype)) - dead.W_enc.to(dtype) @ mean
+    grad = weight * norms
+    return below @ norms, OfThresholds(-grad[:, None] * mean, -share * grad, share * grad)

@@ -47,6 +47,8 @@ class TrainingConfig:
     """a latent silent for this many tokens counts as dead and takes part in the auxiliary loss"""
     aux_coefficient: float = 1 / 32
     """weight of the auxiliary loss, in which dead latents alone explain the error (2406.04093, A.2); 0: none"""
+    pre_act_coefficient: float = 0.0
+    """for jumprelu: weight of the loss that takes dead latents' thresholds to their pre-activations; 0: none"""
     aux_k: int = 0
     """dead latents per token in the auxiliary loss; 0: half of the model dimension"""
     decoder_norm: str = "unit"
@@ -72,7 +74,7 @@ class TrainingConfig:
         for name in ("d_sae", "steps", "batch_size"):
             require_at_least(name, 1, getattr(self, name))
         require(1 <= self.k <= self.d_sae, "k", f"must be from 1 to d_sae ({self.d_sae})", self.k)
-        for name in ("warmup_steps", "max_gradient_norm", "dead_after_tokens", "aux_coefficient", "aux_k"):
+        for name in ("warmup_steps", "max_gradient_norm", "dead_after_tokens", "aux_coefficient", "aux_k", "pre_act_coefficient"):
             require_at_least(name, 0, getattr(self, name))
         for name in ("learning_rate", "bandwidth", "threshold_rate"):
             require(getattr(self, name) > 0, name, "must be above 0", getattr(self, name))

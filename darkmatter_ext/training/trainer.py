@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from darkmatter_ext.ops.batch_topk import EncoderRows
 from darkmatter_ext.ops.decode import decoder_outer, sparse_decode
 from darkmatter_ext.ops.ragged import latent_sums
 from darkmatter_ext.runtime.processes import ALONE, Processes
-from darkmatter_ext.training.auxiliary import OfDead, auxiliary_loss
+from darkmatter_ext.training.auxiliary import OfDead, auxiliary_loss, pre_activation_loss
 from darkmatter_ext.training.config import TrainingConfig
 from darkmatter_ext.training.gradients import Reconstruction
 from darkmatter_ext.training.seeds import generator
@@ -106,11 +106,11 @@ class SaeTrainer:
         self._count_firing(fired.acts, n_tokens)
         found = Reconstruction.of(x, fired.acts, own["W_dec"], own["b_dec"], self.config.prefixes, n_tokens)
         grads = self._gradients(centred, fired, found, own)
-        aux = self._add_auxiliary(centred, -found.error[:, -1], own, grads)
+        of_dead = self._add_losses_of_dead(centred, -found.error[:, -1], own, grads, n_tokens)
         for grad in grads.values():
             self._own.sum(grad)
         self._update(grads)
-        loss = found.loss.sum() + fired.penalty + self.config.aux_coefficient * aux
+        loss = found.loss.sum() + fired.penalty + of_dead
         seen = torch.stack([loss, found.loss[-1], (fired.acts.values > 0).sum() / n_tokens])
         return StepReport(*self._own.sum(seen))
 
@@ -148,20 +148,24 @@ class SaeTrainer:
         """Numbers of the latents that have not fired for a long time."""
         return (self.silent_tokens > self.config.dead_after_tokens).nonzero().flatten()
 
-    def _add_auxiliary(
-        self, centred: Tensor, error: Tensor, own: dict[str, Tensor], grads: dict[str, Tensor]
+    def _add_losses_of_dead(
+        self, centred: Tensor, error: Tensor, own: dict[str, Tensor], grads: dict[str, Tensor], n_tokens: int
     ) -> Tensor:
-        """Add the gradients of the auxiliary loss and return the loss []. b_dec is treated as a constant."""
-        dead = self.dead() if self.config.aux_coefficient > 0 else self.silent_tokens[:0]
+        """Add the gradients of the dead latents' losses and return their weighted sum []. b_dec is treated as a constant."""
+        config, dead, total = self.config, self.dead(), error.new_zeros(())
         if len(dead) == 0:
-            return error.new_zeros(())
-        k = self.config.aux_k or max(1, centred.shape[1] // 2)
+            return total
         weights = OfDead(*(own[name][dead] for name in OfDead._fields))
-        loss, added = auxiliary_loss(centred, error, weights, k, self.config.aux_coefficient, self._own)
-        for name, grad in added._asdict().items():
-            if name in grads:
-                grads[name][dead] += grad.to(grads[name].dtype)
-        return loss
+        if weight := config.aux_coefficient:
+            k = config.aux_k or max(1, centred.shape[1] // 2)
+            loss, added = auxiliary_loss(centred, error, weights, k, weight, self._own)
+            _add_rows(grads, dead, added._asdict())
+            total += weight * loss
+        if (weight := config.pre_act_coefficient) and "threshold" in self.weights:
+            loss, lifted = pre_activation_loss(centred, weights, self.weights["threshold"][dead], weight, n_tokens)
+            _add_rows(grads, dead, lifted._asdict())
+            total += weight * loss
+        return total
 
     def _update(self, grads: dict[str, Tensor]) -> None:
         W_dec, unit = self.weights["W_dec"], self.config.decoder_norm == "unit" and "W_dec" in grads
@@ -223,6 +227,13 @@ class SaeTrainer:
             for _ in range(steps_done):
                 self._scheduler.step()
         self.steps_done = steps_done
+
+
+def _add_rows(grads: dict[str, Tensor], rows: Tensor, added: Mapping[str, Tensor]) -> None:
+    """Add to rows of the gradients of those weights that are trained."""
+    for name, grad in added.items():
+        if name in grads:
+            grads[name][rows] += grad.to(grads[name].dtype)
 
 
 def start_weights(config: TrainingConfig, mean: Tensor) -> dict[str, Tensor]:

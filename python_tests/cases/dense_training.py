@@ -46,6 +46,7 @@ class DenseTrainer:
         loss = sum((x_hat - x).square().mean() for x_hat in x_hats) + penalty
         self.silent = torch.where((acts > 0).any(0), 0.0, self.silent + len(x))
         loss = loss + config.aux_coefficient * self._auxiliary(x, (x - x_hats[-1]).detach())
+        loss = loss + config.pre_act_coefficient * self._below(x)
         self.optimiser.zero_grad()
         loss.backward()
         self._update()
@@ -77,6 +78,14 @@ class DenseTrainer:
         best = scores.topk(k)
         acts = torch.zeros_like(scores).scatter(1, best.indices, best.values.relu())
         return (acts @ own["W_dec"][dead] - error).square().mean() / error.var()
+
+    def _below(self, x):
+        own, dead = self.weights, self.silent > self.config.dead_after_tokens
+        if "threshold" not in own:
+            return x.new_zeros(())
+        scores = (x - own["b_dec"].detach()) @ own["W_enc"].mT + own["b_enc"]
+        below = (own["threshold"] - scores).relu() * own["W_dec"].detach().norm(dim=1)
+        return below[:, dead].sum(1).mean()
 
     @torch.no_grad()
     def _update(self):

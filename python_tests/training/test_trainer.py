@@ -8,7 +8,7 @@ from cases.dense_training import DenseTrainer, planted
 
 from darkmatter_ext.ops.batch_topk import EncoderRows, batch_topk
 from darkmatter_ext.runtime.inputs import InputError
-from darkmatter_ext.training.auxiliary import DENSE_BELOW
+from darkmatter_ext.training.auxiliary import DENSE_BELOW, OfDead, pre_activation_loss
 from darkmatter_ext.training.config import ARCHITECTURES, TrainingConfig
 from darkmatter_ext.training.trainer import LEAST_COSINE, SaeTrainer, start_weights
 
@@ -44,6 +44,10 @@ def test_the_losses_of_200_steps_are_those_of_a_dense_float64_trainer(architectu
 RULES = {
     "dead latents": {"dead_after_tokens": 0, "aux_k": 5, "k": 2},
     "many dead latents": {"dead_after_tokens": 0, "aux_k": 1, "k": 2, "batch_size": 16},
+    "thresholds of dead latents": {"dead_after_tokens": 0, "aux_coefficient": 0.0, "pre_act_coefficient": 0.01, "k": 2},
+    "all of dead latents": {
+        "dead_after_tokens": 0, "aux_k": 5, "pre_act_coefficient": 0.01, "k": 2, "decoder_norm": "free",
+    },
     "clipped": {"max_gradient_norm": 1e-3, "schedule": "cosine"},
     "free norms": {"decoder_norm": "free", "schedule": "constant"},
     "frozen decoder": {"freeze": "decoder", "dead_after_tokens": 0, "aux_k": 5, "k": 2},
@@ -171,6 +175,43 @@ def test_bad_settings_are_named_in_one_line(options, message):
     with pytest.raises(InputError) as caught:
         TrainingConfig(**options)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_pre_activation_loss_of_a_part_is_its_share(dtype):
+    """Two processes of 30 and 70 tokens, against autograd in float64 of all 100."""
+    generator = torch.Generator().manual_seed(0)
+    x, W_enc, W_dec = (torch.randn(n, 12, generator=generator).to(dtype) for n in (100, 5, 5))
+    b_enc, threshold = torch.randn(5, generator=generator).to(dtype), torch.rand(5, generator=generator).double() + 20
+    dead = OfDead(W_enc, b_enc, W_dec)
+    parts = [pre_activation_loss(part, dead, threshold, 0.5, 100) for part in x.split([30, 70])]
+    loss, found = sum(own for own, _ in parts), [sum(grads) for grads in zip(*(own for _, own in parts), strict=True)]
+    leaves = [tensor.double().requires_grad_() for tensor in (W_enc, b_enc, threshold)]
+    below = leaves[2] - x.double() @ leaves[0].mT - leaves[1]
+    assert (below > 0).all()  # as of latents that fire nowhere
+    expected = (below * W_dec.double().norm(dim=1)).sum(1).mean()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+    for own, their in zip(found, torch.autograd.grad(0.5 * expected, leaves), strict=True):
+        torch.testing.assert_close(own, their, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.runs
+def test_thresholds_of_dead_latents_come_down_to_them():
+    """Half of the latents start far below their thresholds: without the loss they stay silent, with it most fire."""
+    x, _ = planted(n=20000, d=24, features=80, active=6)
+    silent = {}
+    for coefficient in (0.0, 1e-2):
+        config = dataclasses.replace(
+            SMALL, architecture="jumprelu", steps=300, schedule="constant", pre_act_coefficient=coefficient
+        )
+        trainer = SaeTrainer(config, x.mean(0) / x.std())
+        for step, part in enumerate(x.split(256)[:75] * 4):
+            trainer.step(part / x.std())
+            if step == 0:
+                trainer.weights["threshold"][::2] += 3
+        silent[coefficient] = len(trainer.dead()) / config.d_sae
+    assert silent[0.0] > 0.4
+    assert silent[1e-2] < 0.2
 
 
 @pytest.mark.runs
