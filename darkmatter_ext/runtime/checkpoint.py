@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from darkmatter_ext.runtime.inputs import InputError, StateError
-from darkmatter_ext.runtime.storage import atomic_file, fingerprint, parsed_json, sha256_of_file
+from darkmatter_ext.runtime.storage import atomic_file, fingerprint, not_writable, parsed_json, sha256_of_file
 
 FORMAT = 3  # increased when a reader of the old format would misread the new one
 
@@ -44,9 +44,12 @@ class CheckpointFolder:
 
         For one process of a run: two runs that each lock one of their processes would wait for each other for ever. The lock
         is the kernel's and ends with the process, killed or not; a file that marks a lock would outlive it. Nothing is
-        locked where the folder cannot be written, or its file system has no locks.
+        locked where the folder cannot be written, or its file system has no locks. Raises InputError if it cannot be made.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise not_writable("checkpoint", self.folder, error) from None
         try:
             file = (self.folder / ".lock").open("ab")
         except OSError:

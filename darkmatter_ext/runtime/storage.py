@@ -34,7 +34,7 @@ def cache_dir(*parts: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _not_writable(CACHE_ENVIRONMENT_VARIABLE, root, error) from None
+        raise not_writable(CACHE_ENVIRONMENT_VARIABLE, root, error) from None
     return folder
 
 
@@ -180,10 +180,11 @@ def require_writable_folder(argument: str, folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise _not_writable(argument, folder, error) from None
+        raise not_writable(argument, folder, error) from None
     return folder
 
 
-def _not_writable(argument: str, folder: Path, error: OSError) -> InputError:
+def not_writable(argument: str, folder: Path, error: OSError) -> InputError:
+    """What to raise for a folder that could not be created or written."""
     reason = error.strerror or str(error)
     return InputError(f"{argument}: must be a folder that can be written, got {folder} ({reason})")

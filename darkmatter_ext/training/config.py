@@ -47,7 +47,7 @@ class TrainingConfig:
     """a latent silent for this many tokens counts as dead and takes part in the auxiliary loss"""
     aux_coefficient: float = 1 / 32
     """weight of the auxiliary loss, in which dead latents alone explain the error (2406.04093, A.2); 0: none"""
-    pre_act_coefficient: float = 0.0
+    pre_act_coefficient: float = 1e-4
     """for jumprelu: weight of the loss that takes dead latents' thresholds to their pre-activations; 0: none"""
     aux_k: int = 0
     """dead latents per token in the auxiliary loss; 0: half of the model dimension"""

@@ -8,6 +8,7 @@ import ctypes
 import itertools
 import json
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def little_memory(command: Command) -> Iterator[Found]:
 
 
 def read_only_cache(command: Command) -> Iterator[Found]:
-    """A cache that nobody may write: empty, and with all that the run before left."""
+    """A cache that nobody may write: empty, with all that the run before left but the states of runs, and with all."""
 
     def without_rights() -> None:  # root may write anywhere by its capabilities alone
         version, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
@@ -79,8 +80,11 @@ def read_only_cache(command: Command) -> Iterator[Found]:
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o555 if path.is_dir() else 0o444)
 
+    shutil.copytree(command.folder / "whole.cache", command.folder / "part.cache")
+    for run in (command.folder / "part.cache" / "runs").glob("*"):
+        shutil.rmtree(run)
     closed(command.workplace)
-    for cache in ("empty.cache", "whole.cache"):
+    for cache in ("empty.cache", "part.cache", "whole.cache"):
         closed(command.folder / cache)
         out = f"out.{cache}"
         yield command.run(out, cache, without_rights)
