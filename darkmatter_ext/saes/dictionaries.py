@@ -416,8 +416,9 @@ class AcceleratedDictionary(ABC, Accelerated):
         if handed_over:
             rows = x.reshape(tokens, x.shape[-1])
             dense = super().encode(rows if handed_over == tokens else rows[undecided], **options)  # type: ignore[misc]
-        state.back_off.after_trying(tokens, dense, stepping_aside.ragged_share(acts))
-        mostly = stepping_aside.does_not_pay(tokens, handed_over)
+        weights = acts.d_sae * x.shape[-1]
+        state.back_off.after_trying(tokens, dense, stepping_aside.ragged_share(acts), weights)
+        mostly = stepping_aside.does_not_pay(tokens, handed_over, weights)
         state.count(method, TOO_MANY if mostly else "", 0 if mostly else handed_over)
         return Pass(acts, undecided, dense)
 

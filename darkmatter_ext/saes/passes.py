@@ -46,8 +46,9 @@ def _fresh_pass(sae: Any, state: State, sae_in: Tensor, ready: Ready, method: st
         rows = sae_in.reshape(tokens, sae_in.shape[-1])
         dense = sae._architecture.dense(sae, rows if handed_over == tokens else rows[undecided])
     if method:
-        state.back_off.after_trying(tokens, dense, ragged_share(acts))
-        mostly = does_not_pay(tokens, handed_over)
+        weights = acts.d_sae * sae_in.shape[-1]
+        state.back_off.after_trying(tokens, dense, ragged_share(acts), weights)
+        mostly = does_not_pay(tokens, handed_over, weights)
         state.count(method, TOO_MANY if mostly else "", 0 if mostly else handed_over)
     return Pass(acts, undecided, dense)
 

@@ -136,8 +136,9 @@ class AcceleratedSparseCoder(Accelerated):
             shape, none = values.shape, found.top_acts[:, :0]
             values = values.reshape(tokens, -1).index_copy(0, undecided, found.top_acts).reshape(shape)
             indices = indices.reshape(tokens, -1).index_copy(0, undecided, found.top_indices).reshape(shape)
-        state.back_off.after_trying(tokens, none)
-        mostly = stepping_aside.does_not_pay(tokens, handed_over)
+        weights = acts.d_sae * x.shape[-1]
+        state.back_off.after_trying(tokens, none, weights=weights)
+        mostly = stepping_aside.does_not_pay(tokens, handed_over, weights)
         state.count("encode", TOO_MANY if mostly else "", 0 if mostly else handed_over)
         return values, indices
 

@@ -137,6 +137,22 @@ def test_calls_within_calls_decide_for_themselves():
     assert back_off.left == 2 * FIRST_WAIT - 1
 
 
+def test_one_dense_token_of_few_does_not_pay_where_weights_are_read_for_it(monkeypatch):
+    """The library's product of one token reads all weights, as that of eight does; weights in a cache cost nothing to read."""
+    tokens_of_a_read = {"avx2": 24, "avx512_vnni": 8, "amx_int8": 1}
+    for isa, read in tokens_of_a_read.items():
+        monkeypatch.setattr(stepping_aside, "_tokens_of_a_read", lambda read=read: read)
+        large, small = stepping_aside.READ_WEIGHTS, stepping_aside.READ_WEIGHTS - 1
+        assert stepping_aside.does_not_pay(8, 1, large) == (read > 2), isa
+        assert stepping_aside.does_not_pay(64, 1, large) == (read > 16), isa
+        for weights in (small, large):
+            assert not stepping_aside.does_not_pay(8, 0, weights)
+            assert not stepping_aside.does_not_pay(1024, 1, weights)
+            assert stepping_aside.does_not_pay(1024, 257, weights)
+            assert stepping_aside.does_not_pay(1, 1, weights)
+        assert not stepping_aside.does_not_pay(8, 1, small)
+
+
 # What is packed and does not help
 
 

@@ -74,7 +74,7 @@ def _silence(sae, latent):
 
 def test_stepping_aside_without_a_reason_fails(monkeypatch):
     for module in (passes, stepping_aside):
-        monkeypatch.setattr(module, "does_not_pay", lambda tokens, undecided: True)
+        monkeypatch.setattr(module, "does_not_pay", lambda tokens, undecided, weights: True)
     with pytest.raises(DifferenceError, match="never fast"):
         replay(_config("jumprelu", {}), [])
 

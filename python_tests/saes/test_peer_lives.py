@@ -46,7 +46,7 @@ def test_one_stale_latent_is_found(kind):
 
 
 def test_stepping_aside_without_a_reason_fails(monkeypatch):
-    monkeypatch.setattr(stepping_aside, "does_not_pay", lambda tokens, undecided: True)
+    monkeypatch.setattr(stepping_aside, "does_not_pay", lambda tokens, undecided, weights: True)
     monkeypatch.setattr("cases.peer_lives.TOO_MANY", "another reason")
     with pytest.raises(LifeError, match="never fast"):
         replay("BatchTopKSAE", [])
