@@ -134,7 +134,7 @@ def _text_config(model: str) -> PreTrainedConfig | None:
 
     try:
         return AutoConfig.from_pretrained(model_location(model), trust_remote_code=False).get_text_config()
-    except (OSError, ValueError, KeyError):
+    except Exception:
         return None
 
 

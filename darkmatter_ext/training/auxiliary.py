@@ -138,8 +138,8 @@ def pre_activation_loss(
     """How far the dead latents' pre-activations are below their thresholds: mean over tokens, sum over latents.
 
     Of "Dictionary Learning Optimization Techniques" (Transformer Circuits, January 2025): sum over dead j of
-    ReLU(theta_j - h_j) ||w_j||, with the norms as constants. A latent that fires at a token of the batch is not dead, so no
-    ReLU is 0 here, and mean and gradients follow from the mean of x alone: m d multiply-adds, whatever N.
+    ReLU(theta_j - h_j) ||w_j||, with the norms as constants. A latent that fires at a token of the batch is not dead, so all
+    ReLUs pass (one of exactly 0 too), and mean and gradients follow from the mean of x alone: m d multiply-adds, whatever N.
 
     Args:
         x: [N, d], what the encoder sees, of this process.

@@ -74,7 +74,9 @@ class TrainingConfig:
         for name in ("d_sae", "steps", "batch_size"):
             require_at_least(name, 1, getattr(self, name))
         require(1 <= self.k <= self.d_sae, "k", f"must be from 1 to d_sae ({self.d_sae})", self.k)
-        for name in ("warmup_steps", "max_gradient_norm", "dead_after_tokens", "aux_coefficient", "aux_k", "pre_act_coefficient"):
+        for name in (
+            "warmup_steps", "max_gradient_norm", "dead_after_tokens", "aux_coefficient", "aux_k", "pre_act_coefficient",
+        ):  # fmt: skip
             require_at_least(name, 0, getattr(self, name))
         for name in ("learning_rate", "bandwidth", "threshold_rate"):
             require(getattr(self, name) > 0, name, "must be above 0", getattr(self, name))

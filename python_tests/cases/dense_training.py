@@ -84,7 +84,8 @@ class DenseTrainer:
         if "threshold" not in own:
             return x.new_zeros(())
         scores = (x - own["b_dec"].detach()) @ own["W_enc"].mT + own["b_enc"]
-        below = (own["threshold"] - scores).relu() * own["W_dec"].detach().norm(dim=1)
+        below = own["threshold"] - scores
+        below = below * (below >= 0) * own["W_dec"].detach().norm(dim=1)  # at 0, where training starts, as below it
         return below[:, dead].sum(1).mean()
 
     @torch.no_grad()

@@ -46,7 +46,11 @@ RULES = {
     "many dead latents": {"dead_after_tokens": 0, "aux_k": 1, "k": 2, "batch_size": 16},
     "thresholds of dead latents": {"dead_after_tokens": 0, "aux_coefficient": 0.0, "pre_act_coefficient": 0.01, "k": 2},
     "all of dead latents": {
-        "dead_after_tokens": 0, "aux_k": 5, "pre_act_coefficient": 0.01, "k": 2, "decoder_norm": "free",
+        "dead_after_tokens": 0,
+        "aux_k": 5,
+        "pre_act_coefficient": 0.01,
+        "k": 2,
+        "decoder_norm": "free",
     },
     "clipped": {"max_gradient_norm": 1e-3, "schedule": "cosine"},
     "free norms": {"decoder_norm": "free", "schedule": "constant"},
