@@ -37,7 +37,7 @@ from darkmatter_ext.runtime.html import html_table
 from darkmatter_ext.runtime.inputs import InputError
 from darkmatter_ext.runtime.processes import Processes, processes
 from darkmatter_ext.runtime.progress import Stages
-from darkmatter_ext.runtime.storage import cache_dir, fingerprint, stamp
+from darkmatter_ext.runtime.storage import cache_dir, fingerprint, make_folder, stamp
 from darkmatter_ext.saes.encoders import Encoder
 from darkmatter_ext.saes.loading import SaeDescription
 
@@ -315,8 +315,7 @@ def measured(
     roles, own = inputs.roles, inputs.processes
     regressions = roles.settings.regressions(released)
     decided = deciding(inputs, chosen, encoders, predictors) | {"regressions": dataclasses.asdict(regressions)}
-    folder = run_folder(inputs, decided)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder("checkpoint", run_folder(inputs, decided))
     sites = list(dict.fromkeys(sae.hook for sae in chosen))
     hooks = list(dict.fromkeys(hook for sae in (*chosen, *inputs.predictors) for hook in (sae.reads, sae.writes)))
     checks = RunChecks(folder, lambda: measured_samples(inputs.source, hooks, roles, own.device))

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from darkmatter_ext.runtime.inputs import InputError, StateError
-from darkmatter_ext.runtime.storage import atomic_file, fingerprint, not_writable, parsed_json, sha256_of_file
+from darkmatter_ext.runtime.storage import atomic_file, fingerprint, make_folder, parsed_json, sha256_of_file
 
 FORMAT = 3  # increased when a reader of the old format would misread the new one
 
@@ -46,10 +46,7 @@ class CheckpointFolder:
         is the kernel's and ends with the process, killed or not; a file that marks a lock would outlive it. Nothing is
         locked where the folder cannot be written, or its file system has no locks. Raises InputError if it cannot be made.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise not_writable("checkpoint", self.folder, error) from None
+        make_folder("checkpoint", self.folder)
         try:
             file = (self.folder / ".lock").open("ab")
         except OSError:

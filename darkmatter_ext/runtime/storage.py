@@ -30,11 +30,15 @@ def cache_dir(*parts: str) -> Path:
         root = Path(configured)
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "darkmatter_ext"
-    folder = root.joinpath(*parts)
+    return make_folder(CACHE_ENVIRONMENT_VARIABLE, root.joinpath(*parts))
+
+
+def make_folder(argument: str, folder: Path) -> Path:
+    """Create `folder` unless it exists. Raises InputError naming `argument` if it cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise not_writable(CACHE_ENVIRONMENT_VARIABLE, root, error) from None
+        raise _not_writable(argument, folder, error) from None
     return folder
 
 
@@ -175,16 +179,15 @@ def require_writable_folder(argument: str, folder: Path) -> Path:
 
     Raises ValueError naming `argument` if it is a file, or cannot be created or written.
     """
+    make_folder(argument, folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise not_writable(argument, folder, error) from None
+        raise _not_writable(argument, folder, error) from None
     return folder
 
 
-def not_writable(argument: str, folder: Path, error: OSError) -> InputError:
-    """What to raise for a folder that could not be created or written."""
+def _not_writable(argument: str, folder: Path, error: OSError) -> InputError:
     reason = error.strerror or str(error)
     return InputError(f"{argument}: must be a folder that can be written, got {folder} ({reason})")

@@ -42,16 +42,18 @@ class Command:
         lines = [line for line in text.splitlines() if line.startswith("darkmatter: ")]
         return {"exit": code, "lines": lines, "traceback": text[-2000:] if "Traceback" in text else ""}
 
-    def given(self, out: str) -> bool | None:
-        """Whether a run gave what the undisturbed one gave; None if it gave nothing."""
+    def given(self, out: str) -> Found:
+        """Whether a run gave what the undisturbed one gave (None: it gave nothing), and some of what it gave otherwise."""
         try:
             found = outcome(self.name, self.folder / out)
         except (OSError, ValueError):
-            return None
-        return found == self.expected if found else None
+            found = {}
+        names = sorted(name for name in {*found, *self.expected} if found.get(name) != self.expected.get(name))
+        others = [(name, self.expected.get(name), found.get(name)) for name in names[:5]] if found else []
+        return {"same": not names if found else None, "others": others}
 
     def run(self, out: str, cache: str = "", before: Callable[[], None] | None = None) -> Found:
-        return self.end(self.start(out, cache, before), out) | {"same": self.given(out)}
+        return self.end(self.start(out, cache, before), out) | self.given(out)
 
 
 def little_memory(command: Command) -> Iterator[Found]:
@@ -100,7 +102,7 @@ def two_at_once(command: Command) -> Iterator[Found]:
             time.sleep(gap)
         ended = [command.end(pid, f"{out}.{which}") for which, (pid, out) in enumerate(zip(pids, outs, strict=True))]
         for out, found in zip(outs, ended, strict=True):
-            yield found | {"same": command.given(out)}
+            yield found | command.given(out)
 
 
 FAULTS = {"little-memory": little_memory, "read-only-cache": read_only_cache, "two-at-once": two_at_once}
