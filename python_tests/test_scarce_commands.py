@@ -21,7 +21,9 @@ def _runs(tmp_path, name, fault):
     workplace = make_workplace(tmp_path / "work")
     command = [sys.executable, "-m", "cases.scarce_command", str(workplace), str(tmp_path), name, fault]
     environment = environment_of_children(OMP_NUM_THREADS="1", DARKMATTER_PROGRESS="0", DARKMATTER_DEBUG="")
-    done = subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, cwd=TESTS, capture_output=True, text=True, check=False, timeout=1200
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     for run in found:

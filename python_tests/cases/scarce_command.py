@@ -19,7 +19,7 @@ import torch
 
 from cases.forked_commands import arguments, outcome, start, status
 
-ROOMS = [1 << step for step in range(20, 31)]  # bytes of address space beyond those of the interpreter that forks
+ROOMS = [1 << step for step in range(20, 31, 2)]  # bytes of address space beyond those of the interpreter that forks
 GAPS = (0.0, 0.3, 1.0)  # seconds between the starts of two processes
 
 Found = dict[str, Any]
