@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, NoReturn
 from simple_parsing import ArgumentParser, DashVariant
 from simple_parsing.wrappers.field_wrapper import ArgumentGenerationMode
 
-from darkmatter_ext.runtime.inputs import InputError, out_of_memory, reason, require_one_of
+from darkmatter_ext.runtime.inputs import InputError, reason, require_one_of
+from darkmatter_ext.runtime.memory import out_of_memory, require_address_space
 from darkmatter_ext.runtime.storage import require_writable_folder
 
 DEBUG_ENVIRONMENT_VARIABLE = "DARKMATTER_DEBUG"
@@ -305,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = None
     try:
         require_one_of("COMMAND", tuple(COMMANDS), arguments[0])
+        require_address_space()
         command = COMMANDS[arguments[0]]
         parser = _Parser(prog=f"darkmatter {arguments[0]}", description=command.about)
         command.add(parser, arguments[1:])

@@ -5,14 +5,11 @@
 training/test_train.py.
 """
 
-import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
-from cases.children import TESTS, environment_of_children
+from cases.children import reports
 from cases.models import make_workplace
 from cases.runs import SETTINGS
 
@@ -27,13 +24,8 @@ def test_a_killed_command_started_again_gives_the_same(name, tmp_path):
     count = -(-KILLS // len(COMMANDS)) if KILLS else FEW[name]
     workplace = tmp_path / "work"
     workplace.mkdir()
-    command = [sys.executable, "-m", "cases.interrupted_command", str(make_workplace(workplace)), str(tmp_path)]
-    environment = environment_of_children(OMP_NUM_THREADS="1", DARKMATTER_PROGRESS="0")
-    done = subprocess.run(
-        [*command, f"{name}:{count}"], env=environment, cwd=TESTS, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    arguments = (make_workplace(workplace), tmp_path, f"{name}:{count}")
+    found = reports("interrupted_command", *arguments, DARKMATTER_PROGRESS="0")
     assert len(found) == count
     assert [own for own in found if not own["same"] or own["started_again"] != 0] == []
     killed = [own for own in found if own["status"] == -signal.SIGKILL]

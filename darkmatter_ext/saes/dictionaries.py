@@ -416,10 +416,7 @@ class AcceleratedDictionary(ABC, Accelerated):
         if handed_over:
             rows = x.reshape(tokens, x.shape[-1])
             dense = super().encode(rows if handed_over == tokens else rows[undecided], **options)  # type: ignore[misc]
-        weights = acts.d_sae * x.shape[-1]
-        state.back_off.after_trying(tokens, dense, stepping_aside.ragged_share(acts), weights)
-        mostly = stepping_aside.does_not_pay(tokens, handed_over, weights)
-        state.count(method, TOO_MANY if mostly else "", 0 if mostly else handed_over)
+        state.count_tried(method, acts, x.shape[-1], dense)
         return Pass(acts, undecided, dense)
 
     def _decoded(self, found: Pass, decoder: Decoder) -> Tensor:

@@ -19,7 +19,7 @@ from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.ops.batch_topk import Guess
 from darkmatter_ext.saes.packed_weights import Packed
 from darkmatter_ext.saes.soundness import why_not_weights
-from darkmatter_ext.saes.stepping_aside import BackOff
+from darkmatter_ext.saes.stepping_aside import TOO_MANY, BackOff, does_not_pay, ragged_share
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,13 @@ class State:
         with self.lock:
             self.calls[method, reason] += 1
             self.handed_over += handed_over
+
+    def count_tried(self, method: str, acts: SparseActs, d_in: int, dense: Tensor | None) -> None:
+        """Count a call that the ops answered but for the tokens of dense [u, ...], and decide who answers the next ones."""
+        tokens, weights, handed_over = acts.n_tokens, acts.d_sae * d_in, 0 if dense is None else len(dense)
+        self.back_off.after_trying(tokens, dense, ragged_share(acts), weights)
+        mostly = does_not_pay(tokens, handed_over, weights)
+        self.count(method, TOO_MANY if mostly else "", 0 if mostly else handed_over)
 
     def forget(self) -> None:
         for packed in (self.encoder, self.vectors, self.decoder, self.rescaled_decoder):

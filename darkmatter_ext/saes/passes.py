@@ -16,7 +16,6 @@ from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.saes.architectures import weight
 from darkmatter_ext.saes.drop_in_state import Decoder, Pass, Ready, State, same_pass
 from darkmatter_ext.saes.soundness import is_hooked
-from darkmatter_ext.saes.stepping_aside import TOO_MANY, does_not_pay, ragged_share
 
 
 def encode_pass(sae: Any, state: State, x: Tensor, ready: Ready, method: str) -> Pass:
@@ -46,10 +45,7 @@ def _fresh_pass(sae: Any, state: State, sae_in: Tensor, ready: Ready, method: st
         rows = sae_in.reshape(tokens, sae_in.shape[-1])
         dense = sae._architecture.dense(sae, rows if handed_over == tokens else rows[undecided])
     if method:
-        weights = acts.d_sae * sae_in.shape[-1]
-        state.back_off.after_trying(tokens, dense, ragged_share(acts), weights)
-        mostly = does_not_pay(tokens, handed_over, weights)
-        state.count(method, TOO_MANY if mostly else "", 0 if mostly else handed_over)
+        state.count_tried(method, acts, sae_in.shape[-1], dense)
     return Pass(acts, undecided, dense)
 
 

@@ -129,17 +129,14 @@ class AcceleratedSparseCoder(Accelerated):
         """Values and indices [..., k]; the library computes those of tokens that the ops hand back."""
         acts, undecided = tried
         values, indices, tokens = acts.values, acts.stored_indices, acts.n_tokens
-        handed_over, none = undecided.numel(), None
-        if handed_over:
+        none = None
+        if undecided.numel():
             rows = x.reshape(tokens, x.shape[-1])[undecided]
             found = super().encode(rows)  # type: ignore[misc]
             shape, none = values.shape, found.top_acts[:, :0]
             values = values.reshape(tokens, -1).index_copy(0, undecided, found.top_acts).reshape(shape)
             indices = indices.reshape(tokens, -1).index_copy(0, undecided, found.top_indices).reshape(shape)
-        weights = acts.d_sae * x.shape[-1]
-        state.back_off.after_trying(tokens, none, weights=weights)
-        mostly = stepping_aside.does_not_pay(tokens, handed_over, weights)
-        state.count("encode", TOO_MANY if mostly else "", 0 if mostly else handed_over)
+        state.count_tried("encode", acts, x.shape[-1], none)
         return values, indices
 
 

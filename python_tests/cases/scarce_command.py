@@ -9,6 +9,7 @@ import itertools
 import json
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,16 @@ from typing import Any
 import torch
 
 from cases.forked_commands import arguments, outcome, start, status
+from darkmatter_ext.runtime import memory
 
-ROOMS = [1 << step for step in range(20, 31, 2)]  # bytes of address space beyond those of the interpreter that forks
+LIMITS = [
+    1 << 28,
+    1 << 31,
+    memory.LEAST_ADDRESS_SPACE - (1 << 20),
+    memory.LEAST_ADDRESS_SPACE,
+]  # bytes of address space
+ROOMS = [1 << step for step in range(20, 31, 2)]  # the same beyond those of the interpreter that forks
+SECONDS = 120  # a run that takes longer waits for ever, and is ended
 GAPS = (0.0, 0.3, 1.0)  # seconds between the starts of two processes
 
 Found = dict[str, Any]
@@ -35,7 +44,13 @@ class Command:
 
     def start(self, out: str, cache: str = "", before: Callable[[], None] | None = None, said: str = "") -> int:
         words = arguments(self.workplace, self.name, self.folder / out)
-        return start(words, self.folder / (cache or f"{out}.cache"), self.folder / f"{said or out}.said", before)
+
+        def limited() -> None:
+            signal.alarm(SECONDS)
+            if before is not None:
+                before()
+
+        return start(words, self.folder / (cache or f"{out}.cache"), self.folder / f"{said or out}.said", limited)
 
     def end(self, pid: int, said: str) -> Found:
         code, text = status(pid), (self.folder / f"{said}.said").read_text()
@@ -57,17 +72,20 @@ class Command:
 
 
 def little_memory(command: Command) -> Iterator[Found]:
-    """With each room, and if that was too little, on what that run left, with all there is."""
+    """With each limit. Then with each room, as if no limit were too low to begin; and, if it was, on what that run left."""
+    for limit in LIMITS:
+        yield {"limit": limit} | command.run(f"out{limit}", before=lambda limit=limit: _bound(limit, least=LIMITS[-1]))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    for number, room in enumerate(ROOMS):
-        limit = used + room
-
-        def bounded(limit: int = limit) -> None:
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-        yield (found := {"room": room} | command.run(f"out{number}", before=bounded))
+    for room in ROOMS:
+        found = command.run(f"out{room}", before=lambda room=room: _bound(used + room, least=0))
+        yield {"room": room} | found
         if found["exit"] != 0:
-            yield {"room": 0} | command.run(f"out{number}")
+            yield {"room": 0} | command.run(f"out{room}")
+
+
+def _bound(limit: int, least: int) -> None:
+    memory.LEAST_ADDRESS_SPACE = least
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def read_only_cache(command: Command) -> Iterator[Found]:

@@ -5,15 +5,12 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from cases.children import reports
 from cases.readers import READERS
 
 FEW = 12  # of each kind, where no number is asked for
-TESTS = Path(__file__).parents[1]  # children start there: at the root they would import the sources
 
 
 def _count():
@@ -24,12 +21,5 @@ def _count():
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_a_damaged_file_is_read_or_told_in_one_line(reader, tmp_path):
-    command = [sys.executable, "-m", "cases.damage", reader, "0", str(_count())]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1",
-        "DARKMATTER_CACHE": str(tmp_path),
-    }  # fmt: skip
-    done = subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]  # a crash has no report
-    wrong = json.loads(done.stdout)
+    [wrong] = reports("damage", reader, 0, _count(), DARKMATTER_CACHE=str(tmp_path))
     assert wrong == [], json.dumps(wrong[:5], indent=1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import resource
 import shutil
 import signal
@@ -12,15 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases.children import TESTS, environment_of_children, reports
 from cases.interrupted_run import SETTINGS
 from cases.measured import HOOKS, measure, numbers, open_caches, saes, write_caches
 
-import darkmatter_ext
 from darkmatter_ext.measurement import engine
 from darkmatter_ext.measurement.token_table import TokenTable, read_tokens
 from darkmatter_ext.runtime.checkpoint import CheckpointFolder
 
-TESTS = Path(__file__).parents[1]  # children start there: at the root they would import the sources
 SCRIPT = ("-m", "cases.interrupted_run")
 
 
@@ -31,24 +29,12 @@ def caches(tmp_path_factory):
     return folder
 
 
-def _environment(**more):
-    """The package that is tested, wherever it is: the source folder beside the tests may have no compiled ops."""
-    package = str(Path(darkmatter_ext.__file__).parent.parent)
-    path = os.pathsep.join([str(TESTS), package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
-
-
 @pytest.mark.slow
 def test_killed_at_every_read_and_every_write(caches, tmp_path):
     moments = ["after:27", *(f"read:{i}" for i in range(1, 22))]
     moments += [f"{kind}:{i}" for kind in ("before", "after") for i in range(1, 52, 3)]
     moments += [f"flush:{i}" for i in range(1, 34, 3)]
-    command = [sys.executable, *SCRIPT, "many", str(caches), str(tmp_path), "none:0", *moments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=TESTS, env=_environment(), timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    undisturbed, *killed = [json.loads(line) for line in done.stdout.splitlines()]
+    undisturbed, *killed = reports("interrupted_run", "many", caches, tmp_path, "none:0", *moments, seconds=600)
     assert undisturbed["status"] == 0
     assert len(killed) == len(moments)
     for run in killed:
@@ -177,7 +163,13 @@ def _torchrun(n, caches, folder, result, **environment):
                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *SCRIPT, "one", str(caches), str(folder),
                str(result)]  # fmt: skip
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=TESTS, env=_environment(**environment), timeout=300
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=TESTS,
+        env=environment_of_children(OMP_NUM_THREADS="1", **environment),
+        timeout=300,
     )
 
 
@@ -194,7 +186,7 @@ def _same_to_rounding(result, expected):
 def alone(caches, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     command = [sys.executable, *SCRIPT, "one", str(caches), str(folder / "run"), str(folder / "result.json")]
-    subprocess.run(command, check=True, cwd=TESTS, env=_environment(), timeout=300)
+    subprocess.run(command, check=True, cwd=TESTS, env=environment_of_children(OMP_NUM_THREADS="1"), timeout=300)
     return json.loads((folder / "result.json").read_text())
 
 

@@ -9,7 +9,7 @@ from cases.life_edits import Draw
 from cases.lives import ARCHITECTURES, Config, is_hard_to_screen, live, replay
 
 import darkmatter_ext as dm
-from darkmatter_ext.saes import passes, stepping_aside
+from darkmatter_ext.saes import drop_in_state, stepping_aside
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -73,7 +73,7 @@ def _silence(sae, latent):
 
 
 def test_stepping_aside_without_a_reason_fails(monkeypatch):
-    for module in (passes, stepping_aside):
+    for module in (drop_in_state, stepping_aside):
         monkeypatch.setattr(module, "does_not_pay", lambda tokens, undecided, weights: True)
     with pytest.raises(DifferenceError, match="never fast"):
         replay(_config("jumprelu", {}), [])

@@ -9,7 +9,7 @@ from cases.peer_lives import LifeError, assert_alike, live, replay
 from cases.peers import KINDS, activations, pair, parts
 
 import darkmatter_ext as dm
-from darkmatter_ext.saes import stepping_aside
+from darkmatter_ext.saes import drop_in_state, stepping_aside
 
 pytestmark = pytest.mark.skipif(not lives.SCREENS, reason="no fast path on this processor")
 
@@ -46,7 +46,8 @@ def test_one_stale_latent_is_found(kind):
 
 
 def test_stepping_aside_without_a_reason_fails(monkeypatch):
-    monkeypatch.setattr(stepping_aside, "does_not_pay", lambda tokens, undecided, weights: True)
+    for module in (drop_in_state, stepping_aside):
+        monkeypatch.setattr(module, "does_not_pay", lambda tokens, undecided, weights: True)
     monkeypatch.setattr("cases.peer_lives.TOO_MANY", "another reason")
     with pytest.raises(LifeError, match="never fast"):
         replay("BatchTopKSAE", [])

@@ -1,0 +1,48 @@
+"""A limit of memory that is too low is told before anything begins; and libraries are understood when they ran out."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases.children import TESTS, environment_of_children
+
+from darkmatter_ext import cli
+from darkmatter_ext.runtime import memory
+from darkmatter_ext.runtime.inputs import InputError
+
+GIB = 1 << 30
+
+
+def test_a_limit_below_the_least_is_told(monkeypatch):
+    for limit, told in [(memory.LEAST_ADDRESS_SPACE - 1, 4095), (GIB, 1024), (0, 0)]:
+        monkeypatch.setattr(memory.resource, "getrlimit", lambda _, limit=limit: (limit, memory.resource.RLIM_INFINITY))
+        with pytest.raises(InputError, match=f"must be at least 4096 MiB or unlimited .*, got {told}$"):
+            memory.require_address_space()
+    for limit in (memory.LEAST_ADDRESS_SPACE, memory.resource.RLIM_INFINITY):
+        monkeypatch.setattr(memory.resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        memory.require_address_space()
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_is_told_before_it_begins(name, tmp_path):
+    code = (
+        "import resource, sys; from darkmatter_ext import cli;"
+        "resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)); sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, name]
+    environment = environment_of_children(DARKMATTER_CACHE=str(tmp_path / "cache"))
+    run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr == (
+        "darkmatter: the limit of address space: must be at least 4096 MiB or unlimited (`ulimit -v`), got 2048\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_libraries_say_without_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.int8)
+    assert memory.out_of_memory(caught.value)
+    assert memory.out_of_memory(MemoryError())
+    assert not memory.out_of_memory(RuntimeError("shape '[3]' is invalid for input of size 4"))
