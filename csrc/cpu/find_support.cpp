@@ -1,10 +1,9 @@
 // find_support: the nonzero entries of dense acts, in CSR terms. One read of the array; memory-bound.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 #include <vector>
 
 #include "cpu/kernels/dispatch.h"
+#include "registration.h"
 
 namespace darkmatter::cpu {
 
@@ -42,4 +41,4 @@ static std::tuple<Tensor, Tensor> find_support(Tensor acts) {
 
 }  // namespace darkmatter::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) { m.impl("find_support", TORCH_BOX(&darkmatter::cpu::find_support)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) { m.impl("find_support", DARKMATTER_OP(&darkmatter::cpu::find_support)); }

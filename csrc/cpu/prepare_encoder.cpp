@@ -1,13 +1,12 @@
 // prepare_encoder, prepare_rows: W_enc as contiguous rows [F, d], b_enc with b_dec folded in, in float64, groups and
 // codes.
-#include <torch/csrc/stable/library.h>
-
 #include <atomic>
 #include <bit>
 #include <tuple>
 
 #include "cpu/encoder.h"
 #include "cpu/screen/certificate.h"
+#include "registration.h"
 
 namespace darkmatter::cpu {
 
@@ -291,6 +290,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prepare_rows(
 }  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("prepare_encoder", TORCH_BOX(&darkmatter::cpu::prepare_encoder));
-  m.impl("prepare_rows", TORCH_BOX(&darkmatter::cpu::prepare_rows));
+  m.impl("prepare_encoder", DARKMATTER_OP(&darkmatter::cpu::prepare_encoder));
+  m.impl("prepare_rows", DARKMATTER_OP(&darkmatter::cpu::prepare_rows));
 }

@@ -1,10 +1,9 @@
 // screen_intervals: the interval that screening gives each pre-activation, all of them, for tests and for looking at
 // how tight the bound is on some data. The encoders themselves never make this [N, F] array.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "cpu/screen/candidates.h"
+#include "registration.h"
 
 namespace darkmatter::cpu {
 
@@ -65,5 +64,5 @@ static std::tuple<Tensor, Tensor, Tensor> screen_intervals(
 }  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("screen_intervals", TORCH_BOX(&darkmatter::cpu::screen_intervals));
+  m.impl("screen_intervals", DARKMATTER_OP(&darkmatter::cpu::screen_intervals));
 }

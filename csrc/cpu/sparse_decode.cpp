@@ -1,12 +1,11 @@
 // sparse_decode and its two gradients: gathers and sums over the active latents only, float64 sums in a fixed order.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "cpu/active.h"
 #include "cpu/kernels/pool.h"
 #include "cpu/kernels/wide_rows.h"
+#include "registration.h"
 
 namespace darkmatter::cpu {
 
@@ -181,7 +180,7 @@ static Tensor decoder_outer(Tensor values, Tensor indices, OptionalTensor crow, 
 }  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("sparse_decode", TORCH_BOX(&darkmatter::cpu::sparse_decode));
-  m.impl("decoder_dot", TORCH_BOX(&darkmatter::cpu::decoder_dot));
-  m.impl("decoder_outer", TORCH_BOX(&darkmatter::cpu::decoder_outer));
+  m.impl("sparse_decode", DARKMATTER_OP(&darkmatter::cpu::sparse_decode));
+  m.impl("decoder_dot", DARKMATTER_OP(&darkmatter::cpu::decoder_dot));
+  m.impl("decoder_outer", DARKMATTER_OP(&darkmatter::cpu::decoder_outer));
 }

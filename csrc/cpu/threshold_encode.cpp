@@ -2,12 +2,11 @@
 //
 // Kept: h > threshold, strictly, and h that is NaN: a dense SAE would turn the whole row NaN, and dropping it would
 // hide that. try_threshold_encode leaves the tokens that screening does not help to its caller.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "cpu/screen/encode_tokens.h"
 #include "cpu/screen/rescore.h"
+#include "registration.h"
 
 namespace darkmatter::cpu {
 
@@ -269,6 +268,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> try_threshold_encode(
 }  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("threshold_encode", TORCH_BOX(&darkmatter::cpu::threshold_encode));
-  m.impl("try_threshold_encode", TORCH_BOX(&darkmatter::cpu::try_threshold_encode));
+  m.impl("threshold_encode", DARKMATTER_OP(&darkmatter::cpu::threshold_encode));
+  m.impl("try_threshold_encode", DARKMATTER_OP(&darkmatter::cpu::try_threshold_encode));
 }

@@ -1,10 +1,9 @@
 // to_dense: active latents as dense acts [N, F]. One write of the array; memory-bound.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 
 #include "cpu/active.h"
 #include "cpu/kernels/pool.h"
+#include "registration.h"
 
 namespace darkmatter::cpu {
 
@@ -33,4 +32,4 @@ static Tensor to_dense(Tensor values, Tensor indices, OptionalTensor crow, int64
 
 }  // namespace darkmatter::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) { m.impl("to_dense", TORCH_BOX(&darkmatter::cpu::to_dense)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) { m.impl("to_dense", DARKMATTER_OP(&darkmatter::cpu::to_dense)); }

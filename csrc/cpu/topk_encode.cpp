@@ -3,13 +3,12 @@
 // Each task finds the best k of its range of places for each of its tokens, by screening (top_k.h) or by exact
 // sums of all; the ranges are merged at the end, with the latents that need no place. try_topk_encode leaves the tokens
 // that screening does not help to its caller.
-#include <torch/csrc/stable/library.h>
-
 #include <numeric>
 #include <tuple>
 
 #include "cpu/screen/encode_tokens.h"
 #include "cpu/screen/top_k.h"
+#include "registration.h"
 
 namespace darkmatter::cpu {
 
@@ -152,6 +151,6 @@ static std::tuple<Tensor, Tensor, Tensor> try_topk_encode(
 }  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("topk_encode", TORCH_BOX(&darkmatter::cpu::topk_encode));
-  m.impl("try_topk_encode", TORCH_BOX(&darkmatter::cpu::try_topk_encode));
+  m.impl("topk_encode", DARKMATTER_OP(&darkmatter::cpu::topk_encode));
+  m.impl("try_topk_encode", DARKMATTER_OP(&darkmatter::cpu::try_topk_encode));
 }

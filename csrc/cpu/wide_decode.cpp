@@ -1,11 +1,10 @@
 // wide_decode, wide_dot: sparse_decode and decoder_dot of float64 numbers with weights of any type, not rounded: what
 // pursuit carries from step to step. The same gathers and sums in the same order; only what goes in and out is wider.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <vector>
 
 #include "cpu/active.h"
+#include "registration.h"
 
 namespace darkmatter::cpu {
 
@@ -77,6 +76,6 @@ static Tensor wide_dot(Tensor rows, Tensor indices, Tensor W_dec) {
 }  // namespace darkmatter::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CPU, m) {
-  m.impl("wide_decode", TORCH_BOX(&darkmatter::cpu::wide_decode));
-  m.impl("wide_dot", TORCH_BOX(&darkmatter::cpu::wide_dot));
+  m.impl("wide_decode", DARKMATTER_OP(&darkmatter::cpu::wide_decode));
+  m.impl("wide_dot", DARKMATTER_OP(&darkmatter::cpu::wide_dot));
 }

@@ -80,6 +80,6 @@ static std::tuple<Tensor, Tensor> find_support_fixed(Tensor acts, int64_t capaci
 }  // namespace darkmatter::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
-  m.impl("find_support", TORCH_BOX(&darkmatter::cuda::find_support));
-  m.impl("find_support_fixed", TORCH_BOX(&darkmatter::cuda::find_support_fixed));
+  m.impl("find_support", DARKMATTER_OP(&darkmatter::cuda::find_support));
+  m.impl("find_support_fixed", DARKMATTER_OP(&darkmatter::cuda::find_support_fixed));
 }

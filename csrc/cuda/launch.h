@@ -7,7 +7,6 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -17,6 +16,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "registration.h"
 
 namespace darkmatter::cuda {
 

@@ -184,5 +184,5 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prepare_encode
 }  // namespace darkmatter::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
-  m.impl("prepare_encoder", TORCH_BOX(&darkmatter::cuda::prepare_encoder));
+  m.impl("prepare_encoder", DARKMATTER_OP(&darkmatter::cuda::prepare_encoder));
 }

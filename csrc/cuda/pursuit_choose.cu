@@ -116,5 +116,5 @@ static Tensor pursuit_choose(
 }  // namespace darkmatter::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
-  m.impl("pursuit_choose", TORCH_BOX(&darkmatter::cuda::pursuit_choose));
+  m.impl("pursuit_choose", DARKMATTER_OP(&darkmatter::cuda::pursuit_choose));
 }

@@ -102,4 +102,6 @@ static void pursuit_step(
 
 }  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("pursuit_step", TORCH_BOX(&darkmatter::cuda::pursuit_step)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
+  m.impl("pursuit_step", DARKMATTER_OP(&darkmatter::cuda::pursuit_step));
+}

@@ -45,5 +45,5 @@ static std::tuple<Tensor, Tensor, Tensor> screen_intervals(
 }  // namespace darkmatter::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
-  m.impl("screen_intervals", TORCH_BOX(&darkmatter::cuda::screen_intervals));
+  m.impl("screen_intervals", DARKMATTER_OP(&darkmatter::cuda::screen_intervals));
 }

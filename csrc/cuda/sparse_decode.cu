@@ -134,7 +134,7 @@ static Tensor decoder_outer(Tensor values, Tensor indices, OptionalTensor crow, 
 }  // namespace darkmatter::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
-  m.impl("sparse_decode", TORCH_BOX(&darkmatter::cuda::sparse_decode));
-  m.impl("decoder_dot", TORCH_BOX(&darkmatter::cuda::decoder_dot));
-  m.impl("decoder_outer", TORCH_BOX(&darkmatter::cuda::decoder_outer));
+  m.impl("sparse_decode", DARKMATTER_OP(&darkmatter::cuda::sparse_decode));
+  m.impl("decoder_dot", DARKMATTER_OP(&darkmatter::cuda::decoder_dot));
+  m.impl("decoder_outer", DARKMATTER_OP(&darkmatter::cuda::decoder_outer));
 }

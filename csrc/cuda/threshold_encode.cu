@@ -242,6 +242,6 @@ static std::tuple<Tensor, Tensor, Tensor> threshold_encode(
 }  // namespace darkmatter::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
-  m.impl("threshold_encode", TORCH_BOX(&darkmatter::cuda::threshold_encode));
-  m.impl("threshold_encode_fixed", TORCH_BOX(&darkmatter::cuda::threshold_encode_fixed));
+  m.impl("threshold_encode", DARKMATTER_OP(&darkmatter::cuda::threshold_encode));
+  m.impl("threshold_encode_fixed", DARKMATTER_OP(&darkmatter::cuda::threshold_encode_fixed));
 }

@@ -26,4 +26,4 @@ static Tensor to_dense(Tensor values, Tensor indices, OptionalTensor crow, int64
 
 }  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("to_dense", TORCH_BOX(&darkmatter::cuda::to_dense)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("to_dense", DARKMATTER_OP(&darkmatter::cuda::to_dense)); }

@@ -91,4 +91,4 @@ static std::tuple<Tensor, Tensor> topk_encode(
 
 }  // namespace darkmatter::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("topk_encode", TORCH_BOX(&darkmatter::cuda::topk_encode)); }
+STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) { m.impl("topk_encode", DARKMATTER_OP(&darkmatter::cuda::topk_encode)); }

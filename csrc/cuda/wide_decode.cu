@@ -59,6 +59,6 @@ static Tensor wide_dot(Tensor rows, Tensor indices, Tensor W_dec) {
 }  // namespace darkmatter::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(darkmatter, CUDA, m) {
-  m.impl("wide_decode", TORCH_BOX(&darkmatter::cuda::wide_decode));
-  m.impl("wide_dot", TORCH_BOX(&darkmatter::cuda::wide_dot));
+  m.impl("wide_decode", DARKMATTER_OP(&darkmatter::cuda::wide_decode));
+  m.impl("wide_dot", DARKMATTER_OP(&darkmatter::cuda::wide_dot));
 }

@@ -15,6 +15,7 @@ from torch._C import _functorch  # type: ignore[attr-defined]
 
 from darkmatter_ext.ops._library import has_kernels
 from darkmatter_ext.runtime.inputs import InputError, StateError
+from darkmatter_ext.runtime.memory import out_of_memory
 
 INTEGERS = (Integral, torch.SymInt)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -83,8 +84,21 @@ _CONTENT_RULES = ("must not contain NaN", "indices: must be from", "crow: must")
 
 def below_autograd(op: Any, *arguments: Any) -> Any:
     """Call the kernel directly: torch.library's registered gradients cost at least some ten microseconds per call."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+    except RuntimeError as error:
+        _raise_by_type(error)
+        raise
+
+
+def _raise_by_type(error: RuntimeError) -> None:
+    """Raise what a kernel, which can only raise RuntimeErrors, says in one line as the type that Python has for it."""
+    line = str(error).split("\n", maxsplit=1)[0]
+    if any(rule in line for rule in _CONTENT_RULES):
+        raise InputError(line) from None
+    if out_of_memory(error):
+        raise torch.OutOfMemoryError(line) from None
 
 
 def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
@@ -93,6 +107,8 @@ def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
 
 def call(op: Any, *arguments: Any) -> Any:
     """Call an op; errors about the contents of an argument become a ValueError of one line, like all others.
+
+    Where memory ends, on the CPU too, torch.OutOfMemoryError is raised.
 
     The call goes below autograd if no argument requires a gradient, except while torch traces or transforms it: the
     tensors then do not show what they stand for.
@@ -106,9 +122,7 @@ def call(op: Any, *arguments: Any) -> Any:
             return op(*arguments)
         return below_autograd(op, *arguments)
     except RuntimeError as error:
-        line = str(error).split("\n", maxsplit=1)[0]
-        if any(rule in line for rule in _CONTENT_RULES):
-            raise InputError(line) from None
+        _raise_by_type(error)
         raise
 
 

@@ -89,13 +89,13 @@ def find_support(acts: Tensor, *, capacity: int | None = None) -> SparseActs:
     if capacity is not None:
         check_capacity(capacity, acts.shape[-1])
         return _support_within(acts, flat, capacity)
-    crow, col = _ops.find_support(flat.detach())
+    crow, col = call(_ops.find_support, flat.detach())
     token = torch.repeat_interleave(crow.diff(), output_size=col.shape[0])
     return SparseActs.ragged(crow, col, flat[token, col], acts.shape[-1], tuple(acts.shape[:-1]))
 
 
 def _support_within(acts: Tensor, flat: Tensor, capacity: int) -> SparseActs:
-    indices, found = _ops.find_support_fixed(flat.detach(), capacity)
+    indices, found = call(_ops.find_support_fixed, flat.detach(), capacity)
     left_over = torch.arange(capacity, device=acts.device) >= found.unsqueeze(1)
     values = flat.gather(1, indices).masked_fill(left_over, 0)
     batch = acts.shape[:-1]

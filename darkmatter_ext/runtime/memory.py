@@ -12,9 +12,10 @@ from darkmatter_ext.runtime.inputs import require
 LEAST_ADDRESS_SPACE = 4 << 30
 
 # What libraries say when the system gives no more memory: torch on the CPU and on a GPU, C++, the loader of libraries, files.
+# Before torch 2.13 its stable ABI does not say why an op of ours got no tensor.
 _OUT_OF_MEMORY = (
     "can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "failed to map segment",
-    "can't start new thread",
+    "can't start new thread", '"aten::new_', '"aten::contiguous"',
 )  # fmt: skip
 
 

@@ -8,12 +8,15 @@ import torch
 from cases.children import run_python
 
 import darkmatter_ext as dm
+from darkmatter_ext.ops import decode as ops_decode
+from darkmatter_ext.ops import unchecked
 from darkmatter_ext.ops.acts import SparseActs
 from darkmatter_ext.runtime.inputs import InputError
 
 D, F = 4, 6
 X, W_ENC, B_ENC, B_DEC = torch.randn(3, D), torch.randn(D, F), torch.randn(F), torch.randn(D)
 W_DEC = torch.randn(F, D)
+TELLS_WHY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # torch's stable ABI, why a call of it failed
 NAN_WEIGHTS = torch.full((D, F), float("nan"))
 
 
@@ -256,3 +259,40 @@ def test_unknown_instruction_set():
     run = run_python(program, DARKMATTER_CPU_ISA="sse9")
     assert run.stdout.startswith("DARKMATTER_CPU_ISA: must be scalar, avx2")
     assert run.stdout.endswith(", got sse9\n")
+
+
+# ---- no memory
+
+VAST = 1 << 42  # of float32 16 TiB, more than any system gives
+ZERO = torch.zeros(1, 1, dtype=torch.int64)
+MANY = X[:1, :1].expand(VAST, D)
+
+
+def one_of_vast(values=None):
+    return SparseActs.fixed(torch.ones(1, 1) if values is None else values, ZERO, VAST)
+
+
+WITHOUT_MEMORY = {
+    "to_dense": lambda: ops_decode.to_dense(one_of_vast()),
+    "to_dense unchecked": lambda: unchecked.to_dense(one_of_vast()),
+    "to_dense with a gradient": lambda: ops_decode.to_dense(one_of_vast(torch.ones(1, 1, requires_grad=True))),
+    "decoder_outer": lambda: ops_decode.decoder_outer(ragged_of_vast(), X[:1]),
+    "sparse_decode": lambda: dm.sparse_decode(one_of_vast(), MANY),
+    "find_support": lambda: dm.find_support(MANY),
+    "find_support unchecked": lambda: unchecked.find_support(MANY),
+    "topk_encode": lambda: dm.topk_encode(MANY, W_ENC, B_ENC, 2),
+    "threshold_encode": lambda: dm.threshold_encode(MANY, W_ENC, B_ENC, 0.0),
+    "prepare_encoder": lambda: dm.prepare_encoder(MANY.T, B_ENC[:1].expand(VAST)),
+}
+
+
+def ragged_of_vast():
+    return SparseActs.ragged(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), VAST, (1,))
+
+
+@pytest.mark.parametrize("name", WITHOUT_MEMORY)
+def test_a_lack_of_memory_is_the_error_that_torch_has_for_it(name):
+    """Who halves a batch catches it by its type or its words; torch's stable ABI names a line of its headers."""
+    with pytest.raises(torch.OutOfMemoryError, match="allocate memory" if TELLS_WHY else "aten::") as caught:
+        WITHOUT_MEMORY[name]()
+    assert len(str(caught.value).splitlines()) == 1

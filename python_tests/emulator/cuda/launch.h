@@ -6,10 +6,10 @@
 #include <cuda_runtime.h>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "registration.h"
 #include "tensor_core.h"
 
 namespace darkmatter::cuda {
