@@ -37,7 +37,7 @@ class FusedEncoder(torch.autograd.Function):
     """EleutherAI sparsify's approach: dense forward, and a backward that gathers the k active rows of each token."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """x [N, d], weight [F, d], bias [F]."""
         values, indices = F.linear(x, weight, bias).relu().topk(k, sorted=False)
         ctx.save_for_backward(x, weight, indices, values)
@@ -45,7 +45,7 @@ class FusedEncoder(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _indices: Any) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _indices: Any) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  (torch: *grads)
         """Gradients of x, weight, bias from the gradient of the k values."""
         x, weight, indices, values = ctx.saved_tensors
         grad = grad * (values > 0)
@@ -59,7 +59,7 @@ class FusedEncoder(torch.autograd.Function):
 
 def sparsify_step(x: Tensor, weight: Tensor, b_enc: Tensor, W_dec: Tensor, k: int) -> Tensor:
     """Encode and decode as sparsify trains: x_hat [N, d]."""
-    values, indices = FusedEncoder.apply(x, weight, b_enc, k)  # type: ignore[misc]
+    values, indices = FusedEncoder.apply(x, weight, b_enc, k)
     return embedding_bag_decode(values, indices, W_dec)
 
 

@@ -136,7 +136,7 @@ def _make_inputs(folder: Path) -> None:
     torch.manual_seed(0)
     words = [f"w{number}" for number in range(126)]
     inner = Tokenizer(models.WordLevel({w: n for n, w in enumerate(["<unk>", "<bos>", *words])}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[reportAttributeAccessIssue]
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

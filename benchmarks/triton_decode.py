@@ -6,8 +6,8 @@ Needs triton, which comes with torch on a GPU machine; import this where it is u
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-not-found]
-import triton.language as tl  # type: ignore[import-not-found]
+import triton  # pyright: ignore[reportMissingImports]  (installed with a CUDA torch only)
+import triton.language as tl  # pyright: ignore[reportMissingImports]  (the same)
 from torch import Tensor
 
 BLOCK = 256  # columns
@@ -32,5 +32,5 @@ def triton_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     n, k = values.shape
     d = W_dec.shape[1]
     out = torch.empty(n, d, dtype=W_dec.dtype, device=W_dec.device)
-    _decode[(n, triton.cdiv(d, BLOCK))](values, indices, W_dec, out, k, d, BLOCK)  # type: ignore[index]
+    _decode[(n, triton.cdiv(d, BLOCK))](values, indices, W_dec, out, k, d, BLOCK)  # pyright: ignore[reportIndexIssue]  (triton's decorator is unknown)
     return out

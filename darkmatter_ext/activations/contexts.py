@@ -109,7 +109,7 @@ def _dataset_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
     with told("tokenised", "must be a dataset that can be loaded", repr(name)):
         if (Path(name) / "state.json").exists():
             return load_from_disk(name)  # pyright: ignore[reportReturnType]  (a Dataset yields dicts)
-        return load_dataset(name, split=split, streaming=True)  # pyright: ignore[reportReturnType]
+        return load_dataset(name, split=split, streaming=True)
 
 
 def write_contexts(folder: Path, rows: Rows, *, n_contexts: int, context_length: int) -> ContextStore:

@@ -106,7 +106,7 @@ def transformer_blocks(network: nn.Module) -> nn.ModuleList:
 
     Raises ValueError if no module list has `config.num_hidden_layers` entries.
     """
-    n_layers: Any = network.config.num_hidden_layers  # type: ignore[union-attr]
+    n_layers: Any = network.config.num_hidden_layers  # pyright: ignore[reportAttributeAccessIssue]  (nn.Module)
     for module in network.modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_layers:
             return module
@@ -120,7 +120,7 @@ def _place(network: nn.Module, point: HookPoint) -> tuple[nn.Module, str]:
         return block, "input"
     if point.kind == "hook_resid_post":
         return block, "output"
-    family: Any = network.config.model_type  # type: ignore[union-attr]
+    family: Any = network.config.model_type  # pyright: ignore[reportAttributeAccessIssue]  (nn.Module)
     if family not in FAMILIES:
         raise InputError(
             f"hook: {point.kind} must be read from a model of {', '.join(FAMILIES)}, got {point.name} of a {family} "

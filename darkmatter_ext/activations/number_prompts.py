@@ -84,7 +84,11 @@ class Prompts(NamedTuple):
 
     def those(self, chosen: Tensor) -> Prompts:
         """The prompts at some places, [m] int64."""
-        return Prompts(*(column if isinstance(column, int) else column[chosen] for column in self))  # type: ignore[arg-type]
+
+        def of(column: Any) -> Any:
+            return column if isinstance(column, int) else column[chosen]
+
+        return Prompts(*map(of, self))
 
 
 def sum_prompts(ids: Ids, values: Sequence[int], *, seed: int, most: int = MOST_PROMPTS) -> Prompts | None:

@@ -124,7 +124,7 @@ def load_model(
             del blocks[n_layers:]
             network.config.num_hidden_layers = n_layers
     if not device_map:
-        network.to(torch.device(device))  # type: ignore[arg-type]  (transformers wraps nn.Module.to)
+        network.to(torch.device(device))  # pyright: ignore[reportArgumentType]  (transformers wraps it)
     return network.eval()
 
 

@@ -240,7 +240,7 @@ def with_insertions(document: Document, insertion: str, *, every: int) -> Docume
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token in front of a context: BOS, or EOS if the tokenizer has no BOS, as in TransformerLens and SAELens."""
     found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return None if found is None else int(found)  # pyright: ignore[reportArgumentType]
+    return None if found is None else int(found)  # pyright: ignore[reportArgumentType]  (of a tokenizer's many types)
 
 
 def bos_note(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool) -> str:

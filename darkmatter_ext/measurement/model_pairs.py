@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ def _trained(
     settings: Settings,
     own: ToTrain,
     tokens: StoredTokens,
-    key: Mapping[str, object],
+    key: Mapping[str, Any],
     x: Callable[[], Tensor],
     stages: Stages,
 ) -> OwnSae:
@@ -114,7 +114,7 @@ def _trained(
     made = {"activations": tokens.cache.folder.name, "roles": roles, "training": dataclasses.asdict(training)}
     folder = cache_dir("saes") / f"{kind}-{own.width}-{fingerprint(**made, **key)}"
     with stages.stage(f"train {kind}", training.steps) as advance:
-        ensure_trained(folder, lambda: x().to(settings.device), training, key["metadata"], advance)  # type: ignore[arg-type]
+        ensure_trained(folder, lambda: x().to(settings.device), training, key["metadata"], advance)
     return OwnSae(load_sae(folder, device=settings.device), folder)
 
 

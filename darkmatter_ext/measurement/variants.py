@@ -143,7 +143,7 @@ def tuned_variant(
     content = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
     def change(network: PreTrainedModel) -> None:
-        network.to(torch.device(device))  # type: ignore[arg-type]  (transformers wraps nn.Module.to)
+        network.to(torch.device(device))  # pyright: ignore[reportArgumentType]  (transformers wraps it)
         tune(network, linear_layers(network, up_to=layer), rows, config, progress=progress)
 
     return _kept("tuned", model, change, layer=layer, rows=content, config=dataclasses.asdict(config))

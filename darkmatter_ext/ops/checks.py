@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # type: ignore[attr-defined]
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  (no stub)
 
 from darkmatter_ext.ops._library import has_kernels
 from darkmatter_ext.runtime.inputs import InputError, StateError
@@ -65,7 +65,7 @@ def check_device(op: str, name: str, tensor: Tensor) -> None:
 def check_capacity(capacity: object, n_latents: int) -> None:
     if isinstance(capacity, bool) or not isinstance(capacity, INTEGERS):
         raise TypeError(f"capacity: must be an int or None, got {type(capacity).__name__}")
-    if not 0 <= capacity <= n_latents:  # type: ignore[operator]
+    if not 0 <= capacity <= n_latents:  # pyright: ignore[reportOperatorIssue]  (Integral has no order)
         raise InputError(f"capacity: must be from 0 to {n_latents} (latents), got {capacity}")
 
 

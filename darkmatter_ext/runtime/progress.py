@@ -69,4 +69,4 @@ class Stages:
         seconds = time.perf_counter() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         if self._lines:
-            print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)  # noqa: T201  (for the one who waits)

@@ -17,15 +17,18 @@ from darkmatter_ext.saes.drop_in_state import State
 _STATE = "_darkmatter_state"
 
 
-class Accelerated:
+# An accelerated class has a class of its library after the class below: `super()` there, which type checkers cannot know.
+if TYPE_CHECKING:
+    from typing import Any as Library
+else:
+    Library = object
+
+
+class Accelerated(Library):
     """What every accelerated object has. Created by `accelerate`, never by hand."""
 
     _architecture: Any  # a Packing
     _library: str  # its name in `stats`
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
 
     @property
     def _fast(self) -> State:
@@ -48,12 +51,12 @@ class Accelerated:
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._fast.forget()
-        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+        return super()._apply(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Same as torch; also repacks the weights."""
         self._fast.forget()
-        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+        return super().load_state_dict(*args, **kwargs)
 
 
 Surface = Callable[[type], tuple[type[Accelerated], dict[str, Any]]]  # a library's class -> methods, other members

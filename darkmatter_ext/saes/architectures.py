@@ -27,11 +27,11 @@ class _RowsOf(torch.autograd.Function):
     """The packed rows [F, d], not copied, with the gradient of the W_enc [d, F] they were packed from."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, W_enc: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, rows: Tensor, W_enc: Tensor) -> Tensor:
         return rows.view_as(rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]  (torch: *grads)
         return None, grad.mT
 
 
@@ -39,11 +39,11 @@ class _ValueWithGradientOf(torch.autograd.Function):
     """The first argument's value, the second's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, source: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor, source: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]  (torch: *grads)
         return None, grad
 
 
@@ -437,10 +437,10 @@ def architecture_of(plain: type) -> Architecture:
 
     if issubclass(plain, TemporalSAE):
         why = "its codes depend on the tokens before, through attention, not on one token's latents"
-    elif plain.encode not in known_encoders() or plain.decode not in known_decoders():  # type: ignore[attr-defined]
+    elif plain.encode not in known_encoders() or plain.decode not in known_decoders():
         why = "its encode or decode is not one of SAELens' own inference classes that are known here"
-    elif known_encoders()[plain.encode].writes_elsewhere != issubclass(plain, SaeLensTranscoder):  # type: ignore[attr-defined]
+    elif known_encoders()[plain.encode].writes_elsewhere != issubclass(plain, SaeLensTranscoder):
         why = "the encode of a transcoder in an SAE, or the other way round"
     else:
-        return known_encoders()[plain.encode]  # type: ignore[attr-defined]
+        return known_encoders()[plain.encode]
     raise InputError(f"sae: must be an SAE that can be accelerated, got {plain.__name__} ({why})")

@@ -286,14 +286,14 @@ class AcceleratedDictionary(ABC, Accelerated):
     def encode(self, x: Tensor, *given: Any, **named: Any) -> Any:
         """Latent activations [..., F] of x [..., d], like the library's encode, which answers calls that want other results."""
         if torch.compiler.is_compiling():
-            return super().encode(x, *given, **named)  # type: ignore[misc]
+            return super().encode(x, *given, **named)
         state, architecture = self._fast, self._architecture
         small = stepping_aside.is_small_encode(x, self.dict_size, architecture.dense_cost)
         options = _named(architecture.encode_options, given, named)
         ready = SMALL if small else self._look_at_encoder(state, x, options)
         if isinstance(ready, str) or options is None:
             state.count("encode", ready if isinstance(ready, str) else _NO_SUCH_CALL)
-            acts = super().encode(x, *given, **named)  # type: ignore[misc]
+            acts = super().encode(x, *given, **named)
             if state.back_off.left and type(acts) is Tensor and not transforms_active():
                 state.back_off.after_dense(acts)
             return acts
@@ -301,37 +301,37 @@ class AcceleratedDictionary(ABC, Accelerated):
 
     def decode(self, *given: Any, **named: Any) -> Tensor:
         """Reconstruction [..., d] from acts [..., F], like the library's decode, but reads only the rows of active latents."""
-        acts = next(iter((*given, *named.values())), None)
+        acts: Any = next(iter((*given, *named.values())), None)
         as_known = len(given) + len(named) == 1 and named.keys() <= {self._architecture.acts_name}
         if torch.compiler.is_compiling() or not as_known:
-            return super().decode(*given, **named)  # type: ignore[misc]
+            return super().decode(*given, **named)
         state = self._fast
         small = stepping_aside.is_small_decode(acts, self.dict_size, self.activation_dim)
         decoder = SMALL if small else self._look_at_decoder(state, acts)
         if not isinstance(decoder, str):
-            support = unchecked.find_support(acts.detach())  # type: ignore[union-attr]
-            if support.values.numel() <= DECODE_DENSITY * acts.numel():  # type: ignore[union-attr]
+            support = unchecked.find_support(acts.detach())
+            if support.values.numel() <= DECODE_DENSITY * acts.numel():
                 state.count("decode")
                 return unchecked.sparse_decode(support, decoder.rows, self._architecture.b_dec(self))
             decoder = TOO_DENSE
         state.count("decode", decoder)
-        return super().decode(acts)  # type: ignore[misc]
+        return super().decode(acts)
 
     def forward(self, x: Tensor, *given: Any, **named: Any) -> Any:
         """The library's forward, with latents kept sparse in between."""
         if torch.compiler.is_compiling():
-            return super().forward(x, *given, **named)  # type: ignore[misc]
+            return super().forward(x, *given, **named)
         state = self._fast
         if stepping_aside.is_small_forward(x, self.dict_size, self._architecture.dense_cost):
             state.count("forward", SMALL)
-            return super().forward(x, *given, **named)  # type: ignore[misc]
+            return super().forward(x, *given, **named)
         options = _named(self._architecture.forward_options, given, named)
         ready = self._why_not_forward(options) or self._look_at_encoder(state, x, {})
         decoder = ready if isinstance(ready, str) else self._look_at_decoder(state, None)
         if isinstance(ready, str) or isinstance(decoder, str) or options is None:
             state.count("forward", decoder if isinstance(decoder, str) else _NO_SUCH_CALL)
             with state.back_off.one_call():
-                return super().forward(x, *given, **named)  # type: ignore[misc]
+                return super().forward(x, *given, **named)
         found = self._encoded(state, x, ready, {}, "forward")
         x_hat = self._decoded(found, decoder)
         return (x_hat, dense_acts(found)) if options.get("output_features") else x_hat
@@ -415,7 +415,7 @@ class AcceleratedDictionary(ABC, Accelerated):
         handed_over, tokens, dense = undecided.numel(), acts.n_tokens, None
         if handed_over:
             rows = x.reshape(tokens, x.shape[-1])
-            dense = super().encode(rows if handed_over == tokens else rows[undecided], **options)  # type: ignore[misc]
+            dense = super().encode(rows if handed_over == tokens else rows[undecided], **options)
         state.count_tried(method, acts, x.shape[-1], dense)
         return Pass(acts, undecided, dense)
 
@@ -424,7 +424,7 @@ class AcceleratedDictionary(ABC, Accelerated):
         bias = self._architecture.b_dec(self)
         if dense is None:
             return unchecked.sparse_decode(acts, decoder.rows, bias)
-        x_hat = super().decode(dense)  # type: ignore[misc]
+        x_hat = super().decode(dense)
         if undecided.numel() < acts.n_tokens:
             others = unchecked.sparse_decode(acts, decoder.rows, bias)
             x_hat = others.reshape(acts.n_tokens, others.shape[-1]).index_copy(0, undecided, x_hat)

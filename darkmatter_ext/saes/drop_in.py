@@ -46,13 +46,13 @@ class _DenseGradDecode(torch.autograd.Function):
     """x_hat = acts W_dec + b_dec from the support of acts, with the same dense gradient of acts as SAELens."""
 
     @staticmethod
-    def forward(ctx: Any, acts: Tensor, W_dec: Tensor, b_dec: Tensor, rows: Tensor, support: SparseActs) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, acts: Tensor, W_dec: Tensor, b_dec: Tensor, rows: Tensor, support: SparseActs) -> Tensor:
         ctx.save_for_backward(acts, W_dec)
         ctx.support = support
         return sparse_decode(support, rows, b_dec)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  (torch: *grads)
         acts, W_dec = ctx.saved_tensors
         wants_acts, wants_weights, wants_bias = ctx.needs_input_grad[:3]
         flat = grad.reshape(-1, grad.shape[-1])
@@ -95,7 +95,7 @@ class AcceleratedSAE(Accelerated):
         if latents is not None:
             return self._encode_some(x, latents)
         if torch.compiler.is_compiling():
-            return super().encode(x)  # type: ignore[misc]
+            return super().encode(x)
         state = self._fast
         small = self._architecture.is_linear and stepping_aside.is_small_encode(
             x, self.cfg.d_sae, self._architecture.dense_cost
@@ -104,7 +104,7 @@ class AcceleratedSAE(Accelerated):
         if isinstance(ready, str):
             state.last_pass = None
             state.count("encode", ready)
-            acts = super().encode(x)  # type: ignore[misc]
+            acts = super().encode(x)
             if state.back_off.left and type(acts) is Tensor and not transforms_active():
                 state.back_off.after_dense(acts)
             return acts
@@ -116,7 +116,7 @@ class AcceleratedSAE(Accelerated):
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction from feature_acts [..., d_sae], like SAELens' decode, but reading only the rows of active latents."""
         if torch.compiler.is_compiling():
-            return super().decode(feature_acts)  # type: ignore[misc]
+            return super().decode(feature_acts)
         state = self._fast
         small = stepping_aside.is_small_decode(feature_acts, self.cfg.d_sae, self.cfg.d_in)
         decoder = SMALL if small else look_at_decoder(self, state, feature_acts, dense=True)
@@ -127,7 +127,7 @@ class AcceleratedSAE(Accelerated):
                 decoder = TOO_DENSE
         state.count("decode", decoder if isinstance(decoder, str) else "")
         if isinstance(decoder, str) or support is None:
-            return super().decode(feature_acts)  # type: ignore[misc]
+            return super().decode(feature_acts)
         bias = self._architecture.decoder_bias(self)
         scale = decoder_scale(self, decoder)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (feature_acts, self.W_dec, self.b_dec)):
@@ -141,20 +141,20 @@ class AcceleratedSAE(Accelerated):
     def forward(self, x: Tensor) -> Tensor:
         """SAELens' forward. Latents stay sparse in between unless a hook needs them dense."""
         if torch.compiler.is_compiling():
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)
         state = self._fast
         architecture = self._architecture
         if architecture.is_linear and stepping_aside.is_small_forward(x, self.cfg.d_sae, architecture.dense_cost):
             state.last_pass = None
             state.count("forward", SMALL)
-            return super().forward(x)  # type: ignore[misc]  # its encodes are small too
+            return super().forward(x)  # its encodes are small too
         ready = look_at_encoder(self, state, x, sparse=True)
         decoder = ready if isinstance(ready, str) else look_at_decoder_after(self, state, ready)
         if isinstance(ready, str) or isinstance(decoder, str) or self._is_overridden():
             state.last_pass = None
             state.count("forward", decoder if isinstance(decoder, str) else "forward, encode or decode is overridden")
             with state.back_off.one_call():
-                return super().forward(x)  # type: ignore[misc]
+                return super().forward(x)
         sae_out = reconstructed(self, encode_pass(self, state, x, ready, "forward"), decoder)
         if architecture.writes_elsewhere:
             return architecture.finish_forward(self, x, sae_out)
@@ -194,7 +194,7 @@ class AcceleratedSAE(Accelerated):
         decoder = look_at_decoder(self, state, acts.values)
         state.count("decode_sparse", decoder if isinstance(decoder, str) else "")
         if isinstance(decoder, str):
-            return super().decode(to_dense(acts))  # type: ignore[misc]
+            return super().decode(to_dense(acts))
         scale = decoder_scale(self, decoder)
         scaled = acts if scale is None else acts.scaled(scale)
         x_hat = sparse_decode(scaled, decoder_rows(self, decoder), self._architecture.decoder_bias(self))
@@ -210,7 +210,7 @@ class AcceleratedSAE(Accelerated):
 
     def _is_overridden(self) -> bool:
         attributes = self.__dict__
-        forward = plain_class(type(self)).forward  # type: ignore[attr-defined]
+        forward = plain_class(type(self)).forward
         return forward not in known_forwards() or "encode" in attributes or "decode" in attributes
 
     def _encode_some(self, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
@@ -228,24 +228,24 @@ class AcceleratedSAE(Accelerated):
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         """Same as SAELens; W_enc is saved contiguous, because safetensors accepts nothing else."""
-        super().process_state_dict_for_saving(state_dict)  # type: ignore[misc]
+        super().process_state_dict_for_saving(state_dict)
         if SAVES_MEMORY in self.__dict__ and "W_enc" in state_dict:
             state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
     def fold_and_get_W_dec_norm(self) -> Tensor:
         """Same as SAELens; also repacks the weights."""
         self._fast.forget()
-        return super().fold_and_get_W_dec_norm()  # type: ignore[misc]
+        return super().fold_and_get_W_dec_norm()
 
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """Same as SAELens; also repacks the weights."""
         self._fast.forget()
-        super().fold_activation_norm_scaling_factor(scaling_factor)  # type: ignore[misc]
+        super().fold_activation_norm_scaling_factor(scaling_factor)
 
     def fold_activation_whitening(self, *args: Any, **kwargs: Any) -> None:
         """Same as SAELens; also repacks the weights."""
         self._fast.forget()
-        super().fold_activation_whitening(*args, **kwargs)  # type: ignore[misc]
+        super().fold_activation_whitening(*args, **kwargs)
 
 
 def _latent_numbers(latents: Tensor | Sequence[int], d_sae: int) -> Tensor:
@@ -332,13 +332,13 @@ def accelerate(sae: _Module, *, save_memory: bool = False) -> _Module:
 def _save_memory(sae: Any) -> None:
     if not isinstance(sae, AcceleratedSAE):
         raise InputError(f"save_memory: must be False for a {plain_class(type(sae)).__name__}, got True")
-    vars(sae)[SAVES_MEMORY] = True
+    sae.__dict__[SAVES_MEMORY] = True
 
 
 def deaccelerate(sae: _Module) -> _Module:
     """Give an accelerated SAE its library's class back, in place; any other object is returned unchanged."""
     if isinstance(sae, Accelerated):
-        saves = vars(sae).pop(SAVES_MEMORY, False)
+        saves = sae.__dict__.pop(SAVES_MEMORY, False)
         make_plain(sae)  # afterwards no packed weights hold the storage of W_enc
         if saves and "W_enc" in sae._parameters:
             lay_contiguous(sae.W_enc)

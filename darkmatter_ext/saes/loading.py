@@ -184,7 +184,7 @@ def _from_disk(layout: Format, place: Place, device: str) -> SAE:
         "sae", f"must be a complete SAE in {layout.name} format", place.weights if place.shared else place.folder
     ):
         kind: type[SAE] = CLASSES.get(layout.config(place)["architecture"], SAE)
-        return kind.load_from_disk(place.folder, device=device, converter=layout.converter(place))  # type: ignore[arg-type]  (it takes a Path)
+        return kind.load_from_disk(place.folder, device=device, converter=layout.converter(place))
 
 
 def _from_hub(spec: str, device: str, dtype: str) -> SAE:

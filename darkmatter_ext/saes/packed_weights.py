@@ -210,7 +210,7 @@ class Packed:
         if state is not None and len(state[0]) == len(seen):
             watched, value, sample = state
             same = all(each.unchanged(weight) for each, weight in zip(watched, seen, strict=True))
-            if same and (sample is None or torch.equal(sample, _all_gathered(watched))):  # type: ignore[arg-type]
+            if same and (sample is None or torch.equal(sample, _all_gathered(watched))):  # pyright: ignore[reportArgumentType]  (as the sample was)
                 if value is CHANGING:
                     return self._renew(seen, len(weights), derive=True)
                 self._renewals = 0

@@ -25,7 +25,7 @@ class ReadWhenUsed(Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], like: Tensor, compute: Callable[[], Tensor]) -> ReadWhenUsed:
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         self._compute, self._value = compute, None
         return self
 

@@ -27,7 +27,7 @@ def _is_alone(W_enc: Any) -> bool:
     if storage.nbytes() != W_enc.numel() * W_enc.element_size():
         return False
     # Two: the parameter and `storage`. Views, numpy arrays and tied parameters each add to the count.
-    return torch._C._storage_Use_Count(storage._cdata) == 2  # type: ignore[attr-defined]
+    return torch._C._storage_Use_Count(storage._cdata) == 2
 
 
 @torch.no_grad()

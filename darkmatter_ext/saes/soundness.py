@@ -24,8 +24,8 @@ GRADIENTS = "a gradient may be wanted: left to the library (torch.no_grad() make
 def transforms_active() -> bool:
     """Whether functorch (vmap, grad, jvp), forward-mode AD or a dispatch mode is active: each needs to see torch's own ops."""
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
-        or torch._C._len_torch_dispatch_stack() > 0  # type: ignore[attr-defined]
+        torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]  (no stub)
+        or torch._C._len_torch_dispatch_stack() > 0
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )

@@ -61,7 +61,7 @@ def sparse_coder_surface(plain: type) -> tuple[type[Accelerated], dict[str, Any]
 
 def _output_class(plain: type) -> Any:
     """sparsify's EncoderOutput, as the module of its encode imports it."""
-    return getattr(sys.modules[plain.encode.__module__], "EncoderOutput", None)  # type: ignore[attr-defined]
+    return getattr(sys.modules[plain.encode.__module__], "EncoderOutput", None)
 
 
 class AcceleratedSparseCoder(Accelerated):
@@ -73,13 +73,13 @@ class AcceleratedSparseCoder(Accelerated):
         Reading pre_acts after the encoder's weights were edited raises RuntimeError.
         """
         if torch.compiler.is_compiling():
-            return super().encode(x)  # type: ignore[misc]
+            return super().encode(x)
         state = self._fast
         small = stepping_aside.is_small_encode(x, self.num_latents, stepping_aside.TOPK_COST)
         ready = SMALL if small else self._look(state, x)
         if isinstance(ready, str):
             state.count("encode", ready)
-            found = super().encode(x)  # type: ignore[misc]
+            found = super().encode(x)
             for waits in (state.back_off, state.reads):
                 waits.after_dense(found.top_acts[..., :0])  # k latents are never too many
             return found
@@ -132,7 +132,7 @@ class AcceleratedSparseCoder(Accelerated):
         none = None
         if undecided.numel():
             rows = x.reshape(tokens, x.shape[-1])[undecided]
-            found = super().encode(rows)  # type: ignore[misc]
+            found = super().encode(rows)
             shape, none = values.shape, found.top_acts[:, :0]
             values = values.reshape(tokens, -1).index_copy(0, undecided, found.top_acts).reshape(shape)
             indices = indices.reshape(tokens, -1).index_copy(0, undecided, found.top_indices).reshape(shape)

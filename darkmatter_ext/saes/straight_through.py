@@ -17,14 +17,14 @@ from torch import Tensor
 
 class _Estimator(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: float, to_input: bool, is_value: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: float, to_input: bool, is_value: bool) -> Tensor:
         ctx.save_for_backward(pre, threshold)
         ctx.settings = width, to_input, is_value
         passes = pre > threshold
         return pre * passes if is_value else passes.to(pre)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  (torch: *grads)
         (pre, threshold), (width, to_input, is_value) = ctx.saved_tensors, ctx.settings
         near = ((pre - threshold) / width).abs() < 0.5
         jumped = grad * near * (threshold / width if is_value else 1 / width)

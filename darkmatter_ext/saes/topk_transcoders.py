@@ -38,7 +38,7 @@ class TopKSkipTranscoderConfig(SkipTranscoderConfig):
 class TopKTranscoder(Transcoder):
     """relu of the k largest of x @ W_enc + b_enc, times W_dec, plus b_dec."""
 
-    cfg: TopKTranscoderConfig  # type: ignore[assignment]
+    cfg: TopKTranscoderConfig  # pyright: ignore[reportIncompatibleVariableOverride]  (as SAELens does)
 
     def get_activation_fn(self) -> Any:
         return TopK(self.cfg.k)
@@ -55,7 +55,7 @@ class TopKTranscoder(Transcoder):
 class TopKSkipTranscoder(SkipTranscoder, TopKTranscoder):
     """A TopKTranscoder plus x @ W_skip.T."""
 
-    cfg: TopKSkipTranscoderConfig  # type: ignore[assignment]
+    cfg: TopKSkipTranscoderConfig  # pyright: ignore[reportIncompatibleVariableOverride]  (as SAELens does)
 
 
 CONFIGS = {"topk_transcoder": TopKTranscoderConfig, "topk_skip_transcoder": TopKSkipTranscoderConfig}

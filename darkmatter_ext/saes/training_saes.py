@@ -317,7 +317,7 @@ class AcceleratedTrainingSAE(Accelerated):
         state, found = self._fast, self._begun(step_input.sae_in)
         if isinstance(found, str):
             state.count("training_forward_pass", found)
-            output = super().training_forward_pass(step_input)  # type: ignore[misc]
+            output = super().training_forward_pass(step_input)
             if found == TOO_MANY:  # only for JumpReLU, whose latents SAELens returns dense
                 self._remember(state, output.feature_acts.detach())
             return output

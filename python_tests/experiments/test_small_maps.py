@@ -38,7 +38,10 @@ def _noise(x):
 
 def test_an_error_that_is_quadratic_is_found_quadratic():
     """e = x_i x_(i+1) and half as much noise: R2 is 1 / 1.25."""
-    products = lambda x: x * x.roll(1, 1)  # noqa: E731
+
+    def products(x):
+        return x * x.roll(1, 1)
+
     numbers = map_numbers(_sides(lambda x: products(x) + 0.5 * _noise(x)), None, SETTINGS)
     assert numbers["r2/quadratic"] == pytest.approx(0.8, abs=0.02)
     assert abs(numbers["r2/linear"]) < 0.01

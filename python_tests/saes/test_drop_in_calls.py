@@ -236,7 +236,7 @@ def test_where_the_processor_multiplies_16_bits_in_tiles_small_weights_stay_with
     relu, topk = stepping_aside.RELU_COST, stepping_aside.TOPK_COST
     half, single = torch.zeros(256, 768, dtype=torch.bfloat16), torch.zeros(256, 768)
     for has_tiles in (True, False):
-        monkeypatch.setattr(stepping_aside, "_has_tiles", lambda: has_tiles)  # noqa: B023
+        monkeypatch.setattr(stepping_aside, "_has_tiles", lambda has_tiles=has_tiles: has_tiles)
         assert stepping_aside.is_small_encode(half, 4096, relu) == has_tiles
         assert stepping_aside.is_small_forward(half, 4096, relu) == has_tiles
         assert stepping_aside.is_small_decode(torch.zeros(64, 4096).half(), 4096, 768) == has_tiles

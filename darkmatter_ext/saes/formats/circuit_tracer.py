@@ -19,7 +19,7 @@ def _shapes(place: Place) -> dict[str, tuple[list[int], str]]:
     from safetensors import safe_open
 
     with safe_open(place.weights, framework="pt") as file:
-        return {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+        return {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118  (it cannot be iterated)
 
 
 def _config(place: Place) -> Config:
