@@ -26,7 +26,7 @@ from darkmatter_ext.report.explanations import explained_results
 from darkmatter_ext.report.figures import Drawn, save_figures
 from darkmatter_ext.report.page import Section, write_page
 from darkmatter_ext.report.result import Result
-from darkmatter_ext.runtime.inputs import InputError, reason
+from darkmatter_ext.runtime.inputs import InputError, out_of_memory, reason
 
 
 def names() -> list[str]:
@@ -83,9 +83,11 @@ def _shows(results: Sequence[Result]) -> Iterator[None]:
     """Report in one line what an experiment misses in a result from a file; the traceback stays with the exception."""
     try:
         yield
-    except (InputError, OSError, MemoryError):
+    except (InputError, OSError):
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         versions = [own for result in results if isinstance(own := result.provenance.get("versions"), dict)]
         names = ", ".join(f"{result.experiment} file" for result in results)
         made = ", ".join(sorted({str(own.get("darkmatter_ext")) for own in versions})) or "another version"

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]  (no stub)
 
 from darkmatter_ext.ops._library import has_kernels
-from darkmatter_ext.runtime.inputs import InputError, StateError
-from darkmatter_ext.runtime.memory import out_of_memory
+from darkmatter_ext.runtime.inputs import InputError, StateError, out_of_memory
 
 INTEGERS = (Integral, torch.SymInt)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -56,9 +56,26 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 4]} ..."
 
 
+# What libraries say when the system gives no more memory: torch on the CPU and on a GPU, C++, the loader of libraries, files.
+# Before torch 2.13 its stable ABI does not say why an op of ours got no tensor.
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "failed to map segment",
+    "can't start new thread", '"aten::new_', '"aten::contiguous"',
+)  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of any library says that there is no more memory."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
+
+
 @contextmanager
 def told(argument: str, rule: str, given: object) -> Iterator[None]:
-    """Turn the various errors of other libraries into one line: `argument: rule, got given (reason)`."""
+    """Turn the various errors of other libraries into one line: `argument: rule, got given (reason)`.
+
+    A tensor that finds no memory is one of them: a damaged file may ask for any size.
+    """
     try:
         yield
     except (InputError, MemoryError):

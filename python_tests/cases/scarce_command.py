@@ -19,14 +19,10 @@ from typing import Any
 import torch
 
 from cases.forked_commands import arguments, outcome, start, status
-from darkmatter_ext.runtime import memory
+from darkmatter_ext import cli
 
-LIMITS = [
-    1 << 28,
-    1 << 31,
-    memory.LEAST_ADDRESS_SPACE - (1 << 20),
-    memory.LEAST_ADDRESS_SPACE,
-]  # bytes of address space
+LEAST = cli.LEAST_ADDRESS_SPACE
+LIMITS = [1 << 28, 1 << 31, LEAST - (1 << 20), LEAST]  # bytes of address space
 ROOMS = [1 << step for step in range(20, 31, 2)]  # the same beyond those of the interpreter that forks
 SECONDS = 120  # a run that takes longer waits for ever, and is ended
 GAPS = (0.0, 0.3, 1.0)  # seconds between the starts of two processes
@@ -74,7 +70,7 @@ class Command:
 def little_memory(command: Command) -> Iterator[Found]:
     """With each limit. Then with each room, as if no limit were too low to begin; and, if it was, on what that run left."""
     for limit in LIMITS:
-        yield {"limit": limit} | command.run(f"out{limit}", before=lambda limit=limit: _bound(limit, least=LIMITS[-1]))
+        yield {"limit": limit} | command.run(f"out{limit}", before=lambda limit=limit: _bound(limit, least=LEAST))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for room in ROOMS:
         found = command.run(f"out{room}", before=lambda room=room: _bound(used + room, least=0))
@@ -84,7 +80,7 @@ def little_memory(command: Command) -> Iterator[Found]:
 
 
 def _bound(limit: int, least: int) -> None:
-    memory.LEAST_ADDRESS_SPACE = least
+    cli.LEAST_ADDRESS_SPACE = least
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 

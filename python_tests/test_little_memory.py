@@ -8,20 +8,19 @@ import torch
 from cases.children import TESTS, environment_of_children
 
 from darkmatter_ext import cli
-from darkmatter_ext.runtime import memory
-from darkmatter_ext.runtime.inputs import InputError
+from darkmatter_ext.runtime.inputs import InputError, out_of_memory
 
 GIB = 1 << 30
 
 
 def test_a_limit_below_the_least_is_told(monkeypatch):
-    for limit, told in [(memory.LEAST_ADDRESS_SPACE - 1, 4095), (GIB, 1024), (0, 0)]:
-        monkeypatch.setattr(memory.resource, "getrlimit", lambda _, limit=limit: (limit, memory.resource.RLIM_INFINITY))
-        with pytest.raises(InputError, match=f"must be at least 4096 MiB or unlimited .*, got {told}$"):
-            memory.require_address_space()
-    for limit in (memory.LEAST_ADDRESS_SPACE, memory.resource.RLIM_INFINITY):
-        monkeypatch.setattr(memory.resource, "getrlimit", lambda _, limit=limit: (limit, limit))
-        memory.require_address_space()
+    for limit, shown in [(cli.LEAST_ADDRESS_SPACE - 1, 4095), (GIB, 1024), (0, 0)]:
+        monkeypatch.setattr(cli.resource, "getrlimit", lambda _, limit=limit: (limit, cli.resource.RLIM_INFINITY))
+        with pytest.raises(InputError, match=f"must be at least 4096 MiB or unlimited .*, got {shown}$"):
+            cli._require_address_space()
+    for limit in (cli.LEAST_ADDRESS_SPACE, cli.resource.RLIM_INFINITY):
+        monkeypatch.setattr(cli.resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        cli._require_address_space()
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -43,6 +42,6 @@ def test_every_command_is_told_before_it_begins(name, tmp_path):
 def test_what_libraries_say_without_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.int8)
-    assert memory.out_of_memory(caught.value)
-    assert memory.out_of_memory(MemoryError())
-    assert not memory.out_of_memory(RuntimeError("shape '[3]' is invalid for input of size 4"))
+    assert out_of_memory(caught.value)
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("shape '[3]' is invalid for input of size 4"))
