@@ -10,7 +10,7 @@ from cases.ops import DTYPES, N_PACKED, ON_CUDA, TOLERANCE
 
 import darkmatter_ext as dm
 from darkmatter_ext.ops import _library, pursuit_cuda, reference
-from darkmatter_ext.ops.decode import decoder_outer
+from darkmatter_ext.ops.decode import decoder_outer, to_dense
 from darkmatter_ext.ops.encode import screen_intervals
 
 pytestmark = [
@@ -297,6 +297,12 @@ def test_memory_of_an_encode():
     torch.cuda.reset_peak_memory_stats()
     dm.topk_encode(x, W_enc, b_enc, 64, prepared=prepared)
     assert torch.cuda.max_memory_allocated() - before < 0.2 * 4 * 4096 * 65536
+
+
+def test_a_lack_of_memory_is_the_error_that_torch_has_for_it():
+    values, indices = torch.ones(1 << 14, 1, device="cuda"), torch.zeros(1 << 14, 1, dtype=torch.int64, device="cuda")
+    with pytest.raises(torch.OutOfMemoryError):
+        to_dense(dm.SparseActs.fixed(values, indices, 1 << 30))  # 64 TiB
 
 
 @pytest.mark.parametrize("keep_chosen", [False, True])
