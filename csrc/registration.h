@@ -1,21 +1,23 @@
 // How ops register, and what their caller reads where torch itself fails within one.
 #pragma once
 
-#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
+// Torch's words for this thread's last failure. Its stable ABI has them from torch 2.13 on; the library is built for an
+// older one, and the address is null where the process has no such function. (dlsym would need glibc 2.34.)
+extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
+
 namespace darkmatter {
 
-// The first line of what torch says of this thread's last failure; empty before torch 2.13, whose stable ABI added it
-// (the library is built for an older one).
 inline std::string torch_reason() {
-  static const auto what =
-      reinterpret_cast<const char* (*)()>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
-  const std::string text = what == nullptr ? "" : what();
+  if (torch_exception_get_what_without_backtrace == nullptr) {
+    return "";
+  }
+  const std::string text = torch_exception_get_what_without_backtrace();
   return text.substr(0, text.find('\n'));
 }
 

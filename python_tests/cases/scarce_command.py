@@ -24,7 +24,8 @@ from darkmatter_ext import cli
 LEAST = cli.LEAST_ADDRESS_SPACE
 LIMITS = [1 << 28, 1 << 31, LEAST - (1 << 20), LEAST]  # bytes of address space
 ROOMS = [1 << step for step in range(20, 31, 2)]  # the same beyond those of the interpreter that forks
-SECONDS = 120  # a run that takes longer waits for ever, and is ended
+SECONDS = 180  # a run that takes longer waits for ever, and is ended
+SECONDS_IN_A_ROOM = 60  # where that may be
 GAPS = (0.0, 0.3, 1.0)  # seconds between the starts of two processes
 
 Found = dict[str, Any]
@@ -81,6 +82,7 @@ def little_memory(command: Command) -> Iterator[Found]:
 
 def _bound(limit: int, least: int) -> None:
     cli.LEAST_ADDRESS_SPACE = least
+    signal.alarm(SECONDS if least else SECONDS_IN_A_ROOM)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
