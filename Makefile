@@ -96,7 +96,8 @@ sanitize: install
 	DARKMATTER_CUDA=0 DARKMATTER_ANY_PYTHON=1 DARKMATTER_SANITIZE=$$kind $(BIN)/python setup.py --quiet build \
 		--build-base build/sanitize/$$kind --build-lib build/sanitize/$$kind/lib || exit 1; \
 	LD_PRELOAD="$$(c++ -print-file-name=lib$$(echo $$kind | cut -c1)san.so) $$(c++ -print-file-name=libstdc++.so.6)" \
-	ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1:allocator_may_return_null=1 \
 	DARKMATTER_POOL_MB=0 DARKMATTER_SANITIZE=$$kind PYTHONPATH=build/sanitize/$$kind/lib $(SANITIZED) || exit 1; done
 
 # A hundred thousand damaged files of every kind that is read, a million calls of the ops, a thousand million screened pairs:

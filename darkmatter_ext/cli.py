@@ -17,13 +17,15 @@ from simple_parsing import ArgumentParser, DashVariant
 from simple_parsing.wrappers.field_wrapper import ArgumentGenerationMode
 
 from darkmatter_ext.runtime.inputs import InputError, out_of_memory, reason, require, require_one_of
+from darkmatter_ext.runtime.ranks import is_first_process, under_torchrun
 from darkmatter_ext.runtime.storage import require_writable_folder
 
 DEBUG_ENVIRONMENT_VARIABLE = "DARKMATTER_DEBUG"
 KEPT = "what was finished is kept, start the same command again"
 # Bytes of address space below which no command begins. The smallest runs of all commands took 2.2 to 2.9 GiB of it (0.5 to 0.7
-# of them in memory; x86-64, torch 2.13, one thread or two). With less, the system ends a process at any point, or threads wait
-# for ever: a new thread of CPython or Arrow that finds no memory does not tell the one that started it.
+# of them in memory; x86-64, torch 2.13 without CUDA, one thread or two; each more takes some 0.03). With less, the system ends
+# a process at any point, or threads wait for ever: a new thread of CPython or Arrow that finds no memory does not tell the one
+# that started it.
 LEAST_ADDRESS_SPACE = 4 << 30
 PROGRESS_ENVIRONMENT_VARIABLE = "DARKMATTER_PROGRESS"  # 0: no progress is shown
 DESCRIPTION = "Measure the dark matter of sparse autoencoders: the part of a model's activations they do not explain."
@@ -69,7 +71,7 @@ def _run_experiment(name: str, settings: Any, out: Path, *, brief: bool = False)
     from darkmatter_ext import experiments
     from darkmatter_ext.report.page import write_page
     from darkmatter_ext.report.terminal import show_result
-    from darkmatter_ext.runtime.processes import is_first_process, processes
+    from darkmatter_ext.runtime.processes import processes
     from darkmatter_ext.runtime.progress import Stages
 
     require_writable_folder("out", out)
@@ -192,7 +194,7 @@ def _add_train(parser: _Parser, _arguments: Sequence[str]) -> None:
 def _train(parsed: argparse.Namespace) -> None:
     from darkmatter_ext.measurement import train_on_text
     from darkmatter_ext.report.terminal import show_training
-    from darkmatter_ext.runtime.processes import is_first_process, processes
+    from darkmatter_ext.runtime.processes import processes
     from darkmatter_ext.runtime.progress import Stages
 
     if parsed.dry_run:
@@ -288,8 +290,6 @@ def _usage() -> str:
 
 def _process_label() -> str:
     """Which of several processes is printing; empty if there is only one."""
-    from darkmatter_ext.runtime.processes import under_torchrun
-
     return f" [process {os.environ['RANK']}]" if under_torchrun() else ""
 
 
@@ -318,7 +318,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = None
     try:
         require_one_of("COMMAND", tuple(COMMANDS), arguments[0])
-        _require_address_space()
+        if arguments[0] != "env":  # who asks what this machine is may ask it with any limit
+            _require_address_space()
         command = COMMANDS[arguments[0]]
         parser = _Parser(prog=f"darkmatter {arguments[0]}", description=command.about)
         command.add(parser, arguments[1:])

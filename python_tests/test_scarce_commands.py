@@ -7,15 +7,16 @@ import os
 import signal
 
 import pytest
+import torch
 from cases.children import reports
 from cases.models import make_workplace
 from cases.runs import SETTINGS
 
 NAMES = ("train", *SETTINGS) if os.environ.get("DARKMATTER_SCARCE") else ("train", "decomposition")
 
-# Where memory ends while libc, the kernel or CPython itself needs some: an abort, libc's own exit, a stack that cannot grow,
-# and a wait for a thread that never says that it has begun.
-ENDED_BY_THE_SYSTEM = (-signal.SIGABRT, 127, -signal.SIGSEGV, -signal.SIGALRM)
+# Where memory ends while libc or CPython itself needs some: an abort, libc's own exit, and a wait for a thread that never says
+# that it has begun.
+ENDED_BY_THE_SYSTEM = (-signal.SIGABRT, 127, -signal.SIGALRM)
 
 
 def _runs(tmp_path, name, fault, ended_by_the_system=()):
@@ -24,7 +25,7 @@ def _runs(tmp_path, name, fault, ended_by_the_system=()):
     found = reports("scarce_command", *arguments, DARKMATTER_PROGRESS="0", DARKMATTER_DEBUG="")
     for run in found:
         if run["exit"] in ended_by_the_system:
-            assert run["room"] > 0, run
+            assert run.get("room"), run
             continue
         assert not run["traceback"], run
         if run["exit"] == 0:
@@ -38,9 +39,12 @@ def _runs(tmp_path, name, fault, ended_by_the_system=()):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    torch.version.cuda is not None, reason="the libraries of CUDA take more addresses than the test gives"
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_too_little_memory(name, tmp_path):
-    """Below the least, nothing begins. Were it to begin, it ends in any way; started again with more, it gives the numbers."""
+    """Below the least, nothing begins. Were it to begin, it or the system ends it; started again, it gives the numbers."""
     found = _runs(tmp_path, name, "little-memory", ENDED_BY_THE_SYSTEM)
     *below, enough = [run for run in found if "limit" in run]
     assert len(below) == 3

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake, register_vmap
 
 from darkmatter_ext.ops import _fixed_form, _library  # noqa: F401  (the first registers kernels)
+from darkmatter_ext.ops.checks import attempt
 
 _ops = torch.ops.darkmatter
 # weight, bias, codes, sums, bounds, groups are derived from W_enc, b_enc, b_dec; gain has no gradient
@@ -162,10 +163,10 @@ def decode_backward(ctx: Any, grad: Tensor) -> tuple:
     values, indices, crow, W_dec = ctx.saved_tensors
     wants_values, _, _, wants_weights, wants_bias = ctx.needs_input_grad
     return (
-        _ops.decoder_dot(grad, indices, crow, W_dec) if wants_values else None,
+        attempt(_ops.decoder_dot, grad, indices, crow, W_dec) if wants_values else None,
         None,
         None,
-        _ops.decoder_outer(values, indices, crow, grad, W_dec.shape[0]) if wants_weights else None,
+        attempt(_ops.decoder_outer, values, indices, crow, grad, W_dec.shape[0]) if wants_weights else None,
         grad.sum(0) if wants_bias and ctx.has_bias else None,
     )
 
@@ -179,10 +180,10 @@ def _dot_backward(ctx: Any, grad: Tensor) -> tuple:
     rows, indices, crow, W_dec = ctx.saved_tensors
     wants_rows, _, _, wants_weights = ctx.needs_input_grad
     return (
-        _ops.sparse_decode(grad, indices, crow, W_dec, None) if wants_rows else None,
+        attempt(_ops.sparse_decode, grad, indices, crow, W_dec, None) if wants_rows else None,
         None,
         None,
-        _ops.decoder_outer(grad, indices, crow, rows, W_dec.shape[0]) if wants_weights else None,
+        attempt(_ops.decoder_outer, grad, indices, crow, rows, W_dec.shape[0]) if wants_weights else None,
     )
 
 
@@ -195,10 +196,10 @@ def _outer_backward(ctx: Any, grad: Tensor) -> tuple:
     values, indices, crow, rows = ctx.saved_tensors
     wants_values, _, _, wants_rows, _ = ctx.needs_input_grad
     return (
-        _ops.decoder_dot(rows, indices, crow, grad) if wants_values else None,
+        attempt(_ops.decoder_dot, rows, indices, crow, grad) if wants_values else None,
         None,
         None,
-        _ops.sparse_decode(values, indices, crow, grad, None) if wants_rows else None,
+        attempt(_ops.sparse_decode, values, indices, crow, grad, None) if wants_rows else None,
         None,
     )
 
@@ -229,7 +230,7 @@ def _latent_sums(grad: Tensor, indices: Tensor, crow: Tensor | None, n_tokens: i
     """Sum of the gradients of each latent [F], in float64. On CUDA this is decoder_outer with ones, because index_add
     is not deterministic there."""
     if grad.is_cuda:
-        return _ops.decoder_outer(grad, indices, crow, grad.new_ones(n_tokens, 1), n_latents)[:, 0]
+        return attempt(_ops.decoder_outer, grad, indices, crow, grad.new_ones(n_tokens, 1), n_latents)[:, 0]
     sums = torch.zeros(n_latents, dtype=torch.float64)
     return sums.index_add(0, indices.reshape(-1), grad.reshape(-1).double())
 
@@ -256,14 +257,14 @@ def _encoder_gradients(
     grad_x = grad_weights = grad_b_dec = None
     if wants_x:
         rows = W_enc.mT if weight is None or torch.is_grad_enabled() else weight
-        grad_x = _ops.sparse_decode(grad, indices, crow, rows, None)  # [N, d]
+        grad_x = attempt(_ops.sparse_decode, grad, indices, crow, rows, None)  # [N, d]
     sums = _latent_sums(grad, indices, crow, len(x), n_latents).double()  # [F]
     if wants_b_dec and b_dec is not None:
         wide = torch.promote_types(W_enc.dtype, torch.float32)  # a 16-bit product would be slow and imprecise
         grad_b_dec = -(W_enc.to(wide) @ sums.to(wide)).to(W_enc.dtype)
     sums = sums.to(W_enc.dtype)
     if wants_weights:
-        grad_weights = _ops.decoder_outer(grad, indices, crow, x, n_latents)  # [F, d]
+        grad_weights = attempt(_ops.decoder_outer, grad, indices, crow, x, n_latents)  # [F, d]
         if b_dec is not None:
             grad_weights = grad_weights - torch.outer(sums, b_dec)
         grad_weights = grad_weights.mT

@@ -81,23 +81,30 @@ def check_weights(op: str, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -
 _CONTENT_RULES = ("must not contain NaN", "indices: must be from", "crow: must")
 
 
-def below_autograd(op: Any, *arguments: Any) -> Any:
-    """Call the kernel directly: torch.library's registered gradients cost at least some ten microseconds per call."""
+def attempt(op: Any, *arguments: Any) -> Any:
+    """op(*arguments). What a kernel says in one line is raised as the type that Python and torch have for it.
+
+    Raises ValueError for the contents of an argument, torch.OutOfMemoryError where memory ends, on the CPU too.
+    """
     try:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
-    except RuntimeError as error:
-        _raise_by_type(error)
+        return op(*arguments)
+    except (RuntimeError, MemoryError) as error:  # all that kernels can raise
+        line = str(error).split("\n", maxsplit=1)[0]
+        if any(rule in line for rule in _CONTENT_RULES):
+            raise InputError(line) from None
+        if out_of_memory(error):
+            raise torch.OutOfMemoryError(line if "memory" in line else f"out of memory ({line})") from None
         raise
 
 
-def _raise_by_type(error: RuntimeError) -> None:
-    """Raise what a kernel, which can only raise RuntimeErrors, says in one line as the type that Python has for it."""
-    line = str(error).split("\n", maxsplit=1)[0]
-    if any(rule in line for rule in _CONTENT_RULES):
-        raise InputError(line) from None
-    if out_of_memory(error):
-        raise torch.OutOfMemoryError(line) from None
+def _below(op: Any, *arguments: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def below_autograd(op: Any, *arguments: Any) -> Any:
+    """Attempt the kernel itself: torch.library's registered gradients cost at least some ten microseconds per call."""
+    return attempt(_below, op, *arguments)
 
 
 def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
@@ -105,24 +112,14 @@ def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
 
 
 def call(op: Any, *arguments: Any) -> Any:
-    """Call an op; errors about the contents of an argument become a ValueError of one line, like all others.
+    """Attempt an op below autograd if no argument requires a gradient.
 
-    Where memory ends, on the CPU too, torch.OutOfMemoryError is raised.
-
-    The call goes below autograd if no argument requires a gradient, except while torch traces or transforms it: the
-    tensors then do not show what they stand for.
+    Not so while torch traces or transforms it: the tensors then do not show what they stand for.
     """
-    try:
-        if (
-            torch.compiler.is_compiling()
-            or _functorch.peek_interpreter_stack() is not None
-            or _wants_gradient(arguments)
-        ):
-            return op(*arguments)
-        return below_autograd(op, *arguments)
-    except RuntimeError as error:
-        _raise_by_type(error)
-        raise
+    direct = (
+        torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None or _wants_gradient(arguments)
+    )
+    return attempt(op, *arguments) if direct else below_autograd(op, *arguments)
 
 
 def flat_rows(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from darkmatter_ext.ops import _registrations  # noqa: F401  (registers fakes and gradients)
 from darkmatter_ext.ops.acts import SparseActs
-from darkmatter_ext.ops.checks import call, check_capacity, check_device, check_tensor, flat_rows
+from darkmatter_ext.ops.checks import attempt, call, check_capacity, check_device, check_tensor, flat_rows
 
 _ops = torch.ops.darkmatter
 
@@ -89,13 +89,13 @@ def find_support(acts: Tensor, *, capacity: int | None = None) -> SparseActs:
     if capacity is not None:
         check_capacity(capacity, acts.shape[-1])
         return _support_within(acts, flat, capacity)
-    crow, col = call(_ops.find_support, flat.detach())
+    crow, col = attempt(_ops.find_support, flat.detach())
     token = torch.repeat_interleave(crow.diff(), output_size=col.shape[0])
     return SparseActs.ragged(crow, col, flat[token, col], acts.shape[-1], tuple(acts.shape[:-1]))
 
 
 def _support_within(acts: Tensor, flat: Tensor, capacity: int) -> SparseActs:
-    indices, found = call(_ops.find_support_fixed, flat.detach(), capacity)
+    indices, found = attempt(_ops.find_support_fixed, flat.detach(), capacity)
     left_over = torch.arange(capacity, device=acts.device) >= found.unsqueeze(1)
     values = flat.gather(1, indices).masked_fill(left_over, 0)
     batch = acts.shape[:-1]

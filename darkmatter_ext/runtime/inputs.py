@@ -57,10 +57,9 @@ def reason(error: BaseException) -> str:
 
 
 # What libraries say when the system gives no more memory: torch on the CPU and on a GPU, C++, the loader of libraries, files.
-# Before torch 2.13 its stable ABI does not say why an op of ours got no tensor.
 _OUT_OF_MEMORY = (
     "can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "failed to map segment",
-    "can't start new thread", '"aten::new_', '"aten::contiguous"',
+    "can't start new thread",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from darkmatter_ext.runtime.inputs import InputError
+from darkmatter_ext.runtime.ranks import under_torchrun
 
 TIMEOUT = datetime.timedelta(hours=2)  # a process may wait for another with a slower share, but not for a dead one
 
@@ -74,16 +75,6 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun (or another launcher with its environment) started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
-def is_first_process() -> bool:
-    """Whether this process should write and print what all processes share."""
-    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ exit code, whether it gave what the undisturbed one gave (null: nothing) and wha
 import ctypes
 import itertools
 import json
+import math
 import resource
 import shutil
 import signal
@@ -24,8 +25,8 @@ from darkmatter_ext import cli
 LEAST = cli.LEAST_ADDRESS_SPACE
 LIMITS = [1 << 28, 1 << 31, LEAST - (1 << 20), LEAST]  # bytes of address space
 ROOMS = [1 << step for step in range(20, 31, 2)]  # the same beyond those of the interpreter that forks
-SECONDS = 180  # a run that takes longer waits for ever, and is ended
-SECONDS_IN_A_ROOM = 60  # where that may be
+LONG = 40  # times what the undisturbed run takes: a run that takes longer waits for ever, and is ended
+LONG_IN_A_ROOM = 10  # the same where that may be
 GAPS = (0.0, 0.3, 1.0)  # seconds between the starts of two processes
 
 Found = dict[str, Any]
@@ -36,18 +37,24 @@ class Command:
 
     def __init__(self, workplace: Path, folder: Path, name: str) -> None:
         self.workplace, self.folder, self.name = workplace, folder, name
+        self.seconds, begin = 0.0, time.monotonic()
         assert self.end(self.start("whole"), "whole")["exit"] == 0, (folder / "whole.said").read_text()
+        self.seconds = time.monotonic() - begin
         self.expected = outcome(name, folder / "whole")
 
     def start(self, out: str, cache: str = "", before: Callable[[], None] | None = None, said: str = "") -> int:
         words = arguments(self.workplace, self.name, self.folder / out)
 
         def limited() -> None:
-            signal.alarm(SECONDS)
+            self.limit_time(LONG)
             if before is not None:
                 before()
 
         return start(words, self.folder / (cache or f"{out}.cache"), self.folder / f"{said or out}.said", limited)
+
+    def limit_time(self, times: int) -> None:
+        """End this process after so many times the undisturbed run, which has no limit."""
+        signal.alarm(math.ceil(times * max(self.seconds, 3.0)) if self.seconds else 0)
 
     def end(self, pid: int, said: str) -> Found:
         code, text = status(pid), (self.folder / f"{said}.said").read_text()
@@ -74,7 +81,12 @@ def little_memory(command: Command) -> Iterator[Found]:
         yield {"limit": limit} | command.run(f"out{limit}", before=lambda limit=limit: _bound(limit, least=LEAST))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for room in ROOMS:
-        found = command.run(f"out{room}", before=lambda room=room: _bound(used + room, least=0))
+
+        def bounded(limit: int = used + room) -> None:
+            command.limit_time(LONG_IN_A_ROOM)
+            _bound(limit, least=0)
+
+        found = command.run(f"out{room}", before=bounded)
         yield {"room": room} | found
         if found["exit"] != 0:
             yield {"room": 0} | command.run(f"out{room}")
@@ -82,7 +94,6 @@ def little_memory(command: Command) -> Iterator[Found]:
 
 def _bound(limit: int, least: int) -> None:
     cli.LEAST_ADDRESS_SPACE = least
-    signal.alarm(SECONDS if least else SECONDS_IN_A_ROOM)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
