@@ -6,7 +6,7 @@ Run by `make gpu-test`. Needs torch, numpy, pytest and nothing else. Without a C
 import pytest
 import torch
 from cases.encoders import SCREENED_DTYPES, WORST, check_encoders, gaussian, same, worst
-from cases.ops import DTYPES, N_PACKED, ON_CUDA, TOLERANCE
+from cases.ops import DTYPES, N_PACKED, ON_CUDA, TOLERANCE, if_torch_tells_why
 
 import darkmatter_ext as dm
 from darkmatter_ext.ops import _library, pursuit_cuda, reference
@@ -299,6 +299,7 @@ def test_memory_of_an_encode():
     assert torch.cuda.max_memory_allocated() - before < 0.2 * 4 * 4096 * 65536
 
 
+@if_torch_tells_why
 def test_a_lack_of_memory_is_the_error_that_torch_has_for_it():
     values, indices = torch.ones(1 << 14, 1, device="cuda"), torch.zeros(1 << 14, 1, dtype=torch.int64, device="cuda")
     with pytest.raises(torch.OutOfMemoryError):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cases.children import run_python
+from cases.ops import if_torch_tells_why
 
 import darkmatter_ext as dm
 from darkmatter_ext.ops import decode as ops_decode
@@ -17,7 +18,6 @@ from darkmatter_ext.runtime.inputs import InputError
 D, F = 4, 6
 X, W_ENC, B_ENC, B_DEC = torch.randn(3, D), torch.randn(D, F), torch.randn(F), torch.randn(D)
 W_DEC = torch.randn(F, D)
-TELLS_WHY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 NAN_WEIGHTS = torch.full((D, F), float("nan"))
 
 
@@ -291,7 +291,7 @@ def ragged_of_vast():
     return SparseActs.ragged(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), VAST, (1,))
 
 
-@pytest.mark.skipif(not TELLS_WHY, reason="before torch 2.13 its stable ABI does not say why a call of it failed")
+@if_torch_tells_why
 @pytest.mark.parametrize("name", WITHOUT_MEMORY)
 def test_a_lack_of_memory_is_the_error_that_torch_has_for_it(name):
     """Who halves a batch catches it by its type or its words; torch's stable ABI names a line of its headers."""
@@ -321,7 +321,7 @@ except torch.OutOfMemoryError as error:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc, and limits of memory that hold")
-@pytest.mark.skipif(not TELLS_WHY, reason="before torch 2.13 its stable ABI does not say why a call of it failed")
+@if_torch_tells_why
 @pytest.mark.parametrize("call", ["x_hats[0].sum().backward()", "x_hats[1].sum().backward()", "dm.find_support(many)"])
 def test_gradients_and_lists_of_the_kernels_say_so_too(call):
     assert _without_room(call).startswith("out of memory:")
