@@ -187,6 +187,15 @@ class LinearStatistics:
         return LinearScore(sse.clamp(min=0), self.moment_yy.clone(), self.count)
 
 
+def lstsq(matrix: Tensor, target: Tensor) -> Tensor:
+    """The least squares solution [p, q] of matrix [n, p] @ solution = target [n, q], on the CPU the one of least norm.
+
+    torch's default there, gelsy, starts from uninitialised pivots (pytorch issues 71222 and 187411): its bits differ from
+    call to call, and of a matrix without full rank it may find a wrong rank. On CUDA torch has gels alone, for full rank.
+    """
+    return torch.linalg.lstsq(matrix, target, driver="gelsd" if matrix.is_cpu else None).solution
+
+
 def _solve_symmetric(matrix: Tensor, target: Tensor) -> tuple[Tensor, int]:
     """Solve matrix @ w = target for a positive semi-definite matrix with unit diagonal; returns w and the rank."""
     factor, failed = torch.linalg.cholesky_ex(matrix)

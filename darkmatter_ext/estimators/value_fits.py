@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from darkmatter_ext.estimators.least_squares import lstsq
 from darkmatter_ext.estimators.ridge import held_out
 
 _RANK = 1e-9  # of the largest singular value: below it, columns add nothing new
@@ -128,7 +129,7 @@ def spectrum(means: Tensor, values: Tensor, *, draws: int, level: float, seed: i
     the largest share."""
     x = values.double()
     line = torch.stack([torch.ones_like(x), x - x.mean()], dim=1)
-    rest = means - line @ torch.linalg.lstsq(line, means).solution
+    rest = means - line @ lstsq(line, means)
     n = len(values)
 
     def power(h: Tensor) -> Tensor:

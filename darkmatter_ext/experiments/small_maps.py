@@ -154,7 +154,7 @@ def ridge(sides: Sides, features: Features) -> Predict:
     gram, cross = moments
     diagonal = torch.full((len(gram),), gram.diagonal()[:-1].mean().item(), dtype=gram.dtype, device=gram.device)
     diagonal[-1] = 0  # the bias is not penalised
-    maps = [torch.linalg.lstsq(gram + torch.diag(penalty * diagonal), cross).solution for penalty in PENALTIES]
+    maps = [torch.linalg.solve(gram + torch.diag(penalty * diagonal), cross) for penalty in PENALTIES]
 
     def predict_with(weight: Tensor) -> Predict:
         own = weight.float()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from darkmatter_ext.estimators.least_squares import lstsq
 from darkmatter_ext.ops.acts import SparseActs
 
 PURSUIT_NOISE = 2.0**-40  # of |target| times the largest atom's norm: what pursuit treats as rounding
@@ -178,9 +179,7 @@ def _refit(D: Tensor, target: Tensor, w: Tensor, chosen: list[int], nonnegative:
     """Least squares on the chosen atoms, written to w; False if the newest is in the span of the others."""
     atoms = D[chosen]
     old = atoms[:-1].mT
-    outside = (
-        atoms[-1] - (old @ torch.linalg.lstsq(old, atoms[-1:].mT).solution)[:, 0] if len(chosen) > 1 else atoms[-1]
-    )
+    outside = atoms[-1] - (old @ lstsq(old, atoms[-1:].mT))[:, 0] if len(chosen) > 1 else atoms[-1]
     if outside.square().sum() <= 1e-10 * atoms[-1].square().sum():
         return False
     if nonnegative:
@@ -188,7 +187,7 @@ def _refit(D: Tensor, target: Tensor, w: Tensor, chosen: list[int], nonnegative:
 
         found = torch.from_numpy(nnls(atoms.mT.numpy(), target.numpy())[0])
     else:
-        found = torch.linalg.lstsq(atoms.mT, target[:, None]).solution[:, 0]
+        found = lstsq(atoms.mT, target[:, None])[:, 0]
     w.zero_()
     w[chosen] = found
     return True

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darkmatter_ext.estimators.least_squares import LinearStatistics, fit_linear, train_mask
+from darkmatter_ext.estimators.least_squares import LinearStatistics, fit_linear, lstsq, train_mask
 
 
 def _data(n, p, q, seed=0, offset=100.0):
@@ -135,3 +135,27 @@ def test_bad_input_is_named_in_one_line(call, error, message):
         call(x, y)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _used_memory(generator):
+    """Leave blocks of whole numbers for whoever takes memory next."""
+    blocks = [
+        torch.randint(1, 99, (int(n),), dtype=torch.int32) for n in torch.randint(1, 400, (40,), generator=generator)
+    ]
+    del blocks[::2]
+    return blocks
+
+
+@pytest.mark.parametrize("rank", [24, 40])
+def test_least_squares_are_the_same_bits_whatever_memory_held_before(rank):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, rank, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(rank, 40, generator=generator, dtype=torch.float64)
+    y = torch.randn(60, 3, generator=generator, dtype=torch.float64)
+    least_norm = torch.linalg.pinv(x) @ y
+    first = lstsq(x, y)
+    torch.testing.assert_close(first, least_norm, rtol=1e-8, atol=1e-8)
+    for _ in range(300):
+        kept = _used_memory(generator)
+        assert torch.equal(lstsq(x, y), first)
+        del kept

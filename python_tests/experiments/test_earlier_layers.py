@@ -109,7 +109,9 @@ def test_the_controls_are_what_they_say():
     x = torch.randn(2000, 12, generator=torch.Generator().manual_seed(1))
     found = random_directions(own, 5, seed=0)(x)
     acts, centred = found.acts.to_dense(), x - own.b_dec
-    rows = torch.linalg.lstsq(acts, found.x_hat - own.b_dec).solution  # its decoder, from what it decodes
+    rows = torch.linalg.lstsq(
+        acts, found.x_hat - own.b_dec, driver="gelsd"
+    ).solution  # its decoder, from what it decodes
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(40), atol=1e-4, rtol=0)
     torch.testing.assert_close(acts, torch.where(acts > 0, centred @ rows.T, 0), atol=1e-3, rtol=0)  # a tied encoder
     assert found.l0.tolist() == (acts > 0).sum(1).tolist()

@@ -281,13 +281,13 @@ def test_the_released_codes_regressions_have_no_bias_and_see_held_out_tokens(sou
         rest = (target - prediction)[rows].square().sum(0)
         return 1 - rest / (target[rows] - target[rows].mean(0)).square().sum(0)
 
-    b_star = torch.linalg.lstsq(x[fit], error[fit]).solution
+    b_star = torch.linalg.lstsq(x[fit], error[fit], driver="gelsd").solution
     own = found.decomposition("large")
     assert own.r2_vec == pytest.approx(r2(error, x @ b_star, ~fit).mean().item(), rel=1e-4)
     variance = (x - x.mean(0)).square().sum()
     assert own.fvu == pytest.approx((error.square().sum() / variance).item(), rel=1e-5)
     assert own.fvu_nonlinear == pytest.approx(((error - x @ b_star).square().sum() / variance).item(), rel=1e-5)
-    linear = x @ torch.linalg.lstsq(x, error).solution
+    linear = x @ torch.linalg.lstsq(x, error, driver="gelsd").solution
     targets = {
         "error": error,
         "linear": linear,
@@ -296,7 +296,7 @@ def test_the_released_codes_regressions_have_no_bias_and_see_held_out_tokens(sou
     }
     for name, vector in targets.items():
         norm = vector.square().sum(1, keepdim=True)
-        a_star = torch.linalg.lstsq(x[fit], norm[fit]).solution
+        a_star = torch.linalg.lstsq(x[fit], norm[fit], driver="gelsd").solution
         assert own.r2_norm[name] == pytest.approx(r2(norm, x @ a_star, ~fit).item(), rel=1e-3), name
         assert found.intervals("large")[f"r2_norm/{name}"].value == pytest.approx(own.r2_norm[name], rel=1e-6)
     assert found.intervals("large")["r2_vec"].value == own.r2_vec
@@ -304,9 +304,9 @@ def test_the_released_codes_regressions_have_no_bias_and_see_held_out_tokens(sou
         HOOKS[0]
     ]  # by default the scaling script's
     assert scaling.decomposition("large").fvu_nonlinear == own.fvu_nonlinear
-    fitted = x @ torch.linalg.lstsq(x[fit], error[fit]).solution
+    fitted = x @ torch.linalg.lstsq(x[fit], error[fit], driver="gelsd").solution
     expected = (error - fitted).square().sum(1, keepdim=True)
-    a_star = torch.linalg.lstsq(x[fit], expected[fit]).solution
+    a_star = torch.linalg.lstsq(x[fit], expected[fit], driver="gelsd").solution
     r2_nonlinear = r2(expected, x @ a_star, ~fit).item()
     assert scaling.decomposition("large").r2_norm["nonlinear"] == pytest.approx(r2_nonlinear, rel=1e-3)
     with_bias = measure(source, saes(), SETTINGS, folder=tmp_path / "paper")[HOOKS[0]].decomposition("large")

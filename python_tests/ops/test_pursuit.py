@@ -157,7 +157,7 @@ def near_ties(n_atoms, d, near, apart, dtype, seed=0):
     for _ in range(20):
         atoms = D[torch.randperm(n_atoms, generator=g)[:near]].double()
         wanted = 1 + apart * torch.rand(near, generator=g, dtype=torch.float64)
-        residuals.append(torch.linalg.lstsq(atoms, wanted[:, None]).solution[:, 0])  # least norm
+        residuals.append(torch.linalg.lstsq(atoms, wanted[:, None], driver="gelsd").solution[:, 0])  # least norm
     return D, torch.stack(residuals)
 
 

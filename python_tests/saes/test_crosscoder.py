@@ -102,7 +102,10 @@ def test_the_scaling_ratio_is_the_least_squares_it_says():
         larger = int(rows[1].norm() > rows[0].norm())
         direction = rows[larger] / rows[larger].norm()
         along = (z[:, latent, None].double() * direction).flatten()[:, None]
-        beta = [torch.linalg.lstsq(along, half.flatten()[:, None]).solution.item() for half in halves(without)]
+        beta = [
+            torch.linalg.lstsq(along, half.flatten()[:, None], driver="gelsd").solution.item()
+            for half in halves(without)
+        ]
         assert found.item() == pytest.approx(beta[1 - larger] / beta[larger], rel=1e-4)
 
 
