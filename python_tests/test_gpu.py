@@ -340,7 +340,7 @@ def test_pursuit_in_a_graph_equals_pursuit_step_by_step(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu", "gated"])
 def test_drop_in(architecture, dtype, monkeypatch):
-    pytest.importorskip("sae_lens")
+    pytest.importorskip("sae_lens", reason="sae_lens is not installed")
     from cases import saes
 
     from darkmatter_ext.saes import stepping_aside

@@ -1,11 +1,8 @@
 """A limit of memory that is too low is told before anything begins; and libraries are understood when they ran out."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from cases.children import TESTS, environment_of_children
+from cases.children import run_python
 
 from darkmatter_ext import cli
 from darkmatter_ext.runtime.inputs import InputError, out_of_memory
@@ -27,13 +24,11 @@ def test_a_limit_below_the_least_is_told(monkeypatch):
 def test_every_command_is_told_before_it_begins(name, tmp_path):
     code = (
         "import resource, sys; from darkmatter_ext import cli;"
-        "resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28)); status = cli.main(sys.argv[1:]);"
+        f"resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28)); status = cli.main([{name!r}]);"
         "assert 'torch' not in sys.modules; sys.exit(status)"
     )
-    command = [sys.executable, "-c", code, name]
-    cache = str(tmp_path / "cache")
-    environment = environment_of_children(DARKMATTER_CACHE=cache, DARKMATTER_DEBUG="", WORLD_SIZE="2", RANK="1")
-    run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
+    environment = {"DARKMATTER_CACHE": str(tmp_path / "cache"), "DARKMATTER_DEBUG": "", "WORLD_SIZE": "2", "RANK": "1"}
+    run = run_python(code, check=False, **environment)
     assert run.returncode == 2
     assert run.stderr == (
         "darkmatter [process 1]: the limit of address space: must be at least 4096 MiB or unlimited (`ulimit -v`), got 256\n"

@@ -34,8 +34,8 @@ def _without_nnsight():
 
 
 with _without_nnsight(), contextlib.redirect_stdout(sys.stderr):
-    sparsify = pytest.importorskip("sparsify")
-    pytest.importorskip("dictionary_learning")
+    sparsify = pytest.importorskip("sparsify", reason="sparsify, the oracle, is not installed")
+    pytest.importorskip("dictionary_learning", reason="dictionary_learning, the oracle, is not installed")
     from dictionary_learning.dictionary import AutoEncoder, GatedAutoEncoder, JumpReluAutoEncoder
     from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
     from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer

@@ -78,13 +78,14 @@ class Command:
 def little_memory(command: Command) -> Iterator[Found]:
     """With each limit. Then with each room, as if no limit were too low to begin; and, if it was, on what that run left."""
     for limit in LIMITS:
-        yield {"limit": limit} | command.run(f"out{limit}", before=lambda limit=limit: _bound(limit, least=LEAST))
+        yield {"limit": limit} | command.run(f"out{limit}", before=lambda limit=limit: _bound(limit))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     for room in ROOMS:
 
         def bounded(limit: int = used + room) -> None:
             command.limit_time(LONG_IN_A_ROOM)
-            _bound(limit, least=0)
+            cli.LEAST_ADDRESS_SPACE = 0
+            _bound(limit)
 
         found = command.run(f"out{room}", before=bounded)
         yield {"room": room} | found
@@ -92,8 +93,7 @@ def little_memory(command: Command) -> Iterator[Found]:
             yield {"room": 0} | command.run(f"out{room}")
 
 
-def _bound(limit: int, least: int) -> None:
-    cli.LEAST_ADDRESS_SPACE = least
+def _bound(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 

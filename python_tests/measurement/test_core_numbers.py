@@ -72,7 +72,7 @@ def test_nearest_rows_are_looked_for_in_pieces_and_of_a_sample(monkeypatch):
 
 def test_explained_variance_beside_the_library(measured):
     """Its own function, on the tokens that were held out, as one batch."""
-    main = pytest.importorskip("sae_bench.evals.core.main")
+    main = pytest.importorskip("sae_bench.evals.core.main", reason="SAEBench, the oracle, is not installed")
     from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
 
     x, sae, held, numbers = measured

@@ -260,7 +260,7 @@ def test_the_residual_never_grows(seed, method, make, dtype):
 
 
 def test_orthogonal_agrees_with_sklearn():
-    linear_model = pytest.importorskip("sklearn.linear_model")
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn, the oracle, is not installed")
     D, x = unit(60, 24), targets(10, 24)[1:]
     theirs = torch.from_numpy(linear_model.orthogonal_mp(D.mT.numpy(), x.mT.numpy(), n_nonzero_coefs=6)).mT
     torch.testing.assert_close(dm.pursuit(x, D, 6, method="orthogonal").to_dense(), theirs, rtol=1e-8, atol=1e-10)

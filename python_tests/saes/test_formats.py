@@ -87,7 +87,7 @@ def test_the_hook_point_of_a_module(module, model, hook):
 
 
 def test_sparsify_beside_the_library(tmp_path):
-    sparsify = pytest.importorskip("sparsify")
+    sparsify = pytest.importorskip("sparsify", reason="sparsify, the oracle, is not installed")
     for dtype in (torch.float32, torch.bfloat16):
         theirs = sparsify.SparseCoder(
             D, sparsify.SparseCoderConfig(expansion_factor=3, k=K), dtype=dtype

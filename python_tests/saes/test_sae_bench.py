@@ -57,7 +57,7 @@ class _Store:
 
 
 def test_sae_bench_itself_gives_the_numbers_it_gives_plain_saes(tmp_path):
-    main = pytest.importorskip("sae_bench.evals.core.main")
+    main = pytest.importorskip("sae_bench.evals.core.main", reason="SAEBench, the oracle, is not installed")
     from sae_bench.evals.core.eval_config import CoreEvalConfig
     from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
     from transformer_lens import HookedTransformer, HookedTransformerConfig

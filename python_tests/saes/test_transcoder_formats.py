@@ -58,7 +58,7 @@ def test_a_saved_topk_transcoder_is_read_again(tmp_path):
 
 
 def test_sparsify_transcoder_beside_the_library(tmp_path):
-    sparsify = pytest.importorskip("sparsify")
+    sparsify = pytest.importorskip("sparsify", reason="sparsify, the oracle, is not installed")
     config = sparsify.SparseCoderConfig(expansion_factor=3, k=K, transcode=True, skip_connection=True)
     theirs = sparsify.SparseCoder(D, config, dtype=torch.float32).requires_grad_(False)
     for parameter, value in (

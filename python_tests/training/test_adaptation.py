@@ -138,7 +138,7 @@ def test_side_by_side_is_as_alone():
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_peft_reads_what_is_saved_and_answers_the_same(kind, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft, the oracle, is not installed")
     save_model(tmp_path / "model", kind)
     network = small_model(kind).eval()
     adapter = Adapter(linear_layers(network, 1), 4, alpha=8, seed=1)
